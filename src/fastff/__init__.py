@@ -1,0 +1,12 @@
+"""fastff: conditional feedforward layers, with kernels for CPU and GPU.
+
+`import fastff` needs torch only: models, training and the GPU kernels are imported when they are used.
+"""
+
+from fastff import ops
+from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
+from fastff.layers import FFF
+from fastff.tree import TreeConfig
+
+__version__ = "0.1.0"
+__all__ = ["FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"]

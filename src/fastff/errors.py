@@ -1,0 +1,17 @@
+"""Every error that fastff raises on purpose derives from FastffError."""
+
+
+class FastffError(Exception):
+    """Base of all fastff errors."""
+
+
+class ShapeError(FastffError, ValueError):
+    """A size, dtype or device that does not fit; the message names the value seen and the one expected."""
+
+
+class BackendUnavailable(FastffError, RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+class CheckpointError(FastffError, ValueError):
+    """A checkpoint with a missing, extra, misshapen or unreadable tensor, or of an unknown layout."""

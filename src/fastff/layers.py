@@ -1,0 +1,369 @@
+"""FFF layer: binary trees of neurons in place of a dense feedforward.
+
+Shapes  input (..., in_features), output (..., out_features), any float dtype.
+Cost    `active_neurons` per row, of `neurons` stored; `flops_per_row` counts routing too.
+Errors  ShapeError when the last dimension is not in_features.
+Source  Belcak & Wattenhofer 2023, arXiv:2308.14711 (FFF) and arXiv:2311.10770 (UltraFastBERT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastff import ops
+from fastff.errors import CheckpointError, ShapeError
+from fastff.ops import reference
+from fastff.ops.interface import check_dtypes, check_shapes
+from fastff.ops.reference import Mixed, Routed
+from fastff.tree import Activation, Gate, TreeConfig
+
+Surrogate = Literal["straight_through", "soft"]
+
+
+class Usage(NamedTuple):
+    """How rows spread over the leaves: counts (trees, leaves) int64, and per tree the entropy in bits of that
+    distribution (`depth` when all leaves are equally used) and the number of leaves no row reached."""
+
+    counts: Tensor
+    entropy_bits: Tensor
+    dead_leaves: Tensor
+
+    @classmethod
+    def of(cls, counts: Tensor) -> Usage:
+        """From counts (trees, leaves)."""
+        share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+        return cls(counts, -torch.xlogy(share, share).sum(-1) / math.log(2), (counts == 0).sum(-1))
+
+
+class FFF(nn.Module):
+    """Conditional feedforward layer, a drop-in for `Linear -> activation -> Linear`.
+
+    in_features, out_features  widths of a row; out_features defaults to in_features
+    depth, trees, leaf_width, node_output, activation, gate, tau, bias  see TreeConfig
+    surrogate    gradient of the routing in training mode: None (only the gate's, at conditional cost) or, at dense cost,
+                 "straight_through" (each turn differentiated as a sigmoid), "soft" (the 2023 mixture of all leaves,
+                 needs node_output=False and no gate). Evaluation always routes hard.
+    region_leak  with surrogate="soft": probability that a node swaps its sides for a row, in [0, 0.5]
+    backend      a name of `fastff.ops.available_backends()`, or None to choose by device and dtype
+
+    Parameters: w_in (trees, in_rows, in_features), w_out (trees, out_rows, out_features); with bias b_in
+    (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features).
+    """
+
+    b_in: nn.Parameter | None
+    b_out: nn.Parameter | None
+    _leaf_counts: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        depth: int,
+        trees: int = 1,
+        leaf_width: int = 1,
+        node_output: bool = True,
+        activation: Activation = "gelu",
+        gate: Gate | None = None,
+        tau: float = 0.5,
+        bias: bool = False,
+        surrogate: Surrogate | None = None,
+        region_leak: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = TreeConfig(
+            in_features=in_features,
+            out_features=in_features if out_features is None else out_features,
+            depth=depth,
+            trees=trees,
+            leaf_width=leaf_width,
+            node_output=node_output,
+            activation=activation,
+            gate=gate,
+            tau=tau,
+            bias=bias,
+        )
+        _check_surrogate(surrogate, region_leak, config)
+        self.config = config
+        self.surrogate = surrogate
+        self.region_leak = region_leak
+        self.backend = backend
+        make: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.w_in = nn.Parameter(torch.empty(config.shape_of_w_in, **make))
+        self.w_out = nn.Parameter(torch.empty(config.shape_of_w_out, **make))
+        self.register_parameter("b_in", _parameter(config.shape_of_b_in, make))
+        self.register_parameter("b_out", _parameter(config.shape_of_b_out, make))
+        counts = torch.zeros(config.trees, config.leaves, dtype=torch.int64, device=device)
+        self.register_buffer("_leaf_counts", counts, persistent=False)
+        self._track_in_eval = False
+        self._entropy: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scores start with unit variance for inputs of unit variance, and so do the summed active outputs."""
+        nn.init.normal_(self.w_in, std=1 / math.sqrt(self.config.in_features))
+        nn.init.normal_(self.w_out, std=1 / math.sqrt(self.config.active_neurons))
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features). Raises ShapeError."""
+        if self.surrogate is not None and self.training:
+            return self._surrogate_forward(x)
+        routed = ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
+        if self.training or self._track_in_eval:
+            self._count(routed.leaf)
+        return routed.y
+
+    def routed(self, x: Tensor) -> Routed:
+        """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
+        return ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> Tensor:
+        """Leaf index (..., trees) int64 that each row reaches."""
+        return self.routed(x).leaf
+
+    @torch.no_grad()
+    def path(self, x: Tensor) -> Tensor:
+        """Heap indices (..., trees, levels) int64 of the nodes each row visits, root first, leaf last."""
+        heap = self.route(x).unsqueeze(-1) + self.config.leaves
+        shift = torch.arange(self.config.depth, -1, -1, device=heap.device)
+        return (heap >> shift) - 1
+
+    def usage(self, x: Tensor | None = None) -> Usage:
+        """How rows spread over the leaves: those of `x`, or, without it, all rows seen in training mode (and in
+        evaluation after `track_usage()`) since the last `reset_usage()`."""
+        if x is None:
+            return Usage.of(self._leaf_counts.clone())
+        counts = torch.zeros_like(self._leaf_counts)
+        _add_counts(counts, self.route(x))
+        return Usage.of(counts)
+
+    def track_usage(self, enabled: bool = True) -> None:
+        """Count leaves in evaluation too. Off by default: the fast path of inference then returns no leaves."""
+        self._track_in_eval = enabled
+
+    def reset_usage(self) -> None:
+        """Forget the rows counted so far."""
+        self._leaf_counts.zero_()
+
+    def hardening_loss(self) -> Tensor:
+        """Mean node entropy (nats, scalar, differentiable) of the last training forward with surrogate="soft"."""
+        if self._entropy is None:
+            raise RuntimeError('hardening_loss() needs a forward in training mode with surrogate="soft" first')
+        return self._entropy.mean()
+
+    def soft(self, x: Tensor) -> Mixed:
+        """The 2023 soft layer on x (..., in_features): y, node entropies (trees, nodes) in nats, mixture of leaves."""
+        check_shapes(x, *self._weights(), config=self.config)
+        check_dtypes(x, *self._weights())
+        rows = x.reshape(-1, self.config.in_features)
+        leak = self.region_leak if self.training else 0.0
+        mixed = reference.forward_soft(rows, *self._weights(), config=self.config, region_leak=leak)
+        lead = x.shape[:-1]
+        return Mixed(mixed.y.reshape(*lead, -1), mixed.entropy, mixed.mixture.reshape(*lead, *mixed.mixture.shape[1:]))
+
+    def _surrogate_forward(self, x: Tensor) -> Tensor:
+        if self.surrogate == "soft":
+            mixed = self.soft(x)
+            self._entropy = mixed.entropy
+            self._count(mixed.mixture.detach().argmax(-1))
+            return mixed.y
+        check_shapes(x, *self._weights(), config=self.config)
+        rows = x.reshape(-1, self.config.in_features)
+        routed = reference.forward_masked(rows, *self._weights(), config=self.config, straight_through=True)
+        self._count(routed.leaf)
+        return routed.y.reshape(*x.shape[:-1], -1)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.w_in, self.b_in, self.w_out, self.b_out
+
+    def _count(self, leaf: Tensor) -> None:
+        with torch.no_grad():
+            _add_counts(self._leaf_counts, leaf)
+
+    @property
+    def in_features(self) -> int:
+        return self.config.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.config.out_features
+
+    @property
+    def neurons(self) -> int:
+        """Neurons stored, over all trees."""
+        return self.config.neurons
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons evaluated for one row, over all trees."""
+        return self.config.active_neurons
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row, routing included."""
+        return self.config.flops_per_row
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"{c.in_features}, {c.out_features}, {c.name}, node_output={c.node_output}, activation={c.activation!r}, "
+            f"bias={c.bias}, neurons={c.neurons}, active={c.active_neurons}"
+        )
+
+    @classmethod
+    def from_published(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        depth: int | None = None,
+        activation: Activation | None = None,
+        **options: Any,
+    ) -> Self:
+        """Layer from a published state dict, dtype kept.
+
+        UltraFastBERT: `linear_in.weight`, `linear_in.bias` (optional), `linear_out.weight`; needs `depth` (turns),
+        trees follow from the shape. fastfeedforward: `node_weights`, `node_biases`, `w1s`, `b1s`, `w2s`, `b2s`; routes hard.
+        activation: default gelu for the first and relu for the second, as published. options: as for FFF.
+        Raises CheckpointError naming a missing, extra or misshapen tensor, or an unknown layout.
+        Source: pbelcak/UltraFastBERT and pbelcak/fastfeedforward.
+        """
+        if "linear_in.weight" in state_dict:
+            arguments, weights = _read_ultrafastbert(state_dict, depth)
+        elif "w1s" in state_dict and "w2s" in state_dict:
+            arguments, weights = _read_fastfeedforward(state_dict, depth)
+        else:
+            raise CheckpointError(
+                f"unknown layout: keys {sorted(state_dict)} hold neither linear_in.weight nor w1s and w2s"
+            )
+        if activation is not None:
+            arguments["activation"] = activation
+        dtype = next(iter(weights.values())).dtype
+        layer = cls(**{**arguments, "dtype": dtype, **options})
+        with torch.no_grad():
+            for name, value in weights.items():
+                getattr(layer, name).copy_(value)
+        return layer
+
+
+def _parameter(shape: tuple[int, ...] | None, make: dict[str, Any]) -> nn.Parameter | None:
+    return None if shape is None else nn.Parameter(torch.empty(shape, **make))
+
+
+def _check_surrogate(surrogate: str | None, region_leak: float, config: TreeConfig) -> None:
+    if surrogate not in (None, "straight_through", "soft"):
+        raise ValueError(f"surrogate {surrogate!r} is not None, 'straight_through' or 'soft'")
+    if surrogate == "soft" and (config.node_output or config.gate is not None):
+        raise ShapeError(
+            f"surrogate 'soft' needs node_output=False and gate=None, got {config.node_output} and {config.gate!r}"
+        )
+    if not 0.0 <= region_leak <= 0.5:
+        raise ValueError(f"region_leak {region_leak} is not in [0, 0.5]")
+
+
+def _add_counts(counts: Tensor, leaf: Tensor) -> None:
+    trees, leaves = counts.shape
+    index = (leaf.reshape(-1, trees) + torch.arange(trees, device=leaf.device) * leaves).flatten()
+    counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
+
+
+def _read_ultrafastbert(state: Mapping[str, Tensor], depth: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    _check_keys(state, {"linear_in.weight", "linear_out.weight"}, {"linear_in.bias"})
+    if depth is None:
+        raise CheckpointError("the UltraFastBERT layout does not hold its depth: pass depth=")
+    w_in, w_out = state["linear_in.weight"], state["linear_out.weight"]
+    per_tree = 2 ** (depth + 1) - 1
+    rows, in_features = _matrix("linear_in.weight", w_in)
+    out_features, _ = _matrix("linear_out.weight", w_out)
+    if rows % per_tree:
+        raise CheckpointError(f"linear_in.weight has {rows} rows, expected a multiple of {per_tree} for depth {depth}")
+    _check_shape("linear_out.weight", w_out, (out_features, rows))
+    trees = rows // per_tree
+    weights = {
+        "w_in": w_in.reshape(trees, per_tree, in_features),
+        "w_out": w_out.t().reshape(trees, per_tree, out_features),
+    }
+    bias = state.get("linear_in.bias")
+    if bias is not None:
+        _check_shape("linear_in.bias", bias, (rows,))
+        weights["b_in"] = bias.reshape(trees, per_tree)
+    arguments = {"in_features": in_features, "out_features": out_features, "depth": depth, "trees": trees}
+    return {**arguments, "bias": bias is not None}, weights
+
+
+def _read_fastfeedforward(state: Mapping[str, Tensor], depth: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    counters = {"node_usage", "leaf_usage", "depth"}
+    _check_keys(state, {"w1s", "b1s", "w2s", "b2s"}, {"node_weights", "node_biases", *counters})
+    w1s, w2s = state["w1s"], state["w2s"]
+    if w1s.dim() != 3 or w2s.dim() != 3:
+        raise CheckpointError(f"w1s {tuple(w1s.shape)} and w2s {tuple(w2s.shape)} need three dimensions each")
+    leaves, in_features, leaf_width = w1s.shape
+    if "depth" in state:
+        stored = int(state["depth"].item())
+        if depth not in (None, stored):
+            raise CheckpointError(f"depth {depth} does not match the stored depth {stored}")
+        depth = stored
+    elif depth is None:
+        depth = leaves.bit_length() - 1
+    nodes = 2**depth - 1
+    out_features = w2s.shape[2]
+    _check_shape("w1s", w1s, (2**depth, in_features, leaf_width))
+    _check_shape("w2s", w2s, (leaves, leaf_width, out_features))
+    _check_shape("b1s", state["b1s"], (leaves, leaf_width))
+    _check_shape("b2s", state["b2s"], (leaves, out_features))
+    node_weights = _node_tensor(state, "node_weights", (nodes, in_features), w1s)
+    node_biases = _node_tensor(state, "node_biases", (nodes, 1), w1s)
+    weights = {
+        "w_in": torch.cat((node_weights, w1s.transpose(1, 2).reshape(-1, in_features))).unsqueeze(0),
+        "b_in": torch.cat((node_biases.flatten(), state["b1s"].flatten())).unsqueeze(0),
+        "w_out": w2s.reshape(1, -1, out_features),
+        "b_out": state["b2s"].unsqueeze(0),
+    }
+    arguments = {
+        "in_features": in_features,
+        "out_features": out_features,
+        "depth": depth,
+        "leaf_width": leaf_width,
+        "node_output": False,
+        "activation": "relu",
+        "bias": True,
+    }
+    return arguments, weights
+
+
+def _node_tensor(state: Mapping[str, Tensor], name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+    if shape[0] == 0:  # savers drop tensors without elements
+        return like.new_empty(shape)
+    if name not in state:
+        raise CheckpointError(f"missing tensor {name} {shape}")
+    _check_shape(name, state[name], shape)
+    return state[name]
+
+
+def _check_keys(state: Mapping[str, Tensor], needed: set[str], optional: set[str]) -> None:
+    for problem, names in (("missing", needed - set(state)), ("unexpected", set(state) - needed - optional)):
+        if names:
+            raise CheckpointError(f"{problem} tensor {', '.join(sorted(names))}")
+
+
+def _matrix(name: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.dim() != 2:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, expected two dimensions")
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")

@@ -1,0 +1,272 @@
+"""Checks, dispatch and the registered op: the one door to every backend.
+
+`forward` validates once and picks a backend. `reference` is differentiated by autograd itself. The kernels sit behind
+one registered op, `fastff::forward`, with its backward `fastff::backward`, so that they compile, export and train.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastff.errors import BackendUnavailable, ShapeError
+from fastff.ops import reference
+from fastff.ops.reference import Routed
+from fastff.tree import TreeConfig
+
+BACKENDS = ("reference", "native", "triton")
+_KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
+_forced: ContextVar[str | None] = ContextVar("fastff_backend", default=None)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, `reference` first."""
+    return tuple(name for name in BACKENDS if why_unavailable(name) is None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every layer within the block on the named backend. Raises BackendUnavailable if it cannot run here."""
+    reason = why_unavailable(name)
+    if reason is not None:
+        raise BackendUnavailable(reason)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def why_unavailable(name: str) -> str | None:
+    """The reason why a backend cannot run on this machine, None if it can."""
+    if name == "reference":
+        return None
+    if name not in _KERNEL_MODULES:
+        return f"backend {name!r} is not one of {', '.join(BACKENDS)}"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "backend 'triton' needs the package triton, which is not installed"
+    reason: str | None = kernels(name).why_unavailable()
+    return reason
+
+
+def kernels(name: str) -> ModuleType:
+    """The module of a kernel backend: `why_unavailable()`, `why_not(x, config)`, `forward(...)`, `backward(...)`."""
+    try:
+        return importlib.import_module(_KERNEL_MODULES[name])
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(f"backend {name!r} is not part of this build: {error}") from error
+
+
+def forward(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    config: TreeConfig,
+    backend: str | None = None,
+) -> Routed:
+    """Conditional feedforward: only the neurons on each row's path are computed.
+
+    x: (..., in_features); w_in: (trees, in_rows, in_features); b_in: (trees, in_rows) or None;
+    w_out: (trees, out_rows, out_features); b_out: (trees, leaves, out_features) or None.
+    backend: a name of `available_backends()`, or None to choose by device and dtype.
+    Returns Routed(y (..., out_features), leaf (..., trees) int64, margin (...)); gradients flow through y.
+    Raises ShapeError; BackendUnavailable if `backend` is named and cannot run.
+    Source: Belcak & Wattenhofer 2023, arXiv:2311.10770.
+    """
+    check_shapes(x, w_in, b_in, w_out, b_out, config=config)
+    name = backend or _forced.get()
+    out_dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_in, b_in, w_out, b_out = _autocast(x, w_in, b_in, w_out, b_out)
+    check_dtypes(x, w_in, b_in, w_out, b_out)
+    name = resolve(name, x, config)
+    rows = x.reshape(-1, config.in_features)
+    if name == "reference":
+        y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)
+    else:
+        y, leaf, margin, _ = torch.ops.fastff.forward(rows, w_in, b_in, w_out, b_out, *_flat(config), name)
+    lead = x.shape[:-1]
+    return Routed(y.to(out_dtype).reshape(*lead, config.out_features), leaf.reshape(*lead, -1), margin.reshape(lead))
+
+
+def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
+    """The backend that will run: the one named, or the first kernel that can take this input, or the reference."""
+    if name is not None:
+        reason = why_unavailable(name)
+        if reason is None and name != "reference":
+            reason = kernels(name).why_not(x, config)
+        if reason is not None:
+            raise BackendUnavailable(reason)
+        return name
+    candidate = "triton" if x.device.type == "cuda" else "native"
+    if why_unavailable_cached(candidate) is None and kernels(candidate).why_not(x, config) is None:
+        return candidate
+    return "reference"
+
+
+_unavailable: dict[str, str | None] = {}
+
+
+def why_unavailable_cached(name: str) -> str | None:
+    """`why_unavailable`, asked once a process; the answer for a kernel backend that is not built is a reason too."""
+    if name not in _unavailable:
+        try:
+            _unavailable[name] = why_unavailable(name)
+        except BackendUnavailable as error:
+            _unavailable[name] = str(error)
+    return _unavailable[name]
+
+
+def check_shapes(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
+) -> None:
+    """Raise ShapeError unless every tensor has the shape that `config` asks for."""
+    if x.dim() == 0 or x.shape[-1] != config.in_features:
+        seen = "a scalar" if x.dim() == 0 else f"in_features {x.shape[-1]} (shape {tuple(x.shape)})"
+        raise ShapeError(f"{seen} does not match in_features {config.in_features}")
+    for label, tensor, shape in (
+        ("w_in", w_in, config.shape_of_w_in),
+        ("b_in", b_in, config.shape_of_b_in),
+        ("w_out", w_out, config.shape_of_w_out),
+        ("b_out", b_out, config.shape_of_b_out),
+    ):
+        seen_shape = None if tensor is None else tuple(tensor.shape)
+        if seen_shape != shape:
+            raise ShapeError(f"{label} {seen_shape} does not match {shape}")
+
+
+def check_dtypes(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None) -> None:
+    """Raise ShapeError unless all tensors share x's floating dtype and its device."""
+    if not x.dtype.is_floating_point:
+        raise ShapeError(f"x is {x.dtype}, expected a floating dtype")
+    for label, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ShapeError(f"{label} is {tensor.dtype}, x is {x.dtype}: expected one dtype")
+        if tensor.device != x.device:
+            raise ShapeError(f"{label} is on {tensor.device}, x is on {x.device}: expected one device")
+
+
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
+    # On the CPU the kernels work in fp32 and gain nothing from casting 25 MB of weights down; a GPU's matrix units do.
+    dtype = torch.float32 if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
+
+
+# The registered op. A schema carries no dataclass, so a config travels as its fields, in this order.
+_FIELDS = ("depth", "trees", "leaf_width", "node_output", "activation", "gate", "tau")
+_CONFIG_SCHEMA = "int depth, int trees, int leaf_width, bool node_output, str activation, str gate, float tau"
+_WEIGHTS_SCHEMA = "Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out"
+
+torch.library.define(
+    "fastff::forward",
+    f"(Tensor x, {_WEIGHTS_SCHEMA}, {_CONFIG_SCHEMA}, str backend)"
+    " -> (Tensor y, Tensor leaf, Tensor margin, Tensor scores)",
+)
+torch.library.define(
+    "fastff::backward",
+    f"(Tensor grad_y, Tensor x, {_WEIGHTS_SCHEMA}, Tensor leaf, Tensor scores, {_CONFIG_SCHEMA}, str backend)"
+    " -> (Tensor grad_x, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)",
+)
+
+
+def _flat(config: TreeConfig) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) or "" if name == "gate" else getattr(config, name) for name in _FIELDS)
+
+
+def _config(x: Tensor, w_out: Tensor, bias: bool, flat: tuple[Any, ...]) -> TreeConfig:
+    fields = dict(zip(_FIELDS, flat, strict=True))
+    fields["gate"] = fields["gate"] or None
+    return TreeConfig(in_features=x.shape[-1], out_features=w_out.shape[-1], bias=bias, **fields)
+
+
+def _forward_impl(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *flat_and_backend: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *flat, backend = flat_and_backend
+    config = _config(x, w_out, b_in is not None, tuple(flat))
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels(backend).forward(x, w_in, b_in, w_out, b_out, config=config)
+    return result
+
+
+def _backward_impl(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    leaf: Tensor,
+    scores: Tensor,
+    *flat_and_backend: Any,
+) -> tuple[Tensor, ...]:
+    *flat, backend = flat_and_backend
+    config = _config(x, w_out, b_in is not None, tuple(flat))
+    grads: tuple[Tensor, ...] = kernels(backend).backward(
+        grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config
+    )
+    return grads
+
+
+def _forward_fake(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *flat_and_backend: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    depth, trees, leaf_width, _, activation = flat_and_backend[:5]
+    rows, path_scores = x.shape[0], depth + leaf_width * (2 if activation == "swiglu" else 1)
+    return (
+        x.new_empty(rows, w_out.shape[-1]),
+        x.new_empty(rows, trees, dtype=torch.int64),
+        x.new_empty(rows),
+        x.new_empty(rows, trees, path_scores),
+    )
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    def like(tensor: Tensor | None) -> Tensor:
+        return x.new_empty(0) if tensor is None else x.new_empty(tensor.shape)
+
+    return like(x), like(w_in), like(b_in), like(w_out), like(b_out)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, b_in, w_out, b_out, *ctx.flat_and_backend = inputs
+    _, leaf, margin, scores = output
+    ctx.mark_non_differentiable(leaf, margin, scores)
+    ctx.save_for_backward(x, w_in, b_in, w_out, b_out, leaf, scores)
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, w_in, b_in, w_out, b_out, leaf, scores = ctx.saved_tensors
+    grads = torch.ops.fastff.backward(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, *ctx.flat_and_backend)
+    given = (x, w_in, b_in, w_out, b_out)
+    kept = tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
+    return (*kept, *(None for _ in ctx.flat_and_backend))
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("fastff::forward", _device, _forward_impl)
+    torch.library.impl("fastff::backward", _device, _backward_impl)
+torch.library.register_fake("fastff::forward", _forward_fake)
+torch.library.register_fake("fastff::backward", _backward_fake)
+torch.library.register_autograd("fastff::forward", _autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,158 @@
+"""Shape and cost arithmetic of a conditional feedforward layer, on plain integers.
+
+Node `k` of a tree has the children `2k + 1` (left) and `2k + 2` (right); level `d` of a tree occupies the heap
+indices `[2**d - 1, 2**(d + 1) - 1)`. After `depth` turns a row is at leaf `heap index - (2**depth - 1)`.
+Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fastff.errors import ShapeError
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu"]
+Gate = Literal["boundary"]
+
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+MAX_DEPTH = 24
+ADDRESSABLE_BYTES = 2**47  # user space of a 64-bit process
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeConfig:
+    """Everything about a layer but its weights.
+
+    in_features, out_features  widths of a row before and after the layer
+    depth        turns from root to leaf, 0 to 24
+    trees        trees that read the same input; their outputs are summed
+    leaf_width   neurons of a leaf
+    node_output  routing nodes on the path are neurons too (UltraFastBERT) or only route (FFF 2023)
+    activation   gelu (exact), gelu_tanh, relu, silu, identity, or swiglu (leaves only, so node_output=False)
+    gate         None, or "boundary": a factor `tanh(|score| / tau)` from each ancestor on all that hangs below it
+    tau          scale of the gate, in score units
+    bias         whether the layer has b_in (and, with node_output=False, b_out)
+
+    Raises ShapeError (a ValueError) for a value outside its range.
+    """
+
+    in_features: int
+    out_features: int
+    depth: int
+    trees: int = 1
+    leaf_width: int = 1
+    node_output: bool = True
+    activation: Activation = "gelu"
+    gate: Gate | None = None
+    tau: float = 0.5
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "out_features", "trees", "leaf_width"):
+            _check_int(name, getattr(self, name), 1, None)
+        _check_int("depth", self.depth, 0, MAX_DEPTH)
+        if self.activation not in ACTIVATIONS:
+            raise ShapeError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.gate not in (None, "boundary"):
+            raise ShapeError(f"gate {self.gate!r} is not None or 'boundary'")
+        if self.activation == "swiglu" and self.node_output:
+            raise ShapeError("activation 'swiglu' needs node_output=False, got node_output=True")
+        if not 0.0 < self.tau < float("inf"):
+            raise ShapeError(f"tau {self.tau} is not a positive finite number")
+        largest = self.trees * max(self.in_rows * self.in_features, self.out_rows * self.out_features) * 8
+        if largest > ADDRESSABLE_BYTES:
+            raise ShapeError(f"a weight of {largest} bytes is more than can be addressed, {ADDRESSABLE_BYTES}")
+
+    @property
+    def nodes(self) -> int:
+        """Routing nodes of a tree."""
+        return int(2**self.depth - 1)
+
+    @property
+    def leaves(self) -> int:
+        """Leaves of a tree."""
+        return int(2**self.depth)
+
+    @property
+    def levels(self) -> int:
+        """Nodes and leaf on one path."""
+        return self.depth + 1
+
+    @property
+    def gated_pair(self) -> bool:
+        """Whether a leaf neuron has two input rows (swiglu)."""
+        return self.activation == "swiglu"
+
+    @property
+    def leaf_in_rows(self) -> int:
+        """Rows of w_in that belong to one leaf."""
+        return self.leaf_width * (2 if self.gated_pair else 1)
+
+    @property
+    def in_rows(self) -> int:
+        """Rows of w_in in a tree: nodes in heap order, then the leaves."""
+        return self.nodes + self.leaves * self.leaf_in_rows
+
+    @property
+    def out_rows(self) -> int:
+        """Rows of w_out in a tree: nodes too if node_output, then the leaf neurons."""
+        return (self.nodes if self.node_output else 0) + self.leaves * self.leaf_width
+
+    @property
+    def path_scores(self) -> int:
+        """Scores a row computes in one tree: depth turns, then the rows of its leaf."""
+        return self.depth + self.leaf_in_rows
+
+    @property
+    def neurons(self) -> int:
+        """Neurons stored, over all trees."""
+        return self.trees * self.out_rows
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons evaluated for one row, over all trees."""
+        return self.trees * (self.depth * self.node_output + self.leaf_width)
+
+    @property
+    def routing_scores(self) -> int:
+        """Scores that decide a turn of one row, over all trees."""
+        return self.trees * self.depth
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's matrix work, routing included (a multiply and an add are two)."""
+        scores = self.trees * self.path_scores * self.in_features
+        outputs = self.active_neurons * self.out_features
+        return 2 * (scores + outputs)
+
+    @property
+    def shape_of_w_in(self) -> tuple[int, int, int]:
+        return (self.trees, self.in_rows, self.in_features)
+
+    @property
+    def shape_of_w_out(self) -> tuple[int, int, int]:
+        return (self.trees, self.out_rows, self.out_features)
+
+    @property
+    def shape_of_b_in(self) -> tuple[int, int] | None:
+        """None without bias."""
+        return (self.trees, self.in_rows) if self.bias else None
+
+    @property
+    def shape_of_b_out(self) -> tuple[int, int, int] | None:
+        """None without bias, and with node_output=True, where no leaf has an output bias."""
+        return (self.trees, self.leaves, self.out_features) if self.bias and not self.node_output else None
+
+    @property
+    def name(self) -> str:
+        """`1x11` for one tree of depth 11; leaf width, swiglu and gate are appended when they are not the default."""
+        leaf = f"-leaf{self.leaf_width}" if self.leaf_width > 1 else ""
+        return f"{self.trees}x{self.depth}{leaf}{'-swiglu' if self.gated_pair else ''}{'-gate' if self.gate else ''}"
+
+
+def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ShapeError(f"{name} {value!r} is not an integer")
+    if value < low or (high is not None and value > high):
+        raise ShapeError(f"{name} {value} is not {'at least ' + str(low) if high is None else f'{low} to {high}'}")
