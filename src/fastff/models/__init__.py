@@ -1,0 +1,31 @@
+"""Transformers models whose feedforward layers are conditional, registered with the Auto classes by this import.
+
+`import fastff` alone does not import this module: it needs the extra `models`.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from fastff.models.feedforward import DenseFeedforward, build_feedforward
+from fastff.models.ultrafastbert.checkpoint import convert_published
+from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
+from fastff.models.ultrafastbert.modeling import (
+    UltraFastBertForMaskedLM,
+    UltraFastBertForSequenceClassification,
+    UltraFastBertModel,
+)
+
+__all__ = [
+    "DenseFeedforward",
+    "UltraFastBertConfig",
+    "UltraFastBertForMaskedLM",
+    "UltraFastBertForSequenceClassification",
+    "UltraFastBertModel",
+    "build_feedforward",
+    "convert_published",
+]
+
+AutoConfig.register(UltraFastBertConfig.model_type, UltraFastBertConfig)
+AutoConfig.register(CrammedBertConfig.model_type, CrammedBertConfig)
+AutoModel.register(UltraFastBertConfig, UltraFastBertModel)
+AutoModelForMaskedLM.register(UltraFastBertConfig, UltraFastBertForMaskedLM)
+AutoModelForSequenceClassification.register(UltraFastBertConfig, UltraFastBertForSequenceClassification)

@@ -1,0 +1,131 @@
+"""The feedforward layer of one transformer block, built from its description in a model's configuration.
+
+A description is a dict with `kind` and the options of that kind:
+
+fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`, `activation`, `gate`, `tau`, `bias`,
+       `surrogate`, `region_leak`, with the meaning and the defaults of `fastff.FFF`
+dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
+none   no feedforward at all: the control that shows what attention does alone
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastff.errors import ShapeError
+from fastff.layers import FFF
+from fastff.ops.reference import activate
+
+GATED_ACTIVATIONS = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
+DENSE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED_ACTIVATIONS)
+
+_NOT_DESCRIBED = ("self", "in_features", "out_features", "backend", "device", "dtype")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fff": {
+        name: parameter.default
+        for name, parameter in inspect.signature(FFF.__init__).parameters.items()
+        if name not in _NOT_DESCRIBED
+    },
+    "dense": {"intermediate_size": inspect.Parameter.empty, "activation": "gelu", "bias": False},
+    "none": {},
+}
+
+
+class DenseFeedforward(nn.Module):
+    """Ordinary feedforward `Linear -> activation -> Linear`, every neuron for every row.
+
+    in_features        width of a row, before and after
+    intermediate_size  neurons; a neuron of a gated activation (geglu, reglu, swiglu) has two input rows
+    activation         one of DENSE_ACTIVATIONS
+    bias               whether both projections have one
+
+    Shapes: (..., in_features) to (..., in_features). `linear_in.weight` holds all gate rows, then all value rows.
+    Raises ShapeError for a size that is not positive, ValueError for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        intermediate_size: int,
+        activation: str = "gelu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(intermediate_size, bool) or not isinstance(intermediate_size, int) or intermediate_size < 1:
+            raise ShapeError(f"intermediate_size {intermediate_size!r} is not an integer of at least 1")
+        if activation not in DENSE_ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is not one of {', '.join(DENSE_ACTIVATIONS)}")
+        in_rows = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)
+        self.activation = activation
+        self.linear_in = nn.Linear(in_features, in_rows, bias=bias, device=device)
+        self.linear_out = nn.Linear(intermediate_size, in_features, bias=bias, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.linear_in(x)
+        if self.activation in GATED_ACTIVATIONS:
+            gate, value = scores.chunk(2, dim=-1)
+            value = activate(gate, GATED_ACTIVATIONS[self.activation]) * value
+        else:
+            value = activate(scores, self.activation)
+        y: Tensor = self.linear_out(value)
+        return y
+
+    @property
+    def neurons(self) -> int:
+        """Neurons stored."""
+        return self.linear_out.in_features
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons evaluated for one row: all of them."""
+        return self.neurons
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's matrix work (a multiply and an add are two)."""
+        return 2 * (self.linear_in.weight.numel() + self.linear_out.weight.numel())
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, neurons={self.neurons}"
+
+
+def build_feedforward(
+    description: Mapping[str, Any], hidden_size: int, *, device: torch.device | str | None = None
+) -> FFF | DenseFeedforward | None:
+    """The layer that `description` describes, for rows of `hidden_size`; None for the kind "none".
+
+    Raises ShapeError for a size out of range, ValueError for an unknown kind, option or value.
+    """
+    options = complete(description)
+    kind = options.pop("kind")
+    if kind == "fff":
+        return FFF(hidden_size, **options, device=device)
+    if kind == "dense":
+        return DenseFeedforward(hidden_size, **options, device=device)
+    return None
+
+
+def complete(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with every default written out. Raises ValueError for an unknown kind or option."""
+    if not isinstance(description, Mapping):
+        raise ValueError(f"feedforward {description!r} is not a dict with 'kind' and options")
+    kind = description.get("kind")
+    if kind not in _DEFAULTS:
+        raise ValueError(f"feedforward kind {kind!r} is not one of {', '.join(_DEFAULTS)}")
+    known = _DEFAULTS[kind]
+    given = {name: value for name, value in description.items() if name != "kind"}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"feedforward kind {kind!r} has no option {name!r}, only {', '.join(known) or 'none'}")
+    options = {**known, **given}
+    for name, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"feedforward kind {kind!r} needs the option {name!r}")
+    return {"kind": kind, **options}

@@ -1,0 +1,1 @@
+"""UltraFastBERT: the cramming BERT with a conditional or a dense feedforward in each layer."""

@@ -1,0 +1,174 @@
+"""Strict reading of model directories: our own layout and the published one.
+
+A published directory holds `config.json` with `model_type` "crammedBERT", or the flat `model_config.json`, beside
+`model.safetensors` or `pytorch_model.bin`; `fastff.models.ultrafastbert.published` checks and renames its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from fastff.errors import CheckpointError
+from fastff.models.ultrafastbert import published
+from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
+
+_HEADS = frozenset(
+    f"{name}.{part}" for name in ("decoder", "pooler.dense", "classifier") for part in ("weight", "bias")
+)
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+Source = str | os.PathLike[str]
+
+
+def load(
+    transformers_load: Callable[..., Any],
+    source: Source,
+    *model_args: Any,
+    config: Any = None,
+    output_loading_info: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load a model through `transformers_load`, the `from_pretrained` of its class, from either layout.
+
+    Returns the model, or with output_loading_info the model and what Transformers reports. Raises CheckpointError.
+    """
+    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    options: dict[str, Any] = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    config_file, content = _read_config(source, hub)
+    if content is not None and published.is_published(content):
+        _, read_config, state = _read_published(source, content, hub)
+        if config is None:
+            config = config_file
+            options["vocab_size"] = read_config.vocab_size
+        model, info = transformers_load(None, *model_args, config=config, state_dict=state, **options)
+        model.name_or_path = model.config.name_or_path = str(source)
+    else:
+        _check_model_type(source, content, config)
+        try:
+            model, info = transformers_load(source, *model_args, config=config, **options)
+        except SafetensorError as error:
+            raise CheckpointError(f"{source} holds weights that cannot be read: {error}") from error
+    _check_loaded(source, model, info, ignore_mismatched_sizes)
+    return (model, info) if output_loading_info else model
+
+
+def convert_published(source: Source, target: Source) -> Path:
+    """Write a published checkpoint, with its tokenizer files if it has any, as a directory in our own layout.
+
+    source: a directory or a Hub name; target: a directory, made if needed. Returns the path of target.
+    Raises CheckpointError, before anything is written, if source is not a published checkpoint or not a sound one.
+    """
+    _, content = _read_config(source, {})
+    if content is None or not published.is_published(content):
+        raise CheckpointError(f"{source} is not in the published layout, model_type {published.MODEL_TYPE!r}")
+    kind, config, state = _read_published(source, content, {})
+    state.pop("decoder.weight", None)  # tied to the embedding
+    config.architectures = [published.OWN_CLASSES[kind]]
+    path = Path(target)
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    for name in _TOKENIZER_FILES:
+        found = _locate(source, name, {})
+        if found is not None:
+            shutil.copyfile(found, path / name)
+    return path
+
+
+def _locate(source: Source, name: str, hub: dict[str, Any]) -> str | None:
+    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return found
+
+
+def _read_config(source: Source, hub: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+    """Path and content of the configuration file, None if there is none."""
+    path = _locate(source, "config.json", hub) or _locate(source, "model_config.json", hub)
+    if path is None:
+        return None, None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+    return path, content
+
+
+def _check_model_type(source: Source, content: dict[str, Any] | None, config: Any) -> None:
+    if content is None and config is not None:
+        return
+    if content is None:
+        raise CheckpointError(f"{source} holds neither config.json nor model_config.json")
+    found, known = content.get("model_type"), UltraFastBertConfig.model_type
+    if found != known:
+        raise CheckpointError(f"{source} has model_type {found!r}, expected {known!r} or {published.MODEL_TYPE!r}")
+
+
+def _read_published(
+    source: Source, content: dict[str, Any], hub: dict[str, Any]
+) -> tuple[str, UltraFastBertConfig, dict[str, Tensor]]:
+    """The published class, its configuration in our terms and its tensors under our names."""
+    arguments = published.translated(content)
+    state = _read_weights(source, hub)
+    arguments.setdefault("vocab_size", published.vocab_size(state))
+    try:
+        config = UltraFastBertConfig.from_dict(arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} has a configuration that no model fits: {error}") from error
+    kind = published.class_of(state, content)
+    return kind, config, published.state_of(state, config, kind)
+
+
+def _read_weights(source: Source, hub: dict[str, Any]) -> dict[str, Tensor]:
+    path = _locate(source, "model.safetensors", hub)
+    read: Callable[[str], Any] = load_file
+    if path is None:
+        path, read = _locate(source, "pytorch_model.bin", hub), _load_pickle
+    if path is None:
+        raise CheckpointError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
+    try:
+        state = read(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} does not hold a dict of tensors")
+    return state
+
+
+def _load_pickle(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_loaded(source: Source, model: PreTrainedModel, info: dict[str, Any], allow_mismatched: bool) -> None:
+    missing, unexpected, mismatched = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    heads = {name for name in model.state_dict() if name in _HEADS} - set(model.all_tied_weights_keys)
+    problems = [
+        *_named("missing", missing - (heads if heads <= missing else set())),
+        *_named("unexpected", unexpected - (_HEADS - heads)),
+    ]
+    if not allow_mismatched:
+        problems += (
+            f"{name} has shape {tuple(found)}, expected {tuple(expected)}" for name, found, expected in mismatched
+        )
+    if problems:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _named(what: str, names: Iterable[str]) -> list[str]:
+    listed = sorted(names)
+    return [f"{what} {', '.join(listed)}"] if listed else []

@@ -1,0 +1,374 @@
+"""UltraFastBERT models: pre-norm encoder, scaled sinusoidal positions, any feedforward of `fastff.models.feedforward`.
+
+Shapes  input_ids (batch, length) int64, hidden states (batch, length, hidden_size).
+Source  Belcak & Wattenhofer 2023, arXiv:2311.10770; Geiping & Goldstein 2022, arXiv:2212.14034 (the cramming recipe).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from fastff.errors import ShapeError
+from fastff.layers import FFF
+from fastff.models.feedforward import build_feedforward
+from fastff.models.ultrafastbert import checkpoint
+from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Positions (length, width): even columns sine, odd columns cosine, of position / 10000**(column / width).
+
+    In float32 as in the published models, whose weights were trained against these roundings.
+    """
+    position = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    angle = position * torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out. query, key, value (batch, heads, length, head width); attention_mask is added to scores.
+
+    Returns the output (batch, length, heads, head width) and the weights (batch, heads, length, length).
+    """
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Embeddings(nn.Module):
+    """Word embedding plus scaled positions, normalised."""
+
+    position_table: Tensor
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_scale = nn.Parameter(torch.empty(1))
+        table = sinusoids(config.max_position_embeddings, config.hidden_size)
+        self.register_buffer("position_table", table, persistent=False)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """words (batch, length, hidden_size) to the same shape. Raises ShapeError when there are too many positions."""
+        length, longest = words.shape[1], self.position_table.shape[0]
+        if length > longest:
+            raise ShapeError(f"length {length} is more than max_position_embeddings {longest}")
+        positions = (self.position_scale * self.position_table[:length]).to(words.dtype)
+        embedded: Tensor = self.dropout(self.norm(words + positions))
+        return embedded
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over both directions. `qkv.weight` holds all q rows, all k rows, all v rows."""
+
+    is_causal = False
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.heads = config.num_attention_heads
+        self.scaling = (width // self.heads) ** -0.5
+        self.dropout = config.attention_probs_dropout_prob
+        qkv_bias = config.attention_bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.output = nn.Linear(width, width, bias=config.attention_bias)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """hidden (batch, length, hidden_size); mask as the attention implementation wants it, or None.
+
+        Returns the output, shaped like hidden, and the attention weights if the implementation has them.
+        """
+        qkv = self.qkv(hidden).unflatten(-1, (3, self.heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        context, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return self.output(context.flatten(2)), weights
+
+
+class Layer(GradientCheckpointingLayer):
+    """One block: attention, then feedforward, each normalised before and added to what came in."""
+
+    def __init__(self, config: UltraFastBertConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.feedforward = build_feedforward(config.feedforward_of(index), config.hidden_size)
+        if self.feedforward is not None:
+            self.feedforward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """hidden (batch, length, hidden_size) to the same shape, and the attention weights if there are any."""
+        attended, weights = self.attention(self.attention_norm(hidden), mask)
+        hidden = hidden + self.dropout(attended)
+        if self.feedforward is not None:
+            hidden = hidden + self.dropout(self.feedforward(self.feedforward_norm(hidden)))
+        return hidden, weights
+
+
+class Pooler(nn.Module):
+    """One vector (batch, head_dim) for a sequence; `config.pooler` says of which positions."""
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__()
+        self.kind = config.pooler
+        self.dense = nn.Linear(config.hidden_size, config.head_dim)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """hidden (batch, length, hidden_size), attention_mask (batch, length) or None."""
+        if self.kind == "zero_index":
+            pooled = hidden[:, 0]
+        elif self.kind == "avg" or attention_mask is None:
+            pooled = hidden.mean(1)
+        else:
+            kept = attention_mask.to(hidden.dtype).unsqueeze(-1)
+            pooled = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+        vector: Tensor = self.dropout(self.dense(pooled).tanh())
+        return vector
+
+
+class UltraFastBertPreTrainedModel(PreTrainedModel):
+    """What the three models share: initialisation and strict loading."""
+
+    config: UltraFastBertConfig
+    config_class = UltraFastBertConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("Embeddings", "Layer")
+
+    def __init__(self, config: UltraFastBertConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FFF):
+            if self.config.feedforward_init == "fan_in":
+                module.reset_parameters()
+            else:
+                self._init_published(module)
+            module.reset_usage()
+        elif isinstance(module, Embeddings):
+            initialization.constant_(module.position_scale, self.config.hidden_size**-0.5)
+            initialization.copy_(module.position_table, sinusoids(*module.position_table.shape))
+        else:
+            super()._init_weights(module)
+
+    def _init_published(self, layer: FFF) -> None:
+        for weight in (layer.w_in, layer.w_out):
+            initialization.normal_(weight, std=self.config.initializer_range)
+        for bias in (layer.b_in, layer.b_out):
+            if bias is not None:
+                initialization.zeros_(bias)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """As in Transformers, and also from the published layout of pbelcak/UltraFastBERT-1x11-long; but strict.
+
+        A head that the checkpoint does not have at all starts anew, and the head of another task is dropped. Any other
+        missing, extra or misshapen tensor (unless ignore_mismatched_sizes=True), a file that cannot be read and an
+        unknown layout raise CheckpointError.
+        """
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None:
+            return load(None, *model_args, **kwargs)
+        return checkpoint.load(load, pretrained_model_name_or_path, *model_args, **kwargs)
+
+
+class UltraFastBertModel(UltraFastBertPreTrainedModel):
+    """The encoder. Raises ShapeError or ValueError from its configuration."""
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutput:
+        """Hidden states (batch, length, hidden_size) of input_ids (batch, length) int64.
+
+        attention_mask   (batch, length), 0 where a position is padding; None is the fast path without a mask
+        token_type_ids   accepted, because tokenizers give them, and not used: the model has no segments
+        inputs_embeds    (batch, length, hidden_size), in place of input_ids
+        output_hidden_states  also return the embedding, each layer's output and, last, the normalised output
+        output_attentions     also return each layer's weights (batch, heads, length, length); needs
+                              attn_implementation="eager"
+
+        Raises ShapeError for a mask of another shape or too many positions, ValueError for inputs that contradict.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.shape != words.shape[:2]:
+            raise ShapeError(f"attention_mask {tuple(attention_mask.shape)} is not {tuple(words.shape[:2])}")
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        if keep_weights and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation 'eager', got {self.config._attn_implementation!r}"
+            )
+
+        hidden = self.embeddings(words)
+        mask = create_bidirectional_mask(self.config, hidden, attention_mask)
+        states, attentions = [hidden], []
+        for layer in self.layers:
+            hidden, weights = layer(hidden, mask)
+            states.append(hidden)
+            attentions.append(weights)
+        hidden = self.final_norm(hidden)
+        return BaseModelOutput(
+            last_hidden_state=hidden,
+            hidden_states=(*states[: len(self.layers)], hidden) if keep_states else None,
+            attentions=tuple(attentions) if keep_weights else None,
+        )
+
+
+class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
+    """The encoder with a decoder tied to the word embedding, without head transform."""
+
+    _tied_weights_keys: ClassVar = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__(config)
+        self.encoder = UltraFastBertModel(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **loss_options: Any,
+    ) -> MaskedLMOutput:
+        """Logits and, with labels, the mean cross-entropy (nats) over the labelled positions.
+
+        labels        (batch, length) int64, -100 where nothing is to be predicted
+        loss_options  as Transformers' loss functions take them, such as num_items_in_batch
+        Other arguments as for UltraFastBertModel.
+
+        logits are (batch, length, vocab_size); with config.sparse_prediction, in training mode and with labels, they
+        are (labelled positions, vocab_size), in the order of the flattened labels.
+        """
+        encoded = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden = encoded.last_hidden_state
+        if labels is not None and self.training and self.config.sparse_prediction:
+            chosen = labels != -100
+            hidden, labels = hidden[chosen], labels[chosen]
+        logits = self.decoder(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+
+class UltraFastBertForSequenceClassification(UltraFastBertPreTrainedModel):
+    """The encoder with a pooler and a linear classifier (or, with one label, a regressor)."""
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = UltraFastBertModel(config)
+        self.pooler = Pooler(config)
+        self.classifier = nn.Linear(config.head_dim, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **loss_options: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, num_labels) and, with labels, the loss.
+
+        labels  (batch,) float for one label: mean squared error; (batch,) int64 classes: cross-entropy;
+                (batch, num_labels) float: binary cross-entropy. config.problem_type, when set, decides.
+        Other arguments as for UltraFastBertForMaskedLM.
+        """
+        encoded = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        logits = self.classifier(self.pooler(encoded.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **loss_options)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
