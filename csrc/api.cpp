@@ -1,0 +1,261 @@
+// The C boundary: checks, errors, and the split of one call's work over threads.
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+#include "internal.h"
+
+namespace fastff {
+namespace {
+
+thread_local std::string last_error;
+
+constexpr double kAddressable = 140737488355328.0;  // 2^47 bytes, the user space of a process
+constexpr int64_t kRowsAPiece = 16;                 // fewer rows are not worth a second thread
+constexpr int64_t kColumnsAPiece = 64;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void need(bool holds, const char* message) {
+  if (!holds) refuse(message);
+}
+void need_in(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high)
+    refuse(std::string(name) + " " + std::to_string(value) + " is not " + std::to_string(low) + " to " +
+           std::to_string(high));
+}
+constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxSize = int64_t{1} << 46;
+
+// Byte ranges, for refusing outputs that overlap inputs.
+struct Range {
+  const char* name;
+  const void* data;
+  int64_t bytes;
+};
+void need_disjoint(std::initializer_list<Range> outputs, const Range& input) {
+  for (const Range& out : outputs) {
+    const auto p = reinterpret_cast<uintptr_t>(out.data), q = reinterpret_cast<uintptr_t>(input.data);
+    if (p && q && p < q + input.bytes && q < p + out.bytes) refuse(std::string(out.name) + " overlaps " + input.name);
+  }
+}
+
+template <class T>
+int32_t forward_plain(const fastff_tree* given, const T* w_in, const T* b_in, const T* w_out, const T* b_out, const T* x,
+                      int64_t rows, const Forward<T>& out, int threads) {
+  return guarded([&] {
+    const Tree tree = checked(given);
+    need(w_in && w_out, "w_in and w_out must not be NULL");
+    need(!b_out || !tree.node_output, "b_out must be NULL with node_output = 1");
+    std::vector<View<T>> views;
+    for (int64_t t = 0; t < tree.trees; ++t) views.push_back(plain_view(tree, t, w_in, b_in, w_out, b_out));
+    forward_rows(tree, views.data(), x, rows, out, threads);
+  });
+}
+
+// Rows sorted by the leaf they reached in tree t; equal leaves keep their order.
+void sort_by_leaf(const Tree& tree, const int64_t* leaf, int64_t rows, std::vector<int32_t>& order) {
+  order.resize(rows);
+  if (tree.leaves() > 4 * rows) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return leaf[a * tree.trees] < leaf[b * tree.trees]; });
+    return;
+  }
+  std::vector<int64_t> start(tree.leaves() + 1);
+  for (int64_t i = 0; i < rows; ++i) ++start[leaf[i * tree.trees] + 1];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  for (int64_t i = 0; i < rows; ++i) order[start[leaf[i * tree.trees]]++] = static_cast<int32_t>(i);
+}
+
+template <class T>
+struct Gradients {
+  T *x, *w_in, *b_in, *w_out, *b_out;
+};
+
+template <class T>
+void zero(T* data, int64_t n, int threads) {
+  if (data) parallel(n, 1 << 18, threads, [&](int64_t b, int64_t e) { std::fill(data + b, data + e, T(0)); });
+}
+
+template <class T>
+void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_out, const T* x, const T* grad_y,
+                    int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad, int threads) {
+  const int64_t in_rows = tree.in_rows(), out_rows = tree.out_rows();
+  zero(grad.w_in, tree.trees * in_rows * tree.in_features, threads);
+  zero(grad.w_out, tree.trees * out_rows * tree.out_features, threads);
+  zero(grad.b_in, tree.trees * in_rows, 1);
+  zero(grad.b_out, tree.trees * tree.leaves() * tree.out_features, threads);
+  std::vector<T> dscore(rows * tree.path_scores()), coef(rows * (tree.path_outputs() + 1));
+  std::vector<int32_t> order;
+  for (int64_t t = 0; t < tree.trees; ++t) {
+    const View<T> view = plain_view<T>(tree, t, w_in, nullptr, w_out, b_out);
+    sort_by_leaf(tree, leaf + t, rows, order);
+    const Backward<T> b = {x,
+                           grad_y,
+                           leaf + t,
+                           scores + t * tree.path_scores(),
+                           order.data(),
+                           dscore.data(),
+                           coef.data(),
+                           grad.x,
+                           t > 0,
+                           grad.w_in ? grad.w_in + t * in_rows * tree.in_features : nullptr,
+                           grad.b_in ? grad.b_in + t * in_rows : nullptr,
+                           grad.w_out ? grad.w_out + t * out_rows * tree.out_features : nullptr,
+                           grad.b_out ? grad.b_out + t * tree.leaves() * tree.out_features : nullptr};
+    const Kernels<T>& k = kernels<T>();
+    parallel(rows, kRowsAPiece, threads, [&](int64_t from, int64_t to) { k.backward_rows(tree, view, b, from, to); });
+    parallel(tree.in_features, kColumnsAPiece, threads,
+             [&](int64_t from, int64_t to) { k.backward_w_in(tree, b, rows, from, to); });
+    parallel(tree.out_features, kColumnsAPiece, threads,
+             [&](int64_t from, int64_t to) { k.backward_w_out(tree, b, rows, from, to); });
+  }
+}
+
+template <class T>
+int32_t backward_plain(const fastff_tree* given, const T* w_in, const T* w_out, const T* b_out, const T* x,
+                       const T* grad_y, int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad,
+                       int threads) {
+  return guarded([&] {
+    const Tree tree = checked(given);
+    need_in("rows", rows, 0, kMaxRows);
+    need(w_in && w_out, "w_in and w_out must not be NULL");
+    need(rows == 0 || (x && grad_y && leaf && scores), "x, grad_y, leaf and scores must not be NULL");
+    const int64_t in = rows * tree.in_features * sizeof(T), out = rows * tree.out_features * sizeof(T);
+    need_disjoint({{"grad_x", grad.x, in}}, {"x", x, in});
+    need_disjoint({{"grad_x", grad.x, in}}, {"grad_y", grad_y, out});
+    backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, threads);
+  });
+}
+
+}  // namespace
+
+void clear_error() noexcept { last_error.clear(); }
+
+int32_t current_exception_status() noexcept {
+  try {
+    throw;
+  } catch (const std::invalid_argument& e) {
+    last_error = e.what();
+    return FASTFF_BAD_ARGUMENT;
+  } catch (const std::bad_alloc&) {
+    last_error = "out of memory";
+    return FASTFF_OUT_OF_MEMORY;
+  } catch (const std::exception& e) {
+    last_error = e.what();
+    return FASTFF_BAD_ISA;
+  }
+}
+
+Tree checked(const fastff_tree* t) {
+  need(t != nullptr, "tree must not be NULL");
+  need_in("in_features", t->in_features, 1, kMaxSize);
+  need_in("out_features", t->out_features, 1, kMaxSize);
+  need_in("trees", t->trees, 1, kMaxSize);
+  need_in("leaf_width", t->leaf_width, 1, kMaxSize);
+  need_in("depth", t->depth, 0, 24);
+  need_in("activation", t->activation, FASTFF_GELU, FASTFF_SWIGLU);
+  need_in("gate", t->gate, FASTFF_UNGATED, FASTFF_BOUNDARY);
+  need(t->activation != FASTFF_SWIGLU || !t->node_output, "swiglu needs node_output = 0");
+  need(t->gate == FASTFF_UNGATED || (t->tau > 0 && std::isfinite(t->tau)), "tau must be positive and finite");
+  const double rows = std::ldexp(2.0 * t->leaf_width + 1, t->depth);
+  const double widest = static_cast<double>(std::max(t->in_features, t->out_features));
+  need(rows * widest * static_cast<double>(t->trees) * sizeof(double) < kAddressable,
+       "weights need more memory than can be addressed");
+  return {t->in_features, t->out_features, t->trees, t->leaf_width, t->depth, t->node_output != 0,
+          t->activation,  t->gate == FASTFF_BOUNDARY, t->tau};
+}
+
+template <class T>
+View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, const T* w_out, const T* b_out) {
+  View<T> v{};
+  v.node_in = w_in + t * tree.in_rows() * tree.in_features;
+  v.node_out = w_out + t * tree.out_rows() * tree.out_features;
+  v.node_in_stride = v.leaf_in_row_stride = tree.in_features;
+  v.node_out_stride = v.leaf_out_row_stride = tree.out_features;
+  v.leaf_in = v.node_in + tree.nodes() * tree.in_features;
+  v.leaf_out = v.node_out + (tree.node_output ? tree.nodes() * tree.out_features : 0);
+  v.leaf_in_stride = tree.leaf_in_rows() * tree.in_features;
+  v.leaf_out_stride = tree.leaf_width * tree.out_features;
+  v.b_in = b_in ? b_in + t * tree.in_rows() : nullptr;
+  v.b_out = b_out ? b_out + t * tree.leaves() * tree.out_features : nullptr;
+  return v;
+}
+template View<float> plain_view(const Tree&, int64_t, const float*, const float*, const float*, const float*);
+template View<double> plain_view(const Tree&, int64_t, const double*, const double*, const double*, const double*);
+
+template <class T>
+void forward_rows(const Tree& tree, const View<T>* views, const T* x, int64_t rows, const Forward<T>& out,
+                  int threads) {
+  need_in("rows", rows, 0, kMaxRows);
+  if (rows == 0) return;
+  need(x && out.y, "x and y must not be NULL");
+  const int64_t size = sizeof(T);
+  need_disjoint({{"y", out.y, rows * tree.out_features * size},
+                 {"leaf", out.leaf, rows * tree.trees * 8},
+                 {"margin", out.margin, rows * size},
+                 {"scores", out.scores, rows * tree.trees * tree.path_scores() * size}},
+                {"x", x, rows * tree.in_features * size});
+  parallel(rows, kRowsAPiece, threads,
+           [&](int64_t begin, int64_t end) { kernels<T>().forward(tree, views, x, begin, end, out); });
+}
+template void forward_rows(const Tree&, const View<float>*, const float*, int64_t, const Forward<float>&, int);
+
+}  // namespace fastff
+
+using namespace fastff;
+
+extern "C" {
+
+int32_t fastff_abi_version(void) { return FASTFF_ABI_VERSION; }
+
+const char* fastff_error(void) { return last_error.c_str(); }
+
+const char* fastff_isa(void) {
+  const char* name = "";
+  guarded([&] {
+    name = isa().name;
+  });
+  return name;
+}
+
+int32_t fastff_set_isa(const char* name) {
+  return guarded([&] {
+    need(name != nullptr, "name must not be NULL");
+    set_isa(name);
+  });
+}
+
+void fastff_set_parallel_for(fastff_parallel_for parallel_for) { set_parallel_for(parallel_for); }
+
+int32_t fastff_forward_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
+                           const float* b_out, const float* x, int64_t rows, float* y, int64_t* leaf, float* margin,
+                           float* scores, int32_t threads) {
+  return forward_plain<float>(tree, w_in, b_in, w_out, b_out, x, rows, {y, leaf, margin, scores}, threads);
+}
+int32_t fastff_forward_f64(const fastff_tree* tree, const double* w_in, const double* b_in, const double* w_out,
+                           const double* b_out, const double* x, int64_t rows, double* y, int64_t* leaf, double* margin,
+                           double* scores, int32_t threads) {
+  return forward_plain<double>(tree, w_in, b_in, w_out, b_out, x, rows, {y, leaf, margin, scores}, threads);
+}
+
+int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out,
+                            const float* x, const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores,
+                            float* grad_x, float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out,
+                            int32_t threads) {
+  return backward_plain<float>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
+                               {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, threads);
+}
+int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out,
+                            const double* x, const double* grad_y, int64_t rows, const int64_t* leaf,
+                            const double* scores, double* grad_x, double* grad_w_in, double* grad_b_in,
+                            double* grad_w_out, double* grad_b_out, int32_t threads) {
+  return backward_plain<double>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
+                                {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, threads);
+}
+
+}  // extern "C"

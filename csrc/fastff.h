@@ -1,0 +1,126 @@
+/* fastff: conditional feedforward layers on the CPU. The C ABI; needs neither Python nor torch.
+ *
+ * A layer has `trees` binary trees of `depth` turns. Routing nodes lie in heap order (children 2k+1 left, 2k+2 right),
+ * `2^depth - 1` to a tree, followed by `2^depth` leaves of `leaf_width` neurons. A row's score at a node is
+ * <x, w_in[node]> + b_in[node]; above zero it turns right, else (zero, negative, NaN) left.
+ *
+ * Arrays are dense and row-major:
+ *   w_in  [trees][in_rows][in_features]    in_rows = nodes + leaves * leaf_width * (2 for swiglu: gates, then values)
+ *   b_in  [trees][in_rows]                 or NULL
+ *   w_out [trees][out_rows][out_features]  out_rows = (node_output ? nodes : 0) + leaves * leaf_width
+ *   b_out [trees][leaves][out_features]    or NULL; only with node_output = 0
+ *   x     [rows][in_features]      y [rows][out_features]
+ *   leaf  [rows][trees]            leaf index reached, int64
+ *   margin[rows]                   smallest |score| that decided a turn; infinity without turns
+ *   scores[rows][trees][depth + in rows of a leaf]
+ * Outputs must not overlap inputs or each other. Optional outputs may be NULL.
+ *
+ * Every function returns FASTFF_OK or an error whose text fastff_error() gives (per thread, until the next call).
+ * Source of the layer: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
+ */
+#ifndef FASTFF_H
+#define FASTFF_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define FASTFF_API __attribute__((visibility("default")))
+#else
+#define FASTFF_API
+#endif
+
+#define FASTFF_ABI_VERSION 1
+
+enum fastff_status { FASTFF_OK = 0, FASTFF_BAD_ARGUMENT = 1, FASTFF_OUT_OF_MEMORY = 2, FASTFF_BAD_ISA = 3, FASTFF_STALE = 4 };
+
+enum fastff_activation {
+  FASTFF_GELU = 0,      /* x * Phi(x), exact */
+  FASTFF_GELU_TANH = 1, /* the tanh approximation */
+  FASTFF_RELU = 2,
+  FASTFF_SILU = 3,
+  FASTFF_IDENTITY = 4,
+  FASTFF_SWIGLU = 5 /* leaves only: silu(gate) * value; needs node_output = 0 */
+};
+
+enum fastff_gate {
+  FASTFF_UNGATED = 0,
+  FASTFF_BOUNDARY = 1 /* each ancestor multiplies what hangs below it by tanh(|score| / tau) */
+};
+
+typedef struct fastff_tree {
+  int64_t in_features;
+  int64_t out_features;
+  int64_t trees;
+  int64_t leaf_width;
+  int32_t depth; /* turns, 0 to 24 */
+  int32_t node_output;
+  int32_t activation; /* enum fastff_activation */
+  int32_t gate;       /* enum fastff_gate */
+  double tau;         /* score units; read only with a gate */
+} fastff_tree;
+
+/* A copy of a layer's weights laid out for inference; opaque. */
+typedef struct fastff_packed fastff_packed;
+
+/* The host's thread pool: call range(b, e, context) on disjoint pieces that cover [begin, end). Returns 0 on success. */
+typedef void (*fastff_range)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*fastff_parallel_for)(int64_t begin, int64_t end, int64_t grain, fastff_range range, void* context);
+
+FASTFF_API int32_t fastff_abi_version(void);
+
+/* The message of this thread's last error, "" if the last call succeeded. Never NULL. */
+FASTFF_API const char* fastff_error(void);
+
+/* Name of the instruction set in use: scalar, avx2 or avx512. Chosen at load; FASTFF_ISA in the environment forces one. */
+FASTFF_API const char* fastff_isa(void);
+
+/* Use another instruction set from now on. FASTFF_BAD_ISA if it is unknown or this CPU lacks it. Not thread-safe. */
+FASTFF_API int32_t fastff_set_isa(const char* name);
+
+/* Run on the host's pool instead of fastff's own; NULL returns to fastff's own. Not thread-safe. */
+FASTFF_API void fastff_set_parallel_for(fastff_parallel_for parallel_for);
+
+FASTFF_API int32_t fastff_forward_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
+                                      const float* b_out, const float* x, int64_t rows, float* y, int64_t* leaf,
+                                      float* margin, float* scores, int32_t threads);
+FASTFF_API int32_t fastff_forward_f64(const fastff_tree* tree, const double* w_in, const double* b_in,
+                                      const double* w_out, const double* b_out, const double* x, int64_t rows,
+                                      double* y, int64_t* leaf, double* margin, double* scores, int32_t threads);
+
+/* Gradients of sum(y * grad_y), from `leaf` and `scores` of the forward. Every grad_ output is written whole; a NULL one
+ * is not computed. grad_b_in and grad_b_out have the shapes of b_in and b_out. */
+FASTFF_API int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out,
+                                       const float* b_out, const float* x, const float* grad_y, int64_t rows,
+                                       const int64_t* leaf, const float* scores, float* grad_x, float* grad_w_in,
+                                       float* grad_b_in, float* grad_w_out, float* grad_b_out, int32_t threads);
+FASTFF_API int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out,
+                                       const double* b_out, const double* x, const double* grad_y, int64_t rows,
+                                       const int64_t* leaf, const double* scores, double* grad_x, double* grad_w_in,
+                                       double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads);
+
+/* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them. */
+FASTFF_API int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
+                                   const float* b_out, fastff_packed** packed);
+
+/* Copy new values into an existing pack of the same tree. */
+FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,
+                                     const float* b_out);
+
+FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);
+
+/* Forward on packed weights. With `w_in` and `w_out` (else NULL), a few sampled weights are compared with their packed
+ * copies first and FASTFF_STALE is returned if they differ: a cheap guard against edits nobody announced. */
+FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* w_in, const float* w_out,
+                                             const float* x, int64_t rows, float* y, int64_t* leaf, float* margin,
+                                             int32_t threads);
+
+FASTFF_API void fastff_packed_free(fastff_packed* packed);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

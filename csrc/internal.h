@@ -1,0 +1,61 @@
+// What the ISA-independent files share: the chosen kernels, errors across the C boundary, work on many threads.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastff {
+
+// The instruction set in use. Throws std::runtime_error at first use if FASTFF_ISA names one that cannot run.
+const Isa& isa();
+void set_isa(const char* name);
+
+template <class T>
+const Kernels<T>& kernels();
+
+// Run piece(begin, end) for `pieces` equal cuts of [0, n) on the host's pool or fastff's own. What a piece throws is
+// thrown again here.
+void run_pieces(int64_t n, int64_t pieces, int threads, const std::function<void(int64_t, int64_t)>& piece);
+int resolved_threads(int threads);  // a positive number as it is, else the processor's
+
+// Cut [0, n) into at most `threads` contiguous pieces of at least `grain`; they depend on n, threads and grain only.
+template <class F>
+void parallel(int64_t n, int64_t grain, int threads, const F& piece) {
+  if (n <= 0) return;
+  const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(resolved_threads(threads), n / grain);
+  if (pieces <= 1) piece(int64_t{0}, n);
+  else run_pieces(n, pieces, static_cast<int>(pieces), piece);
+}
+void set_parallel_for(fastff_parallel_for host);
+
+// Checks a caller's tree. Throws std::invalid_argument naming the value seen and the one expected.
+Tree checked(const fastff_tree* tree);
+
+template <class T>
+View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, const T* w_out, const T* b_out);
+
+// All trees over all rows, split over threads. Throws std::invalid_argument for rows or pointers that do not fit.
+template <class T>
+void forward_rows(const Tree& tree, const View<T>* views, const T* x, int64_t rows, const Forward<T>& out,
+                  int threads);
+
+void clear_error() noexcept;
+int32_t current_exception_status() noexcept;  // keeps its message for fastff_error()
+
+// Runs body and turns what it throws into a status and a message.
+template <class F>
+int32_t guarded(const F& body) noexcept {
+  try {
+    clear_error();
+    body();
+    return FASTFF_OK;
+  } catch (...) {
+    return current_exception_status();
+  }
+}
+
+}  // namespace fastff

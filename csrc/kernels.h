@@ -1,0 +1,102 @@
+// Internal signatures: what one instruction set provides, and how it finds a layer's rows.
+#pragma once
+
+#include <cstdint>
+
+#include "fastff.h"
+
+namespace fastff {
+
+// A checked fastff_tree with its derived sizes.
+struct Tree {
+  int64_t in_features, out_features, trees, leaf_width;
+  int depth;
+  bool node_output;
+  int activation;
+  bool gated;
+  double tau;
+
+  int64_t nodes() const { return (int64_t{1} << depth) - 1; }
+  int64_t leaves() const { return int64_t{1} << depth; }
+  bool swiglu() const { return activation == FASTFF_SWIGLU; }
+  int64_t leaf_in_rows() const { return leaf_width * (swiglu() ? 2 : 1); }
+  int64_t in_rows() const { return nodes() + leaves() * leaf_in_rows(); }
+  int64_t out_rows() const { return (node_output ? nodes() : 0) + leaves() * leaf_width; }
+  int64_t path_scores() const { return depth + leaf_in_rows(); }  // of one row in one tree
+  int64_t path_outputs() const { return (node_output ? depth : 0) + leaf_width; }
+};
+
+// Where the rows of one tree lie: plain tensors and packed buffers differ in strides only (counted in elements).
+template <class T>
+struct View {
+  const T* node_in;
+  const T* node_out;  // unused unless node_output
+  const T* leaf_in;
+  const T* leaf_out;
+  int64_t node_in_stride, node_out_stride;
+  int64_t leaf_in_stride, leaf_out_stride;          // from leaf to leaf
+  int64_t leaf_in_row_stride, leaf_out_row_stride;  // from neuron to neuron within a leaf
+  const T* b_in;                                    // [in_rows] or null
+  const T* b_out;                                   // [leaves][out_features] or null
+
+  const T* in_row(int64_t node) const { return node_in + node * node_in_stride; }
+  const T* out_row(int64_t node) const { return node_out + node * node_out_stride; }
+  const T* leaf_in_row(int64_t leaf, int64_t j) const { return leaf_in + leaf * leaf_in_stride + j * leaf_in_row_stride; }
+  const T* leaf_out_row(int64_t leaf, int64_t j) const {
+    return leaf_out + leaf * leaf_out_stride + j * leaf_out_row_stride;
+  }
+};
+
+// Outputs of a forward; all but y may be null.
+template <class T>
+struct Forward {
+  T* y;
+  int64_t* leaf;
+  T* margin;
+  T* scores;
+};
+
+// One tree's part of a backward. `order` sorts the rows by leaf; dscore and coef are indexed by row.
+template <class T>
+struct Backward {
+  const T* x;
+  const T* grad_y;
+  const int64_t* leaf;  // [rows][trees], this tree's column first
+  const T* scores;      // [rows][trees][path_scores], this tree's part first
+  const int32_t* order;
+  T* dscore;  // [rows][path_scores]
+  T* coef;    // [rows][path_outputs + 1]: factors of the output rows, then the leaf's gate
+  T* grad_x;
+  bool accumulate_x;
+  T* grad_w_in;  // this tree's part, zeroed by the caller; likewise below
+  T* grad_b_in;
+  T* grad_w_out;
+  T* grad_b_out;
+};
+
+// The kernels of one instruction set for one element type. They trust their caller; `views` has one entry a tree.
+template <class T>
+struct Kernels {
+  // Rows [begin, end) of x and of every output.
+  void (*forward)(const Tree&, const View<T>* views, const T* x, int64_t begin, int64_t end, const Forward<T>&);
+  // Sorted positions [begin, end): fill dscore and coef, write or add grad_x.
+  void (*backward_rows)(const Tree&, const View<T>&, const Backward<T>&, int64_t begin, int64_t end);
+  // Columns [begin, end) of grad_w_in over all rows; likewise grad_w_out and grad_b_out.
+  void (*backward_w_in)(const Tree&, const Backward<T>&, int64_t rows, int64_t begin, int64_t end);
+  void (*backward_w_out)(const Tree&, const Backward<T>&, int64_t rows, int64_t begin, int64_t end);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const Isa isa_scalar;
+#if defined(__x86_64__)
+extern const Isa isa_avx2;
+extern const Isa isa_avx512;
+#endif
+
+}  // namespace fastff

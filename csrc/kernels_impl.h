@@ -1,0 +1,575 @@
+// Forward and backward of one tree, the same source for every instruction set.
+//
+// Forward. Rows are kept as a list of indices. `descend` computes one node's score for all rows of a list, splits the
+// list in two and goes on with each side, so that a node's weights are read once for all its rows and a subtree's rows
+// stay in cache. A list that has become short is not worth splitting: its rows join a small group that walks down in
+// lockstep, so that the loads of one row hide the latency of another. At the leaf the path is known and y is built once,
+// rows of one leaf together.
+//
+// Backward. Rows sorted by leaf make every node's rows one contiguous range, so weight gradients are sums over ranges:
+// no atomics, and a result that does not depend on the number of threads.
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "activations.h"
+#include "kernels.h"
+#include "linear.h"
+
+namespace fastff {
+namespace {
+
+constexpr int kSplitAtLeast = 4;       // a shorter list of rows walks in lockstep instead of being split
+constexpr int kWalkers = 8;            // rows that walk in lockstep
+constexpr int kTile = 4;               // rows of one leaf finished together
+constexpr int64_t kBlockRows = 65536;  // rows whose scores are kept at a time
+constexpr int64_t kCachedRows = 256;   // rows of x that a core's cache holds beside a subtree
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kFirstLines = 4;     // of a child, fetched before it is known which child is needed
+
+template <class T>
+void prefetch(const T* row, int64_t elements, int64_t from_line = 0, int64_t lines = 1 << 20) {
+  const char* p = reinterpret_cast<const char*>(row);
+  const int64_t end = std::min<int64_t>(elements * static_cast<int64_t>(sizeof(T)), (from_line + lines) * kLineBytes);
+  for (int64_t at = from_line * kLineBytes; at < end; at += kLineBytes) __builtin_prefetch(p + at, 0, 3);
+}
+
+// std::vector would be a weak symbol that the linker may take from the file of a newer instruction set than the CPU's.
+template <class E>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  E* data() const { return data_; }
+  E* at_least(int64_t n) {
+    if (n <= size_) return data_;
+    std::free(data_);
+    size_ = 0;
+    data_ = static_cast<E*>(std::aligned_alloc(kLineBytes, (n * sizeof(E) + kLineBytes - 1) / kLineBytes * kLineBytes));
+    if (!data_) throw std::bad_alloc();
+    size_ = n;
+    return data_;
+  }
+
+ private:
+  E* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Buffers of one thread, kept between calls. They grow and never shrink.
+template <class T>
+struct Scratch {
+  Buffer<T> scores, raw, value, slope, coef, gate, grad;
+  Buffer<int32_t> order, side, mark;
+  Buffer<const T*> weights, outputs;
+
+  static Scratch& local() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+// Weight rows that a path through `leaf` adds to y: nodes from the root (if they are neurons), the leaf's, its bias.
+template <class T>
+int64_t output_rows(const Tree& tree, const View<T>& view, int64_t leaf, const T** rows) {
+  int64_t n = 0;
+  if (tree.node_output)
+    for (int level = 0; level < tree.depth; ++level)
+      rows[n++] = view.out_row(((leaf + tree.leaves()) >> (tree.depth - level)) - 1);
+  for (int64_t j = 0; j < tree.leaf_width; ++j) rows[n++] = view.leaf_out_row(leaf, j);
+  if (view.b_out) rows[n++] = view.b_out + leaf * tree.out_features;
+  return n;
+}
+
+// ---- forward of one tree over one block of rows ----
+
+template <class T>
+class Descent {
+ public:
+  Descent(const Tree& tree, const View<T>& view, const T* x, T* y, T* scores, int64_t score_stride, int64_t* leaf,
+          bool accumulate)
+      : tree_(tree), view_(view), x_(x), y_(y), scores_(scores), score_stride_(score_stride), leaf_(leaf),
+        accumulate_(accumulate), scratch_(Scratch<T>::local()) {}
+
+  void run(int64_t rows) {
+    int32_t* order = scratch_.order.at_least(rows);
+    scratch_.side.at_least(rows);
+    for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(i);
+    const int top = top_levels(rows);
+    if (top == 0) {
+      stop_ = tree_.depth;
+      descend(0, 0, order, rows);
+      flush();
+    } else {
+      sort_by_subtree(order, rows, top);
+    }
+  }
+
+ private:
+  // Levels to pass in small blocks of rows, so that each subtree below has about as many rows as fit the cache.
+  int top_levels(int64_t rows) const {
+    int levels = 0;
+    while (levels < tree_.depth && levels < 8 && (rows >> levels) > kCachedRows) ++levels;
+    return levels;
+  }
+
+  void sort_by_subtree(int32_t* order, int64_t rows, int top) {
+    int32_t* mark = scratch_.mark.at_least(rows);
+    stop_ = top;
+    for (int64_t at = 0; at < rows; at += kCachedRows / 2)
+      descend(0, 0, order + at, std::min(kCachedRows / 2, rows - at));
+    flush();
+    const int64_t subtrees = int64_t{1} << top;
+    int64_t start[257] = {};
+    for (int64_t i = 0; i < rows; ++i) ++start[mark[i] - (subtrees - 1) + 1];
+    for (int64_t s = 0; s < subtrees; ++s) start[s + 1] += start[s];
+    int64_t next[256];
+    std::copy(start, start + subtrees, next);
+    for (int64_t i = 0; i < rows; ++i) order[next[mark[i] - (subtrees - 1)]++] = static_cast<int32_t>(i);
+    stop_ = tree_.depth;
+    for (int64_t s = 0; s < subtrees; ++s) descend(top, subtrees - 1 + s, order + start[s], start[s + 1] - start[s]);
+    flush();
+  }
+
+  void descend(int level, int64_t node, int32_t* rows, int64_t n) {
+    if (n == 0) return;
+    if (level == stop_) return arrive(node, rows, n);
+    if (n < kSplitAtLeast) {
+      for (int64_t i = 0; i < n; ++i) {
+        if (walkers_ == kWalkers) flush();
+        walk_[walkers_++] = {rows[i], level, node};
+      }
+      return;
+    }
+    const T* weight = view_.in_row(node);
+    const T bias = view_.b_in ? view_.b_in[node] : T(0);
+    for (int64_t i = 0; i < n; i += kWalkers) {
+      const T* xs[kWalkers];
+      T out[kWalkers];
+      const int64_t m = std::min<int64_t>(kWalkers, n - i);
+      for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[i + k]);
+      if (m == kWalkers) dots_tile<T, kWalkers, 1>(xs, &weight, tree_.in_features, out, 1);
+      else dots(xs, m, &weight, 1, tree_.in_features, out, 1);
+      for (int64_t k = 0; k < m; ++k) score_row(rows[i + k])[level] = out[k] + bias;
+    }
+    int32_t* side = scratch_.side.data();
+    int64_t left = 0, right = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t row = rows[i];
+      const bool turns_right = score_row(row)[level] > T(0);
+      rows[left] = row;
+      side[right] = row;
+      left += !turns_right;
+      right += turns_right;
+    }
+    std::copy(side, side + right, rows + left);
+    descend(level + 1, 2 * node + 1, rows, left);
+    descend(level + 1, 2 * node + 2, rows + left, right);
+  }
+
+  // Take the waiting rows down to stop_, one level of each in turn.
+  void flush() {
+    int waiting = walkers_;
+    walkers_ = 0;
+    for (int moving = waiting; moving;) {
+      moving = 0;
+      for (int k = 0; k < waiting; ++k) {
+        Walker& w = walk_[k];
+        if (w.level == stop_) continue;
+        step(w);
+        moving += w.level < stop_;
+      }
+    }
+    std::sort(walk_, walk_ + waiting, [](const Walker& a, const Walker& b) { return a.node < b.node; });
+    for (int k = 0; k < waiting;) {
+      int32_t same[kWalkers];
+      int n = 0;
+      const int64_t node = walk_[k].node;
+      while (k < waiting && walk_[k].node == node) same[n++] = walk_[k++].row;
+      arrive(node, same, n);
+    }
+  }
+
+  struct Walker {
+    int32_t row;
+    int level;
+    int64_t node;
+  };
+
+  void step(Walker& w) {
+    const bool more = w.level + 1 < tree_.depth;
+    if (more) {
+      prefetch(view_.in_row(2 * w.node + 1), tree_.in_features, 0, kFirstLines);
+      prefetch(view_.in_row(2 * w.node + 2), tree_.in_features, 0, kFirstLines);
+    }
+    T score = dot(x_row(w.row), view_.in_row(w.node), tree_.in_features);
+    if (view_.b_in) score += view_.b_in[w.node];
+    score_row(w.row)[w.level] = score;
+    w.node = 2 * w.node + 1 + (score > T(0));
+    ++w.level;
+    if (more) prefetch(view_.in_row(w.node), tree_.in_features, kFirstLines);
+    else prefetch(view_.leaf_in_row(w.node - tree_.nodes(), 0), tree_.in_features);
+  }
+
+  void arrive(int64_t node, const int32_t* rows, int64_t n) {
+    if (stop_ < tree_.depth) {
+      for (int64_t i = 0; i < n; ++i) scratch_.mark.data()[rows[i]] = static_cast<int32_t>(node);
+      return;
+    }
+    const int64_t leaf = node - tree_.nodes();
+    const int64_t neurons = tree_.leaf_in_rows();
+    const T** weights = scratch_.weights.at_least(neurons);
+    for (int64_t j = 0; j < neurons; ++j) weights[j] = view_.leaf_in_row(leaf, j);
+    const int64_t bound = tree_.path_outputs() + 1;
+    const T** outputs = scratch_.outputs.at_least(bound);
+    const int64_t count = output_rows(tree_, view_, leaf, outputs);
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t m = std::min<int64_t>(kTile, n - i);
+      score_leaf(leaf, weights, neurons, rows + i, m);
+      finish(rows + i, m, outputs, count);
+    }
+    if (leaf_)
+      for (int64_t i = 0; i < n; ++i) leaf_[rows[i] * tree_.trees] = leaf;
+  }
+
+  void score_leaf(int64_t leaf, const T* const* weights, int64_t neurons, const int32_t* rows, int64_t m) {
+    const T* xs[kTile];
+    for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[k]);
+    T* raw = scratch_.raw.at_least(padded(kTile * tree_.path_scores()));
+    dots(xs, m, weights, neurons, tree_.in_features, raw, neurons);
+    const T* bias = view_.b_in ? view_.b_in + tree_.nodes() + leaf * neurons : nullptr;
+    for (int64_t k = 0; k < m; ++k) {
+      T* score = score_row(rows[k]) + tree_.depth;
+      for (int64_t j = 0; j < neurons; ++j) score[j] = raw[k * neurons + j] + (bias ? bias[j] : T(0));
+    }
+  }
+
+  // y of m rows that reached one leaf, from their path's scores.
+  void finish(const int32_t* rows, int64_t m, const T* const* outputs, int64_t count) {
+    const int64_t scores = tree_.path_scores();
+    T* raw = scratch_.raw.at_least(padded(kTile * scores));
+    T* value = scratch_.value.at_least(padded(kTile * scores));
+    T* coef = scratch_.coef.at_least(kTile * (tree_.path_outputs() + 1));
+    T* ys[kTile];
+    for (int64_t k = 0; k < m; ++k) {
+      std::copy_n(score_row(rows[k]), scores, raw + k * scores);
+      ys[k] = y_ + rows[k] * tree_.out_features;
+    }
+    std::fill(raw + m * scores, raw + padded(m * scores), T(0));
+    activate(tree_.activation, raw, value, m * scores);
+    const T* gate = tree_.gated ? gates(raw, m) : nullptr;
+    for (int64_t k = 0; k < m; ++k)
+      weigh(raw + k * scores, value + k * scores, gate ? gate + k * scores : nullptr, coef + k * count, count);
+    combine<T>(ys, m, outputs, count, {coef, count, 1}, 0, tree_.out_features, accumulate_);
+  }
+
+  const T* gates(const T* raw, int64_t m) {
+    const int64_t n = m * tree_.path_scores();
+    T* gate = scratch_.gate.at_least(padded(n));
+    const T inverse = static_cast<T>(1 / tree_.tau);
+    for (int64_t i = 0; i < padded(n); ++i) gate[i] = tanh_(std::fabs(raw[i]) * inverse);
+    return gate;
+  }
+
+  // Factors of the output rows of one row: activations times the gates above them.
+  void weigh(const T* score, const T* value, const T* gate, T* coef, int64_t count) {
+    T passed = 1;
+    int64_t n = 0;
+    for (int level = 0; level < tree_.depth; ++level) {
+      if (tree_.node_output) coef[n++] = passed * value[level];
+      if (gate) passed *= gate[level];
+    }
+    const T* leaf = value + tree_.depth;
+    const T* pair = score + tree_.depth + tree_.leaf_width;
+    for (int64_t j = 0; j < tree_.leaf_width; ++j) coef[n++] = passed * leaf[j] * (tree_.swiglu() ? pair[j] : T(1));
+    if (n < count) coef[n] = passed;
+  }
+
+  const T* x_row(int32_t row) const { return x_ + row * tree_.in_features; }
+  T* score_row(int32_t row) const { return scores_ + row * score_stride_; }
+
+  const Tree& tree_;
+  const View<T>& view_;
+  const T* x_;
+  T* y_;
+  T* scores_;
+  int64_t score_stride_;
+  int64_t* leaf_;
+  bool accumulate_;
+  Scratch<T>& scratch_;
+  int stop_ = 0;
+  int walkers_ = 0;
+  Walker walk_[kWalkers];
+};
+
+template <class T>
+void lower_margin(const T* scores, int64_t stride, int64_t rows, int depth, T* margin) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int level = 0; level < depth; ++level) {
+      const T size = std::fabs(scores[i * stride + level]);
+      if (!(size >= margin[i])) margin[i] = margin[i] != margin[i] ? margin[i] : size;  // NaN, once in, stays
+    }
+}
+
+template <class T>
+void forward(const Tree& tree, const View<T>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
+  for (int64_t at = begin; at < end; at += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, end - at);
+    if (out.margin) std::fill_n(out.margin + at, rows, std::numeric_limits<T>::infinity());
+    for (int64_t t = 0; t < tree.trees; ++t) {
+      const int64_t own = tree.path_scores();
+      const int64_t stride = out.scores ? tree.trees * own : own;
+      T* scores = out.scores ? out.scores + at * stride + t * own : Scratch<T>::local().scores.at_least(rows * own);
+      int64_t* leaf = out.leaf ? out.leaf + at * tree.trees + t : nullptr;
+      Descent<T>(tree, views[t], x + at * tree.in_features, out.y + at * tree.out_features, scores, stride, leaf, t > 0)
+          .run(rows);
+      if (out.margin) lower_margin(scores, stride, rows, tree.depth, out.margin + at);
+    }
+  }
+}
+
+// ---- backward of one tree ----
+
+// Slopes of one row: dscore from grad, the product <grad_y, output row> of each output row of its path.
+template <class T>
+struct RowGradient {
+  const Tree& tree;
+  const T* score;
+  const T* value;
+  const T* slope;
+  const T* gate;  // tanh(|score| / tau), or null
+  const T* grad;
+  T* dscore;
+  T* coef;  // path_outputs factors, then the leaf's gate
+
+  void run(bool output_bias) const {
+    T passed[25];  // product of the gates above each level
+    passed[0] = 1;
+    for (int level = 0; level < tree.depth; ++level) passed[level + 1] = passed[level] * (gate ? gate[level] : T(1));
+    const int64_t first = tree.node_output ? tree.depth : 0;
+    for (int level = 0; level < tree.depth; ++level) {
+      dscore[level] = tree.node_output ? passed[level] * slope[level] * grad[level] : T(0);
+      if (tree.node_output) coef[level] = passed[level] * value[level];
+    }
+    T below = leaf(passed[tree.depth], first);
+    coef[first + tree.leaf_width] = passed[tree.depth];
+    if (!gate) return;
+    if (output_bias) below += grad[first + tree.leaf_width];
+    for (int level = tree.depth - 1; level >= 0; --level) {
+      const T t = gate[level];
+      const T sign = score[level] > T(0) ? T(1) : score[level] < T(0) ? T(-1) : T(0);
+      dscore[level] += passed[level] * below * (T(1) - t * t) * sign / static_cast<T>(tree.tau);
+      below = t * below + (tree.node_output ? value[level] * grad[level] : T(0));
+    }
+  }
+
+  // Fills the leaf's part; returns what the leaf adds to <grad_y, y> before its gate.
+  T leaf(T passed, int64_t first) const {
+    T total = 0;
+    for (int64_t j = 0; j < tree.leaf_width; ++j) {
+      const int64_t at = tree.depth + j;
+      const T pair = tree.swiglu() ? score[at + tree.leaf_width] : T(1);
+      const T g = grad[first + j];
+      dscore[at] = passed * slope[at] * pair * g;
+      if (tree.swiglu()) dscore[at + tree.leaf_width] = passed * value[at] * g;
+      coef[first + j] = passed * value[at] * pair;
+      total += value[at] * pair * g;
+    }
+    return total;
+  }
+};
+
+template <class T>
+class RowsBackward {
+ public:
+  RowsBackward(const Tree& tree, const View<T>& view, const Backward<T>& b)
+      : tree_(tree), view_(view), b_(b), scratch_(Scratch<T>::local()) {}
+
+  // Sorted positions [begin, end) reached one leaf.
+  void leaf_group(int64_t leaf, int64_t begin, int64_t end) {
+    const T** outputs = scratch_.outputs.at_least(tree_.path_outputs() + 1);
+    const int64_t count = output_rows(tree_, view_, leaf, outputs);
+    const T** inputs = scratch_.weights.at_least(tree_.path_scores());
+    for (int level = 0; level < tree_.depth; ++level)
+      inputs[level] = view_.in_row(((leaf + tree_.leaves()) >> (tree_.depth - level)) - 1);
+    for (int64_t j = 0; j < tree_.leaf_in_rows(); ++j) inputs[tree_.depth + j] = view_.leaf_in_row(leaf, j);
+    for (int64_t at = begin; at < end; at += kTile)
+      tile(b_.order + at, std::min<int64_t>(kTile, end - at), outputs, count, inputs);
+  }
+
+ private:
+  void tile(const int32_t* rows, int64_t m, const T* const* outputs, int64_t count, const T* const* inputs) {
+    const int64_t scores = tree_.path_scores(), width = tree_.path_outputs() + 1;
+    T* raw = scratch_.raw.at_least(padded(kTile * scores));
+    T* value = scratch_.value.at_least(padded(kTile * scores));
+    T* slope = scratch_.slope.at_least(padded(kTile * scores));
+    T* grad = scratch_.grad.at_least(kTile * width);
+    T* packed = scratch_.coef.at_least(kTile * scores);
+    const T* grads[kTile];
+    T* grad_xs[kTile];
+    for (int64_t k = 0; k < m; ++k) {
+      std::copy_n(b_.scores + rows[k] * tree_.trees * scores, scores, raw + k * scores);
+      grads[k] = b_.grad_y + rows[k] * tree_.out_features;
+      grad_xs[k] = b_.grad_x ? b_.grad_x + rows[k] * tree_.in_features : nullptr;
+    }
+    std::fill(raw + m * scores, raw + padded(m * scores), T(0));
+    activate_with_slope(tree_.activation, raw, value, slope, m * scores);
+    dots(grads, m, outputs, count, tree_.out_features, grad, width);
+    T* gate = nullptr;
+    if (tree_.gated) {
+      gate = scratch_.gate.at_least(padded(m * scores));
+      const T inverse = static_cast<T>(1 / tree_.tau);
+      for (int64_t i = 0; i < padded(m * scores); ++i) gate[i] = tanh_(std::fabs(raw[i]) * inverse);
+    }
+    for (int64_t k = 0; k < m; ++k) {
+      const int64_t at = k * scores;
+      T* dscore = b_.dscore + rows[k] * scores;
+      RowGradient<T>{tree_, raw + at, value + at, slope + at, gate ? gate + at : nullptr, grad + k * width, dscore,
+                     b_.coef + rows[k] * width}
+          .run(view_.b_out != nullptr);
+      std::copy_n(dscore, scores, packed + at);
+    }
+    if (b_.grad_x)
+      combine<T>(grad_xs, m, inputs, scores, {packed, scores, 1}, 0, tree_.in_features, b_.accumulate_x);
+  }
+
+  const Tree& tree_;
+  const View<T>& view_;
+  const Backward<T>& b_;
+  Scratch<T>& scratch_;
+};
+
+template <class T>
+void backward_rows(const Tree& tree, const View<T>& view, const Backward<T>& b, int64_t begin, int64_t end) {
+  RowsBackward<T> rows(tree, view, b);
+  for (int64_t at = begin; at < end;) {
+    const int64_t leaf = b.leaf[b.order[at] * tree.trees];
+    int64_t stop = at + 1;
+    while (stop < end && b.leaf[b.order[stop] * tree.trees] == leaf) ++stop;
+    rows.leaf_group(leaf, at, stop);
+    at = stop;
+  }
+}
+
+// Sums over the rows of each node: columns [begin, end) of targets += factor * source row.
+template <class T>
+class WeightSums {
+ public:
+  WeightSums(const Tree& tree, const Backward<T>& b, const T* source, int64_t columns, const T* factors,
+             int64_t factor_stride, int64_t begin, int64_t end)
+      : tree_(tree), b_(b), source_(source), columns_(columns), factors_(factors), factor_stride_(factor_stride),
+        begin_(begin), end_(end) {}
+
+  // Four levels at a time: one pass over a row serves up to four nodes of its path.
+  void nodes(T* target, int64_t rows) {
+    for (int top = 0; top < tree_.depth; top += kTile) {
+      const int levels = std::min(kTile, tree_.depth - top);
+      const int shift = tree_.depth - (top + levels - 1);  // leaf + leaves >> shift names the lowest of these nodes
+      for_groups(rows, shift, [&](int64_t lowest, int64_t from, int64_t to) {
+        T* outs[kTile];
+        for (int k = 0; k < levels; ++k)
+          outs[k] = target + ((lowest >> (levels - 1 - k)) - 1) * columns_;
+        sum(outs, levels, from, to, top);
+      });
+    }
+  }
+
+  // `count` rows to a leaf, whose factors start at `factor`.
+  void leaves(T* target, int64_t rows, int64_t count, int64_t factor) {
+    for_groups(rows, 0, [&](int64_t lowest, int64_t from, int64_t to) {
+      T* base = target + (lowest - tree_.leaves()) * count * columns_;
+      for (int64_t j = 0; j < count; j += kTile) {
+        T* outs[kTile];
+        const int64_t n = std::min<int64_t>(kTile, count - j);
+        for (int64_t k = 0; k < n; ++k) outs[k] = base + (j + k) * columns_;
+        sum(outs, n, from, to, factor + j);
+      }
+    });
+  }
+
+ private:
+  template <class F>
+  void for_groups(int64_t rows, int shift, F&& visit) {
+    for (int64_t at = 0; at < rows;) {
+      const int64_t node = heap(at) >> shift;
+      int64_t stop = at + 1;
+      while (stop < rows && heap(stop) >> shift == node) ++stop;
+      visit(node, at, stop);
+      at = stop;
+    }
+  }
+  int64_t heap(int64_t position) const { return b_.leaf[b_.order[position] * tree_.trees] + tree_.leaves(); }
+
+  void sum(T* const* outs, int64_t n, int64_t from, int64_t to, int64_t factor) {
+    constexpr int64_t kRun = 64;
+    const T* ins[kRun];
+    T packed[kRun * kTile];
+    for (int64_t at = from; at < to; at += kRun) {
+      const int64_t m = std::min(kRun, to - at);
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t row = b_.order[at + i];
+        ins[i] = source_ + row * columns_;
+        for (int64_t k = 0; k < n; ++k) packed[i * kTile + k] = factors_[row * factor_stride_ + factor + k];
+      }
+      combine<T>(outs, n, ins, m, {packed, 1, kTile}, begin_, end_, true);
+    }
+  }
+
+  const Tree& tree_;
+  const Backward<T>& b_;
+  const T* source_;
+  int64_t columns_;
+  const T* factors_;
+  int64_t factor_stride_, begin_, end_;
+};
+
+template <class T>
+void backward_w_in(const Tree& tree, const Backward<T>& b, int64_t rows, int64_t begin, int64_t end) {
+  const int64_t scores = tree.path_scores();
+  if (b.grad_w_in) {
+    WeightSums<T> sums(tree, b, b.x, tree.in_features, b.dscore, scores, begin, end);
+    sums.nodes(b.grad_w_in, rows);
+    sums.leaves(b.grad_w_in + tree.nodes() * tree.in_features, rows, tree.leaf_in_rows(), tree.depth);
+  }
+  if (b.grad_b_in && begin == 0) {
+    for (int64_t at = 0; at < rows; ++at) {
+      const int64_t row = b.order[at], leaf = b.leaf[row * tree.trees];
+      const T* dscore = b.dscore + row * scores;
+      for (int level = 0; level < tree.depth; ++level)
+        b.grad_b_in[((leaf + tree.leaves()) >> (tree.depth - level)) - 1] += dscore[level];
+      T* own = b.grad_b_in + tree.nodes() + leaf * tree.leaf_in_rows();
+      for (int64_t j = 0; j < tree.leaf_in_rows(); ++j) own[j] += dscore[tree.depth + j];
+    }
+  }
+}
+
+template <class T>
+void backward_w_out(const Tree& tree, const Backward<T>& b, int64_t rows, int64_t begin, int64_t end) {
+  const int64_t first = tree.node_output ? tree.depth : 0;
+  WeightSums<T> sums(tree, b, b.grad_y, tree.out_features, b.coef, tree.path_outputs() + 1, begin, end);
+  if (b.grad_w_out) {
+    if (tree.node_output) sums.nodes(b.grad_w_out, rows);
+    T* leaves = b.grad_w_out + (tree.node_output ? tree.nodes() * tree.out_features : 0);
+    sums.leaves(leaves, rows, tree.leaf_width, first);
+  }
+  if (b.grad_b_out) sums.leaves(b.grad_b_out, rows, 1, first + tree.leaf_width);
+}
+
+template <class T>
+constexpr Kernels<T> kKernels = {forward<T>, backward_rows<T>, backward_w_in<T>, backward_w_out<T>};
+
+}  // namespace
+
+#define FASTFF_CAT_(a, b) a##b
+#define FASTFF_CAT(a, b) FASTFF_CAT_(a, b)
+#define FASTFF_STR_(a) #a
+#define FASTFF_STR(a) FASTFF_STR_(a)
+extern const Isa FASTFF_CAT(isa_, FASTFF_ISA_NAME);
+const Isa FASTFF_CAT(isa_, FASTFF_ISA_NAME) = {FASTFF_STR(FASTFF_ISA_NAME), supported, kKernels<float>,
+                                               kKernels<double>};
+
+}  // namespace fastff

@@ -1,0 +1,261 @@
+"""The C++ kernels of csrc, called through ctypes: fp32 and fp64 on the CPU.
+
+The library knows nothing of torch. It runs on torch's own thread pool, handed to it as a C function pointer, because two
+spinning pools in one process slow each other down a hundredfold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastff.errors import BackendUnavailable, FastffError
+from fastff.tree import ACTIVATIONS, TreeConfig
+
+_ABI_VERSION = 1
+_OK, _STALE = 0, 4
+_DTYPES = {torch.float32: "f32", torch.float64: "f64"}
+_LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
+
+
+class _Tree(ctypes.Structure):
+    """fastff_tree of csrc/fastff.h."""
+
+    _fields_ = (
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("trees", ctypes.c_int64),
+        ("leaf_width", ctypes.c_int64),
+        ("depth", ctypes.c_int32),
+        ("node_output", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gate", ctypes.c_int32),
+        ("tau", ctypes.c_double),
+    )
+
+
+@functools.cache
+def _c_tree(config: TreeConfig) -> _Tree:
+    return _Tree(
+        config.in_features,
+        config.out_features,
+        config.trees,
+        config.leaf_width,
+        config.depth,
+        config.node_output,
+        ACTIVATIONS.index(config.activation),
+        config.gate is not None,
+        config.tau,
+    )
+
+
+def _find_library() -> Path:
+    import fastff
+
+    # An editable install keeps the Python in src/ and the library in site-packages: both are on the package's path.
+    places = [Path(entry) for entry in fastff.__path__]
+    for place in places:
+        for name in _LIBRARY_NAMES:
+            if (place / name).is_file():
+                return place / name
+    raise BackendUnavailable(
+        f"backend 'native' needs {_LIBRARY_NAMES[0]}, which is in none of {', '.join(map(str, places))}"
+    )
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for suffix in _DTYPES.values():
+        forward = getattr(library, f"fastff_forward_{suffix}")
+        forward.argtypes = [pointer] * 6 + [int64] + [pointer] * 4 + [int32]
+        backward = getattr(library, f"fastff_backward_{suffix}")
+        backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
+    library.fastff_pack_f32.argtypes = [pointer] * 6
+    library.fastff_repack_f32.argtypes = [pointer] * 5
+    library.fastff_forward_packed_f32.argtypes = [pointer] * 4 + [int64] + [pointer] * 3 + [int32]
+    library.fastff_packed_free.argtypes = [pointer]
+    library.fastff_packed_bytes.argtypes = [pointer]
+    library.fastff_packed_bytes.restype = int64
+    library.fastff_set_parallel_for.argtypes = [pointer]
+    library.fastff_set_parallel_for.restype = None
+    library.fastff_set_isa.argtypes = [ctypes.c_char_p]
+    library.fastff_error.restype = ctypes.c_char_p
+    library.fastff_isa.restype = ctypes.c_char_p
+
+
+def _torch_pool() -> int | None:
+    """Address of torch's parallel_for, None where this torch does not export it (then the library's own pool runs)."""
+    for directory in (Path(torch.__file__).parent / "lib",):
+        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+            if (directory / name).is_file():
+                function = getattr(ctypes.CDLL(str(directory / name)), "torch_parallel_for", None)
+                return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises BackendUnavailable saying what is missing."""
+    path = _find_library()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailable(f"backend 'native' could not load {path}: {error}") from error
+    version = loaded.fastff_abi_version()
+    if version != _ABI_VERSION:
+        raise BackendUnavailable(f"{path} has ABI version {version}, expected {_ABI_VERSION}: reinstall fastff")
+    _declare(loaded)
+    if not loaded.fastff_isa():
+        raise BackendUnavailable(loaded.fastff_error().decode())
+    loaded.fastff_set_parallel_for(_torch_pool())
+    return loaded
+
+
+def isa() -> str:
+    """Name of the instruction set in use: scalar, avx2 or avx512."""
+    name: bytes = library().fastff_isa()
+    return name.decode()
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on. Raises BackendUnavailable if it is unknown or this CPU lacks it."""
+    if library().fastff_set_isa(name.encode()) != _OK:
+        raise BackendUnavailable(library().fastff_error().decode())
+
+
+def why_unavailable() -> str | None:
+    try:
+        library()
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+def why_not(x: Tensor, config: TreeConfig) -> str | None:
+    """The reason why this backend cannot take x, None if it can."""
+    if x.device.type != "cpu":
+        return f"backend 'native' runs on the CPU, x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"backend 'native' takes float32 and float64, x is {x.dtype}"
+    return None
+
+
+def _call(name: str, *arguments: Any) -> None:
+    if getattr(library(), name)(*arguments) != _OK:
+        raise FastffError(library().fastff_error().decode())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def forward(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (rows, out_features), leaf (rows, trees), margin (rows,), scores (rows, trees, path_scores) of x (rows, in)."""
+    rows = x.shape[0]
+    y = x.new_empty(rows, config.out_features)
+    leaf = torch.empty(rows, config.trees, dtype=torch.int64)
+    margin = x.new_empty(rows)
+    scores = x.new_empty(rows, config.trees, config.path_scores)
+    kept = _dense(w_in, b_in, w_out, b_out, x)
+    inputs = [_pointer(tensor) for tensor in kept]
+    outputs = [_pointer(tensor) for tensor in (y, leaf, margin, scores)]
+    name = f"fastff_forward_{_DTYPES[x.dtype]}"
+    _call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, torch.get_num_threads())
+    return y, leaf, margin, scores
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    leaf: Tensor,
+    scores: Tensor,
+    *,
+    config: TreeConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_in, b_in, w_out, b_out; an empty tensor for an absent bias."""
+    grads = [x.new_empty(0 if tensor is None else tensor.shape) for tensor in (x, w_in, b_in, w_out, b_out)]
+    kept = _dense(w_in, w_out, b_out, x, grad_y)
+    saved = _dense(leaf, scores)
+    inputs = [_pointer(tensor) for tensor in kept]
+    name = f"fastff_backward_{_DTYPES[x.dtype]}"
+    _call(
+        name,
+        ctypes.addressof(_c_tree(config)),
+        *inputs,
+        x.shape[0],
+        *(_pointer(tensor) for tensor in saved),
+        *(_pointer(grad) for grad in grads),
+        torch.get_num_threads(),
+    )
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+class PackedLayer:
+    """A layer's weights packed for inference, and the shortest way from Python to the kernel.
+
+    The pack is made at the first call and made again when a parameter was replaced or its version counter moved;
+    edits that bypass the counter (through `.data`) are caught by comparing a few sampled weights at every call.
+    fp32 only. Memory: one copy of the weights beside the parameters.
+    """
+
+    def __init__(self, config: TreeConfig) -> None:
+        self._config = config
+        self._tree = _c_tree(config)
+        self._handle = ctypes.c_void_p()
+        self._key: tuple[Any, ...] = ()
+        self._forward = library().fastff_forward_packed_f32
+        self._free = library().fastff_packed_free
+        self._w_in = self._w_out = 0
+
+    def __del__(self) -> None:
+        self._free(self._handle)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed copy; 0 before the first call."""
+        return int(library().fastff_packed_bytes(self._handle)) if self._handle else 0
+
+    def __call__(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        """y (..., out_features) of a dense fp32 x (..., in_features); parameters are w_in, b_in, w_out, b_out."""
+        key = tuple([None if p is None else (id(p), p._version) for p in parameters])
+        if key != self._key:
+            self._pack(parameters, key)
+        y = x.new_empty((*x.shape[:-1], self._config.out_features))
+        rows = x.numel() // self._config.in_features
+        threads = torch.get_num_threads() if rows > 1 else 1
+        arguments = (x.data_ptr(), rows, y.data_ptr(), None, None, threads)
+        status = self._forward(self._handle, self._w_in, self._w_out, *arguments)
+        if status == _STALE:
+            self._pack(parameters, key)
+            status = self._forward(self._handle, None, None, *arguments)
+        if status != _OK:
+            raise FastffError(library().fastff_error().decode())
+        return y
+
+    def _pack(self, parameters: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> None:
+        self._key = ()
+        dense = _dense(*parameters)
+        pointers = [_pointer(tensor) for tensor in dense]
+        if self._handle:
+            _call("fastff_repack_f32", self._handle, *pointers)
+        else:
+            _call("fastff_pack_f32", ctypes.addressof(self._tree), *pointers, ctypes.byref(self._handle))
+        # A parameter that is not dense was copied for packing: its own memory cannot be compared with the pack.
+        comparable = all(a is b for a, b in zip(dense, parameters, strict=True))
+        self._w_in, self._w_out = (pointers[0], pointers[2]) if comparable else (None, None)
+        self._key = key
