@@ -1,5 +1,8 @@
 """Configuration of UltraFastBERT models, and the reading of the published one (`model_type` "crammedBERT")."""
 
+# Transformers' own methods are not typed.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 import os

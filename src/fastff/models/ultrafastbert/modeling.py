@@ -4,11 +4,15 @@ Shapes  input_ids (batch, length) int64, hidden states (batch, length, hidden_si
 Source  Belcak & Wattenhofer 2023, arXiv:2311.10770; Geiping & Goldstein 2022, arXiv:2212.14034 (the cramming recipe).
 """
 
+# Transformers' own methods and decorators are not typed.
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 import math
 import os
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from fastff.errors import ShapeError
 from fastff.layers import FFF
@@ -62,6 +66,7 @@ def eager_attention_forward(
 class Embeddings(nn.Module):
     """Word embedding plus scaled positions, normalised."""
 
+    word_embeddings: nn.Module
     position_table: Tensor
 
     def __init__(self, config: UltraFastBertConfig) -> None:
@@ -163,7 +168,7 @@ class UltraFastBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Embeddings", "Layer")
+    _no_split_modules = ["Embeddings", "Layer"]  # noqa: RUF012
 
     def __init__(self, config: UltraFastBertConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()
@@ -200,10 +205,11 @@ class UltraFastBertPreTrainedModel(PreTrainedModel):
         missing, extra or misshapen tensor (unless ignore_mismatched_sizes=True), a file that cannot be read and an
         unknown layout raise CheckpointError.
         """
-        load = super().from_pretrained
+        load: Callable[..., Self] = super().from_pretrained
         if pretrained_model_name_or_path is None:
             return load(None, *model_args, **kwargs)
-        return checkpoint.load(load, pretrained_model_name_or_path, *model_args, **kwargs)
+        model: Self = checkpoint.load(load, pretrained_model_name_or_path, *model_args, **kwargs)
+        return model
 
 
 class UltraFastBertModel(UltraFastBertPreTrainedModel):
@@ -274,7 +280,7 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
 class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
     """The encoder with a decoder tied to the word embedding, without head transform."""
 
-    _tied_weights_keys: ClassVar = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}
+    _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: UltraFastBertConfig) -> None:
         super().__init__(config)
@@ -285,7 +291,7 @@ class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
     @can_return_tuple
@@ -315,6 +321,7 @@ class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         hidden = encoded.last_hidden_state
         if labels is not None and self.training and self.config.sparse_prediction:
@@ -334,10 +341,10 @@ class UltraFastBertForSequenceClassification(UltraFastBertPreTrainedModel):
 
     def __init__(self, config: UltraFastBertConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.encoder = UltraFastBertModel(config)
         self.pooler = Pooler(config)
-        self.classifier = nn.Linear(config.head_dim, config.num_labels)
+        self.classifier = nn.Linear(config.head_dim, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -364,6 +371,7 @@ class UltraFastBertForSequenceClassification(UltraFastBertPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         logits = self.classifier(self.pooler(encoded.last_hidden_state, attention_mask))
         loss = None

@@ -256,7 +256,8 @@ def _layer(
 
 def _ungroup_heads(tensor: Tensor, heads: int) -> Tensor:
     """Rows [q k v] of head 0, then of head 1, ... to all q rows, all k rows, all v rows."""
-    return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    rows, columns = tensor.shape[0] // (3 * heads), tensor.shape[1:]
+    return tensor.reshape(heads, 3, rows, *columns).transpose(0, 1).reshape(tensor.shape)
 
 
 def _check_norm_factor(reader: _Reader, name: str, head_width: int) -> None:
