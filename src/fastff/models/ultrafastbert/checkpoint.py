@@ -35,6 +35,7 @@ Source = str | os.PathLike[str]
 
 
 def load(
+    model_class: type[PreTrainedModel],
     transformers_load: Callable[..., Any],
     source: Source,
     *model_args: Any,
@@ -43,27 +44,30 @@ def load(
     ignore_mismatched_sizes: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load a model through `transformers_load`, the `from_pretrained` of its class, from either layout.
+    """Load a `model_class` through `transformers_load`, the `from_pretrained` it inherits, from either layout.
 
     Returns the model, or with output_loading_info the model and what Transformers reports. Raises CheckpointError.
     """
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     options: dict[str, Any] = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config_file, content = _read_config(source, hub)
+    saved_by: str | None
     if content is not None and published.is_published(content):
-        _, read_config, state = _read_published(source, content, hub)
+        saved_by, read_config, state = _read_published(source, content, hub)
+        if saved_by != model_class.__name__:
+            state = {name: tensor for name, tensor in state.items() if name not in _HEADS}
         if config is None:
             config = config_file
             options["vocab_size"] = read_config.vocab_size
         model, info = transformers_load(None, *model_args, config=config, state_dict=state, **options)
         model.name_or_path = model.config.name_or_path = str(source)
     else:
-        _check_model_type(source, content, config)
+        saved_by = _check_own(source, content, config)
         try:
             model, info = transformers_load(source, *model_args, config=config, **options)
         except SafetensorError as error:
             raise CheckpointError(f"{source} holds weights that cannot be read: {error}") from error
-    _check_loaded(source, model, info, ignore_mismatched_sizes)
+    _check_loaded(source, model, info, saved_by, ignore_mismatched_sizes)
     return (model, info) if output_loading_info else model
 
 
@@ -76,9 +80,9 @@ def convert_published(source: Source, target: Source) -> Path:
     _, content = _read_config(source, {})
     if content is None or not published.is_published(content):
         raise CheckpointError(f"{source} is not in the published layout, model_type {published.MODEL_TYPE!r}")
-    kind, config, state = _read_published(source, content, {})
+    class_name, config, state = _read_published(source, content, {})
     state.pop("decoder.weight", None)  # tied to the embedding
-    config.architectures = [published.OWN_CLASSES[kind]]
+    config.architectures = [class_name]
     path = Path(target)
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
@@ -109,29 +113,28 @@ def _read_config(source: Source, hub: dict[str, Any]) -> tuple[str | None, dict[
     return path, content
 
 
-def _check_model_type(source: Source, content: dict[str, Any] | None, config: Any) -> None:
-    if content is None and config is not None:
-        return
+def _check_own(source: Source, content: dict[str, Any] | None, config: Any) -> str | None:
+    """The class that wrote a checkpoint in our own layout, None if it does not say."""
     if content is None:
-        raise CheckpointError(f"{source} holds neither config.json nor model_config.json")
+        if config is None:
+            raise CheckpointError(f"{source} holds neither config.json nor model_config.json")
+        return None
     found, known = content.get("model_type"), UltraFastBertConfig.model_type
     if found != known:
         raise CheckpointError(f"{source} has model_type {found!r}, expected {known!r} or {published.MODEL_TYPE!r}")
+    names = content.get("architectures") or [None]
+    return str(names[0])
 
 
 def _read_published(
     source: Source, content: dict[str, Any], hub: dict[str, Any]
 ) -> tuple[str, UltraFastBertConfig, dict[str, Tensor]]:
-    """The published class, its configuration in our terms and its tensors under our names."""
-    arguments = published.translated(content)
+    """The class of ours that a published checkpoint is for, its configuration and its tensors under our names."""
     state = _read_weights(source, hub)
-    arguments.setdefault("vocab_size", published.vocab_size(state))
-    try:
-        config = UltraFastBertConfig.from_dict(arguments)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} has a configuration that no model fits: {error}") from error
+    config = UltraFastBertConfig.from_dict(content)
+    config.vocab_size = published.translated(content).get("vocab_size") or published.vocab_size(state)
     kind = published.class_of(state, content)
-    return kind, config, published.state_of(state, config, kind)
+    return published.OWN_CLASSES[kind], config, published.state_of(state, config, kind)
 
 
 def _read_weights(source: Source, hub: dict[str, Any]) -> dict[str, Tensor]:
@@ -154,12 +157,18 @@ def _load_pickle(path: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _check_loaded(source: Source, model: PreTrainedModel, info: dict[str, Any], allow_mismatched: bool) -> None:
+def _check_loaded(
+    source: Source, model: PreTrainedModel, info: dict[str, Any], saved_by: str | None, allow_mismatched: bool
+) -> None:
     missing, unexpected, mismatched = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
-    heads = {name for name in model.state_dict() if name in _HEADS} - set(model.all_tied_weights_keys)
+    own = set(model.state_dict())
+    own_modules = {name.partition(".")[0] for name in own}
+    foreign_heads = {name for name in _HEADS if name.partition(".")[0] not in own_modules}
+    head = (own & _HEADS) - set(model.all_tied_weights_keys)
+    starts_anew = head <= missing and saved_by != type(model).__name__
     problems = [
-        *_named("missing", missing - (heads if heads <= missing else set())),
-        *_named("unexpected", unexpected - (_HEADS - heads)),
+        *_named("missing", missing - head if starts_anew else missing),
+        *_named("unexpected", unexpected - foreign_heads),
     ]
     if not allow_mismatched:
         problems += (

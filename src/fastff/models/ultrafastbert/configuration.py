@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from fastff.errors import ShapeError
+from fastff.errors import CheckpointError, ShapeError
 from fastff.models.feedforward import build_feedforward, complete
 from fastff.models.ultrafastbert import published
 
@@ -85,7 +85,7 @@ class UltraFastBertConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings", "head_dim")
-        for name, least in (*((size, 1) for size in sizes), ("num_hidden_layers", 0)):
+        for name, least in (*((size, 1) for size in (*sizes, "num_labels")), ("num_hidden_layers", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ShapeError(f"{name} {value!r} is not an integer of at least {least}")
@@ -122,12 +122,12 @@ class UltraFastBertConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in Transformers; a published configuration comes back translated. Raises CheckpointError."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return published.translated(config_dict), kwargs
+        return _own(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As in Transformers; a published configuration is translated. Raises CheckpointError."""
-        return super().from_dict(published.translated(config_dict), **kwargs)
+        return super().from_dict(_own(config_dict), **kwargs)
 
 
 class CrammedBertConfig(UltraFastBertConfig):
@@ -138,3 +138,15 @@ class CrammedBertConfig(UltraFastBertConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return UltraFastBertConfig.from_dict(config_dict, **kwargs)
+
+
+def _own(content: dict[str, Any]) -> dict[str, Any]:
+    """A configuration file's content, translated if it is a published one. Raises CheckpointError."""
+    if not published.is_published(content):
+        return content
+    arguments = published.translated(content)
+    try:
+        UltraFastBertConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"published configuration that no model fits: {error}") from error
+    return arguments

@@ -208,7 +208,7 @@ class UltraFastBertPreTrainedModel(PreTrainedModel):
         load: Callable[..., Self] = super().from_pretrained
         if pretrained_model_name_or_path is None:
             return load(None, *model_args, **kwargs)
-        model: Self = checkpoint.load(load, pretrained_model_name_or_path, *model_args, **kwargs)
+        model: Self = checkpoint.load(cls, load, pretrained_model_name_or_path, *model_args, **kwargs)
         return model
 
 

@@ -56,13 +56,11 @@ def is_published(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == MODEL_TYPE or flat
 
 
-def translated(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of UltraFastBertConfig for a published configuration; any other one is returned as it is.
+def translated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of UltraFastBertConfig for a published configuration; vocab_size only if the configuration has it.
 
     Raises CheckpointError naming a missing key or an architecture that these models do not have.
     """
-    if not is_published(config):
-        return config
     flat = config.get("model_type") != MODEL_TYPE
     arch = config if flat else config.get("arch")
     if not isinstance(arch, Mapping):
@@ -169,22 +167,30 @@ def _get(arch: Mapping[str, Any], path: str, default: Any = _REQUIRED) -> Any:
     return value
 
 
+def _integer(arch: Mapping[str, Any], path: str) -> int:
+    value = _get(arch, path)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"arch has {path} {value!r}, expected an integer")
+    return value
+
+
 def _check_supported(arch: Mapping[str, Any]) -> None:
     for path, supported in _SUPPORTED.items():
         value = _get(arch, path, supported[0])
         if value not in supported:
             raise CheckpointError(f"arch has {path} {value!r}, supported: {', '.join(map(repr, supported))}")
-    width, embedding = _get(arch, "hidden_size"), _get(arch, "embedding.embedding_dim", None)
-    if embedding not in (None, width):
-        raise CheckpointError(f"arch has embedding.embedding_dim {embedding}, supported: hidden_size {width}")
+    width = _integer(arch, "hidden_size")
+    embedding = _get(arch, "embedding.embedding_dim", width)
+    if embedding != width:
+        raise CheckpointError(f"arch has embedding.embedding_dim {embedding!r}, supported: hidden_size {width}")
 
 
 def _sizes(arch: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
-        "hidden_size": _get(arch, "hidden_size"),
-        "num_hidden_layers": _get(arch, "num_transformer_layers"),
-        "num_attention_heads": _get(arch, "attention.num_attention_heads"),
-        "max_position_embeddings": _get(arch, "embedding.max_seq_length"),
+        "hidden_size": _integer(arch, "hidden_size"),
+        "num_hidden_layers": _integer(arch, "num_transformer_layers"),
+        "num_attention_heads": _integer(arch, "attention.num_attention_heads"),
+        "max_position_embeddings": _integer(arch, "embedding.max_seq_length"),
         "head_dim": _get(arch, "classification_head.head_dim", 1024),
         "pad_token_id": _get(arch, "embedding.pad_token_id", None),
         "feedforward": _feedforward(arch),
@@ -212,7 +218,7 @@ def _options(arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _feedforward(arch: Mapping[str, Any]) -> dict[str, Any]:
-    kind, width, nonlin = _get(arch, "intermed_type", "ff"), _get(arch, "intermed_size"), _get(arch, "nonlin", "GELU")
+    kind, nonlin = _get(arch, "intermed_type", "ff"), _get(arch, "nonlin", "GELU")
     known = {"ff": {**_ACTIVATIONS, **_GATED_ACTIVATIONS}, "fff": _ACTIVATIONS}
     if kind not in known:
         raise CheckpointError(f"arch has intermed_type {kind!r}, supported: 'ff', 'fff'")
@@ -220,13 +226,16 @@ def _feedforward(arch: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"arch has nonlin {nonlin!r}, supported for intermed_type {kind!r}: {', '.join(known[kind])}"
         )
-    activation = known[kind][nonlin]
+    activation, width = known[kind][nonlin], _integer(arch, "intermed_size")
     if kind == "fff":
-        depth = _get(arch, "intermed_depth")
+        depth = _integer(arch, "intermed_depth")
         return {"kind": "fff", "depth": depth, "trees": width, "activation": activation, "bias": True}
-    neurons = width // 2 if nonlin in _GATED_ACTIVATIONS else width
+    if nonlin in _GATED_ACTIVATIONS:
+        if width % 2:
+            raise CheckpointError(f"arch has intermed_size {width}, expected an even number for nonlin {nonlin!r}")
+        width //= 2
     bias = _get(arch, "use_bias", False)
-    return {"kind": "dense", "intermediate_size": neurons, "activation": activation, "bias": bias}
+    return {"kind": "dense", "intermediate_size": width, "activation": activation, "bias": bias}
 
 
 def _embeddings(reader: _Reader, config: UltraFastBertConfig) -> dict[str, Tensor]:
