@@ -112,11 +112,17 @@ FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, c
 
 FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);
 
-/* Forward on packed weights. With `w_in` and `w_out` (else NULL), a few sampled weights are compared with their packed
- * copies first and FASTFF_STALE is returned if they differ: a cheap guard against edits nobody announced. */
-FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* w_in, const float* w_out,
-                                             const float* x, int64_t rows, float* y, int64_t* leaf, float* margin,
-                                             int32_t threads);
+/* From now on compare a few sampled weights with their packed copies at every forward, and return FASTFF_STALE if they
+ * differ: a cheap guard against edits nobody announced. The arrays must outlive the pack; NULL stops watching. */
+FASTFF_API int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out);
+
+/* y on packed weights; the shortest way for a single row. */
+FASTFF_API int32_t fastff_infer_f32(const fastff_packed* packed, const float* x, float* y, int64_t rows,
+                                    int64_t threads);
+
+/* The same, with the route. */
+FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* x, int64_t rows, float* y,
+                                             int64_t* leaf, float* margin, int32_t threads);
 
 FASTFF_API void fastff_packed_free(fastff_packed* packed);
 

@@ -105,6 +105,7 @@ struct fastff_packed {
   float* data = nullptr;
   std::vector<float> b_in, b_out;
   std::vector<View<float>> views;
+  const float *watched_in = nullptr, *watched_out = nullptr;
 
  private:
   static void copy(const float* to, const float* from, int64_t n) {
@@ -137,12 +138,23 @@ int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float*
 
 int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed->bytes; }
 
-int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* w_in, const float* w_out, const float* x,
-                                  int64_t rows, float* y, int64_t* leaf, float* margin, int32_t threads) {
-  if (w_in && w_out && !packed->matches(w_in, w_out)) return FASTFF_STALE;
+int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out) {
+  packed->watched_in = w_in;
+  packed->watched_out = w_out;
+  return FASTFF_OK;
+}
+
+int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* x, int64_t rows, float* y, int64_t* leaf,
+                                  float* margin, int32_t threads) {
+  if (packed->watched_in && packed->watched_out && !packed->matches(packed->watched_in, packed->watched_out))
+    return FASTFF_STALE;
   return guarded([&] {
     forward_rows<float>(packed->tree, packed->views.data(), x, rows, {y, leaf, margin, nullptr}, threads);
   });
+}
+
+int32_t fastff_infer_f32(const fastff_packed* packed, const float* x, float* y, int64_t rows, int64_t threads) {
+  return fastff_forward_packed_f32(packed, x, rows, y, nullptr, nullptr, static_cast<int32_t>(threads));
 }
 
 void fastff_packed_free(fastff_packed* packed) { delete packed; }

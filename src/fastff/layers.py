@@ -9,7 +9,7 @@ Source  Belcak & Wattenhofer 2023, arXiv:2308.14711 (FFF) and arXiv:2311.10770 (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastff import ops
 from fastff.errors import CheckpointError, ShapeError
 from fastff.ops import reference
-from fastff.ops.interface import check_dtypes, check_shapes
+from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, kernels, why_unavailable_cached
 from fastff.ops.reference import Mixed, Routed
 from fastff.tree import Activation, Gate, TreeConfig
 
@@ -105,6 +105,7 @@ class FFF(nn.Module):
         self.register_buffer("_leaf_counts", counts, persistent=False)
         self._track_in_eval = False
         self._entropy: Tensor | None = None
+        self._packed: Any = None  # native.PackedLayer, made at the first call that can use it
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,12 +118,40 @@ class FFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features). Raises ShapeError."""
+        if self._direct(x):
+            if self._packed is None:
+                self._packed = kernels("native").PackedLayer(self.config)
+            y = self._packed(x, self._parameters)
+            if y is not None:
+                return y
         if self.surrogate is not None and self.training:
             return self._surrogate_forward(x)
         routed = ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
         if self.training or self._track_in_eval:
             self._count(routed.leaf)
         return routed.y
+
+    def _direct(self, x: Tensor) -> bool:
+        """Whether x may go straight to the packed C++ kernel: nothing to trace, differentiate, cast or count."""
+        return (
+            x.__class__ is Tensor
+            and x.dtype is torch.float32
+            and not (self.training or self._track_in_eval or torch.is_grad_enabled())
+            and self.backend in (None, "native")
+            and x.is_cpu
+            and x.is_contiguous()
+            and x.dim() > 0
+            and x.shape[-1] == self.config.in_features
+            and forced_backend() is None
+            and why_unavailable_cached("native") is None
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to() may swap a parameter's memory and come back to the same address with the same version.
+        self._packed = None
+        return super()._apply(fn, recurse)
 
     def routed(self, x: Tensor) -> Routed:
         """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""

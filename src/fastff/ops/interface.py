@@ -85,7 +85,7 @@ def forward(
     Source: Belcak & Wattenhofer 2023, arXiv:2311.10770.
     """
     check_shapes(x, w_in, b_in, w_out, b_out, config=config)
-    name = backend or _forced.get()
+    name = backend or forced_backend()
     out_dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)
@@ -99,6 +99,11 @@ def forward(
         y, leaf, margin, _ = torch.ops.fastff.forward(rows, w_in, b_in, w_out, b_out, *_flat(config), name)
     lead = x.shape[:-1]
     return Routed(y.to(out_dtype).reshape(*lead, config.out_features), leaf.reshape(*lead, -1), margin.reshape(lead))
+
+
+def forced_backend() -> str | None:
+    """The backend that the innermost `use_backend` names, None outside of one."""
+    return _forced.get()
 
 
 def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:

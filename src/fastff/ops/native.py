@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def _declare(library: ctypes.CDLL) -> None:
         backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
     library.fastff_pack_f32.argtypes = [pointer] * 6
     library.fastff_repack_f32.argtypes = [pointer] * 5
-    library.fastff_forward_packed_f32.argtypes = [pointer] * 4 + [int64] + [pointer] * 3 + [int32]
+    library.fastff_packed_watch_f32.argtypes = [pointer] * 3
+    # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
+    library.fastff_infer_f32.argtypes = [pointer] * 5
     library.fastff_packed_free.argtypes = [pointer]
     library.fastff_packed_bytes.argtypes = [pointer]
     library.fastff_packed_bytes.restype = int64
@@ -215,47 +218,59 @@ class PackedLayer:
 
     def __init__(self, config: TreeConfig) -> None:
         self._config = config
-        self._tree = _c_tree(config)
+        self._same_width = config.in_features == config.out_features
         self._handle = ctypes.c_void_p()
-        self._key: tuple[Any, ...] = ()
-        self._forward = library().fastff_forward_packed_f32
+        self._address = 0
+        self._seen: list[tuple[Tensor, int, int]] = []
+        self._infer = library().fastff_infer_f32
         self._free = library().fastff_packed_free
-        self._w_in = self._w_out = 0
 
     def __del__(self) -> None:
         self._free(self._handle)
+
+    def __reduce__(self) -> tuple[type[PackedLayer], tuple[TreeConfig]]:
+        return PackedLayer, (self._config,)  # a copy packs for itself
 
     @property
     def bytes(self) -> int:
         """Bytes of the packed copy; 0 before the first call."""
         return int(library().fastff_packed_bytes(self._handle)) if self._handle else 0
 
-    def __call__(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> Tensor:
-        """y (..., out_features) of a dense fp32 x (..., in_features); parameters are w_in, b_in, w_out, b_out."""
-        key = tuple([None if p is None else (id(p), p._version) for p in parameters])
-        if key != self._key:
-            self._pack(parameters, key)
-        y = x.new_empty((*x.shape[:-1], self._config.out_features))
+    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor | None:
+        """y (..., out_features) of a dense fp32 x (..., in_features), or None if these weights cannot be packed.
+
+        parameters: by the names w_in, b_in, w_out, b_out."""
+        w_in = parameters["w_in"]
+        for tensor, version, address in self._seen:
+            if tensor._version != version or tensor.data_ptr() != address:
+                self._seen = []
+                break
+        if (not self._seen or self._seen[0][0] is not w_in) and not self._pack(parameters):
+            return None
+        y = torch.empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
         rows = x.numel() // self._config.in_features
-        threads = torch.get_num_threads() if rows > 1 else 1
-        arguments = (x.data_ptr(), rows, y.data_ptr(), None, None, threads)
-        status = self._forward(self._handle, self._w_in, self._w_out, *arguments)
+        status = self._infer(self._address, x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
         if status == _STALE:
-            self._pack(parameters, key)
-            status = self._forward(self._handle, None, None, *arguments)
+            self._seen = []
+            return self(x, parameters)
         if status != _OK:
             raise FastffError(library().fastff_error().decode())
         return y
 
-    def _pack(self, parameters: tuple[Tensor | None, ...], key: tuple[Any, ...]) -> None:
-        self._key = ()
-        dense = _dense(*parameters)
-        pointers = [_pointer(tensor) for tensor in dense]
+    def _pack(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        self._seen = []
+        ordered = [parameters[name] for name in ("w_in", "b_in", "w_out", "b_out")]
+        present = [tensor for tensor in ordered if tensor is not None]
+        # Tensors made in inference mode have no version counter to follow.
+        if any(p.dtype != torch.float32 or not p.is_cpu or not p.is_contiguous() or p.is_inference() for p in present):
+            return False
+        pointers = [_pointer(tensor) for tensor in ordered]
         if self._handle:
             _call("fastff_repack_f32", self._handle, *pointers)
         else:
-            _call("fastff_pack_f32", ctypes.addressof(self._tree), *pointers, ctypes.byref(self._handle))
-        # A parameter that is not dense was copied for packing: its own memory cannot be compared with the pack.
-        comparable = all(a is b for a, b in zip(dense, parameters, strict=True))
-        self._w_in, self._w_out = (pointers[0], pointers[2]) if comparable else (None, None)
-        self._key = key
+            tree = ctypes.addressof(_c_tree(self._config))
+            _call("fastff_pack_f32", tree, *pointers, ctypes.byref(self._handle))
+            self._address = self._handle.value or 0
+        _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
+        self._seen = [(tensor, tensor._version, tensor.data_ptr()) for tensor in present]
+        return True
