@@ -505,7 +505,7 @@ class WeightSums {
   int64_t heap(int64_t position) const { return b_.leaf[b_.order[position] * tree_.trees] + tree_.leaves(); }
 
   void sum(T* const* outs, int64_t n, int64_t from, int64_t to, int64_t factor) {
-    constexpr int64_t kRun = 64;
+    constexpr int64_t kRun = 16;  // short partial sums: rounding errors grow with the run, not with the rows
     const T* ins[kRun];
     T packed[kRun * kTile];
     for (int64_t at = from; at < to; at += kRun) {

@@ -1,4 +1,5 @@
-// Plain loops, one element at a time: the C++ truth, and the fallback on any CPU.
+// Plain loops, one element at a time: the C++ truth, and the fallback on any CPU. Sums run in double for fp32 too: with
+// one lane a sum is one long chain, and its rounding errors would be several times those of the vector kernels.
 #include <cstdint>
 
 namespace fastff {
@@ -6,17 +7,17 @@ namespace {
 
 template <class T>
 struct Vec {
-  using Reg = T;
+  using Reg = double;
   static constexpr int width = 1, registers = 16;
-  static Reg zero() { return T(0); }
+  static Reg zero() { return 0; }
   static Reg set(T v) { return v; }
   static Reg load(const T* p) { return *p; }
   static Reg load_n(const T* p, int64_t) { return *p; }
-  static void store(T* p, Reg v) { *p = v; }
-  static void store_n(T* p, Reg v, int64_t) { *p = v; }
+  static void store(T* p, Reg v) { *p = static_cast<T>(v); }
+  static void store_n(T* p, Reg v, int64_t) { *p = static_cast<T>(v); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
-  static T sum(Reg v) { return v; }
+  static T sum(Reg v) { return static_cast<T>(v); }
 };
 
 bool supported() { return true; }

@@ -83,7 +83,7 @@ inline void combine_tile(T* const* out, const T* const* in, int64_t inputs, Fact
   };
   typename V::Reg acc[M][C];
   for (int m = 0; m < M; ++m)
-    for (int c = 0; c < C; ++c) acc[m][c] = accumulate ? load(out[m], c) : V::zero();
+    for (int c = 0; c < C; ++c) acc[m][c] = V::zero();
   for (int64_t k = 0; k < inputs; ++k) {
     typename V::Reg row[C];
     for (int c = 0; c < C; ++c) row[c] = load(in[k], c);
@@ -94,6 +94,7 @@ inline void combine_tile(T* const* out, const T* const* in, int64_t inputs, Fact
   }
   for (int m = 0; m < M; ++m)
     for (int c = 0; c < C; ++c) {
+      if (accumulate) acc[m][c] = V::add(acc[m][c], load(out[m], c));  // last: long sums round as sums of short ones
       if (kPartial && c == C - 1) V::store_n(out[m] + at + c * V::width, acc[m][c], last);
       else V::store(out[m] + at + c * V::width, acc[m][c]);
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ from fastff.ops import reference
 from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, kernels, why_unavailable_cached
 from fastff.ops.reference import Mixed, Routed
 from fastff.tree import Activation, Gate, TreeConfig
+
+# Looked up once: the direct path of inference counts tenths of a microsecond.
+_grad_enabled, _compiling, _autocast_enabled = (
+    torch.is_grad_enabled,
+    torch.compiler.is_compiling,
+    torch.is_autocast_enabled,
+)
 
 Surrogate = Literal["straight_through", "soft"]
 
@@ -105,7 +112,8 @@ class FFF(nn.Module):
         self.register_buffer("_leaf_counts", counts, persistent=False)
         self._track_in_eval = False
         self._entropy: Tensor | None = None
-        self._packed: Any = None  # native.PackedLayer, made at the first call that can use it
+        self._direct: Callable[[Tensor, Any], Tensor | None] | None = None
+        self._find_direct()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,10 +126,16 @@ class FFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features). Raises ShapeError."""
-        if self._direct(x):
-            if self._packed is None:
-                self._packed = kernels("native").PackedLayer(self.config)
-            y = self._packed(x, self._parameters)
+        if (
+            self._direct is not None
+            and not self.training
+            and not _grad_enabled()
+            and not _compiling()
+            and x.__class__ is Tensor
+            and forced_backend() is None
+            and not _autocast_enabled("cpu")
+        ):
+            y = self._direct(x, self._parameters)
             if y is not None:
                 return y
         if self.surrogate is not None and self.training:
@@ -131,27 +145,16 @@ class FFF(nn.Module):
             self._count(routed.leaf)
         return routed.y
 
-    def _direct(self, x: Tensor) -> bool:
-        """Whether x may go straight to the packed C++ kernel: nothing to trace, differentiate, cast or count."""
-        return (
-            x.__class__ is Tensor
-            and x.dtype is torch.float32
-            and not (self.training or self._track_in_eval or torch.is_grad_enabled())
-            and self.backend in (None, "native")
-            and x.is_cpu
-            and x.is_contiguous()
-            and x.dim() > 0
-            and x.shape[-1] == self.config.in_features
-            and forced_backend() is None
-            and why_unavailable_cached("native") is None
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
+    def _find_direct(self) -> None:
+        """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
+        wanted = self.backend in (None, "native") and not self._track_in_eval
+        ready = wanted and why_unavailable_cached("native") is None
+        self._direct = kernels("native").PackedLayer(self.config) if ready else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to() may swap a parameter's memory and come back to the same address with the same version.
-        self._packed = None
-        return super()._apply(fn, recurse)
+        self._find_direct()
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def routed(self, x: Tensor) -> Routed:
         """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
@@ -181,6 +184,7 @@ class FFF(nn.Module):
     def track_usage(self, enabled: bool = True) -> None:
         """Count leaves in evaluation too. Off by default: the fast path of inference then returns no leaves."""
         self._track_in_eval = enabled
+        self._find_direct()
 
     def reset_usage(self) -> None:
         """Forget the rows counted so far."""

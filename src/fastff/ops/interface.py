@@ -25,6 +25,7 @@ from fastff.tree import TreeConfig
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
 _forced: ContextVar[str | None] = ContextVar("fastff_backend", default=None)
+forced_backend = _forced.get  # the backend that the innermost `use_backend` names, None outside of one
 
 
 def available_backends() -> tuple[str, ...]:
@@ -98,12 +99,9 @@ def forward(
     else:
         y, leaf, margin, _ = torch.ops.fastff.forward(rows, w_in, b_in, w_out, b_out, *_flat(config), name)
     lead = x.shape[:-1]
-    return Routed(y.to(out_dtype).reshape(*lead, config.out_features), leaf.reshape(*lead, -1), margin.reshape(lead))
-
-
-def forced_backend() -> str | None:
-    """The backend that the innermost `use_backend` names, None outside of one."""
-    return _forced.get()
+    return Routed(
+        y.to(out_dtype).reshape(*lead, config.out_features), leaf.reshape(*lead, config.trees), margin.reshape(lead)
+    )
 
 
 def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:

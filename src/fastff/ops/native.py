@@ -1,6 +1,6 @@
 """The C++ kernels of csrc, called through ctypes: fp32 and fp64 on the CPU.
 
-The library knows nothing of torch. It runs on torch's own thread pool, handed to it as a C function pointer, because two
+The library knows nothing of torch. It runs on torch's own thread pool, handed to it as a C function pointer: two
 spinning pools in one process slow each other down a hundredfold.
 """
 
@@ -20,6 +20,8 @@ from fastff.tree import ACTIVATIONS, TreeConfig
 
 _ABI_VERSION = 1
 _OK, _STALE = 0, 4
+_NAMES = ("w_in", "b_in", "w_out", "b_out")
+_FLOAT32, _empty_like, _get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 _LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
 
@@ -221,7 +223,9 @@ class PackedLayer:
         self._same_width = config.in_features == config.out_features
         self._handle = ctypes.c_void_p()
         self._address = 0
-        self._seen: list[tuple[Tensor, int, int]] = []
+        self._shape: torch.Size | None = None  # of the last input accepted, and its number of rows
+        self._rows = 0
+        self._packed: tuple[tuple[str, Tensor | None, int, int], ...] = ()  # parameter, version, address at packing
         self._infer = library().fastff_infer_f32
         self._free = library().fastff_packed_free
 
@@ -237,29 +241,38 @@ class PackedLayer:
         return int(library().fastff_packed_bytes(self._handle)) if self._handle else 0
 
     def __call__(self, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor | None:
-        """y (..., out_features) of a dense fp32 x (..., in_features), or None if these weights cannot be packed.
+        """y (..., out_features) of x (..., in_features), or None if this x or these weights need the registered op.
 
         parameters: by the names w_in, b_in, w_out, b_out."""
-        w_in = parameters["w_in"]
-        for tensor, version, address in self._seen:
-            if tensor._version != version or tensor.data_ptr() != address:
-                self._seen = []
-                break
-        if (not self._seen or self._seen[0][0] is not w_in) and not self._pack(parameters):
+        if x.dtype is not _FLOAT32 or not x.is_cpu or not x.is_contiguous():
             return None
-        y = torch.empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
-        rows = x.numel() // self._config.in_features
-        status = self._infer(self._address, x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
+        if x.shape != self._shape and not self._accept(x):
+            return None
+        for name, tensor, version, address in self._packed:
+            seen = parameters[name]
+            if seen is not tensor or (seen is not None and (seen._version != version or seen.data_ptr() != address)):
+                self._packed = ()
+                break
+        if not self._packed and not self._pack(parameters):
+            return None
+        y = _empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
+        status = self._infer(self._address, x.data_ptr(), y.data_ptr(), self._rows, _get_num_threads())
         if status == _STALE:
-            self._seen = []
+            self._pack(parameters)
             return self(x, parameters)
         if status != _OK:
             raise FastffError(library().fastff_error().decode())
         return y
 
+    def _accept(self, x: Tensor) -> bool:
+        if x.dim() == 0 or x.shape[-1] != self._config.in_features:
+            return False
+        self._shape, self._rows = x.shape, x.numel() // self._config.in_features
+        return True
+
     def _pack(self, parameters: Mapping[str, Tensor | None]) -> bool:
-        self._seen = []
-        ordered = [parameters[name] for name in ("w_in", "b_in", "w_out", "b_out")]
+        self._packed = ()
+        ordered = [parameters[name] for name in _NAMES]
         present = [tensor for tensor in ordered if tensor is not None]
         # Tensors made in inference mode have no version counter to follow.
         if any(p.dtype != torch.float32 or not p.is_cpu or not p.is_contiguous() or p.is_inference() for p in present):
@@ -272,5 +285,8 @@ class PackedLayer:
             _call("fastff_pack_f32", tree, *pointers, ctypes.byref(self._handle))
             self._address = self._handle.value or 0
         _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
-        self._seen = [(tensor, tensor._version, tensor.data_ptr()) for tensor in present]
+        self._packed = tuple(
+            (name, p, 0 if p is None else p._version, 0 if p is None else p.data_ptr())
+            for name, p in zip(_NAMES, ordered, strict=True)
+        )
         return True

@@ -1,0 +1,235 @@
+"""The C++ kernels against the float64 reference: route and values apart, every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_layer, make_rows, weights_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastff
+from fastff.ops import native, reference
+
+FORMS = [
+    {"depth": 0},
+    {"depth": 0, "leaf_width": 5, "node_output": False, "activation": "swiglu", "bias": True},
+    {"depth": 1, "trees": 2, "bias": True, "activation": "gelu_tanh"},
+    {"depth": 3, "leaf_width": 3, "activation": "relu", "bias": True},
+    {"depth": 4, "trees": 3, "gate": "boundary", "bias": True, "activation": "silu"},
+    {"depth": 5, "leaf_width": 2, "node_output": False, "gate": "boundary", "bias": True, "activation": "identity"},
+    {"depth": 4, "trees": 8, "leaf_width": 16, "node_output": False, "gate": "boundary", "activation": "swiglu"},
+    {"depth": 9},
+]
+SIZES = [(1, 8, 8), (3, 65, 9), (130, 33, 17)]
+
+
+def gradients(layer, x, grad_y, backend):
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    routed = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend=backend)
+    grads = torch.autograd.grad((routed.y * grad_y).sum(), inputs, allow_unused=True, materialize_grads=True)
+    return routed, grads
+
+
+def max_error(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), SIZES)
+def test_float64_matches_the_reference(options, rows, in_features, out_features, threads):
+    layer = make_layer(in_features, out_features, dtype=torch.float64, **options)
+    x, grad_y = make_rows(rows, in_features), make_rows(rows, out_features, seed=2)
+    want, want_grads = gradients(layer, x, grad_y, "reference")
+    got, got_grads = gradients(layer, x.detach().clone(), grad_y, "native")
+    assert (want.margin > 1e-9).all()
+    assert torch.equal(got.leaf, want.leaf)
+    assert max_error(got.y, want.y) <= 1e-12
+    if layer.config.depth:
+        assert max_error(got.margin, want.margin) <= 1e-12
+    else:
+        assert torch.isinf(got.margin).all()
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        assert max_error(got_grad, want_grad) <= 1e-12
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_float32_errs_at_most_twice_as_much_as_the_reference(options):
+    rows, width = 64, 768 if options["depth"] < 9 else 129
+    exact = make_layer(width, dtype=torch.float64, **options)
+    layer = make_layer(width, dtype=torch.float32, **options)
+    with torch.no_grad():  # the float64 layer holds the float32 layer's rounded weights
+        for to, rounded in zip(exact.parameters(), layer.parameters(), strict=True):
+            to.copy_(rounded)
+    x, grad_y = make_rows(rows, width, dtype=torch.float32), make_rows(rows, width, seed=2, dtype=torch.float32)
+    want, want_grads = gradients(exact, x.double(), grad_y.double(), "reference")
+    mild, mild_grads = gradients(layer, x.clone(), grad_y, "reference")
+    got, got_grads = gradients(layer, x.clone(), grad_y, "native")
+    clear = want.margin > 1e-4
+    assert clear.double().mean() > 0.9
+    assert torch.equal(got.leaf[clear], want.leaf[clear])
+    assert max_error(got.y[clear], want.y[clear]) <= 2 * max_error(mild.y[clear], want.y[clear]) + 1e-6
+    assert torch.equal(got.leaf, mild.leaf), "a row on the fence makes gradients incomparable: choose another seed"
+    for got_grad, mild_grad, want_grad in zip(got_grads, mild_grads, want_grads, strict=True):
+        assert max_error(got_grad, want_grad) <= 2 * max_error(mild_grad, want_grad) + 1e-6
+
+
+@st.composite
+def shapes(draw):
+    options = {
+        "depth": draw(st.integers(0, 9)),
+        "trees": draw(st.integers(1, 9)),
+        "leaf_width": draw(st.integers(1, 17)),
+        "node_output": draw(st.booleans()),
+        "gate": draw(st.sampled_from([None, "boundary"])),
+        "bias": draw(st.booleans()),
+    }
+    pair = [] if options["node_output"] else ["swiglu"]
+    options["activation"] = draw(st.sampled_from(["gelu", "gelu_tanh", "relu", "silu", "identity", *pair]))
+    width = draw(st.one_of(st.integers(1, 130), st.just(768)))
+    config = fastff.TreeConfig(in_features=width, out_features=width, **options)
+    if config.trees * config.in_rows * width > 300_000:  # keep the test fast: trade the trees and the leaves for depth
+        options.update(trees=1, leaf_width=1)
+    return draw(st.integers(0, 300)), width, draw(st.integers(1, 40)), options
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(shape=shapes(), isa_index=st.integers(0, 2), thread_count=st.integers(1, 2))
+def test_any_shape_matches_the_reference(shape, isa_index, thread_count):
+    from conftest import supported_isas
+
+    rows, in_features, out_features, options = shape
+    names = supported_isas()
+    before, threads_before = native.isa(), torch.get_num_threads()
+    layer = make_layer(in_features, out_features, dtype=torch.float64, **options)
+    x, grad_y = make_rows(rows, in_features), make_rows(rows, out_features, seed=2)
+    native.set_isa(names[isa_index % len(names)])
+    torch.set_num_threads(thread_count)
+    try:
+        want, want_grads = gradients(layer, x, grad_y, "reference")
+        got, got_grads = gradients(layer, x.detach().clone(), grad_y, "native")
+    finally:
+        native.set_isa(before)
+        torch.set_num_threads(threads_before)
+    assert torch.equal(got.leaf, want.leaf)
+    scale = max(1.0, max((grad.abs().max().item() if grad.numel() else 0.0) for grad in want_grads))
+    assert max_error(got.y, want.y) <= 1e-12 * scale
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        assert max_error(got_grad, want_grad) <= 1e-12 * scale
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("rows", [1, 2, 7, 300, 1500])
+def test_many_rows_take_the_same_path_as_one(rows, threads):
+    layer = make_layer(48, depth=8, trees=2, bias=True, dtype=torch.float64)
+    x = make_rows(rows, 48)
+    together = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend="native")
+    alone = reference.forward(x, *weights_of(layer), config=layer.config)
+    assert torch.equal(together.leaf, alone.leaf)
+    assert max_error(together.y, alone.y) <= 1e-12
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    layer = make_layer(96, depth=6, trees=2, gate="boundary", bias=True)
+    x, grad_y = make_rows(500, 96, dtype=torch.float32), make_rows(500, 96, seed=2, dtype=torch.float32)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(gradients(layer, x.clone(), grad_y, "native")[1][1:])
+    for one, two in zip(*results, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+    again = gradients(layer, x.clone(), grad_y, "native")[1][1:]
+    assert all(torch.equal(a, b) for a, b in zip(again, results[1], strict=True))
+
+
+def test_unvisited_rows_get_exactly_zero_gradient():
+    layer = make_layer(16, depth=6)
+    x = make_rows(3, 16, dtype=torch.float32)
+    layer(x).sum().backward()
+    visited = torch.zeros(layer.config.in_rows, dtype=torch.bool)
+    visited[layer.path(x).flatten()] = True
+    assert visited.sum() < 22
+    assert (layer.w_in.grad[0, ~visited] == 0).all()
+    assert (layer.w_out.grad[0, ~visited] == 0).all()
+    assert (layer.w_out.grad[0, visited].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    "options",
+    [{"depth": 5}, {"depth": 5, "node_output": False, "activation": "relu", "leaf_width": 2}, {"depth": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_nan_row_stays_in_its_row(options, backend):
+    layer = make_layer(20, dtype=torch.float32, **options).eval()
+    x = make_rows(40, 20, dtype=torch.float32)
+    clean = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend=backend)
+    dirty_x = x.clone()
+    dirty_x[17, 3] = float("nan")
+    dirty = fastff.ops.forward(dirty_x, *weights_of(layer), config=layer.config, backend=backend)
+    assert torch.isnan(dirty.y[17]).all()
+    assert (dirty.leaf[17] == 0).all(), "NaN turns left at every node"
+    keep = torch.arange(40) != 17
+    assert torch.allclose(dirty.y[keep], clean.y[keep], rtol=1e-6, atol=1e-6)
+    assert torch.equal(dirty.leaf[keep], clean.leaf[keep])
+
+
+@pytest.mark.usefixtures("isa")
+def test_zero_turns_left():
+    layer = make_layer(8, depth=3, dtype=torch.float32)
+    with torch.no_grad():
+        layer.w_in.zero_()
+    assert (layer.route(make_rows(5, 8, dtype=torch.float32)) == 0).all()
+    with torch.no_grad():
+        layer.w_in[0, 0] = -0.0
+    assert (layer.route(make_rows(5, 8, dtype=torch.float32)) == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_empty_batch(backend):
+    layer = make_layer(8, 5, depth=3, bias=True)
+    x = torch.zeros(2, 0, 8, requires_grad=True)
+    routed = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend=backend)
+    assert routed.y.shape == (2, 0, 5)
+    assert routed.leaf.shape == (2, 0, 1)
+    routed.y.sum().backward()
+    assert (layer.w_in.grad == 0).all()
+    with torch.no_grad():
+        assert layer.eval()(x).shape == (2, 0, 5)
+
+
+@pytest.mark.usefixtures("isa")
+def test_strided_and_unaligned_inputs():
+    layer = make_layer(33, depth=5, dtype=torch.float32).eval()
+    wide = make_rows(20, 70, dtype=torch.float32)
+    storage = torch.empty(20 * 33 + 1)
+    unaligned = storage[1:].view(20, 33).copy_(wide[:, 2:35])
+    for x in (wide[:, 2:35], wide.t()[2:35].t(), unaligned, wide.flip(0)[:, 2:35]):
+        want = reference.forward(x.contiguous(), *weights_of(layer), config=layer.config).y
+        with torch.no_grad():
+            assert torch.allclose(layer(x), want, atol=1e-5)
+        assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_forward_does_not_read_memory_it_was_not_given():
+    """Outputs are poisoned by the allocator's reuse of NaN-filled memory: every element must be written."""
+    layer = make_layer(24, 31, depth=4, trees=2, bias=True)
+    for rows in (1, 3, 50):
+        poison = torch.full((rows * 31 + rows * 24,), float("nan"))
+        del poison
+        y, leaf, margin, scores = native.forward(
+            make_rows(rows, 24, dtype=torch.float32), *weights_of(layer), config=layer.config
+        )
+        assert not torch.isnan(y).any()
+        assert not torch.isnan(scores).any()
+        assert ((leaf >= 0) & (leaf < 16)).all()
+        assert (margin > 0).all()
+
+
+def test_an_unknown_instruction_set_is_named():
+    with pytest.raises(fastff.BackendUnavailable, match="'sse9' is not one of .*scalar"):
+        native.set_isa("sse9")

@@ -1,0 +1,55 @@
+import pytest
+
+import fastff
+
+
+def config(**options):
+    return fastff.TreeConfig(**{"in_features": 768, "out_features": 768, "depth": 11, **options})
+
+
+def test_published_layer_counts():
+    c = config()
+    assert (c.nodes, c.leaves, c.neurons, c.active_neurons, c.levels) == (2047, 2048, 4095, 12, 12)
+    assert c.flops_per_row == 12 * 2 * 2 * 768  # 36.9 kFLOP
+    assert c.name == "1x11"
+
+
+def test_wide_leaves_that_only_route():
+    c = config(depth=4, trees=8, leaf_width=16, node_output=False, activation="swiglu", gate="boundary")
+    assert (c.in_rows, c.out_rows) == (15 + 16 * 32, 16 * 16)
+    assert (c.active_neurons, c.routing_scores) == (8 * 16, 32)
+    assert c.flops_per_row == 2 * (8 * (4 + 32) + 8 * 16) * 768
+    assert c.name == "8x4-leaf16-swiglu-gate"
+
+
+def test_bias_shapes():
+    assert config(bias=True).shape_of_b_out is None
+    assert config(bias=True, node_output=False).shape_of_b_out == (1, 2048, 768)
+    assert config().shape_of_b_in is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": -1}, "depth -1 is not 0 to 24"),
+        ({"depth": 25}, "depth 25 is not 0 to 24"),
+        ({"depth": 1.5}, "depth 1.5 is not an integer"),
+        ({"trees": 0}, "trees 0 is not at least 1"),
+        ({"leaf_width": 0}, "leaf_width 0 is not at least 1"),
+        ({"in_features": 0}, "in_features 0 is not at least 1"),
+        ({"activation": "tanh"}, "activation 'tanh' is not one of"),
+        ({"gate": "soft"}, "gate 'soft' is not None or 'boundary'"),
+        ({"activation": "swiglu"}, "swiglu' needs node_output=False"),
+        ({"tau": 0.0}, "tau 0.0 is not a positive finite number"),
+        ({"depth": 24, "trees": 10**6}, "more than can be addressed"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(fastff.ShapeError, match=message) as caught:
+        config(**options)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_layer_too_large_to_address_is_refused_before_it_is_allocated():
+    with pytest.raises(fastff.ShapeError, match="more than can be addressed"):
+        fastff.FFF(2**20, depth=24, trees=64)
