@@ -1,0 +1,120 @@
+"""GPU kernels (Triton): conditional feedforward, forward and backward.
+
+Importing this package needs neither Triton nor a device; both are looked for by `why_unavailable`, and the kernels are
+imported on first use. With `TRITON_INTERPRET=1` in the environment they run on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastff.tree import TreeConfig
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LOWEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units
+
+
+def why_unavailable() -> str | None:
+    """The reason why these kernels cannot run on this machine, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "backend 'triton' needs the package triton, which is not installed"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "backend 'triton' needs an active CUDA device, and torch sees none"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < _LOWEST_CAPABILITY:
+        return (
+            f"backend 'triton' needs compute capability 8.0 or later, this device has {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+def why_not(x: Tensor, config: TreeConfig) -> str | None:
+    """The reason why these kernels cannot take this input, None if they can."""
+    if x.dtype not in _DTYPES:
+        return f"backend 'triton' computes float32, float16 and bfloat16, x is {x.dtype}"
+    if x.device.type != "cuda" and not _interpreted():
+        return f"backend 'triton' needs tensors on a CUDA device, x is on {x.device}"
+    return None
+
+
+def forward(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (rows, out_features), leaf (rows, trees) int64, margin (rows,), scores (rows, trees, path_scores).
+
+    Shapes as in ops.reference; all tensors share one dtype and device. Products are summed in float32.
+    """
+    from fastff.ops.triton_kernels import blocks, plan, rows
+
+    rows_count = x.shape[0]
+    if rows_count == 0:
+        return (
+            x.new_empty(0, config.out_features),
+            torch.empty(0, config.trees, dtype=torch.int64, device=x.device),
+            x.new_empty(0),
+            x.new_empty(0, config.trees, config.path_scores),
+        )
+    x, w_in, b_in, w_out, b_out = _contiguous(x, w_in, b_in, w_out, b_out)
+    chosen = plan.forward_plan(config, rows_count, x.element_size())
+    with _device(x):
+        if isinstance(chosen, plan.RowsPlan):
+            return rows.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
+        return blocks.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    leaf: Tensor,
+    scores: Tensor,
+    *,
+    config: TreeConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_in, b_in, w_out, b_out; an empty tensor for an absent bias. Rows not visited get exactly zero.
+
+    Deterministic: sums run in a fixed order, in float32, whatever the dtype.
+    """
+    from fastff.ops.triton_kernels import gradients, plan
+
+    if x.shape[0] == 0:
+        given = (x, w_in, b_in, w_out, b_out)
+        gx, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
+        return gx, gw_in, gb_in, gw_out, gb_out
+    grad_y, x, w_in, b_in = _contiguous(grad_y, x, w_in, b_in)
+    w_out, b_out, leaf, scores = _contiguous(w_out, b_out, leaf, scores)
+    chosen = plan.backward_plan(config, x.shape[0], x.element_size())
+    with _device(x):
+        return gradients.backward(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config, plan=chosen)
+
+
+def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> str:
+    """Which kernels and tiles a call with so many rows would use, forward and backward, as text."""
+    from fastff.ops.triton_kernels import plan
+
+    forward_plan = plan.forward_plan(config, rows, dtype.itemsize)
+    return f"forward: {forward_plan}\nbackward: {plan.backward_plan(config, rows, dtype.itemsize)}"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make that the tensors' own."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

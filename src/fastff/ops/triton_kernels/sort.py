@@ -1,0 +1,169 @@
+"""Counting sort of rows by the turns they took: stable, deterministic, three launches, no host synchronisation.
+
+Several sorts run side by side: pass `p` groups the rows by the first `level` turns in each of the trees
+`p * joint ... p * joint + joint - 1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SORT_TILE = 128
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows in group order.
+
+    order (passes, rows) int32 row numbers; table (passes, 4, groups + 1) int32, exclusive sums over the groups of their
+    rows, tiles (of `tile` rows), chunks (of `chunk` rows), and chunks of those groups that have more than one.
+    groups is a power of two, at least 2; level, joint: turns and trees that make a group's number.
+    """
+
+    order: Tensor
+    table: Tensor
+    groups: int
+    level: int
+    joint: int
+    tile: int
+    chunk: int
+
+    @property
+    def tiles(self) -> int:
+        """Upper bound of tiles in a pass: a static launch grid."""
+        return self._blocks(self.tile) + self._used
+
+    @property
+    def chunks(self) -> int:
+        """Upper bound of chunks in a pass."""
+        return self._blocks(self.chunk) + self._used
+
+    @property
+    def slots(self) -> int:
+        """Upper bound of chunks in a pass that belong to a group with more than one."""
+        return 2 * self._blocks(self.chunk)
+
+    def _blocks(self, size: int) -> int:
+        return -(-self.order.shape[1] // size)
+
+    @property
+    def _used(self) -> int:
+        return min(1 << (self.level * self.joint), self.order.shape[1])
+
+
+def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int) -> Groups:
+    """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count."""
+    rows, trees = leaf.shape
+    passes, tiles = triton.cdiv(trees, joint), triton.cdiv(rows, SORT_TILE)
+    groups = max(2, 1 << (level * joint))
+    counts = torch.empty(passes, groups, tiles, dtype=torch.int32, device=leaf.device)
+    totals = torch.empty(passes, groups, dtype=torch.int32, device=leaf.device)
+    order = torch.empty(passes, rows, dtype=torch.int32, device=leaf.device)
+    table = torch.empty(passes, 4, groups + 1, dtype=torch.int32, device=leaf.device)
+    key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "GROUPS": groups, "TILE": SORT_TILE}
+    _count_kernel[(tiles, passes)](leaf, counts, rows, tiles, **key)
+    _scan_kernel[(groups, passes)](counts, totals, tiles, GROUPS=groups, TILES=min(1024, triton.next_power_of_2(tiles)))
+    _place_kernel[(tiles, passes)](leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
+    return Groups(order, table, groups, level, joint, tile, chunk)
+
+
+@triton.jit
+def _key(
+    leaf_ptr, row, mask, tree0, TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr
+):
+    key = tl.zeros_like(row)
+    for tree in tl.static_range(JOINT):
+        there = mask & (tree0 + tree < TREES)
+        leaf = tl.load(leaf_ptr + row.to(tl.int64) * TREES + tree0 + tree, mask=there, other=0) >> SHIFT
+        key = (key << LEVEL) | leaf.to(tl.int32)
+    return key
+
+
+@triton.jit
+def _count_kernel(
+    leaf_ptr,
+    counts_ptr,
+    rows,
+    tiles,
+    TREES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LEVEL: tl.constexpr,
+    JOINT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tile, turn = tl.program_id(0), tl.program_id(1)
+    row = tile * TILE + tl.arange(0, TILE)
+    mask = row < rows
+    key = _key(leaf_ptr, row, mask, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    groups = tl.arange(0, GROUPS)
+    count = tl.histogram(key, GROUPS, mask=mask)
+    tl.store(counts_ptr + (turn * GROUPS + groups) * tiles + tile, count)
+
+
+@triton.jit
+def _scan_kernel(counts_ptr, totals_ptr, tiles, GROUPS: tl.constexpr, TILES: tl.constexpr):
+    group = tl.program_id(1) * GROUPS + tl.program_id(0)
+    total = 0
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        count = tl.load(counts_ptr + group * tiles + tile, mask=tile < tiles, other=0)
+        tl.store(counts_ptr + group * tiles + tile, total + tl.cumsum(count, 0) - count, mask=tile < tiles)
+        total += tl.sum(count, 0)
+    tl.store(totals_ptr + group, total)
+
+
+@triton.jit
+def _store_sums(table_ptr, which, count, GROUPS: tl.constexpr):
+    groups = tl.arange(0, GROUPS)
+    tl.store(table_ptr + which * (GROUPS + 1) + groups, tl.cumsum(count, 0) - count)
+    tl.store(table_ptr + which * (GROUPS + 1) + GROUPS, tl.sum(count, 0))
+
+
+@triton.jit
+def _place_kernel(
+    leaf_ptr,
+    counts_ptr,
+    totals_ptr,
+    order_ptr,
+    table_ptr,
+    rows,
+    tiles,
+    tile_rows,
+    chunk_rows,
+    TREES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LEVEL: tl.constexpr,
+    JOINT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tile, turn = tl.program_id(0), tl.program_id(1)
+    groups = tl.arange(0, GROUPS)
+    total = tl.load(totals_ptr + turn * GROUPS + groups)
+    if tile == 0:
+        table = table_ptr + turn * 4 * (GROUPS + 1)
+        chunk = (total + chunk_rows - 1) // chunk_rows
+        _store_sums(table, 0, total, GROUPS)
+        _store_sums(table, 1, (total + tile_rows - 1) // tile_rows, GROUPS)
+        _store_sums(table, 2, chunk, GROUPS)
+        _store_sums(table, 3, tl.where(chunk > 1, chunk, 0), GROUPS)
+
+    place = tl.arange(0, TILE)
+    row = tile * TILE + place
+    mask = row < rows
+    key = _key(leaf_ptr, row, mask, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    key = tl.where(mask, key, -1)
+    # The rank of a row among the equal keys before it in the tile: all pairs, which costs the same for any GROUPS.
+    other = tile * TILE + tl.arange(0, TILE)
+    other_key = _key(leaf_ptr, other, other < rows, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    before = (other_key[None, :] == key[:, None]) & (tl.arange(0, TILE)[None, :] < place[:, None])
+    rank = tl.sum(before.to(tl.int32), 1)
+    first = tl.gather(tl.cumsum(total, 0) - total, tl.where(mask, key, 0), 0)
+    offset = tl.load(counts_ptr + (turn * GROUPS + tl.where(mask, key, 0)) * tiles + tile, mask=mask, other=0)
+    tl.store(order_ptr + turn.to(tl.int64) * rows + first + offset + rank, row, mask=mask)
