@@ -100,13 +100,11 @@ class Descent {
     scratch_.side.at_least(rows);
     for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(i);
     const int top = top_levels(rows);
-    if (top == 0) {
-      stop_ = tree_.depth;
-      descend(0, 0, order, rows);
-      flush();
-    } else {
-      sort_by_subtree(order, rows, top);
-    }
+    if (top > 0 && top < tree_.depth) return sort_by_subtree(order, rows, top);
+    const int64_t block = top == 0 ? rows : kCachedRows;  // a tree so shallow for its rows needs no sorting
+    stop_ = tree_.depth;
+    for (int64_t at = 0; at < rows; at += block) descend(0, 0, order + at, std::min(block, rows - at));
+    flush();
   }
 
  private:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastff import ops
 from fastff.errors import CheckpointError, ShapeError
 from fastff.ops import reference
-from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, kernels, why_unavailable_cached
+from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
 from fastff.ops.reference import Mixed, Routed
 from fastff.tree import Activation, Gate, TreeConfig
 
@@ -132,7 +132,7 @@ class FFF(nn.Module):
             and not _grad_enabled()
             and not _compiling()
             and x.__class__ is Tensor
-            and forced_backend() is None
+            and not forced
             and not _autocast_enabled("cpu")
         ):
             y = self._direct(x, self._parameters)

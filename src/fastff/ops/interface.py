@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +23,8 @@ from fastff.tree import TreeConfig
 
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
-_forced: ContextVar[str | None] = ContextVar("fastff_backend", default=None)
-forced_backend = _forced.get  # the backend that the innermost `use_backend` names, None outside of one
+_modules: dict[str, ModuleType] = {}
+forced: list[str] = []  # backends named by the `use_backend` blocks that are open, innermost last
 
 
 def available_backends() -> tuple[str, ...]:
@@ -35,15 +34,15 @@ def available_backends() -> tuple[str, ...]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every layer within the block on the named backend. Raises BackendUnavailable if it cannot run here."""
+    """Run every layer of the process on the named backend within the block. Raises BackendUnavailable if it cannot."""
     reason = why_unavailable(name)
     if reason is not None:
         raise BackendUnavailable(reason)
-    token = _forced.set(name)
+    forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.pop()
 
 
 def why_unavailable(name: str) -> str | None:
@@ -60,8 +59,10 @@ def why_unavailable(name: str) -> str | None:
 
 def kernels(name: str) -> ModuleType:
     """The module of a kernel backend: `why_unavailable()`, `why_not(x, config)`, `forward(...)`, `backward(...)`."""
+    if name in _modules:  # imported before: torch.compile cannot trace an import
+        return _modules[name]
     try:
-        return importlib.import_module(_KERNEL_MODULES[name])
+        return _modules.setdefault(name, importlib.import_module(_KERNEL_MODULES[name]))
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"backend {name!r} is not part of this build: {error}") from error
 
@@ -86,7 +87,7 @@ def forward(
     Source: Belcak & Wattenhofer 2023, arXiv:2311.10770.
     """
     check_shapes(x, w_in, b_in, w_out, b_out, config=config)
-    name = backend or forced_backend()
+    name = backend or (forced[-1] if forced else None)
     out_dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)

@@ -159,7 +159,7 @@ def _reach(node_score: Tensor, config: TreeConfig, straight_through: bool) -> tu
     for level in range(config.depth):
         score = node_score[..., 2**level - 1 : 2 ** (level + 1) - 1]
         right = (score > 0).to(score.dtype)
-        on_path.append(torch.where(reach[-1].detach() > 0, score, 0).sum(-1))
+        on_path.append(torch.where(reach[-1].detach() > 0.5, score, 0).sum(-1))
         if straight_through:
             soft = torch.sigmoid(score)
             right = right + soft - soft.detach()

@@ -1,0 +1,226 @@
+"""The one door: checks, dispatch, autograd, compile, export, autocast."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastff
+from conftest import make_layer, make_rows, weights_of
+from fastff.ops import interface, reference
+
+GATED = {"depth": 3, "trees": 2, "leaf_width": 2, "gate": "boundary", "bias": True}
+LEAVES = {"depth": 2, "trees": 2, "leaf_width": 3, "node_output": False, "activation": "swiglu", "bias": True}
+PUBLISHED = {"depth": 4}
+
+
+def run(layer, x, backend=None):
+    return fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend=backend)
+
+
+def test_backends_are_listed_and_native_is_among_them():
+    assert fastff.ops.available_backends()[:2] == ("reference", "native")
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAVES], ids=str)
+def test_opcheck(options):
+    layer = make_layer(6, 5, **options)
+    arguments = (make_rows(7, 6, dtype=torch.float32).requires_grad_(), *weights_of(layer))
+    torch.library.opcheck(torch.ops.fastff.forward, (*arguments, *interface._flat(layer.config), "native"))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAVES], ids=str)
+def test_gradcheck(options, backend):
+    layer = make_layer(5, 4, dtype=torch.float64, **options)
+    x = make_rows(6, 5, seed=4).requires_grad_()
+    assert run(layer, x).margin.min() > 1e-3, "finite differences must not flip a turn: choose another seed"
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        weights = (given["w_in"], given.get("b_in"), given["w_out"], given.get("b_out"))
+        return fastff.ops.forward(x, *weights, config=layer.config, backend=backend).y
+
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (x, *parameters), eps=1e-6, atol=1e-7)
+
+
+def test_one_layer_used_twice_and_backward_twice():
+    layer = make_layer(6, **PUBLISHED, dtype=torch.float64)
+    x = make_rows(5, 6)
+    grads = []
+    for backend in ("native", "reference"):
+        y = run(layer, run(layer, x, backend).y, backend).y
+        first = torch.autograd.grad(y.sum(), list(layer.parameters()), retain_graph=True)
+        again = torch.autograd.grad(y.sum(), list(layer.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        grads.append(first)
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6), (2, 1, 3, 6)])
+def test_any_leading_shape(shape):
+    layer = make_layer(6, 5, **GATED)
+    routed = run(layer, make_rows(*shape, dtype=torch.float32))
+    assert routed.y.shape == (*shape[:-1], 5)
+    assert routed.leaf.shape == (*shape[:-1], 2)
+    assert routed.margin.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, LEAVES], ids=str)
+def test_compile_without_graph_breaks(options):
+    layer = make_layer(6, 5, **options)
+    x = make_rows(9, 6, dtype=torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    want, got = layer(x), compiled(x)
+    assert torch.equal(want, got)
+    got.sum().backward()
+    compiled_grad = layer.w_in.grad.clone()
+    layer.zero_grad()
+    want.sum().backward()
+    assert torch.allclose(compiled_grad, layer.w_in.grad, atol=1e-6)
+    layer.eval()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_export_keeps_the_op():
+    layer = make_layer(6, 5, **PUBLISHED).eval()
+    x = make_rows(9, 6, dtype=torch.float32)
+    rows = torch.export.Dim("rows", min=1, max=64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},))
+    assert "fastff.forward" in str(program.graph)
+    other = make_rows(4, 6, seed=3, dtype=torch.float32)
+    assert torch.equal(program.module()(other), layer(other))
+
+
+def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():
+    layer = make_layer(32, **PUBLISHED)
+    x = make_rows(8, 32, dtype=torch.float32)
+    want = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        from_bf16 = layer(x.bfloat16())
+        got = layer(x)
+    assert got.dtype == from_bf16.dtype == torch.bfloat16
+    assert torch.equal(got, want.bfloat16())
+    got.sum().backward()
+    assert layer.w_in.grad.dtype == torch.float32
+    layer.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_on_the_reference(dtype):
+    layer = make_layer(16, **PUBLISHED, dtype=dtype)
+    x = make_rows(4, 16, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, run(layer, x, "reference").y)
+    with pytest.raises(fastff.BackendUnavailable, match="takes float32 and float64, x is torch"):
+        run(layer, x, "native")
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAVES, {"depth": 0}], ids=str)
+def test_masked_and_straight_through_forms_compute_the_same_function(options):
+    layer = make_layer(6, 5, dtype=torch.float64, **options)
+    x = make_rows(30, 6)
+    want = reference.forward(x, *weights_of(layer), config=layer.config)
+    for straight_through in (False, True):
+        got = reference.forward_masked(x, *weights_of(layer), config=layer.config, straight_through=straight_through)
+        assert (got.y - want.y).abs().max() <= 1e-12
+        assert torch.equal(got.leaf, want.leaf)
+        assert torch.allclose(got.margin, want.margin)
+
+
+def test_masked_form_has_the_gradients_of_the_gathered_form():
+    layer = make_layer(6, 5, dtype=torch.float64, **GATED)
+    x = make_rows(30, 6)
+    one = torch.autograd.grad(
+        reference.forward(x, *weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
+    )
+    two = torch.autograd.grad(
+        reference.forward_masked(x, *weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
+    )
+    for a, b in zip(one, two, strict=True):
+        assert (a - b).abs().max() <= 1e-12
+
+
+def test_a_gated_layer_is_continuous_where_its_turns_flip():
+    """Walk a segment between two rows that reach different leaves: y has no jump, biases included."""
+    layer = make_layer(6, 5, dtype=torch.float64, **{**LEAVES, "gate": "boundary"})
+    a, b = make_rows(2, 6, seed=5)
+    x = a + torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None] * (b - a)
+    routed = run(layer, x)
+    assert (routed.leaf[1:] != routed.leaf[:-1]).any()
+    assert (routed.y[1:] - routed.y[:-1]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 7)}, "in_features 7 .* does not match in_features 6"),
+        ({"x": torch.zeros(())}, "a scalar does not match in_features 6"),
+        ({"w_in": torch.zeros(1, 30, 6)}, r"w_in \(1, 30, 6\) does not match \(1, 31, 6\)"),
+        ({"b_in": torch.zeros(1, 31)}, r"b_in \(1, 31\) does not match None"),
+        ({"w_out": torch.zeros(2, 31, 5)}, r"w_out \(2, 31, 5\) does not match \(1, 31, 5\)"),
+        ({"x": torch.zeros(3, 6, dtype=torch.float64)}, "w_in is torch.float32, x is torch.float64"),
+        ({"x": torch.zeros(3, 6, dtype=torch.int64)}, "x is torch.int64, expected a floating dtype"),
+        ({"w_out": torch.zeros(1, 31, 5, device="meta")}, "w_out is on meta, x is on cpu"),
+    ],
+)
+def test_bad_tensors_are_named(change, message):
+    layer = make_layer(6, 5, **PUBLISHED)
+    tensors = {"x": torch.zeros(3, 6), "w_in": layer.w_in, "b_in": None, "w_out": layer.w_out, "b_out": None, **change}
+    with pytest.raises(fastff.ShapeError, match=message):
+        fastff.ops.forward(*tensors.values(), config=layer.config)
+
+
+def test_a_named_backend_runs_or_says_why_not():
+    layer = make_layer(6, 5, **PUBLISHED)
+    x = make_rows(3, 6, dtype=torch.float32)
+    with pytest.raises(fastff.BackendUnavailable, match="'cuda' is not one of reference, native, triton"):
+        run(layer, x, "cuda")
+    with pytest.raises(fastff.BackendUnavailable, match="not one of"), fastff.ops.use_backend("cuda"):
+        pass
+    with fastff.ops.use_backend("reference"):
+        assert interface.forced == ["reference"]
+        reference_y = layer.eval()(x)
+    assert interface.forced == []
+    assert torch.allclose(reference_y, layer(x), atol=1e-6)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["scalar", "avx2"])
+def test_the_environment_forces_an_instruction_set(name):
+    from conftest import supported_isas
+
+    if name not in supported_isas():
+        pytest.skip(f"this CPU has no {name}")
+    done = run_python("from fastff.ops import native; print(native.isa())", FASTFF_ISA=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_an_instruction_set_that_cannot_run_makes_native_unavailable_and_says_so():
+    code = "import fastff; fastff.ops.forward; print(fastff.ops.interface.why_unavailable('native'))"
+    done = run_python(code, FASTFF_ISA="mmx")
+    assert "instruction set 'mmx' is not one of" in done.stdout, done.stderr
+
+
+def test_import_is_light():
+    code = "import sys, fastff; print([m for m in ('triton', 'transformers', 'typer', 'numpy') if m in sys.modules])"
+    done = run_python(code)
+    heavy = set(eval(done.stdout))
+    plain = set(eval(run_python(code.replace("sys, fastff", "sys, torch")).stdout))
+    assert heavy <= plain, "importing fastff must not bring in more than torch does"

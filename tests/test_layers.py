@@ -1,0 +1,322 @@
+"""The FFF module: drop-in use, fresh weights, usage, training forms, published state dicts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastff
+from conftest import make_layer, make_rows, weights_of
+from fastff.ops import reference
+
+
+def expected(layer, x):
+    return reference.forward(x.reshape(-1, x.shape[-1]), *weights_of(layer), config=layer.config).y
+
+
+@pytest.mark.parametrize("options", [{"depth": 5}, {"depth": 3, "bias": True, "node_output": False, "leaf_width": 2}])
+def test_inference_takes_the_packed_path_and_agrees(options):
+    layer = make_layer(130, 70, **options).eval()
+    x = make_rows(4, 3, 130, dtype=torch.float32)
+    with torch.no_grad():
+        y = layer(x)
+        assert layer._direct.bytes > 0
+    torch.testing.assert_close(y.view(12, 70), expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def optimiser_step(layer):
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer(make_rows(9, 24, dtype=torch.float32)).square().sum().backward()
+    optimiser.step()
+
+
+def load_other_weights(layer):
+    layer.load_state_dict(make_layer(24, depth=4, bias=True, seed=9).state_dict())
+
+
+def assign_other_weights(layer):
+    layer.load_state_dict(make_layer(24, depth=4, bias=True, seed=9).state_dict(), assign=True)
+
+
+def edit_one_weight(layer):
+    with torch.no_grad():
+        layer.w_out[0, 3, 5] += 1.0
+        layer.w_in[0, 0] *= -1
+
+
+def edit_behind_autograds_back(layer):
+    layer.w_in.data.mul_(-1.5)
+
+
+def replace_data(layer):
+    layer.w_out.data = layer.w_out.data * 2
+
+
+def replace_parameter(layer):
+    layer.w_out = nn.Parameter(layer.w_out.detach() * 3)
+
+
+def edit_bias(layer):
+    with torch.no_grad():
+        layer.b_in.add_(0.5)
+
+
+def there_and_back(layer):
+    layer.to(torch.bfloat16)
+    layer.to(torch.float32)
+
+
+EDITS = [
+    optimiser_step,
+    load_other_weights,
+    assign_other_weights,
+    edit_one_weight,
+    edit_behind_autograds_back,
+    replace_data,
+    replace_parameter,
+    edit_bias,
+    there_and_back,
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
+def test_the_next_call_uses_the_new_weights(edit):
+    layer = make_layer(24, depth=4, bias=True).eval()
+    x = make_rows(64, 24, dtype=torch.float32)
+    with torch.no_grad():
+        before = layer(x)
+    edit(layer.train())
+    layer.eval()
+    with torch.no_grad():
+        after = layer(x)
+    torch.testing.assert_close(after, expected(layer, x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-4)
+
+
+def test_nothing_is_packed_again_when_nothing_changed(monkeypatch):
+    layer = make_layer(24, depth=4).eval()
+    x = make_rows(3, 24, dtype=torch.float32)
+    packs = []
+    with torch.no_grad():
+        layer(x)
+        original = type(layer._direct)._pack
+        monkeypatch.setattr(type(layer._direct), "_pack", lambda self, p: packs.append(1) or original(self, p))
+        for rows in (1, 2, 3):
+            layer(x[:rows])
+        assert packs == []
+        layer.w_in.mul_(1.5)
+        layer(x)
+        layer(x)
+    assert packs == [1]
+
+
+def test_packed_weights_take_one_copy():
+    layer = fastff.FFF(768, depth=8).eval()
+    with torch.no_grad():
+        layer(torch.zeros(1, 768))
+    parameters = sum(p.numel() * 4 for p in layer.parameters())
+    assert parameters <= layer._direct.bytes <= parameters + 2**21  # rounded up to a huge page
+
+
+def test_training_never_packs():
+    layer = make_layer(24, depth=4)
+    layer(make_rows(3, 24, dtype=torch.float32)).sum().backward()
+    assert layer._direct.bytes == 0
+
+
+def test_copies_and_pickles_pack_for_themselves():
+    layer = make_layer(24, depth=4).eval()
+    x = make_rows(3, 24, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), want)
+            twin.w_out.zero_()
+            assert (twin(x) == 0).all()
+        assert torch.equal(layer(x), want)
+
+
+def test_weights_made_in_inference_mode_are_followed_too():
+    with torch.inference_mode():
+        layer = make_layer(24, depth=4).eval()
+        x = make_rows(3, 24, dtype=torch.float32)
+        want = layer(x).clone()
+        layer.w_out.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * want)
+
+
+def test_drop_in_for_a_dense_block_trains():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), fastff.FFF(32, depth=4, trees=2, gate="boundary"), nn.Linear(32, 3))
+    x, target = torch.randn(256, 10), torch.randint(0, 3, (256,))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_route_path_and_repr():
+    layer = make_layer(8, depth=3, trees=2)
+    x = make_rows(4, 5, 8, dtype=torch.float32)
+    leaf, path = layer.route(x), layer.path(x)
+    assert leaf.shape == (4, 5, 2)
+    assert path.shape == (4, 5, 2, 4)
+    assert (path[..., 0] == 0).all()
+    assert torch.equal((path[..., 1:] - 1) // 2, path[..., :-1])
+    assert torch.equal(path[..., -1] - 7, leaf)
+    assert "2x3" in repr(layer)
+    assert (layer.neurons, layer.active_neurons) == (30, 8)
+
+
+def test_usage_of_given_rows():
+    layer = make_layer(8, depth=2)
+    with torch.no_grad():
+        layer.w_in.zero_()
+        layer.w_in[0, 0, 0] = 1.0  # the root turns right for x[0] > 0, all other nodes turn left
+    x = torch.zeros(4, 8)
+    x[0, 0] = 1.0
+    usage = layer.usage(x)
+    assert usage.counts.tolist() == [[3, 0, 1, 0]]
+    assert usage.dead_leaves.tolist() == [2]
+    share = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    assert usage.entropy_bits.item() == pytest.approx(-(share * share.log2()).sum().item())
+
+
+def test_usage_counts_training_and_on_request_evaluation():
+    layer = make_layer(8, depth=2, trees=3)
+    x = make_rows(10, 8, dtype=torch.float32)
+    assert layer.usage().counts.sum() == 0
+    layer(x)
+    assert layer.usage().counts.sum(-1).tolist() == [10, 10, 10]
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        assert layer.usage().counts.sum(-1).tolist() == [10, 10, 10]
+        layer.track_usage()
+        layer(x)
+    assert torch.equal(layer.usage().counts, 2 * layer.usage(x).counts)
+    layer.reset_usage()
+    assert layer.usage().counts.sum() == 0
+    assert "_leaf_counts" not in layer.state_dict()
+
+
+def test_straight_through_gives_the_routing_a_gradient():
+    options = {"depth": 3, "node_output": False, "activation": "relu", "bias": True}
+    x = make_rows(200, 8, dtype=torch.float32)
+    hard, soft = make_layer(8, **options), make_layer(8, surrogate="straight_through", **options)
+    for layer in (hard, soft):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(soft(x), hard(x), rtol=1e-5, atol=1e-5)
+    assert (soft.usage(x).counts.view(4, 2).sum(-1) > 0).all(), "every node must see a row: choose another seed"
+    assert (hard.w_in.grad[0, :7] == 0).all()
+    assert (soft.w_in.grad[0, :7].abs().sum(-1) > 0).all()
+
+
+def test_soft_training_evaluates_hard_and_region_leak_swaps_sides():
+    layer = make_layer(8, depth=3, node_output=False, surrogate="soft", region_leak=0.5)
+    x = make_rows(2, 5, 8, dtype=torch.float32)
+    torch.manual_seed(0)
+    one, two = layer(x), layer(x)
+    assert one.shape == (2, 5, 8)
+    assert not torch.allclose(one, two)
+    assert layer.hardening_loss().ndim == 0
+    layer.eval()
+    torch.testing.assert_close(layer(x).view(10, 8), expected(layer, x), rtol=1e-5, atol=1e-6)
+
+
+def test_hardening_loss_needs_a_soft_forward():
+    with pytest.raises(RuntimeError, match="needs a forward in training mode"):
+        make_layer(8, depth=3, node_output=False, surrogate="soft").hardening_loss()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surrogate": "gumbel"}, "surrogate 'gumbel' is not None"),
+        ({"surrogate": "soft"}, "needs node_output=False and gate=None, got True"),
+        ({"surrogate": "soft", "node_output": False, "region_leak": 0.6}, r"region_leak 0.6 is not in \[0, 0.5\]"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fastff.FFF(8, depth=2, **options)
+
+
+def test_wrong_last_dimension_and_dtype():
+    layer = make_layer(8, depth=2).eval()
+    with torch.no_grad():
+        with pytest.raises(fastff.ShapeError, match=r"in_features 9 .* does not match in_features 8"):
+            layer(torch.zeros(3, 9))
+        with pytest.raises(fastff.ShapeError, match=r"w_in is torch.float32, x is torch.float64"):
+            layer(torch.zeros(3, 8, dtype=torch.float64))
+
+
+def test_initial_scores_and_outputs_have_unit_scale():
+    torch.manual_seed(0)
+    layer = fastff.FFF(256, depth=6, trees=4, activation="identity")
+    x = torch.randn(512, 256)
+    path = reference.descend(x, layer.w_in, None, config=layer.config)
+    assert 0.8 < path.score.std() < 1.25
+    assert 0.8 < layer(x).std() < 1.25
+
+
+ULTRA = {
+    "linear_in.weight": torch.randn(14, 6),
+    "linear_in.bias": torch.zeros(14),
+    "linear_out.weight": torch.randn(5, 14),
+}
+FAST = {
+    "depth": torch.tensor(2),
+    "node_weights": torch.randn(3, 6),
+    "node_biases": torch.zeros(3, 1),
+    "w1s": torch.randn(4, 6, 3),
+    "b1s": torch.zeros(4, 3),
+    "w2s": torch.randn(4, 3, 5),
+    "b2s": torch.zeros(4, 5),
+}
+
+
+def without(state, *names):
+    return {k: v for k, v in state.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    ("state", "depth", "message"),
+    [
+        (ULTRA, None, "does not hold its depth"),
+        (ULTRA, 3, "has 14 rows, expected a multiple of 15"),
+        (without(ULTRA, "linear_out.weight"), 2, "missing tensor linear_out.weight"),
+        ({**ULTRA, "linear_out.bias": torch.zeros(5)}, 2, "unexpected tensor linear_out.bias"),
+        ({**ULTRA, "linear_in.bias": torch.zeros(13)}, 2, r"linear_in.bias has shape \(13,\), expected \(14,\)"),
+        (without(FAST, "b2s"), None, "missing tensor b2s"),
+        (without(FAST, "node_weights"), None, "missing tensor node_weights"),
+        ({**FAST, "node_biases": torch.zeros(3)}, None, r"node_biases has shape \(3,\), expected \(3, 1\)"),
+        (FAST, 3, "depth 3 does not match the stored depth 2"),
+        ({**FAST, "w2s": torch.zeros(4, 2, 5)}, None, r"w2s has shape \(4, 2, 5\), expected \(4, 3, 5\)"),
+        ({"weight": torch.zeros(1)}, 1, "unknown layout"),
+    ],
+)
+def test_bad_published_states_are_named(state, depth, message):
+    with pytest.raises(fastff.CheckpointError, match=message):
+        fastff.FFF.from_published(state, depth=depth)
+
+
+def test_published_states_load_in_their_dtype():
+    ultra = fastff.FFF.from_published({k: v.double() for k, v in ULTRA.items()}, depth=2)
+    assert ultra.w_in.dtype == torch.float64
+    assert (ultra.config.trees, ultra.in_features, ultra.out_features) == (2, 6, 5)
+    fast = fastff.FFF.from_published(FAST)
+    assert (fast.config.depth, fast.config.leaf_width, fast.config.activation) == (2, 3, "relu")
+    lone = {k: v[:1] for k, v in FAST.items() if k in ("w1s", "b1s", "w2s", "b2s")}
+    assert fastff.FFF.from_published(lone).config.depth == 0
+    assert math.isfinite(fastff.FFF.from_published(lone)(torch.ones(2, 6)).sum().item())
