@@ -81,8 +81,8 @@ def out_entries(config: TreeConfig) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 exactly, unless torch itself was allowed to use TF32."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How tl.dot multiplies: float32 as three TF32 products, which keep its precision, unless torch may use one."""
+    return "tf32x3" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def forward(

@@ -1,7 +1,7 @@
 """Device functions that several kernels share: activations, the gate, and where the rows of a path lie.
 
 A tree's matrix holds, in heap order, `2**depth - 1` node rows (or none) and then `LEAF_ROWS` rows for each leaf.
-Kernels that work on grouped rows see a *subtree*: the `SUB` levels of turns below a common prefix of `DEPTH - SUB` turns.
+Kernels on grouped rows see a *subtree*: the `SUB` levels of turns below a common prefix of `DEPTH - SUB` turns.
 """
 
 from __future__ import annotations

@@ -1,0 +1,300 @@
+"""The GPU kernels against the float64 reference: on a device where there is one, else under Triton's interpreter.
+
+The interpreter has to be chosen before Triton is imported, so without a device this file runs itself in a process of its
+own. It has no bf16 arithmetic: float32 and float16 are tested there, bfloat16 on a device.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastff import FFF, ops
+from fastff.errors import BackendUnavailable
+from fastff.ops import reference, triton_kernels
+from fastff.tree import TreeConfig
+
+ON_DEVICE = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_DEVICE and not INTERPRETED else "cpu"
+
+runs_kernels = [
+    pytest.mark.skipif(not (ON_DEVICE or INTERPRETED), reason="runs in the interpreter's own process"),
+    *([pytest.mark.gpu] if ON_DEVICE else []),
+]
+if ON_DEVICE or INTERPRETED:
+    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, sort
+
+
+def config(**changes):
+    return TreeConfig(**{"in_features": 20, "out_features": 36, "depth": 3, **changes})
+
+
+SHAPES = [
+    config(),
+    config(depth=0, bias=True),
+    config(depth=2, trees=3, leaf_width=5, activation="silu", gate="boundary", bias=True),
+    config(depth=2, trees=2, leaf_width=3, activation="swiglu", node_output=False, gate="boundary", bias=True),
+    config(depth=2, leaf_width=2, activation="swiglu", node_output=False),
+    config(depth=7, activation="gelu_tanh", gate="boundary"),
+    config(trees=4, activation="identity", node_output=False, in_features=17),
+    config(depth=1, leaf_width=40, activation="relu", node_output=False, bias=True, out_features=7),
+]
+NAMES = [f"{c.name}-{c.activation}" for c in SHAPES]
+
+
+def make_inputs(config, count, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, scale):
+        if shape is None:
+            return None
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+    return (
+        normal((count, config.in_features), 1.0),
+        normal(config.shape_of_w_in, config.in_features**-0.5),
+        normal(config.shape_of_b_in, 0.1),
+        normal(config.shape_of_w_out, config.active_neurons**-0.5),
+        normal(config.shape_of_b_out, 0.1),
+    )
+
+
+def in_float64(args):
+    return [None if a is None else a.double().requires_grad_() for a in args]
+
+
+def small_tiles():
+    return plan.Tiles(rows=16, columns=32, inner=16, outer=32, warps=4, stages=2)
+
+
+def run(form, args, config):
+    if form == "rows":
+        block = plan.RowsPlan(ahead=2, fused=False, block_in=16, block_out=32, block_leaf=4, block_entries=4, warps=1)
+        return rows.forward(*args, config=config, plan=block)
+    if form == "fused":
+        block = plan.RowsPlan(ahead=3, fused=True, block_in=32, block_out=16, block_leaf=2, block_entries=4, warps=1)
+        return rows.forward(*args, config=config, plan=block)
+    # Planned as for a large batch, so that several stages and joint trees occur at a small one.
+    blocked = plan.blocked_plan(config, 65536, 4, tiles=small_tiles())
+    return blocks.forward(*args, config=config, plan=blocked)
+
+
+def backward(grad_y, args, leaf, scores, config, chunk=8):
+    chosen = plan.backward_plan(config, 65536, 4, tiles=small_tiles(), outer_tiles=small_tiles())
+    return gradients.backward(grad_y, *args, leaf, scores, config=config, plan=replace(chosen, chunk=chunk))
+
+
+def max_error(got, want):
+    return (got.double() - want.double()).abs().max().item()
+
+
+class TestForward:
+    pytestmark = runs_kernels
+
+    @pytest.mark.parametrize("form", ["rows", "fused", "blocked"])
+    @pytest.mark.parametrize("config", SHAPES, ids=NAMES)
+    def test_matches_the_reference(self, form, config):
+        args = make_inputs(config, 40 if form == "blocked" else 3)
+        want = reference.forward(*in_float64(args), config=config)
+        single = reference.forward(*args, config=config)
+        y, leaf, margin, scores = run(form, args, config)
+        decided = want.margin > 1e-4
+        assert decided.double().mean() > 0.9
+        assert torch.equal(leaf[decided], want.leaf[decided])
+        allowed = 2 * max_error(single.y[decided], want.y[decided]) + 1e-6
+        assert max_error(y[decided], want.y[decided]) <= allowed
+        assert scores.shape == (len(y), config.trees, config.path_scores)
+        if config.depth:
+            assert max_error(margin[decided], want.margin[decided]) <= 2e-6
+            path = scores[..., : config.depth].abs().flatten(1).amin(1)
+            assert torch.equal(path, margin)
+        else:
+            assert margin.isinf().all()
+
+    @pytest.mark.parametrize("form", ["rows", "blocked"])
+    def test_half_precision(self, form):
+        shape = config(depth=4, in_features=32, leaf_width=2, gate="boundary")
+        args = make_inputs(shape, 24 if form == "blocked" else 4, torch.float16)
+        want = reference.forward(*in_float64(args), config=shape)
+        y, leaf, _, _ = run(form, args, shape)
+        decided = want.margin > 1e-2
+        assert decided.double().mean() > 0.5
+        assert torch.equal(leaf[decided], want.leaf[decided])
+        assert ((y.double() - want.y)[decided].norm() / want.y[decided].norm()).item() <= 2e-3
+
+    @pytest.mark.parametrize("form", ["rows", "blocked"])
+    def test_a_nan_row_disturbs_no_other(self, form):
+        shape = config(depth=5)
+        args = make_inputs(shape, 5)
+        clean = run(form, args, shape)
+        args[0][2, 7] = float("nan")
+        y, leaf, margin, _ = run(form, args, shape)
+        others = torch.tensor([0, 1, 3, 4], device=DEVICE)
+        assert torch.equal(y[others], clean[0][others])
+        assert torch.equal(leaf[others], clean[1][others])
+        assert y[2].isnan().all()
+        assert leaf[2].item() == 0
+        assert margin[2].isnan()
+
+    def test_more_rows_than_one_sorting_tile(self):
+        shape = config(depth=6, in_features=8, out_features=16)
+        args = make_inputs(shape, 300)
+        want = reference.forward(*in_float64(args), config=shape)
+        y, leaf, _, _ = run("blocked", args, shape)
+        decided = want.margin > 1e-4
+        assert torch.equal(leaf[decided], want.leaf[decided])
+        assert max_error(y[decided], want.y[decided]) <= 2e-6
+
+    def test_an_empty_batch(self):
+        shape = config(trees=2, bias=True)
+        args = make_inputs(shape, 0)
+        y, leaf, margin, scores = triton_kernels.forward(*args, config=shape)
+        assert y.shape == (0, 36)
+        assert leaf.shape == (0, 2)
+        assert margin.shape == (0,)
+        grads = triton_kernels.backward(y, *args, leaf, scores, config=shape)
+        assert [tuple(g.shape) for g in grads] == [(0, 20), (2, 15, 20), (2, 15), (2, 15, 36), (0,)]
+        assert all(not g.any() for g in grads)
+
+
+class TestBackward:
+    pytestmark = runs_kernels
+
+    @pytest.mark.parametrize("config", SHAPES, ids=NAMES)
+    def test_matches_autograd_of_the_reference(self, config):
+        args = make_inputs(config, 24)
+        exact = in_float64(args)
+        want = reference.forward(*exact, config=config)
+        assert (want.margin > 1e-5).all()
+        grad_y = make_inputs(config, 24, seed=1)[0][:, :1] + torch.linspace(-1, 1, config.out_features, device=DEVICE)
+        _, leaf, _, scores = run("blocked", args, config)
+        got = backward(grad_y, args, leaf, scores, config)
+        wanted = torch.autograd.grad(want.y, [e for e in exact if e is not None], grad_y.double())
+        given = [(name, g) for name, g, a in zip(("x", "w_in", "b_in", "w_out", "b_out"), got, args, strict=True)
+                 if a is not None]  # fmt: skip
+        for (name, g), w in zip(given, wanted, strict=True):
+            assert g.shape == w.shape, name
+            assert max_error(g, w) <= 3e-6 * max(1.0, w.abs().max().item()), name
+        assert all(g.numel() == 0 for g, a in zip(got, args, strict=True) if a is None)
+
+    def test_rows_not_visited_get_exactly_zero_and_a_crowded_leaf_gets_the_whole_sum(self):
+        shape = config(depth=4)
+        args = make_inputs(shape, 30)
+        args = (args[0][:1].expand(30, -1).contiguous(), *args[1:])
+        _, leaf, _, scores = run("blocked", args, shape)
+        ones = torch.ones(30, 36, device=DEVICE)
+        _, grad_w_in, _, grad_w_out, _ = backward(ones, args, leaf, scores, shape, chunk=8)
+        node = leaf[0, 0].item() + shape.nodes
+        visited = {node}
+        while node:
+            node = (node - 1) // 2
+            visited.add(node)
+        for grad in (grad_w_in, grad_w_out):
+            assert set(grad[0].abs().sum(1).nonzero().flatten().tolist()) == visited
+        one_row = tuple(None if a is None else a[:1] if i == 0 else a for i, a in enumerate(args))
+        single = backward(ones[:1], one_row, leaf[:1], scores[:1], shape)
+        assert max_error(grad_w_out, 30 * single[3]) <= 1e-4
+
+    def test_is_deterministic(self):
+        shape = config(depth=3, trees=2)
+        args = make_inputs(shape, 20)
+        _, leaf, _, scores = run("blocked", args, shape)
+        grad_y = torch.ones(20, 36, device=DEVICE)
+        first, second = (backward(grad_y, args, leaf, scores, shape) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class TestThroughTheOp:
+    pytestmark = runs_kernels
+
+    def test_a_layer_trains_on_the_kernels(self):
+        torch.manual_seed(0)
+        layer = FFF(12, depth=2, gate="boundary", bias=True, backend="triton").to(DEVICE)
+        x = torch.randn(2, 2, 12, device=DEVICE, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        got = [x.grad, *(p.grad for p in layer.parameters())]
+        x2 = x.detach().clone().requires_grad_()
+        layer.zero_grad()
+        layer.backend = "reference"
+        layer(x2).square().sum().backward()
+        for g, w in zip(got, [x2.grad, *(p.grad for p in layer.parameters())], strict=True):
+            assert max_error(g, w) <= 1e-5
+
+    def test_strided_inputs(self):
+        shape = config(depth=2)
+        args = make_inputs(shape, 6)
+        wide = torch.cat((args[0], args[0]), 1)
+        got = ops.forward(wide[::2, :20], *args[1:], config=shape, backend="triton")
+        want = reference.forward(args[0][::2], *args[1:], config=shape)
+        assert max_error(got.y, want.y) <= 1e-5
+
+    def test_float64_is_refused_with_a_reason(self):
+        shape = config()
+        with pytest.raises(BackendUnavailable, match="float64"):
+            ops.forward(*make_inputs(shape, 1, torch.float64), config=shape, backend="triton")
+
+
+class TestSort:
+    pytestmark = runs_kernels
+
+    @pytest.mark.parametrize(("count", "level", "joint", "shift"), [(1, 2, 1, 1), (300, 3, 1, 0), (140, 2, 2, 1)])
+    def test_groups_are_stable_and_their_tables_exclusive_sums(self, count, level, joint, shift):
+        torch.manual_seed(1)
+        leaf = torch.randint(0, 2 ** (level + shift), (count, 3), device=DEVICE)
+        groups = sort.group_rows(leaf, shift=shift, level=level, joint=joint, tile=16, chunk=32)
+        for turn in range(groups.order.shape[0]):
+            key = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+            for tree in range(turn * joint, turn * joint + joint):
+                key = (key << level) | (leaf[:, tree] >> shift if tree < 3 else 0)
+            assert torch.equal(groups.order[turn].long(), torch.sort(key, stable=True).indices)
+            size = torch.bincount(key, minlength=groups.groups)
+            chunks = (size + 31) // 32
+            wanted = (size, (size + 15) // 16, chunks, torch.where(chunks > 1, chunks, 0))
+            for row, value in zip(groups.table[turn].long(), wanted, strict=True):
+                assert torch.equal(row, torch.cat((value.new_zeros(1), value.cumsum(0))))
+
+
+class TestPlan:
+    pytestmark = runs_kernels
+
+    @pytest.mark.parametrize("count", [1, 100, 65536])
+    def test_stages_cover_every_level_once(self, count):
+        for depth in range(25):
+            for trees in (1, 2, 3, 16):
+                for leaf_width in (1, 16):
+                    shape = TreeConfig(in_features=8, out_features=8, depth=depth, trees=trees, leaf_width=leaf_width)
+                    chosen = plan.blocked_plan(shape, count, 2)
+                    levels = [stage.level + i for stage in chosen.stages for i in range(stage.levels)]
+                    assert levels == list(range(depth + chosen.leaf_routed))
+                    assert chosen.level * chosen.joint <= 24
+                    if chosen.leaf_routed:
+                        last = chosen.stages[-1]
+                        assert last.level == chosen.level
+                        assert last.joint == chosen.joint or last.level == 0
+
+
+class TestAvailability:
+    def test_the_kernels_under_the_interpreter(self):
+        if ON_DEVICE or INTERPRETED:
+            assert triton_kernels.why_unavailable() is None
+            return
+        pytest.importorskip("triton", reason="the kernels need the package triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+        assert " passed" in result.stdout
+
+    @pytest.mark.skipif(ON_DEVICE or INTERPRETED, reason="the kernels can run here")
+    def test_without_a_device_the_reason_is_given(self):
+        reason = triton_kernels.why_unavailable()
+        assert reason is not None
+        assert "triton" in reason
+        shape = config()
+        with pytest.raises(BackendUnavailable, match="triton"):
+            ops.forward(*make_inputs(shape, 1), config=shape, backend="triton")
