@@ -71,6 +71,12 @@ def test_each_auto_class_reads_a_published_checkpoint():
     assert type(AutoModelForMaskedLM.from_pretrained(CLASSIFIER)) is UltraFastBertForMaskedLM
 
 
+def test_reading_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    AutoModelForMaskedLM.from_pretrained(LM)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_options_of_from_pretrained_reach_a_published_checkpoint():
     model = AutoModelForMaskedLM.from_pretrained(
         LM, attn_implementation="eager", dtype=torch.bfloat16, hidden_dropout_prob=0.0
@@ -406,3 +412,10 @@ def test_a_state_dict_can_be_given():
     model = UltraFastBertForMaskedLM(small_config())
     loaded = UltraFastBertForMaskedLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert torch.equal(logits_of(loaded), logits_of(model.eval()))
+
+
+def test_weights_alone_load_with_a_configuration(ours):
+    config = AutoConfig.from_pretrained(ours)
+    want = logits_of(UltraFastBertForMaskedLM.from_pretrained(ours))
+    (ours / "config.json").unlink()
+    assert torch.equal(logits_of(UltraFastBertForMaskedLM.from_pretrained(ours, config=config)), want)

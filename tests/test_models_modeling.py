@@ -19,7 +19,7 @@ def build(model_class=UltraFastBertForMaskedLM, **changes):
     return model_class(small_config(**changes)).eval()
 
 
-def trained_norms(model):
+def shaken(model):
     """Move every parameter off its initial value, so that no term is neutral."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_a_row_of_padding_alone_disturbs_no_other(attention):
 
 
 def test_sdpa_agrees_with_eager():
-    model = trained_norms(build(attention_bias=True, decoder_bias=True))
+    model = shaken(build(attention_bias=True, decoder_bias=True))
     input_ids, attention_mask, _ = small_batch()
     want = model(input_ids, attention_mask).logits
     model.set_attn_implementation("eager")
@@ -130,7 +130,7 @@ def test_poolers_and_padding(pooler, same):
 
 
 def test_pooler_arithmetic():
-    model = trained_norms(build(UltraFastBertForSequenceClassification, pooler="avg", num_labels=3))
+    model = shaken(build(UltraFastBertForSequenceClassification, pooler="avg", num_labels=3))
     input_ids, attention_mask, _ = small_batch()
     pooled = model.encoder(input_ids, attention_mask).last_hidden_state.mean(1)
     want = model.classifier(torch.tanh(model.pooler.dense(pooled)))

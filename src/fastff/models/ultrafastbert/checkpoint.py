@@ -2,6 +2,7 @@
 
 A published directory holds `config.json` with `model_type` "crammedBERT", or the flat `model_config.json`, beside
 `model.safetensors` or `pytorch_model.bin`; `fastff.models.ultrafastbert.published` checks and renames its tensors.
+Auto classes need a `config.json`; the model classes and `convert_published` read the flat layout too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from fastff.errors import CheckpointError
@@ -134,7 +136,9 @@ def _read_published(
     config = UltraFastBertConfig.from_dict(content)
     config.vocab_size = published.translated(content).get("vocab_size") or published.vocab_size(state)
     kind = published.class_of(state, content)
-    return published.OWN_CLASSES[kind], config, published.state_of(state, config, kind)
+    with no_init_weights():  # the layers made on the way are overwritten: neither time nor random numbers for them
+        own = published.state_of(state, config, kind)
+    return published.OWN_CLASSES[kind], config, own
 
 
 def _read_weights(source: Source, hub: dict[str, Any]) -> dict[str, Tensor]:
