@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,14 @@ class PackedLayer:
         self._config = config
         self._same_width = config.in_features == config.out_features
         self._handle = ctypes.c_void_p()
-        self._address = 0
-        self._shape: torch.Size | None = None  # of the last input accepted, and its number of rows
-        self._rows = 0
-        self._packed: tuple[tuple[str, Tensor | None, int, int], ...] = ()  # parameter, version, address at packing
+        self.address = 0  # of the C handle; 0 before the first call
+        self._accepted: tuple[torch.Size | None, int] = (None, 0)  # shape and rows of the last input, read at once
+        self._lock = threading.Lock()
+        # What was packed: the tensors, then their versions and addresses.
+        self._w_in: Tensor | None = None
+        self._w_out: Tensor | None = None
+        self._state = (0, 0, 0, 0)
+        self._biases: _BiasState | None = None
         self._infer = library().fastff_infer_f32
         self._free = library().fastff_packed_free
 
@@ -246,17 +251,24 @@ class PackedLayer:
         parameters: by the names w_in, b_in, w_out, b_out."""
         if x.dtype is not _FLOAT32 or not x.is_cpu or not x.is_contiguous():
             return None
-        if x.shape != self._shape and not self._accept(x):
-            return None
-        for name, tensor, version, address in self._packed:
-            seen = parameters[name]
-            if seen is not tensor or (seen is not None and (seen._version != version or seen.data_ptr() != address)):
-                self._packed = ()
-                break
-        if not self._packed and not self._pack(parameters):
+        shape, rows = self._accepted
+        if x.shape != shape:
+            if x.dim() == 0 or x.shape[-1] != self._config.in_features:
+                return None
+            rows = x.numel() // self._config.in_features
+            self._accepted = (x.shape, rows)
+        w_in, w_out = parameters["w_in"], parameters["w_out"]
+        if (
+            w_in is not self._w_in
+            or w_out is not self._w_out
+            or w_in is None
+            or w_out is None
+            or (w_in._version, w_out._version, w_in.data_ptr(), w_out.data_ptr()) != self._state
+            or (self._biases is not None and _bias_state(parameters) != self._biases)
+        ) and not self._pack(parameters):
             return None
         y = _empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
-        status = self._infer(self._address, x.data_ptr(), y.data_ptr(), self._rows, _get_num_threads())
+        status = self._infer(self.address, x.data_ptr(), y.data_ptr(), rows, _get_num_threads())
         if status == _STALE:
             self._pack(parameters)
             return self(x, parameters)
@@ -264,29 +276,34 @@ class PackedLayer:
             raise FastffError(library().fastff_error().decode())
         return y
 
-    def _accept(self, x: Tensor) -> bool:
-        if x.dim() == 0 or x.shape[-1] != self._config.in_features:
-            return False
-        self._shape, self._rows = x.shape, x.numel() // self._config.in_features
-        return True
-
     def _pack(self, parameters: Mapping[str, Tensor | None]) -> bool:
-        self._packed = ()
         ordered = [parameters[name] for name in _NAMES]
+        w_in, _, w_out, _ = ordered
         present = [tensor for tensor in ordered if tensor is not None]
         # Tensors made in inference mode have no version counter to follow.
         if any(p.dtype != torch.float32 or not p.is_cpu or not p.is_contiguous() or p.is_inference() for p in present):
             return False
-        pointers = [_pointer(tensor) for tensor in ordered]
-        if self._handle:
-            _call("fastff_repack_f32", self._handle, *pointers)
-        else:
-            tree = ctypes.addressof(_c_tree(self._config))
-            _call("fastff_pack_f32", tree, *pointers, ctypes.byref(self._handle))
-            self._address = self._handle.value or 0
-        _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
-        self._packed = tuple(
-            (name, p, 0 if p is None else p._version, 0 if p is None else p.data_ptr())
-            for name, p in zip(_NAMES, ordered, strict=True)
-        )
+        if w_in is None or w_out is None:
+            return False
+        with self._lock:
+            self._w_in = self._w_out = None
+            pointers = [_pointer(tensor) for tensor in ordered]
+            if self._handle:
+                _call("fastff_repack_f32", self._handle, *pointers)
+            else:
+                tree = ctypes.addressof(_c_tree(self._config))
+                _call("fastff_pack_f32", tree, *pointers, ctypes.byref(self._handle))
+                self.address = self._handle.value or 0
+            _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
+            self._state = (w_in._version, w_out._version, w_in.data_ptr(), w_out.data_ptr())
+            self._biases = _bias_state(parameters) if len(present) > 2 else None
+            self._w_in, self._w_out = w_in, w_out
         return True
+
+
+_BiasState = tuple[tuple[int, int, int], ...]  # identity, version and address of each bias
+
+
+def _bias_state(parameters: Mapping[str, Tensor | None]) -> _BiasState:
+    biases = (parameters["b_in"], parameters["b_out"])
+    return tuple([(id(b), b._version, b.data_ptr()) for b in biases if b is not None])
