@@ -1,0 +1,56 @@
+"""The command line: one thin function a command, whose module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Conditional feedforward layers.")
+console = Console()
+
+
+@app.callback()
+def _root() -> None:
+    """Conditional feedforward layers."""
+
+
+@app.command()
+def bench(
+    out: Annotated[Path | None, typer.Option(help="Directory for layer-cpu.csv and layer-cpu.json.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of timing a case.")] = 8.0,
+    skip: Annotated[list[str] | None, typer.Option(help="A provider to leave out; may be repeated.")] = None,
+) -> None:
+    """Time the layer beside the fastest dense layer that this machine can run."""
+    from fastff.bench import CASES, run_cases
+    from fastff.bench.run import machine, ratios, save
+
+    def progress(name: str) -> None:
+        console.print(f"measuring {name}", style="dim")
+
+    timings, left_out = run_cases(CASES, seconds=seconds, skip=skip or (), progress=progress)
+    faster = ratios(timings)
+    table = Table("case", "provider", "us a row, median", "20-80 %", "max error", "x faster than best dense")
+    for t in timings:
+        spread = f"{t.latency_us_p20:.2f}-{t.latency_us_p80:.2f}"
+        ratio = f"{faster[t.case]:.1f}" if t.provider == "fastff" else ""
+        table.add_row(t.case, t.provider, f"{t.latency_us_p50:.2f}", spread, f"{t.max_abs_error:.0e}", ratio)
+    console.print(table)
+    for name, why in left_out.items():
+        console.print(f"left out: {name}: {why}")
+    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    if out is not None:
+        for path in save(out, timings, left_out):
+            console.print(f"wrote {path}")
+
+
+def main() -> None:
+    """Entry point of the `fastff` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
