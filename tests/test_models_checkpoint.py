@@ -112,6 +112,18 @@ def test_a_flat_directory_may_hold_a_classifier_or_an_encoder_alone(tmp_path):
     assert torch.equal(model.final_norm.weight, state["final_norm.weight"])
 
 
+def test_labels_of_a_published_classifier(tmp_path):
+    folder = write(tmp_path, labels=3, num_labels=3)
+    change_config(folder, lambda content: content.update(id2label={"0": "no", "1": "yes", "2": "both"}))
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.id2label, config.label2id["both"]) == ({0: "no", 1: "yes", 2: "both"}, 2)
+    change_config(folder, lambda content: content.update(id2label={"0": "no", "1": "yes"}, problem_type="regression"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)  # the head has as many as the arch says
+    assert (model.classifier.out_features, model.config.problem_type) == (3, "regression")
+    change_config(folder, lambda content: content.pop("id2label"))
+    assert AutoConfig.from_pretrained(folder).num_labels == 3
+
+
 def heads_of(state, arch, part):
     """Query, key or value rows (part 0, 1 or 2) of every head, from the published grouping by head."""
     grouped = state["encoder.layers.0.attn.self_attention.query_key_value." + part[1]]

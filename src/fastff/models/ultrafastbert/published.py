@@ -66,16 +66,12 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arch, Mapping):
         raise CheckpointError(f"config of model_type {MODEL_TYPE!r} has arch {arch!r}, expected a dict")
     _check_supported(arch)
-    head = {} if flat else {k: config[k] for k in ("id2label", "label2id", "problem_type") if config.get(k) is not None}
-    if "id2label" not in head and _get(arch, "num_labels", None) is not None:
-        head["num_labels"] = _get(arch, "num_labels")
-    dtype = None if flat else config.get("dtype", config.get("torch_dtype"))
     names = [OWN_CLASSES[name] for name in config.get("architectures") or [] if name in OWN_CLASSES]
     return {
         "model_type": "ultrafastbert",
         "architectures": names or None,
-        **({} if dtype is None else {"dtype": dtype}),
-        **head,
+        **({} if flat else _shared_fields(config)),
+        **_labels(config, arch),
         **_sizes(arch),
         **_options(arch),
     }
@@ -183,6 +179,19 @@ def _check_supported(arch: Mapping[str, Any]) -> None:
     embedding = _get(arch, "embedding.embedding_dim", width)
     if embedding != width:
         raise CheckpointError(f"arch has embedding.embedding_dim {embedding!r}, supported: hidden_size {width}")
+
+
+def _shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {"dtype": config.get("dtype", config.get("torch_dtype")), "problem_type": config.get("problem_type")}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _labels(config: Mapping[str, Any], arch: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of labels is the arch's, from which the head was built; the names count if they are as many."""
+    number, names = _get(arch, "num_labels", None), config.get("id2label")
+    if names is None or (number is not None and number != len(names)):
+        return {} if number is None else {"num_labels": number}
+    return {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
 
 
 def _sizes(arch: Mapping[str, Any]) -> dict[str, Any]:
