@@ -1,0 +1,82 @@
+"""What holds the parts apart: imports point one way, heavy packages stay where they belong, no ISA leaks."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fastff
+
+SOURCE = Path(__file__).parents[1] / "src" / "fastff"
+# A module may import from its own layer and from those to its left.
+ORDER = ["errors", "tree", "ops", "layers", "models", "training", "convert", "inspect", "serve", "bench", "demo", "cli"]
+ONLY_IN = {
+    "ctypes": {"ops/native.py"},
+    "triton": {"ops/triton_kernels"},
+    "transformers": {"models", "training", "convert", "demo"},
+}
+
+
+def imports(path):
+    """Names of the modules a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def layer_of(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    own = ORDER.index(layer_of(path))
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "fastff" and len(parts) > 1:
+            assert ORDER.index(parts[1]) <= own, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_heavy_packages_stay_where_they_belong(package):
+    allowed = ONLY_IN[package]
+    for path in FILES:
+        if any(name.split(".")[0] == package for name in imports(path)):
+            place = str(path.relative_to(SOURCE))
+            assert any(place == a or place.startswith(f"{a}/") for a in allowed), f"{place} imports {package}"
+
+
+def test_public_names():
+    public = {"FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"}
+    assert set(fastff.__all__) == public
+    assert set(fastff.ops.__all__) >= {"forward", "available_backends", "use_backend", "Routed"}
+    for name in (*fastff.__all__, *(f"ops.{n}" for n in fastff.ops.__all__)):
+        item = fastff
+        for part in name.split("."):
+            item = getattr(item, part)
+        assert item.__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_symbol_of_a_newer_instruction_set_can_replace_a_baseline_one(isa, tmp_path):
+    """A weak symbol (an inline function, a template of the library) in this file could be the one the linker keeps for
+    the whole program, and crash an older CPU."""
+    source = SOURCE.parents[1] / "csrc" / f"kernels_{isa}.cpp"
+    flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
+    compile_command = ["g++", "-std=c++17", "-O1", "-w", *flags[isa], "-c", str(source), "-o", str(tmp_path / "k.o")]
+    if subprocess.run(compile_command, capture_output=True, check=False).returncode:
+        pytest.skip("this compiler does not target x86-64")
+    symbols = subprocess.run(["nm", "-C", str(tmp_path / "k.o")], capture_output=True, text=True, check=True).stdout
+    kinds = {fields[2]: fields[1] for line in symbols.splitlines() if len(fields := line.split(maxsplit=2)) == 3}
+    assert any("isa_" in name for name in kinds), "the table of kernels must be there"
+    assert [name for name, kind in kinds.items() if kind in "WVu"] == []
