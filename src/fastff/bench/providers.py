@@ -120,19 +120,19 @@ def fastff_module(layers: Sequence[fastff.FFF]) -> Call:
 
 def fastff_kernel(layers: Sequence[fastff.FFF]) -> Call:
     """The C function on packed weights, its output preallocated: what an embedder of the C core pays, plus ctypes."""
-    infer = native.library().fastff_infer_f32
-    packs: list[native.PackedLayer] = []
-    outputs: dict[int, Tensor] = {}
-    for layer in layers:
-        pack = native.PackedLayer(layer.config)
+    infer, threads = native.library().fastff_infer_f32, torch.get_num_threads()
+    packs = [native.PackedLayer(layer.config) for layer in layers]
+    for pack, layer in zip(packs, layers, strict=True):
         pack(torch.zeros(1, layer.in_features), layer._parameters)
-        packs.append(pack)
+    outputs: dict[int, tuple[Tensor, int]] = {}
 
     def call(layer: int, x: Tensor) -> Tensor:
-        y = outputs.get(x.shape[0])
-        if y is None:
-            y = outputs[x.shape[0]] = torch.empty(x.shape[0], layers[0].out_features)
-        infer(packs[layer].address, x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())
+        rows = len(x)
+        if rows not in outputs:
+            fresh = torch.empty(rows, layers[0].out_features)
+            outputs[rows] = fresh, fresh.data_ptr()
+        y, address = outputs[rows]
+        infer(packs[layer].address, x.data_ptr(), address, rows, threads)
         return y
 
     return call

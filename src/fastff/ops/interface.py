@@ -53,7 +53,10 @@ def why_unavailable(name: str) -> str | None:
         return f"backend {name!r} is not one of {', '.join(BACKENDS)}"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "backend 'triton' needs the package triton, which is not installed"
-    reason: str | None = kernels(name).why_unavailable()
+    try:
+        reason: str | None = kernels(name).why_unavailable()
+    except BackendUnavailable as error:
+        return str(error)
     return reason
 
 
@@ -124,12 +127,9 @@ _unavailable: dict[str, str | None] = {}
 
 
 def why_unavailable_cached(name: str) -> str | None:
-    """`why_unavailable`, asked once a process; the answer for a kernel backend that is not built is a reason too."""
+    """`why_unavailable`, asked once a process."""
     if name not in _unavailable:
-        try:
-            _unavailable[name] = why_unavailable(name)
-        except BackendUnavailable as error:
-            _unavailable[name] = str(error)
+        _unavailable[name] = why_unavailable(name)
     return _unavailable[name]
 
 
