@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import statistics
 import time
@@ -51,7 +52,7 @@ def machine() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in names if providers.missing(name) is None}
     return {
         "cpu": cpu_name(),
-        "cores": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": native.isa(),
         "python": platform.python_version(),
         "fastff": fastff.__version__,
