@@ -273,9 +273,7 @@ class TestPlan:
                     assert levels == list(range(depth + chosen.leaf_routed))
                     assert chosen.level * chosen.joint <= 24
                     if chosen.leaf_routed:
-                        last = chosen.stages[-1]
-                        assert last.level == chosen.level
-                        assert last.joint == chosen.joint or last.level == 0
+                        assert chosen.stages[-1].level == chosen.level
 
 
 class TestAvailability:
@@ -284,7 +282,7 @@ class TestAvailability:
             assert triton_kernels.why_unavailable() is None
             return
         pytest.importorskip("triton", reason="the kernels need the package triton")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

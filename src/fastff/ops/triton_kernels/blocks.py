@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastff.ops.triton_kernels.common import activate, locate, prefix_of, subtree_column, tanh
-from fastff.ops.triton_kernels.plan import BlockedPlan, Tiles
+from fastff.ops.triton_kernels.common import activate, level_of, locate, prefix_of, subtree_column, tanh
+from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
 
@@ -103,8 +103,7 @@ def forward(
     for stage in plan.stages:
         if stage.level:
             groups = group_rows(leaf, shift=0, level=stage.level, joint=stage.joint, tile=plan.tiles.rows, chunk=1)
-        _route(x, w_in, b_in, leaf, scores, groups, config=config, levels=stage.levels, joint=stage.joint,
-               tiles=plan.tiles)  # fmt: skip
+        _route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles)
     if not plan.stages:
         leaf.zero_()
     if groups is None or (groups.level, groups.joint) != (plan.level, plan.joint):
@@ -116,9 +115,8 @@ def forward(
     coefficient, margin = values(scores, config=config)
     y = spread(coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles)
     if b_out is not None:
-        spread(
-            coefficient, b_out, leaf, groups, config=config, matrix=Matrix.of_b_out(config), tiles=plan.tiles, into=y
-        )
+        leaf_bias = Matrix.of_b_out(config)
+        spread(coefficient, b_out, leaf, groups, config=config, matrix=leaf_bias, tiles=plan.tiles, into=y)
     return y, leaf, margin, scores
 
 
@@ -136,19 +134,40 @@ def _route(
     groups: Groups | None,
     *,
     config: TreeConfig,
-    levels: int,
-    joint: int,
+    stage: Stage,
     tiles: Tiles,
 ) -> None:
-    passes = triton.cdiv(config.trees, joint)
-    grid = (triton.cdiv(x.shape[0], tiles.rows) if groups is None else groups.tiles, passes)
-    _route_kernel[grid](
-        x, w_in, b_in, leaf, scores, *_tables(groups), x.shape[0],
-        D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
-        DEPTH=config.depth, LEVEL=0 if groups is None else groups.level, LEVELS=levels, JOINT=joint,
-        GROUPS=0 if groups is None else groups.groups, BM=tiles.rows, BK=tiles.inner,
+    passes = -(-config.trees // stage.joint)
+    _route_kernel[(_grid(x, groups, tiles), passes)](
+        x, w_in, b_in, leaf, scores, *_tables(groups), x.shape[0], **_block_shape(config, stage, groups, tiles),
         PRECISION=precision_of(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+def _grid(x: Tensor, groups: Groups | None, tiles: Tiles) -> int:
+    return -(-x.shape[0] // tiles.rows) if groups is None else groups.tiles
+
+
+def _block_shape(config: TreeConfig, stage: Stage, groups: Groups | None, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "D_IN": config.in_features,
+        "TREES": config.trees,
+        "TREE_ROWS": config.in_rows,
+        "ENTRIES": config.path_scores,
+        "DEPTH": config.depth,
+        "LEVEL": stage.level,
+        "LEVELS": stage.levels,
+        "JOINT": stage.joint,
+        "SPAN": max(2**stage.levels, -(-16 // stage.joint)),
+        "GROUPS": 0 if groups is None else groups.groups,
+        "BM": tiles.rows,
+        "BK": tiles.inner,
+    }
+
+
+def _margin(margins: Tensor) -> Tensor:
+    """(rows,) from the margins (rows, trees) of single trees."""
+    return margins.view(-1) if margins.shape[1] == 1 else margins.amin(1)
 
 
 def pick(
@@ -208,7 +227,7 @@ def values(scores: Tensor, *, config: TreeConfig) -> tuple[Tensor, Tensor]:
     margins = scores.new_empty(rows, trees)
     grid = (triton.cdiv(rows * trees, VALUES_TILE),)
     _values_kernel[grid](scores, coefficient, margins, rows * trees, config.tau, **values_shape(config), num_warps=2)
-    return coefficient, margins.view(rows) if trees == 1 else margins.amin(1)
+    return coefficient, _margin(margins)
 
 
 VALUES_TILE = 64
@@ -282,6 +301,45 @@ def _tile_of(base, row, start, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _block_scores(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    row,
+    group,
+    turn,
+    D_IN: tl.constexpr,
+    TREES: tl.constexpr,
+    TREE_ROWS: tl.constexpr,
+    LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr,
+    JOINT: tl.constexpr,
+    SPAN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores (len(row), JOINT * SPAN) of a block of levels, trees side by side, each in heap order, and the row of the
+    tree of each column; places beyond a block's 2**LEVELS - 1 hold scores of row 0 that are never looked at."""
+    c = tl.arange(0, JOINT * SPAN)
+    n = c % SPAN
+    tree = turn * JOINT + c // SPAN
+    exists = (n < (1 << LEVELS) - 1) & (tree < TREES)
+    prefix = prefix_of(group, c // SPAN, LEVEL, JOINT).to(tl.int64)
+    level = level_of(tl.where(exists, n, 0), LEVELS)
+    heap = ((1 << (LEVEL + level)) - 1).to(tl.int64) + (prefix << level) + (n + 1 - (1 << level))
+    node = tl.where(exists, heap, 0)
+    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + heap, 0)
+    acc = tl.zeros((row.shape[0], JOINT * SPAN), tl.float32)
+    for start in range(0, D_IN, BK):
+        x = _tile_of(x_ptr, row, start, D_IN, BK)
+        w = _tile_of(w_ptr, w_row, start, D_IN, BK)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
+    return acc, node
+
+
+@triton.jit
 def _route_kernel(
     x_ptr,
     w_ptr,
@@ -299,6 +357,7 @@ def _route_kernel(
     LEVEL: tl.constexpr,
     LEVELS: tl.constexpr,
     JOINT: tl.constexpr,
+    SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -310,48 +369,27 @@ def _route_kernel(
         if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
             return
     group, row, there = _sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
-    tree0 = turn * JOINT
+    blocks, _node = _block_scores(
+        x_ptr, w_ptr, b_ptr, row, group, turn, D_IN, TREES, TREE_ROWS, LEVEL, LEVELS, JOINT, SPAN, BK, PRECISION
+    )
 
-    # All columns of the block: JOINT trees, each with 2**LEVELS - 1 heap places and one that is never read.
-    WIDTH: tl.constexpr = 1 << LEVELS
-    PADDED: tl.constexpr = WIDTH * JOINT if WIDTH * JOINT >= 16 else 16
-    SPAN: tl.constexpr = PADDED // JOINT
-    c = tl.arange(0, PADDED)
-    n = c % SPAN
-    tree = tree0 + c // SPAN
-    exists = (n < WIDTH - 1) & (tree < TREES)
-    prefix = prefix_of(group, c // SPAN, LEVEL, JOINT).to(tl.int64)
-    heap = n * 0
-    for bound in tl.static_range(1, LEVELS):
-        heap += (n + 1 >= (1 << bound)).to(tl.int32)
-    node = ((1 << (LEVEL + heap)) - 1).to(tl.int64) + (prefix << heap) + (n + 1 - (1 << heap))
-    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + node, 0)
-
-    acc = tl.zeros((BM, PADDED), tl.float32)
-    for start in range(0, D_IN, BK):
-        x = _tile_of(x_ptr, row, start, D_IN, BK)
-        w = _tile_of(w_ptr, w_row, start, D_IN, BK)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    if b_ptr is not None:
-        acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
-
-    # Walk: the score at the current node is the only one selected, so the others cannot disturb it.
-    blocks = tl.reshape(acc, (BM, JOINT, SPAN))
-    places = tl.arange(0, SPAN)
-    joint = tl.arange(0, JOINT)
-    wanted = there[:, None] & (tree0 + joint < TREES)[None, :]
-    item = row[:, None] * TREES + tree0 + joint[None, :]
-    local = tl.zeros((BM, JOINT), tl.int32)
-    for step in tl.static_range(LEVELS):
-        here = places[None, None, :] == local[:, :, None]
-        score = tl.sum(tl.where(here, blocks, 0.0), 2)
-        tl.store(scores_ptr + item * ENTRIES + LEVEL + step, score.to(scores_ptr.dtype.element_ty), mask=wanted)
-        if LEVEL + step < DEPTH:
-            local = 2 * local + 1 + (score > 0).to(tl.int32)
+    # Walk: the score at the current node is the only one selected, so the others cannot disturb it. Tree by tree, in
+    # the layout the product left its result in: a reshape would send it through shared memory.
+    columns = tl.arange(0, JOINT * SPAN)
     turns: tl.constexpr = LEVELS if LEVEL + LEVELS <= DEPTH else DEPTH - LEVEL
-    before = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
-    leaf = (before[None, :] << turns) + local - ((1 << turns) - 1)
-    tl.store(leaf_ptr + item, leaf, mask=wanted)
+    for joint in tl.static_range(JOINT):
+        tree = turn * JOINT + joint
+        wanted = there & (tree < TREES)
+        item = row * TREES + tree
+        local = tl.zeros((BM,), tl.int32)
+        for step in tl.static_range(LEVELS):
+            here = columns[None, :] == (joint * SPAN + local)[:, None]
+            score = tl.sum(tl.where(here, blocks, 0.0), 1)
+            tl.store(scores_ptr + item * ENTRIES + LEVEL + step, score.to(scores_ptr.dtype.element_ty), mask=wanted)
+            if LEVEL + step < DEPTH:
+                local = 2 * local + 1 + (score > 0).to(tl.int32)
+        before = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
+        tl.store(leaf_ptr + item, (before << turns) + local - ((1 << turns) - 1), mask=wanted)
 
 
 @triton.jit
@@ -367,17 +405,19 @@ def ancestor_column(a, group, turn, LEVEL: tl.constexpr, JOINT: tl.constexpr, TR
 
 @triton.jit
 def path_mask(
-    leaf_ptr, row, tree, turn, there, shift, place, TREES: tl.constexpr, SUB: tl.constexpr, JOINT: tl.constexpr
+    leaf_ptr, row, joint, turn, there, shift, place, TREES: tl.constexpr, SUB: tl.constexpr, JOINT: tl.constexpr
 ):
-    """(len(row), len(tree)): whether each column lies on each row's path."""
-    if JOINT == 1:
-        leaf = tl.load(leaf_ptr + row * TREES + turn, mask=there, other=0)[:, None]
-        there2 = there[:, None]
-    else:
-        there2 = there[:, None] & (tree < TREES)[None, :]
-        leaf = tl.load(leaf_ptr + row[:, None] * TREES + tree[None, :], mask=there2, other=0)
-    inside = leaf.to(tl.int32) & ((1 << SUB) - 1)
-    return ((inside >> shift[None, :]) == place[None, :]) & there2
+    """(len(row), len(joint)): whether each column, of tree number `joint` in this turn, lies on each row's path."""
+    if SUB == 0:  # all columns of a lone leaf do
+        return there[:, None] & (turn * JOINT + joint < TREES)[None, :]
+    inside = tl.load(leaf_ptr + row * TREES + turn * JOINT, mask=there, other=0).to(tl.int32)[:, None]
+    # One load a tree and a select: a gather by column would load every leaf once for each of its columns.
+    for other in tl.static_range(1, JOINT):
+        wanted = there & (turn * JOINT + other < TREES)
+        leaf = tl.load(leaf_ptr + row * TREES + turn * JOINT + other, mask=wanted, other=0).to(tl.int32)
+        inside = tl.where((joint == other)[None, :], leaf[:, None], inside)
+    on_path = ((inside & ((1 << SUB) - 1)) >> shift[None, :]) == place[None, :]
+    return on_path & there[:, None] & (turn * JOINT + joint < TREES)[None, :]
 
 
 @triton.jit
@@ -439,7 +479,7 @@ def _pick_kernel(
     if b_ptr is not None:
         acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
 
-    on_path = path_mask(leaf_ptr, row, tree, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
+    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
     at = out_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=on_path)
     if ANCESTORS > 0:
@@ -485,7 +525,7 @@ def _path_entries(
     )
     exists = exists & (tree < TREES)
     w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
-    on_path = path_mask(leaf_ptr, row, tree, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
+    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
     at = entries_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     return tl.load(at, mask=on_path, other=0.0), w_row
 
@@ -539,7 +579,13 @@ def _spread_kernel(
         )  # fmt: skip
 
     for start in range(0, D, BN):
-        acc = tl.zeros((BM, BN), tl.float32)
+        d = start + tl.arange(0, BN)
+        at = y_ptr + row[:, None] * D + d[None, :]
+        mask = there[:, None] & (d < D)[None, :]
+        if ACCUMULATE:
+            acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            acc = tl.zeros((BM, BN), tl.float32)
         if ANCESTORS > 0:
             acc = tl.dot(above, _tile_of(w_ptr, a_row, start, D, BN), acc, input_precision=PRECISION)
         if CHUNKS == 1:
@@ -551,11 +597,6 @@ def _spread_kernel(
                     HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS, ENTRIES,
                 )  # fmt: skip
                 acc = tl.dot(part, _tile_of(w_ptr, part_row, start, D, BN), acc, input_precision=PRECISION)
-        d = start + tl.arange(0, BN)
-        at = y_ptr + row[:, None] * D + d[None, :]
-        mask = there[:, None] & (d < D)[None, :]
-        if ACCUMULATE:
-            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 

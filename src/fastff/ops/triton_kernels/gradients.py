@@ -273,7 +273,7 @@ def _outer_kernel(
         row = tl.load(order_ptr + tree.to(tl.int64) * rows + at, mask=there, other=0).to(tl.int64)
         x_at = x_ptr + row[:, None] * D + n[None, :]
         x = tl.load(x_at, mask=there[:, None] & (n < D)[None, :], other=0.0)
-        on_path = path_mask(leaf_ptr, row, tree, tree, there, shift, place, TREES, SUB, 1) & exists[None, :]
+        on_path = path_mask(leaf_ptr, row, c * 0, tree, there, shift, place, TREES, SUB, 1) & exists[None, :]
         item = (row * TREES + tree) * ENTRIES
         value = tl.load(entries_ptr + item[:, None] + entry[None, :], mask=on_path, other=0.0)
         acc = tl.dot(tl.trans(value), x, acc, input_precision=PRECISION)

@@ -46,7 +46,7 @@ class Stage:
 class BlockedPlan:
     """Routing stages, then rows grouped by the first `level` turns in each of `joint` trees for all that follows.
 
-    leaf_routed: the last stage scored the leaves too."""
+    leaf_routed: the last stage scores the leaves too."""
 
     stages: tuple[Stage, ...]
     level: int
@@ -137,7 +137,7 @@ def backward_plan(
     return BackwardPlan(
         level, joint, outer_level, chunk,
         tiles or _tiles(config, rows, itemsize, level, joint),
-        outer_tiles or Tiles(0, 128, wide, 128 if itemsize == 2 else 64, 4, 3),
+        outer_tiles or Tiles(0, 128, 2 * wide, 256 if itemsize == 2 else 64, 4, 3),
     )  # fmt: skip
 
 
@@ -192,8 +192,10 @@ def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int)
         height = max(height, 64)
     columns = joint * _power(_columns(config, level))
     narrow = columns > 128 or itemsize == 4
+    outer = 32 if columns > 128 and itemsize == 4 else 64 if narrow else 128
+    stages = 2 if narrow else 3
     return Tiles(min(height, 64) if narrow else height, 256 if joint > 1 else 128, 32 if itemsize == 4 else 64,
-                 64 if narrow else 128, 8 if columns > 128 else 4, 2 if columns > 128 else 3)  # fmt: skip
+                 outer, 8 if columns > 128 else 4, stages)  # fmt: skip
 
 
 def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> RowsPlan | BlockedPlan:

@@ -47,7 +47,7 @@ def forward(
         "BE": plan.block_entries,
         "BN": plan.block_out,
     }
-    fused = plan.fused and trees == 1
+    fused = plan.fused and trees == 1 and config.leaf_in_rows == 1 and entries - 1 <= plan.block_entries
     out = (w_out, b_out, coefficient, margins, leaf, y, margin)
     _descend_kernel[(rows, trees)](
         x,
@@ -77,62 +77,36 @@ def forward(
 def _dots(x_ptr, w_ptr, row, mask, D_IN: tl.constexpr, BD: tl.constexpr, N: tl.constexpr):
     """Products of x with the rows `row` (N,) of w where mask, zero elsewhere."""
     total = tl.zeros((N, BD), tl.float32)
+    # x is loaded once for each row of w, in w's own layout: a broadcast would exchange it through shared memory, and the
+    # barrier of that exchange would keep the next step's loads from being in flight.
+    x_row = x_ptr + (row[:, None] - row[:, None])
     for start in tl.static_range(0, D_IN, BD):
-        d = start + tl.arange(0, BD)
+        d = (start + tl.arange(0, BD))[None, :]
         if start + BD <= D_IN:
-            x = tl.load(x_ptr + d)
-            w = tl.load(w_ptr + row[:, None] * D_IN + d[None, :], mask=mask[:, None], other=0.0)
+            x = tl.load(x_row + d)
+            w = tl.load(w_ptr + row[:, None] * D_IN + d, mask=mask[:, None], other=0.0)
         else:
-            x = tl.load(x_ptr + d, mask=d < D_IN, other=0.0)
-            w = tl.load(w_ptr + row[:, None] * D_IN + d[None, :], mask=mask[:, None] & (d < D_IN)[None, :], other=0.0)
-        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            x = tl.load(x_row + d, mask=d < D_IN, other=0.0)
+            w = tl.load(w_ptr + row[:, None] * D_IN + d, mask=mask[:, None] & (d < D_IN), other=0.0)
+        total += w.to(tl.float32) * x.to(tl.float32)
     return tl.sum(total, 1)
 
 
 @triton.jit
-def _collect(
-    row,
-    n,
-    w_ptr,
-    b_ptr,
-    coefficient_ptr,
-    leaf_ptr,
-    y_ptr,
-    D_OUT: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    NODE_ENTRIES: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    BE: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Columns n (BN,) of y for one row: the sum over trees and path entries of coefficient times row of w_out."""
+def _w_row(e, tree, leaf, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr, LEAF_WIDTH: tl.constexpr):
+    """Row of w_out, all trees in one, of path entry e of a row at `leaf` of `tree`."""
     nodes: tl.constexpr = ((1 << DEPTH) - 1) if NODE_ENTRIES > 0 else 0
-    tree_rows: tl.constexpr = nodes + (1 << DEPTH) * LEAF_WIDTH
-    inside = n < D_OUT
-    total = tl.zeros((BE, BN), tl.float32)
-    bias = tl.zeros((BN,), tl.float32)
-    for tree in range(TREES):
-        item = row * TREES + tree
-        wide_tree = tl.zeros((), tl.int64) + tree
-        leaf = tl.load(leaf_ptr + item)
-        for start in tl.static_range(0, NODE_ENTRIES + LEAF_WIDTH, BE):
-            e = start + tl.arange(0, BE)
-            there = e < NODE_ENTRIES + LEAF_WIDTH
-            level = tl.where(e < NODE_ENTRIES, e, 0)
-            node_row = (tl.full((BE,), 1, tl.int64) << level) - 1 + (leaf >> (DEPTH - level))
-            leaf_row = nodes + leaf * LEAF_WIDTH + e - NODE_ENTRIES
-            w_row = wide_tree * tree_rows + tl.where(e < NODE_ENTRIES, node_row, leaf_row)
-            value = tl.load(coefficient_ptr + item * ENTRIES + e, mask=there, other=0.0)
-            w = tl.load(w_ptr + w_row[:, None] * D_OUT + n[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-            total += value[:, None] * w.to(tl.float32)
-        if b_ptr is not None:
-            gate = tl.load(coefficient_ptr + item * ENTRIES + NODE_ENTRIES + LEAF_WIDTH)
-            b_row = wide_tree * (1 << DEPTH) + leaf
-            bias += gate * tl.load(b_ptr + b_row * D_OUT + n, mask=inside, other=0.0).to(tl.float32)
-    y = tl.sum(total, 0) + bias
-    tl.store(y_ptr + row * D_OUT + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+    level = tl.where(e < NODE_ENTRIES, e, 0)
+    node_row = (tl.full(e.shape, 1, tl.int64) << level) - 1 + (leaf >> (DEPTH - level))
+    leaf_row = nodes + leaf * LEAF_WIDTH + e - NODE_ENTRIES
+    return tree * (nodes + (1 << DEPTH) * LEAF_WIDTH) + tl.where(e < NODE_ENTRIES, node_row, leaf_row)
+
+
+@triton.jit
+def _weighted_rows(w_ptr, value, w_row, there, n, D_OUT: tl.constexpr):
+    """value (entries,) times columns n of the rows w_row of w, not yet summed: (entries, len(n))."""
+    mask = there[:, None] & (n < D_OUT)[None, :]
+    return value[:, None] * tl.load(w_ptr + w_row[:, None] * D_OUT + n[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -179,6 +153,9 @@ def _descend_kernel(
     scores_item = scores_ptr + item * SCORES
     coefficient_item = coefficient_ptr + item * ENTRIES
 
+    # Fused, the coefficients stay in registers.
+    e = tl.arange(0, BE)
+    path = tl.zeros((BE,), tl.float32)
     N: tl.constexpr = 1 if AHEAD == 1 else 1 << AHEAD
     n = tl.arange(0, N)
     below = level_of(n, AHEAD)
@@ -201,7 +178,11 @@ def _descend_kernel(
             if NODE_ENTRIES > 0 or single:
                 entry = tl.where(turns, level, NODE_ENTRIES)
                 wanted = (level < levels) if NODE_ENTRIES > 0 else (level < levels) & (level == DEPTH)
-                tl.store(coefficient_item + entry, gate * activate(score, ACTIVATION), mask=wanted)
+                value = gate * activate(score, ACTIVATION)
+                if FUSED:
+                    path = tl.where((e == entry) & wanted, value, path)
+                else:
+                    tl.store(coefficient_item + entry, value, mask=wanted)
             size = tl.abs(score)
             if GATED:
                 gate = tl.where(turns, gate * tanh(size / tau), gate)
@@ -227,30 +208,19 @@ def _descend_kernel(
                 tl.store(scores_item + DEPTH + LEAF_WIDTH + j, factor.to(scores_ptr.dtype.element_ty), mask=there)
                 value *= factor
             tl.store(coefficient_item + NODE_ENTRIES + j, gate * value, mask=there)
-    tl.store(coefficient_item + NODE_ENTRIES + LEAF_WIDTH, gate)
     tl.store(leaf_ptr + item, prefix)
     if FUSED:
         tl.store(margin_ptr + row, margin.to(margin_ptr.dtype.element_ty))
-        tl.debug_barrier()  # all threads of the program read the coefficients below
+        there = e < NODE_ENTRIES + LEAF_WIDTH
+        w_row = _w_row(e, tree, prefix, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
         for start in tl.static_range(0, D_OUT, BN):
-            _collect(
-                row,
-                start + tl.arange(0, BN),
-                w_out_ptr,
-                b_out_ptr,
-                coefficient_ptr,
-                leaf_ptr,
-                y_ptr,
-                D_OUT,
-                TREES,
-                DEPTH,
-                NODE_ENTRIES,
-                LEAF_WIDTH,
-                ENTRIES,
-                BE,
-                BN,
-            )
+            d = start + tl.arange(0, BN)
+            y = tl.sum(_weighted_rows(w_out_ptr, path, w_row, there, d, D_OUT), 0)
+            if b_out_ptr is not None:
+                y += gate * tl.load(b_out_ptr + prefix * D_OUT + d, mask=d < D_OUT, other=0.0).to(tl.float32)
+            tl.store(y_ptr + row * D_OUT + d, y.to(y_ptr.dtype.element_ty), mask=d < D_OUT)
     else:
+        tl.store(coefficient_item + NODE_ENTRIES + LEAF_WIDTH, gate)
         tl.store(margins_ptr + item, margin)
 
 
@@ -272,25 +242,27 @@ def _collect_kernel(
     BE: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """Columns of y for one row: the sum over trees and path entries of coefficient times row of w_out."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    _collect(
-        row,
-        n,
-        w_ptr,
-        b_ptr,
-        coefficient_ptr,
-        leaf_ptr,
-        y_ptr,
-        D_OUT,
-        TREES,
-        DEPTH,
-        NODE_ENTRIES,
-        LEAF_WIDTH,
-        ENTRIES,
-        BE,
-        BN,
-    )
+    total = tl.zeros((BE, BN), tl.float32)
+    bias = tl.zeros((BN,), tl.float32)
+    for tree in range(TREES):
+        item = row * TREES + tree
+        wide_tree = tl.zeros((), tl.int64) + tree
+        leaf = tl.load(leaf_ptr + item)
+        for start in tl.static_range(0, NODE_ENTRIES + LEAF_WIDTH, BE):
+            e = start + tl.arange(0, BE)
+            there = e < NODE_ENTRIES + LEAF_WIDTH
+            value = tl.load(coefficient_ptr + item * ENTRIES + e, mask=there, other=0.0)
+            w_row = _w_row(e, wide_tree, leaf, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
+            total += _weighted_rows(w_ptr, value, w_row, there, n, D_OUT)
+        if b_ptr is not None:
+            gate = tl.load(coefficient_ptr + item * ENTRIES + NODE_ENTRIES + LEAF_WIDTH)
+            b_row = wide_tree * (1 << DEPTH) + leaf
+            bias += gate * tl.load(b_ptr + b_row * D_OUT + n, mask=n < D_OUT, other=0.0).to(tl.float32)
+    y = tl.sum(total, 0) + bias
+    tl.store(y_ptr + row * D_OUT + n, y.to(y_ptr.dtype.element_ty), mask=n < D_OUT)
     if tl.program_id(1) == 0:
         margin = tl.full((), float("inf"), tl.float32)
         for tree in range(TREES):
