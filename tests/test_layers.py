@@ -312,6 +312,9 @@ def test_bad_published_states_are_named(state, depth, message):
 
 
 def test_published_states_load_in_their_dtype():
+    before = torch.get_rng_state()
+    fastff.FFF.from_published(FAST)
+    assert torch.equal(torch.get_rng_state(), before), "loading must not draw random numbers"
     ultra = fastff.FFF.from_published({k: v.double() for k, v in ULTRA.items()}, depth=2)
     assert ultra.w_in.dtype == torch.float64
     assert (ultra.config.trees, ultra.in_features, ultra.out_features) == (2, 6, 5)

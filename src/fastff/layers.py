@@ -283,7 +283,11 @@ class FFF(nn.Module):
         if activation is not None:
             arguments["activation"] = activation
         dtype = next(iter(weights.values())).dtype
-        layer = cls(**{**arguments, "dtype": dtype, **options})
+        device = options.pop("device", None) or next(iter(weights.values())).device
+        layer = cls(**{**arguments, "dtype": dtype, **options, "device": "meta"}).to_empty(
+            device=device
+        )  # no random draws
+        layer.reset_usage()
         with torch.no_grad():
             for name, value in weights.items():
                 getattr(layer, name).copy_(value)
