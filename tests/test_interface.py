@@ -182,6 +182,20 @@ def test_bad_tensors_are_named(change, message):
         fastff.ops.forward(*tensors.values(), config=layer.config)
 
 
+def test_depth_zero_is_a_dense_layer_and_goes_to_matrix_products():
+    layer = make_layer(6, 5, depth=0, leaf_width=7, trees=2, bias=True)
+    x = make_rows(3, 6, dtype=torch.float32)
+    assert interface.resolve(None, x, layer.config) == "reference"
+    want = sum(
+        torch.nn.functional.gelu(x @ w_in.t() + b_in) @ w_out
+        for w_in, b_in, w_out in zip(layer.w_in, layer.b_in, layer.w_out, strict=True)
+    )
+    torch.testing.assert_close(layer.eval()(x), want)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(run(layer, x, "native").y, want)
+
+
 def test_a_named_backend_runs_or_says_why_not():
     layer = make_layer(6, 5, **PUBLISHED)
     x = make_rows(3, 6, dtype=torch.float32)

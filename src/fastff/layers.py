@@ -147,7 +147,8 @@ class FFF(nn.Module):
 
     def _find_direct(self) -> None:
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
-        wanted = self.backend in (None, "native") and not self._track_in_eval
+        named = self.backend == "native" or (self.backend is None and self.config.depth > 0)
+        wanted = named and not self._track_in_eval
         ready = wanted and why_unavailable_cached("native") is None
         self._direct = kernels("native").PackedLayer(self.config) if ready else None
 

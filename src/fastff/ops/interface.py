@@ -117,6 +117,8 @@ def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
         if reason is not None:
             raise BackendUnavailable(reason)
         return name
+    if config.depth == 0:  # a dense layer: torch's matrix products are the fastest form of it
+        return "reference"
     candidate = "triton" if x.device.type == "cuda" else "native"
     if why_unavailable_cached(candidate) is None and kernels(candidate).why_not(x, config) is None:
         return candidate

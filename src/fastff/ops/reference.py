@@ -97,6 +97,8 @@ def forward(
     x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
 ) -> Routed:
     """Compute the neurons of each row's path only, by gathering their weights. Shapes as in the module's docstring."""
+    if config.depth == 0:  # every row takes every neuron: a dense layer, best left to matrix products
+        return forward_masked(x, w_in, b_in, w_out, b_out, config=config)
     tree = torch.arange(config.trees, device=x.device)
     path = descend(x, w_in, b_in, config=config)
     gate = gates(path.score, config=config)
