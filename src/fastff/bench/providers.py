@@ -198,12 +198,22 @@ class DenseLayer(nn.Module):
         return dense(x, self.w_in, self.w_out)
 
 
-def train_providers(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> dict[str, Call]:
-    """Forward and backward providers by name; the dense ones first."""
-    eager = [DenseLayer(*pair) for pair in weights]
+def _eager_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
+    return TrainStep([DenseLayer(*pair) for pair in weights]).call
+
+
+def _compiled_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
     compiled: list[Any] = [torch.compile(DenseLayer(*pair), dynamic=False) for pair in weights]
-    return {
-        "torch eager": TrainStep(eager).call,
-        "torch.compile": TrainStep(compiled).call,
-        "fastff": TrainStep(list(layers)).call,
-    }
+    return TrainStep(compiled).call
+
+
+def _fastff_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
+    return TrainStep(list(layers)).call
+
+
+# Forward and backward; those named as in DENSE are dense.
+TRAIN: dict[str, Callable[[DenseWeights, Sequence[fastff.FFF]], Call]] = {
+    "torch eager": _eager_step,
+    "torch.compile": _compiled_step,
+    "fastff": _fastff_step,
+}
