@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,6 +150,32 @@ def test_weights_made_in_inference_mode_are_followed_too():
         want = layer(x).clone()
         layer.w_out.mul_(2)
         torch.testing.assert_close(layer(x), 2 * want)
+
+
+def test_many_python_threads_share_one_layer():
+    layer = make_layer(24, depth=5).eval()
+    inputs = [make_rows(1 + i % 9, 24, seed=i, dtype=torch.float32) for i in range(200)]
+    wanted = [expected(layer, x) for x in inputs]
+
+    def answer(x):
+        with torch.no_grad():  # grad mode belongs to the thread
+            return layer(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(answer, inputs), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forked_child_can_use_the_layer():
+    layer = make_layer(24, depth=5).eval()
+    x = make_rows(3, 24, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # as torch's own workers do: its pool does not survive a fork
+            os._exit(0 if torch.equal(layer(x), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_drop_in_for_a_dense_block_trains():
