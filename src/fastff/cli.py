@@ -47,6 +47,25 @@ def bench(
             console.print(f"wrote {path}")
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo-report"),
+    seconds: Annotated[float, typer.Option(min=60.0, help="Seconds the whole run may take.")] = 270.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and masks.")] = 0,
+    quick: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+    restart: Annotated[bool, typer.Option(help="Forget an earlier run in the same folder.")] = False,
+) -> None:
+    """Train a small UltraFastBERT, its dense twin and controls on bundled novels; write a report.
+
+    Ctrl-C leaves a partial report; the same command then goes on from there.
+    """
+    from fastff.demo import Settings
+    from fastff.demo.run import run_demo
+
+    settings = Settings(seconds=seconds, seed=seed, out=out, quick=quick)
+    raise typer.Exit(run_demo(settings, console, restart=restart))
+
+
 def main() -> None:
     """Entry point of the `fastff` command."""
     app()

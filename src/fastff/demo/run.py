@@ -1,0 +1,323 @@
+"""The stages of the demo, in order. Each is skipped when `results.json` already holds what it finds out."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastff.bench import Case, run_cases
+from fastff.bench.run import machine, ratios
+from fastff.demo import settings as sizes
+from fastff.demo import train
+from fastff.demo.authors import bag_of_words, score
+from fastff.demo.data import Corpus, manifest
+from fastff.demo.explain import fill
+from fastff.demo.interrupt import Stop
+from fastff.demo.report import write_report
+from fastff.demo.settings import Arm, Settings
+from fastff.demo.store import DemoError, Store
+from fastff.demo.summary import missing_parts, summarise
+from fastff.demo.terminal import print_summary
+from fastff.inspect import collect
+from fastff.ops import available_backends
+
+SPEED_ROWS = (1, 128, 1024)
+REPORT_SECONDS = 8.0  # kept for the charts and the report
+MARGIN = 0.9  # of the time left is planned for: a machine slows down while it works
+PRETRAIN_SHARE = 0.6  # of the training time
+EVALUATION_COST = 0.4  # of a training step, on as many tokens
+MIN_STEPS = 20
+QUICK_STEPS = {"start": 24, "pretrain": 24, "finetune": 12}
+
+
+def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> int:
+    """Run, or go on with, the demo; returns the exit code: 0 finished, 130 interrupted with a partial report, 1 failed.
+
+    Writes `results.json` and `index.html` into `settings.out`.
+    """
+    stop = Stop()
+    try:
+        with stop.watching():
+            store = Store(settings.out, settings.identity, restart=restart)
+            try:
+                demo = Demo(settings, store, console, stop)
+                try:
+                    demo.run()
+                finally:
+                    used = store.results.get("seconds_used", 0.0)
+                    store.results["seconds_used"] = used + time.perf_counter() - demo.begin
+            except KeyboardInterrupt:
+                console.print("\ninterrupted: writing what there is", style="yellow")
+                conclude(store, console)
+                console.print("the same command goes on from here; `--restart` begins again")
+                return 130
+            conclude(store, console)
+            return 0
+    except DemoError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+
+
+def conclude(store: Store, console: Console) -> None:
+    """Derive the summary, write the report from the results alone, and print the table."""
+    store.finish("summary", summarise(store.results))
+    path = write_report(store.out, store.results)
+    print_summary(store.results, console)
+    missing = missing_parts(store.results)
+    if missing:
+        console.print("missing: " + ", ".join(missing), style="yellow")
+    console.print(f"wrote {path} and {store.out / 'results.json'}")
+
+
+class Demo:
+    """One run. Every method that measures finds its text in `corpus` and leaves its numbers in `store.results`."""
+
+    def __init__(self, settings: Settings, store: Store, console: Console, stop: Stop) -> None:
+        self.settings = settings
+        self.store = store
+        self.console = console
+        self.stop = stop
+        self.begin = time.perf_counter()
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return Corpus(self.settings.book_characters, self.settings.test_sentences if self.settings.quick else None)
+
+    def run(self) -> None:
+        stages: tuple[tuple[str, Callable[[], Any]], ...] = (
+            ("machine", self.describe),
+            ("data", self.read_text),
+            ("speed", self.measure_speed),
+            ("plan", self.plan),
+            ("start", self.train_start),
+        )
+        for name, stage in stages:
+            if name not in self.store.results:
+                self.store.finish(name, stage())
+        for arm in self.settings.arms:
+            self.once("pretrain", arm, self.pretrain)
+        for arm in self.settings.arms:
+            self.once("finetune", arm, self.finetune)
+        if "baselines" not in self.store.results:
+            self.store.finish("baselines", self.baselines())
+
+    def once(self, stage: str, arm: Arm, work: Callable[[Arm], dict[str, Any]]) -> None:
+        done: dict[str, Any] = self.store.results.get(stage, {})
+        if arm.name not in done:
+            self.store.finish(stage, {**done, arm.name: work(arm)})
+
+    def describe(self) -> dict[str, Any]:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {
+            **machine(),
+            "threads": torch.get_num_threads(),
+            "backends": list(available_backends()),
+            "commit": commit(),
+            "started": now,
+        }
+
+    def read_text(self) -> dict[str, Any]:
+        self.console.print("reading the bundled novels", style="dim")
+        corpus = self.corpus
+        return {
+            "source": manifest()["source"],
+            "books": manifest()["books"],
+            "authors": corpus.full_names,
+            "vocab_size": corpus.vocab_size,
+            "learn_tokens": sum(map(len, corpus.learn.values())),
+            "unseen_tokens": sum(map(len, corpus.unseen.values())),
+            "learn_sentences": len(corpus.learn_sentences.tokens),
+            "unseen_sentences": len(corpus.unseen_sentences.tokens),
+        }
+
+    def measure_speed(self) -> dict[str, Any]:
+        """One layer of BERT-base's width against the dense layer that it replaces."""
+        skip = {} if can_compile() and not self.settings.quick else {"torch.compile": why_not_compiled(self.settings)}
+        cases = [Case(rows=rows) for rows in SPEED_ROWS]
+        seconds = self.settings.speed_seconds
+
+        def progress(name: str) -> None:
+            self.console.print(f"layer speed: {name}", style="dim")
+
+        timings, left_out = run_cases(
+            cases, seconds=seconds, seed=self.settings.seed, skip=list(skip), progress=progress
+        )
+        return {
+            "timings": [asdict(timing) for timing in timings],
+            "left_out": {**left_out, **skip},
+            "times_faster": ratios(timings),
+            "rows": list(SPEED_ROWS),
+            "dense_neurons": cases[0].dense_neurons,
+            "tree": cases[0].config.name,
+            "width": cases[0].config.in_features,
+        }
+
+    def plan(self) -> dict[str, Any]:
+        """Steps for every arm alike, from what a step of each costs here and the time that is left."""
+        if self.settings.quick:
+            return {**QUICK_STEPS, "step_seconds": {}}
+        self.console.print("measuring a training step of every model", style="dim")
+        arms = self.settings.arms
+        pretrain = {arm.name: self.step_seconds(arm, "pretrain") for arm in (*arms, sizes.START)}
+        finetune = {arm.name: self.step_seconds(arm, "finetune") for arm in arms}
+        valid_steps = self.settings.valid_windows * sizes.WINDOW / sizes.BATCH_TOKENS
+        test_steps = self.settings.test_sentences / sizes.BATCH_SENTENCES
+        evaluation = EVALUATION_COST * sum(
+            valid_steps * pretrain[arm.name] + test_steps * finetune[arm.name] for arm in arms
+        )
+        left = self.settings.seconds - (time.perf_counter() - self.begin) - REPORT_SECONDS - evaluation
+        left *= MARGIN
+        steps = max(MIN_STEPS, int(left * PRETRAIN_SHARE / sum(pretrain.values())))
+        return {
+            "start": steps,
+            "pretrain": steps,
+            "finetune": max(MIN_STEPS, int(left * (1 - PRETRAIN_SHARE) / sum(finetune.values()))),
+            "step_seconds": {"pretrain": pretrain, "finetune": finetune},
+        }
+
+    def step_seconds(self, arm: Arm, task: str) -> float:
+        """Median seconds of a training step, after one to warm up."""
+        model, batch = self.trial(arm, task)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        seconds = []
+        for step in range(5):
+            begin = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds[1:])
+
+    def trial(self, arm: Arm, task: str) -> tuple[Any, Callable[[int], train.Batch]]:
+        seed, vocab_size = self.settings.seed, self.corpus.vocab_size
+        model = train.masked_word_model(arm, vocab_size, seed, None)
+        if task == "pretrain":
+            return model, self.pretrain_batches
+        labels = len(self.corpus.authors)
+        author = train.author_model(arm, vocab_size, labels, seed, model.state_dict())
+        return author, train.author_batches(self.corpus.learn_sentences, 5, seed)
+
+    @cached_property
+    def pretrain_batches(self) -> Callable[[int], train.Batch]:
+        return train.pretrain_batches(self.corpus, self.settings.seed)
+
+    def train_start(self) -> dict[str, Any]:
+        steps, seed = self.store.results["plan"]["start"], self.settings.seed
+        model = train.masked_word_model(sizes.START, self.corpus.vocab_size, seed, None)
+        batch = train.start_batches(self.corpus, steps, seed)
+        return self.train(train.Job("start", steps, sizes.START_RATE, batch, seed), model, "shared start")
+
+    def pretrain(self, arm: Arm) -> dict[str, Any]:
+        steps, seed = self.store.results["plan"]["pretrain"], self.settings.seed
+        model = train.masked_word_model(arm, self.corpus.vocab_size, seed, self.weights("start"))
+        job = train.Job(f"pretrain-{arm.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
+        trained = self.train(job, model, f"pretrain {arm.title}")
+        inputs, labels = self.valid
+        losses: list[float] = []
+        routing = collect(model, lambda: losses.extend(train.masked_word_losses(model, inputs, labels, self.stop)))
+        return {
+            **trained,
+            **cost(arm, model),
+            "valid_loss": statistics.fmean(losses),
+            "valid_losses": [round(loss, 5) for loss in losses],
+            "routing": {name: layer.as_dict() for name, layer in routing.items()},
+            "fill": fill(model, self.corpus, sizes.MASKED_SENTENCE),
+        }
+
+    def finetune(self, arm: Arm) -> dict[str, Any]:
+        steps, seed, corpus = self.store.results["plan"]["finetune"], self.settings.seed, self.corpus
+        weights = self.weights(f"pretrain-{arm.name}")
+        model = train.author_model(arm, corpus.vocab_size, len(corpus.authors), seed, weights)
+        batch = train.author_batches(corpus.learn_sentences, steps, seed)
+        job = train.Job(f"finetune-{arm.name}", steps, sizes.FINETUNE_RATE, batch, seed)
+        trained = self.train(job, model, f"fine-tune {arm.title}")
+        found = train.author_predictions(model, corpus.unseen_sentences, self.stop)
+        return {**trained, **score(found, corpus.unseen_sentences.labels.tolist(), len(corpus.authors))}
+
+    def baselines(self) -> dict[str, Any]:
+        learn, unseen = self.corpus.learn_sentences, self.corpus.unseen_sentences
+        want, authors = unseen.labels.tolist(), len(self.corpus.authors)
+        counts = torch.bincount(learn.labels, minlength=authors)
+        return {
+            "majority": score([int(counts.argmax())] * len(want), want, authors),
+            "bag_of_words": score(bag_of_words(learn, unseen), want, authors),
+        }
+
+    @cached_property
+    def valid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked windows of unseen books, spread evenly over them."""
+        windows = self.corpus.windows(self.corpus.unseen, sizes.WINDOW)
+        chosen = torch.linspace(0, len(windows) - 1, min(len(windows), self.settings.valid_windows)).long()
+        return self.corpus.mask(windows[chosen], seed=12345)
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        state = self.store.load_state(name)
+        if state is None:
+            raise DemoError(f"{self.store.state / name}.pt is missing: `--restart` begins again")
+        weights: dict[str, torch.Tensor] = state["model"]
+        return weights
+
+    def train(self, job: train.Job, model: Any, title: str) -> dict[str, Any]:
+        with self.progress(title, job.steps) as report:
+            return train.train(job, model, self.store, self.stop, report)
+
+    @contextmanager
+    def progress(self, title: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+        columns = (
+            TextColumn("{task.description:32}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task(title, total=steps, loss=float("nan"))
+            yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+
+
+def cost(arm: Arm, model: Any) -> dict[str, Any]:
+    """Size and arithmetic of one layer's feedforward, and the model's parameters."""
+    layer = model.encoder.layers[0].feedforward
+    numbers = (0, 0, 0) if layer is None else (layer.neurons, layer.active_neurons, layer.flops_per_row)
+    return {
+        "title": arm.title,
+        "note": arm.note,
+        "narrow_of": arm.narrow_of,
+        "neurons": numbers[0],
+        "active_neurons": numbers[1],
+        "flops_per_token": numbers[2],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from, None for an installed package."""
+    folder = Path(__file__).parent
+    if shutil.which("git") is None or not any((parent / ".git").exists() for parent in folder.parents):
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds a C++ compiler."""
+    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+
+
+def why_not_compiled(settings: Settings) -> str:
+    return "left out of a quick run" if settings.quick else "no C++ compiler"

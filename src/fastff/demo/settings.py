@@ -1,0 +1,115 @@
+"""What a run of the demo is: its sizes, the feedforwards it compares, and what may be chosen from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastff.tree import TreeConfig
+
+HIDDEN = 128
+LAYERS = 2
+HEADS = 4
+LONGEST = 96  # pieces of a sentence; nineteen of twenty are shorter
+WINDOW = 64  # pieces of a window of text
+BATCH_TOKENS = 512  # of a pretraining step
+BATCH_SENTENCES = 32  # of a fine-tuning step
+# Masked words are guessed from their neighbours only once attention has found out where neighbours are. Windows that
+# grow from 8 pieces teach that in tens of thousands of tokens instead of millions: (length, share of the steps).
+START_WINDOWS = ((8, 0.4), (16, 0.4), (32, 0.2))
+START_RATE = 2e-3  # peak learning rates
+PRETRAIN_RATE = 3e-3
+FINETUNE_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One feedforward that is trained and scored. narrow_of: the arm whose arithmetic a narrow control matches."""
+
+    name: str
+    title: str
+    feedforward: dict[str, Any]
+    note: str
+    narrow_of: str | None = None
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.feedforward["kind"] == "fff")
+
+
+def equal_work(depth: int, **options: Any) -> int:
+    """Neurons of the dense layer that does the arithmetic of a conditional one, routing included.
+
+    A dense neuron costs a product with its input row and one with its output row: 4 * HIDDEN operations a token.
+    """
+    tree = TreeConfig(in_features=HIDDEN, out_features=HIDDEN, depth=depth, **options)
+    return round(tree.flops_per_row / (4 * HIDDEN))
+
+
+TREE: dict[str, Any] = {"depth": 9}
+FOREST: dict[str, Any] = {"depth": 5, "trees": 16, "gate": "boundary"}
+DENSE = "dense"
+
+# The most expensive first: its cost is what the plan needs to know.
+ARMS = (
+    Arm(DENSE, "dense twin", {"kind": "dense", "intermediate_size": 1023}, "every neuron for every token"),
+    Arm("forest", "FFF 16x5, gated", {"kind": "fff", **FOREST}, "16 trees of depth 5 with the boundary gate"),
+    Arm("tree", "FFF 1x9", {"kind": "fff", **TREE}, "one tree of depth 9: UltraFastBERT as published"),
+    Arm(
+        "forest-narrow",
+        f"dense {equal_work(**FOREST)}",
+        {"kind": "dense", "intermediate_size": equal_work(**FOREST)},
+        "dense control with the arithmetic of 16x5",
+        narrow_of="forest",
+    ),
+    Arm(
+        "tree-narrow",
+        f"dense {equal_work(**TREE)}",
+        {"kind": "dense", "intermediate_size": equal_work(**TREE)},
+        "dense control with the arithmetic of 1x9",
+        narrow_of="tree",
+    ),
+    Arm("none", "no feedforward", {"kind": "none"}, "attention alone"),
+)
+START = Arm("start", "shared start", {"kind": "none"}, "attention alone, from which every arm begins")
+
+# Pieces of the vocabulary stand for whole words here, so that a mask is one word.
+MASKED_SENTENCE = "The old man was standing by [MASK] window, and he said [MASK] to her."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chooses. seconds: wall time of the whole run, as planned when it starts."""
+
+    seconds: float = 270.0
+    seed: int = 0
+    out: Path = Path("demo-report")
+    quick: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a second run to continue a first one."""
+        return {"seconds": self.seconds, "seed": self.seed, "quick": self.quick}
+
+    @property
+    def speed_seconds(self) -> float:
+        """Timed seconds of each of the three layer cases."""
+        return 0.4 if self.quick else min(6.0, self.seconds / 45)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return tuple(a for a in ARMS if a.name in (DENSE, "tree", "tree-narrow")) if self.quick else ARMS
+
+    @property
+    def book_characters(self) -> int | None:
+        """How much of each book is read; None for all."""
+        return 12_000 if self.quick else None
+
+    @property
+    def valid_windows(self) -> int:
+        return 48 if self.quick else 640
+
+    @property
+    def test_sentences(self) -> int:
+        return 160 if self.quick else 2000

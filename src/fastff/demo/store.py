@@ -1,0 +1,122 @@
+"""What a run leaves on disk: `results.json`, the report, and the state that lets a second run go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastff.errors import FastffError
+
+SCHEMA = 1
+
+
+class DemoError(FastffError):
+    """The demo cannot go on; the message says why and what to do."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader, a crash or a full disk finds the old content or the new, never a part.
+
+    Raises DemoError when it cannot be written; the old file is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DemoError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+        ) from error
+    finally:
+        # Tidying up after a failed write may fail for the reason that has just been reported.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class Store:
+    """The folder of one run.
+
+    results   what `results.json` holds; `save()` writes it
+    Raises DemoError for a folder that cannot be written, results that cannot be read or that belong to another run.
+    """
+
+    def __init__(self, out: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
+        self.out = out
+        self.state = out / "state"
+        self.results: dict[str, Any] = {}
+        path = out / "results.json"
+        if restart:
+            self._forget()
+        elif path.is_file():
+            self.results = self._read(path)
+            self._check(identity)
+        if not self.results:
+            self.results = {"schema": SCHEMA, "settings": identity}
+        self.save()
+
+    def save(self) -> None:
+        text = json.dumps(self.results, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(self.out / "results.json", text.encode() + b"\n")
+
+    def finish(self, stage: str, content: Any) -> None:
+        """Record a finished stage."""
+        self.results[stage] = content
+        self.save()
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.state / f"{name}.pt", buffer.getvalue())
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """A saved state, None if there is none. Raises DemoError if it cannot be read."""
+        path = self.state / f"{name}.pt"
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise DemoError(f"cannot read {path}: {error}; `--restart` begins again") from error
+        return state
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DemoError(f"cannot read {path}: {error}; `--restart` begins again") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise DemoError(f"{path} is not of this version of the demo; `--restart` begins again")
+        return content
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        before = self.results["settings"]
+        if before != identity:
+            raise DemoError(
+                f"{self.out} holds a run with {_words(before)}, this one asks for {_words(identity)}: "
+                "`--restart` begins again, `--out` names another folder"
+            )
+
+    def _forget(self) -> None:
+        """Remove what a run of the demo wrote, and nothing else."""
+        try:
+            if self.state.is_dir():
+                shutil.rmtree(self.state)
+            for name in ("results.json", "index.html"):
+                (self.out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise DemoError(f"cannot remove the earlier run in {self.out}: {error.strerror or error}") from error
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
