@@ -75,7 +75,7 @@ def _speed_bar(axes: Axes, place: float, timing: dict[str, Any], key: str) -> No
     middle = timing["latency_us_p50"]
     spread = [[max(0.0, middle - timing["latency_us_p20"])], [max(0.0, timing["latency_us_p80"] - middle)]]
     axes.barh(place, middle, height=0.36, color=SERIES[key][0], xerr=spread, ecolor=INK, error_kw={"linewidth": 1})
-    label = f"  {timing['provider']}: {middle:,.3g}"
+    label = f"   {timing['provider']} {middle:,.{1 if middle < 100 else 0}f}"
     axes.text(timing["latency_us_p80"], place, label, va="center", fontsize=10)
 
 
@@ -89,7 +89,7 @@ def curves(results: dict[str, Any]) -> str:
             _curve(axes, name, arm["curve"], start["tokens"], arm["tokens"] / arm["steps"])
         axes.axvline(start["tokens"] / 1000, color=FAINT, linewidth=1)
         axes.set_xlabel("tokens seen, thousands")
-        axes.set_ylabel("loss on training text, nats a masked piece")
+        axes.set_ylabel("training loss, nats")
         figure.legend(loc="outside lower center", ncols=2, fontsize=10)
     return out[0]
 
@@ -144,7 +144,7 @@ def routing(arm: dict[str, Any], name: str) -> str:
         figure,
         out,
     ):
-        parts = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
+        *parts, foot = figure.subfigures(len(layers) + 1, 1, height_ratios=[1] * len(layers) + [0.35])
         image = None
         for number, (part, layer) in enumerate(zip(parts, layers, strict=True), start=1):
             part.suptitle(f"layer {number}", fontsize=11, x=0.02, ha="left")
@@ -156,12 +156,12 @@ def routing(arm: dict[str, Any], name: str) -> str:
             if trees == 1:
                 grid[0, 0].set_ylabel("level")
         if image is not None:
-            _use_bar(figure, image, list(parts))
+            _use_bar(foot, image)
     return out[0]
 
 
-def _use_bar(figure: Figure, image: Any, parts: list[Any]) -> None:
-    bar = parts[-1].colorbar(image, ax=parts[-1].axes, location="bottom", fraction=0.12, aspect=40)
+def _use_bar(part: Any, image: Any) -> None:
+    bar = part.colorbar(image, cax=part.add_axes((0.12, 0.7, 0.84, 0.2)), orientation="horizontal")
     ticks = [-SPREAD, -SPREAD / 2, 0, SPREAD / 2, SPREAD]
     bar.set_ticks(ticks, labels=[f"{2**tick:g}" for tick in ticks])
     bar.set_label("visits, relative to even use (grey: none)", fontsize=10)

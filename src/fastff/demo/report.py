@@ -57,10 +57,11 @@ def headline(results: dict[str, Any]) -> str:
         )
     against = results.get("summary", {}).get("against_dense", {}).get("tree")
     if against:
+        trained = results["start"]["tokens"] + results["pretrain"]["tree"]["tokens"]
         better = "lower" if against["difference"] < 0 else "higher"
         sure = "" if abs(against["difference"]) > 2 * against["error"] else ", which is within the error of measurement"
         sentences.append(
-            f"After minutes of training, the small model with such trees has a loss on unseen books "
+            f"After {trained / 1000:,.0f} thousand tokens, the small model with such trees has a loss on unseen books "
             f"<strong>{abs(against['difference']):.3f} nats {better}</strong> than its dense twin{sure}. "
             "Read it beside the controls below: with so little training, a feedforward layer matters little."
         )
@@ -158,8 +159,8 @@ def gaps(results: dict[str, Any]) -> str:
     if not items:
         return ""
     return f"""<p>The control that counts is a dense layer so narrow that it does the same arithmetic, routing
-included. The <em>recovered gap</em> is (narrow - tree) / (narrow - wide): 0, the tree is worth nothing; 1, it is as good
-as the full width. All dense layers here use GELU.</p><ul>{"".join(items)}</ul>"""
+included. The <em>recovered gap</em> is (narrow - tree) / (narrow - wide): 0, the tree is worth nothing; 1, it is as
+good as the full width. All dense layers here use GELU.</p><ul>{"".join(items)}</ul>"""
 
 
 def authors(results: dict[str, Any]) -> str:
@@ -177,7 +178,8 @@ def authors(results: dict[str, Any]) -> str:
 {table(("model", "accuracy", "macro F1", "training, s"), rows)}
 <p>{count:,} sentences from one novel each, which no model has seen, of {escape(", ".join(names))}.
 The models learn from {results["data"]["learn_sentences"]:,} sentences of two other novels of each. Attention carries
-much of this task: look at the model without feedforward, and at the bag of words, which no network helped.</p></section>"""
+much of this task: look at the model without feedforward, and at the bag of words, which no network helped.</p>
+</section>"""
 
 
 def routing(results: dict[str, Any]) -> str:
