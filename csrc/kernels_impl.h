@@ -24,6 +24,7 @@ constexpr int kSplitAtLeast = 4;       // a shorter list of rows walks in lockst
 constexpr int kWalkers = 8;            // rows that walk in lockstep
 constexpr int kTile = 4;               // rows of one leaf finished together
 constexpr int64_t kBlockRows = 65536;  // rows whose scores are kept at a time
+constexpr int64_t kForestRows = 1024;  // likewise with several trees, which all read x and add to y: keep both in cache
 constexpr int64_t kCachedRows = 256;   // rows of x that a core's cache holds beside a subtree
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kFirstLines = 4;     // of a child, fetched before it is known which child is needed
@@ -315,8 +316,9 @@ void lower_margin(const T* scores, int64_t stride, int64_t rows, int depth, T* m
 
 template <class T>
 void forward(const Tree& tree, const View<T>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
-  for (int64_t at = begin; at < end; at += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, end - at);
+  const int64_t block = tree.trees > 1 ? kForestRows : kBlockRows;
+  for (int64_t at = begin; at < end; at += block) {
+    const int64_t rows = std::min(block, end - at);
     if (out.margin) std::fill_n(out.margin + at, rows, std::numeric_limits<T>::infinity());
     for (int64_t t = 0; t < tree.trees; ++t) {
       const int64_t own = tree.path_scores();
