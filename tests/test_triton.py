@@ -1,7 +1,7 @@
 """The GPU kernels against the float64 reference: on a device where there is one, else under Triton's interpreter.
 
-The interpreter has to be chosen before Triton is imported, so without a device this file runs itself in a process of its
-own. It has no bf16 arithmetic: float32 and float16 are tested there, bfloat16 on a device.
+The interpreter has to be chosen before Triton is imported, so without a device this file runs itself in a process of
+its own. It has no bf16 arithmetic: float32 and float16 are tested there, bfloat16 on a device.
 """
 
 import os
@@ -26,7 +26,7 @@ runs_kernels = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, sort
+    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, scout, sort
 
 
 def config(**changes):
@@ -78,6 +78,8 @@ def run(form, args, config):
     if form == "fused":
         block = plan.RowsPlan(ahead=3, fused=True, block_in=32, block_out=16, block_leaf=2, block_entries=4, warps=1)
         return rows.forward(*args, config=config, plan=block)
+    if form == "scout":
+        return scout.forward(*args, config=config, plan=plan.ScoutPlan(levels=3, block_in=16, block_out=32, warps=1))
     # Planned as for a large batch, so that several stages and joint trees occur at a small one.
     blocked = plan.blocked_plan(config, 65536, 4, tiles=small_tiles())
     return blocks.forward(*args, config=config, plan=blocked)
@@ -115,6 +117,23 @@ class TestForward:
         else:
             assert margin.isinf().all()
 
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            config(depth=7, gate="boundary", bias=True),
+            config(depth=5, node_output=False, activation="relu", bias=True),
+            config(depth=5, node_output=False, gate="boundary", bias=True),
+            config(depth=0),
+        ],
+    )
+    def test_scouting_matches_the_reference(self, shape):
+        args = make_inputs(shape, 3)
+        want = reference.forward(*in_float64(args), config=shape)
+        y, leaf, margin, scores = run("scout", args, shape)
+        assert torch.equal(leaf, want.leaf)
+        assert max_error(y, want.y) <= 2e-6
+        assert torch.equal(margin, scores[:, 0, : shape.depth].abs().amin(1)) if shape.depth else margin.isinf().all()
+
     @pytest.mark.parametrize("form", ["rows", "blocked"])
     def test_half_precision(self, form):
         shape = config(depth=4, in_features=32, leaf_width=2, gate="boundary")
@@ -126,7 +145,7 @@ class TestForward:
         assert torch.equal(leaf[decided], want.leaf[decided])
         assert ((y.double() - want.y)[decided].norm() / want.y[decided].norm()).item() <= 2e-3
 
-    @pytest.mark.parametrize("form", ["rows", "blocked"])
+    @pytest.mark.parametrize("form", ["scout", "rows", "blocked"])
     def test_a_nan_row_disturbs_no_other(self, form):
         shape = config(depth=5)
         args = make_inputs(shape, 5)

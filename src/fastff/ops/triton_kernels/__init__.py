@@ -52,7 +52,7 @@ def forward(
 
     Shapes as in ops.reference; all tensors share one dtype and device. Products are summed in float32.
     """
-    from fastff.ops.triton_kernels import blocks, plan, rows
+    from fastff.ops.triton_kernels import blocks, plan, rows, scout
 
     rows_count = x.shape[0]
     if rows_count == 0:
@@ -65,6 +65,8 @@ def forward(
     x, w_in, b_in, w_out, b_out = _contiguous(x, w_in, b_in, w_out, b_out)
     chosen = plan.forward_plan(config, rows_count, x.element_size())
     with _device(x):
+        if isinstance(chosen, plan.ScoutPlan):
+            return scout.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
         if isinstance(chosen, plan.RowsPlan):
             return rows.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
         return blocks.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)

@@ -99,11 +99,15 @@ def forward(
     rows, trees = x.shape[0], config.trees
     leaf = torch.empty(rows, trees, dtype=torch.int64, device=x.device)
     scores = x.new_empty(rows, trees, config.path_scores)
+    coefficient = scores.new_empty(rows, trees, out_entries(config))
+    margins = scores.new_empty(rows, trees)
     groups = None
     for stage in plan.stages:
         if stage.level:
             groups = group_rows(leaf, shift=0, level=stage.level, joint=stage.joint, tile=plan.tiles.rows, chunk=1)
-        _route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles)
+        last = (coefficient, margins) if plan.leaf_routed and stage == plan.stages[-1] else (None, None)
+        _route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles,
+               coefficient=last[0], margins=last[1])  # fmt: skip
     if not plan.stages:
         leaf.zero_()
     if groups is None or (groups.level, groups.joint) != (plan.level, plan.joint):
@@ -111,13 +115,13 @@ def forward(
     if not plan.leaf_routed:
         leaves = Matrix.of_w_in(config, nodes=False)
         pick(x, w_in, leaf, groups, scores, config=config, matrix=leaves, tiles=plan.tiles, bias=b_in)
+        _values(scores, coefficient, margins, config=config)
 
-    coefficient, margin = values(scores, config=config)
     y = spread(coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles)
     if b_out is not None:
         leaf_bias = Matrix.of_b_out(config)
         spread(coefficient, b_out, leaf, groups, config=config, matrix=leaf_bias, tiles=plan.tiles, into=y)
-    return y, leaf, margin, scores
+    return y, leaf, margins.view(rows) if trees == 1 else margins.amin(1), scores
 
 
 def sort_leaves(leaf: Tensor, *, config: TreeConfig, level: int, joint: int, tiles: Tiles, chunk: int) -> Groups:
@@ -136,38 +140,22 @@ def _route(
     config: TreeConfig,
     stage: Stage,
     tiles: Tiles,
+    coefficient: Tensor | None = None,
+    margins: Tensor | None = None,
 ) -> None:
-    passes = -(-config.trees // stage.joint)
-    _route_kernel[(_grid(x, groups, tiles), passes)](
-        x, w_in, b_in, leaf, scores, *_tables(groups), x.shape[0], **_block_shape(config, stage, groups, tiles),
-        PRECISION=precision_of(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+    """One stage of routing; with `coefficient` and `margins` the last one, which scores the leaves and fills both."""
+    grid = (-(-x.shape[0] // tiles.rows) if groups is None else groups.tiles, -(-config.trees // stage.joint))
+    _route_kernel[grid](
+        x, w_in, b_in, leaf, scores, coefficient, margins, *_tables(groups), x.shape[0], config.tau,
+        D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
+        OUT_ENTRIES=out_entries(config), OUT_WIDTH=triton.next_power_of_2(out_entries(config)),
+        STEPS=triton.next_power_of_2(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,
+        JOINT=stage.joint, SPAN=max(2**stage.levels, -(-16 // stage.joint)),
+        GROUPS=0 if groups is None else groups.groups, LAST=coefficient is not None, NODE_OUTPUT=config.node_output,
+        HAS_B_OUT=config.shape_of_b_out is not None, ACTIVATION=config.activation, GATED=config.gate is not None,
+        BM=tiles.rows, BK=tiles.inner, PRECISION=precision_of(x.dtype), num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _grid(x: Tensor, groups: Groups | None, tiles: Tiles) -> int:
-    return -(-x.shape[0] // tiles.rows) if groups is None else groups.tiles
-
-
-def _block_shape(config: TreeConfig, stage: Stage, groups: Groups | None, tiles: Tiles) -> dict[str, Any]:
-    return {
-        "D_IN": config.in_features,
-        "TREES": config.trees,
-        "TREE_ROWS": config.in_rows,
-        "ENTRIES": config.path_scores,
-        "DEPTH": config.depth,
-        "LEVEL": stage.level,
-        "LEVELS": stage.levels,
-        "JOINT": stage.joint,
-        "SPAN": max(2**stage.levels, -(-16 // stage.joint)),
-        "GROUPS": 0 if groups is None else groups.groups,
-        "BM": tiles.rows,
-        "BK": tiles.inner,
-    }
-
-
-def _margin(margins: Tensor) -> Tensor:
-    """(rows,) from the margins (rows, trees) of single trees."""
-    return margins.view(-1) if margins.shape[1] == 1 else margins.amin(1)
 
 
 def pick(
@@ -220,14 +208,11 @@ def spread(
     return y
 
 
-def values(scores: Tensor, *, config: TreeConfig) -> tuple[Tensor, Tensor]:
-    """Coefficients (rows, trees, out_entries) and margin (rows,) from path scores (rows, trees, path_scores)."""
-    rows, trees, _ = scores.shape
-    coefficient = scores.new_empty(rows, trees, out_entries(config))
-    margins = scores.new_empty(rows, trees)
-    grid = (triton.cdiv(rows * trees, VALUES_TILE),)
-    _values_kernel[grid](scores, coefficient, margins, rows * trees, config.tau, **values_shape(config), num_warps=2)
-    return coefficient, _margin(margins)
+def _values(scores: Tensor, coefficient: Tensor, margins: Tensor, *, config: TreeConfig) -> None:
+    """Fill coefficient (rows, trees, out_entries) and margins (rows, trees) from path scores."""
+    items = margins.numel()
+    grid = (-(-items // VALUES_TILE),)
+    _values_kernel[grid](scores, coefficient, margins, items, config.tau, **values_shape(config), num_warps=2)
 
 
 VALUES_TILE = 64
@@ -346,24 +331,37 @@ def _route_kernel(
     b_ptr,
     leaf_ptr,
     scores_ptr,
+    coefficient_ptr,
+    margins_ptr,
     order_ptr,
     table_ptr,
     rows,
+    tau,
     D_IN: tl.constexpr,
     TREES: tl.constexpr,
     TREE_ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
+    OUT_ENTRIES: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVEL: tl.constexpr,
     LEVELS: tl.constexpr,
     JOINT: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
+    LAST: tl.constexpr,
+    NODE_OUTPUT: tl.constexpr,
+    HAS_B_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Levels LEVEL ... LEVEL + LEVELS - 1 of JOINT trees; the leaf level counts when a leaf is a single row."""
+    """Levels LEVEL ... LEVEL + LEVELS - 1 of JOINT trees; the leaf level counts when a leaf is a single row.
+
+    LAST: leaves are among them, so all scores are known and their coefficients and margins are written too."""
     tile, turn = tl.program_id(0), tl.program_id(1)
     if GROUPS > 0:
         if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
@@ -374,22 +372,56 @@ def _route_kernel(
     )
 
     # Walk: the score at the current node is the only one selected, so the others cannot disturb it. Tree by tree, in
-    # the layout the product left its result in: a reshape would send it through shared memory.
+    # the layout the product left its result in: a reshape would send it through shared memory. What a row leaves behind
+    # is gathered in small tiles and stored at once: rows lie far apart, so every store of its own costs a sector.
     columns = tl.arange(0, JOINT * SPAN)
     turns: tl.constexpr = LEVELS if LEVEL + LEVELS <= DEPTH else DEPTH - LEVEL
-    for joint in tl.static_range(JOINT):
+    dtype = scores_ptr.dtype.element_ty
+    s = tl.arange(0, STEPS)
+    if LAST:
+        c = tl.arange(0, OUT_WIDTH)
+    for joint in range(JOINT):
         tree = turn * JOINT + joint
         wanted = there & (tree < TREES)
         item = row * TREES + tree
+        gate = tl.full((BM,), 1.0, tl.float32)
+        margin = tl.full((BM,), float("inf"), tl.float32)
+        scores = tl.zeros((BM, STEPS), tl.float32)
+        if LAST:
+            values = tl.zeros((BM, OUT_WIDTH), tl.float32)
+            for level in tl.static_range(LEVEL):
+                before = tl.load(scores_ptr + item * ENTRIES + level, mask=wanted, other=0.0).to(tl.float32)
+                if NODE_OUTPUT:
+                    values = tl.where((c == level)[None, :], (gate * activate(before, ACTIVATION))[:, None], values)
+                size = tl.abs(before)
+                margin = tl.where((size < margin) | (size != size), size, margin)
+                if GATED:
+                    gate *= tanh(size / tau)
         local = tl.zeros((BM,), tl.int32)
         for step in tl.static_range(LEVELS):
             here = columns[None, :] == (joint * SPAN + local)[:, None]
             score = tl.sum(tl.where(here, blocks, 0.0), 1)
-            tl.store(scores_ptr + item * ENTRIES + LEVEL + step, score.to(scores_ptr.dtype.element_ty), mask=wanted)
+            scores = tl.where((s == step)[None, :], score[:, None], scores)
+            if LAST and (NODE_OUTPUT or LEVEL + step == DEPTH):
+                value = gate * activate(score, ACTIVATION)
+                values = tl.where((c == (LEVEL + step) * NODE_OUTPUT)[None, :], value[:, None], values)
             if LEVEL + step < DEPTH:
+                if LAST:
+                    size = tl.abs(score.to(dtype).to(tl.float32))
+                    margin = tl.where((size < margin) | (size != size), size, margin)
+                    if GATED:
+                        gate *= tanh(tl.abs(score) / tau)
                 local = 2 * local + 1 + (score > 0).to(tl.int32)
-        before = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
-        tl.store(leaf_ptr + item, (before << turns) + local - ((1 << turns) - 1), mask=wanted)
+        at = scores_ptr + item[:, None] * ENTRIES + LEVEL + s[None, :]
+        tl.store(at, scores.to(dtype), mask=wanted[:, None] & (s < LEVELS)[None, :])
+        above = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
+        tl.store(leaf_ptr + item, (above << turns) + local - ((1 << turns) - 1), mask=wanted)
+        if LAST:
+            tl.store(margins_ptr + item, margin.to(dtype), mask=wanted)
+            if HAS_B_OUT:
+                values = tl.where((c == OUT_ENTRIES - 1)[None, :], gate[:, None], values)
+            at = coefficient_ptr + item[:, None] * OUT_ENTRIES + c[None, :]
+            tl.store(at, values.to(dtype), mask=wanted[:, None] & (c < OUT_ENTRIES)[None, :])
 
 
 @triton.jit
@@ -582,10 +614,7 @@ def _spread_kernel(
         d = start + tl.arange(0, BN)
         at = y_ptr + row[:, None] * D + d[None, :]
         mask = there[:, None] & (d < D)[None, :]
-        if ACCUMULATE:
-            acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        else:
-            acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.load(at, mask=mask, other=0.0).to(tl.float32) if ACCUMULATE else tl.zeros((BM, BN), tl.float32)
         if ANCESTORS > 0:
             acc = tl.dot(above, _tile_of(w_ptr, a_row, start, D, BN), acc, input_precision=PRECISION)
         if CHUNKS == 1:

@@ -22,6 +22,16 @@ class RowsPlan:
 
 
 @dataclass(frozen=True)
+class ScoutPlan:
+    """One program a node, a launch for every `levels` levels. block_in, block_out: as in RowsPlan."""
+
+    levels: int
+    block_in: int
+    block_out: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     """Tile of a grouped GEMM: rows, columns of all joint trees together, steps along features in and out."""
 
@@ -198,6 +208,26 @@ def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int)
                  outer, 8 if columns > 128 else 4, stages)  # fmt: skip
 
 
-def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> RowsPlan | BlockedPlan:
-    """The form that was faster where it was measured."""
-    return rows_plan(config, rows, itemsize) if rows < 8192 else blocked_plan(config, rows, itemsize)
+def scout_plan(config: TreeConfig) -> ScoutPlan | None:
+    """Blocks of at most six levels; None where that form does not apply."""
+    if config.trees > 1 or config.leaf_in_rows > 1 or config.depth < 4:
+        return None
+    wide = config.in_features > 2048
+    return ScoutPlan(
+        levels=_cut(config.depth + 1)[0],
+        block_in=_block(config.in_features, 4096 if wide else 256),
+        block_out=min(_power(config.out_features), 128 if wide else 64),
+        warps=8 if wide else 1,
+    )
+
+
+def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ScoutPlan | RowsPlan | BlockedPlan:
+    """The form that was faster where it was measured (results/gpu)."""
+    scout = scout_plan(config) if rows <= SCOUT_ROWS else None
+    if scout is not None:
+        return scout
+    return rows_plan(config, rows, itemsize) if rows < BLOCKED_ROWS else blocked_plan(config, rows, itemsize)
+
+
+SCOUT_ROWS = 2
+BLOCKED_ROWS = 8192

@@ -69,16 +69,17 @@ def forward(
         num_warps=plan.warps,
     )
     if not fused:
-        _collect_kernel[(rows, triton.cdiv(config.out_features, plan.block_out))](*out, **shape, num_warps=4)
+        blocks = -(-config.out_features // plan.block_out)
+        _collect_kernel[(rows * blocks,)](*out, BLOCKS=blocks, **shape, num_warps=4)
     return y, leaf, margin, scores
 
 
 @triton.jit
-def _dots(x_ptr, w_ptr, row, mask, D_IN: tl.constexpr, BD: tl.constexpr, N: tl.constexpr):
+def dots(x_ptr, w_ptr, row, mask, D_IN: tl.constexpr, BD: tl.constexpr, N: tl.constexpr):
     """Products of x with the rows `row` (N,) of w where mask, zero elsewhere."""
     total = tl.zeros((N, BD), tl.float32)
-    # x is loaded once for each row of w, in w's own layout: a broadcast would exchange it through shared memory, and the
-    # barrier of that exchange would keep the next step's loads from being in flight.
+    # x is loaded once for each row of w, in w's own layout: a broadcast would exchange it through shared memory, and
+    # the barrier of that exchange would keep the next step's loads from being in flight.
     x_row = x_ptr + (row[:, None] - row[:, None])
     for start in tl.static_range(0, D_IN, BD):
         d = (start + tl.arange(0, BD))[None, :]
@@ -93,7 +94,7 @@ def _dots(x_ptr, w_ptr, row, mask, D_IN: tl.constexpr, BD: tl.constexpr, N: tl.c
 
 
 @triton.jit
-def _w_row(e, tree, leaf, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr, LEAF_WIDTH: tl.constexpr):
+def w_out_row(e, tree, leaf, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr, LEAF_WIDTH: tl.constexpr):
     """Row of w_out, all trees in one, of path entry e of a row at `leaf` of `tree`."""
     nodes: tl.constexpr = ((1 << DEPTH) - 1) if NODE_ENTRIES > 0 else 0
     level = tl.where(e < NODE_ENTRIES, e, 0)
@@ -103,7 +104,7 @@ def _w_row(e, tree, leaf, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr, LEAF_
 
 
 @triton.jit
-def _weighted_rows(w_ptr, value, w_row, there, n, D_OUT: tl.constexpr):
+def weighted_rows(w_ptr, value, w_row, there, n, D_OUT: tl.constexpr):
     """value (entries,) times columns n of the rows w_row of w, not yet summed: (entries, len(n))."""
     mask = there[:, None] & (n < D_OUT)[None, :]
     return value[:, None] * tl.load(w_ptr + w_row[:, None] * D_OUT + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -166,7 +167,7 @@ def _descend_kernel(
         there = (n < (1 << AHEAD) - 1) & (first + below < levels)
         heap = (tl.full((N,), 1, tl.int64) << (first + below)) - 1 + (prefix << below) + (n + 1 - (1 << below))
         heap = tl.where(there, heap, 0)
-        block = _dots(x_row, w_tree, heap, there, D_IN, BD, N)
+        block = dots(x_row, w_tree, heap, there, D_IN, BD, N)
         if b_ptr is not None:
             block += tl.load(b_ptr + tree * tree_rows + heap, mask=there, other=0.0).to(tl.float32)
         local = 0
@@ -195,13 +196,13 @@ def _descend_kernel(
             j = start + tl.arange(0, BJ)
             there = j < LEAF_WIDTH
             leaf_row = nodes + prefix * LEAF_ROWS + j
-            score = _dots(x_row, w_tree, leaf_row, there, D_IN, BD, BJ)
+            score = dots(x_row, w_tree, leaf_row, there, D_IN, BD, BJ)
             if b_ptr is not None:
                 score += tl.load(b_ptr + tree * tree_rows + leaf_row, mask=there, other=0.0).to(tl.float32)
             tl.store(scores_item + DEPTH + j, score.to(scores_ptr.dtype.element_ty), mask=there)
             value = activate(score, ACTIVATION)
             if LEAF_ROWS > LEAF_WIDTH:
-                factor = _dots(x_row, w_tree, leaf_row + LEAF_WIDTH, there, D_IN, BD, BJ)
+                factor = dots(x_row, w_tree, leaf_row + LEAF_WIDTH, there, D_IN, BD, BJ)
                 if b_ptr is not None:
                     at = b_ptr + tree * tree_rows + leaf_row + LEAF_WIDTH
                     factor += tl.load(at, mask=there, other=0.0).to(tl.float32)
@@ -212,10 +213,10 @@ def _descend_kernel(
     if FUSED:
         tl.store(margin_ptr + row, margin.to(margin_ptr.dtype.element_ty))
         there = e < NODE_ENTRIES + LEAF_WIDTH
-        w_row = _w_row(e, tree, prefix, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
+        w_row = w_out_row(e, tree, prefix, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
         for start in tl.static_range(0, D_OUT, BN):
             d = start + tl.arange(0, BN)
-            y = tl.sum(_weighted_rows(w_out_ptr, path, w_row, there, d, D_OUT), 0)
+            y = tl.sum(weighted_rows(w_out_ptr, path, w_row, there, d, D_OUT), 0)
             if b_out_ptr is not None:
                 y += gate * tl.load(b_out_ptr + prefix * D_OUT + d, mask=d < D_OUT, other=0.0).to(tl.float32)
             tl.store(y_ptr + row * D_OUT + d, y.to(y_ptr.dtype.element_ty), mask=d < D_OUT)
@@ -241,10 +242,12 @@ def _collect_kernel(
     ENTRIES: tl.constexpr,
     BE: tl.constexpr,
     BN: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Columns of y for one row: the sum over trees and path entries of coefficient times row of w_out."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    """A block of y's columns for one row: the sum over trees and path entries of coefficient times row of w_out."""
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
+    n = block * BN + tl.arange(0, BN)
     total = tl.zeros((BE, BN), tl.float32)
     bias = tl.zeros((BN,), tl.float32)
     for tree in range(TREES):
@@ -255,15 +258,15 @@ def _collect_kernel(
             e = start + tl.arange(0, BE)
             there = e < NODE_ENTRIES + LEAF_WIDTH
             value = tl.load(coefficient_ptr + item * ENTRIES + e, mask=there, other=0.0)
-            w_row = _w_row(e, wide_tree, leaf, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
-            total += _weighted_rows(w_ptr, value, w_row, there, n, D_OUT)
+            w_row = w_out_row(e, wide_tree, leaf, DEPTH, NODE_ENTRIES, LEAF_WIDTH)
+            total += weighted_rows(w_ptr, value, w_row, there, n, D_OUT)
         if b_ptr is not None:
             gate = tl.load(coefficient_ptr + item * ENTRIES + NODE_ENTRIES + LEAF_WIDTH)
             b_row = wide_tree * (1 << DEPTH) + leaf
             bias += gate * tl.load(b_ptr + b_row * D_OUT + n, mask=n < D_OUT, other=0.0).to(tl.float32)
     y = tl.sum(total, 0) + bias
     tl.store(y_ptr + row * D_OUT + n, y.to(y_ptr.dtype.element_ty), mask=n < D_OUT)
-    if tl.program_id(1) == 0:
+    if block == 0:
         margin = tl.full((), float("inf"), tl.float32)
         for tree in range(TREES):
             size = tl.load(margins_ptr + row * TREES + tree)

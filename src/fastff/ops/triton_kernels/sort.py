@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SORT_TILE = 128
+SORT_TILE = 64  # ranks within a tile compare all pairs: small tiles, more of them
 
 
 @dataclass(frozen=True)
