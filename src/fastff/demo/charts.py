@@ -144,7 +144,8 @@ def routing(arm: dict[str, Any], name: str) -> str:
         figure,
         out,
     ):
-        *parts, foot = figure.subfigures(len(layers) + 1, 1, height_ratios=[1] * len(layers) + [0.35])
+        below = figure.subfigures(len(layers) + 1, 1, height_ratios=[1.0] * len(layers) + [0.5], squeeze=False)
+        *parts, foot = below[:, 0]
         image = None
         for number, (part, layer) in enumerate(zip(parts, layers, strict=True), start=1):
             part.suptitle(f"layer {number}", fontsize=11, x=0.02, ha="left")
@@ -161,7 +162,7 @@ def routing(arm: dict[str, Any], name: str) -> str:
 
 
 def _use_bar(part: Any, image: Any) -> None:
-    bar = part.colorbar(image, cax=part.add_axes((0.12, 0.7, 0.84, 0.2)), orientation="horizontal")
+    bar = part.colorbar(image, cax=part.add_axes((0.12, 0.75, 0.84, 0.18)), orientation="horizontal")
     ticks = [-SPREAD, -SPREAD / 2, 0, SPREAD / 2, SPREAD]
     bar.set_ticks(ticks, labels=[f"{2**tick:g}" for tick in ticks])
     bar.set_label("visits, relative to even use (grey: none)", fontsize=10)

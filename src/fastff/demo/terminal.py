@@ -44,7 +44,7 @@ def speed_pair(speed: dict[str, Any], rows: int) -> tuple[dict[str, Any], dict[s
 def model_table(results: dict[str, Any]) -> Table:
     table = Table(title="the same tokens, the same seed; unseen books", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("feedforward", no_wrap=True)
-    for head in ("active/stored", "loss", "gap", "author", "macro F1", "tokens/s"):
+    for head in ("active/stored", "loss", "gap", "author", "F1", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
     finetune, gaps = results.get("finetune", {}), results["summary"]["recovered_gap"]
     for name, arm in results["pretrain"].items():
@@ -68,7 +68,7 @@ def model_table(results: dict[str, Any]) -> Table:
 def gap_words(gap: dict[str, Any] | None) -> str:
     if gap is None:
         return "-"
-    return "undefined" if gap["value"] is None else f"{gap['value']:.2f}"
+    return "unclear" if gap["value"] is None else f"{gap['value']:.2f}"
 
 
 def percent(author: dict[str, Any] | None) -> str:
