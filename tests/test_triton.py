@@ -295,6 +295,36 @@ class TestPlan:
                         assert chosen.stages[-1].level == chosen.level
 
 
+class TestFitting:
+    pytestmark = runs_kernels
+
+    def test_tiles_shrink_until_they_fit(self):
+        from triton.runtime.errors import OutOfResources
+
+        tried = []
+
+        def run(chosen):
+            tried.append(chosen.tiles)
+            if chosen.tiles.stages > 1 or chosen.tiles.outer > 32:
+                raise OutOfResources(300000, 232448, "shared memory")
+            return "done"
+
+        chosen = plan.blocked_plan(config(depth=11, in_features=64), 65536, 2)
+        assert triton_kernels._fitting(chosen, run) == "done"
+        count = len(tried)
+        assert triton_kernels._fitting(chosen, run) == "done"
+        assert len(tried) == count + 1  # what fitted is remembered
+
+    def test_the_smallest_tiles_that_do_not_fit_are_an_error(self):
+        from triton.runtime.errors import OutOfResources
+
+        def run(chosen):
+            raise OutOfResources(300000, 1, "shared memory")
+
+        with pytest.raises(OutOfResources):
+            triton_kernels._fitting(plan.blocked_plan(config(depth=9), 4096, 2), run)
+
+
 class TestAvailability:
     def test_the_kernels_under_the_interpreter(self):
         if ON_DEVICE or INTERPRETED:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def forward(
             return scout.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
         if isinstance(chosen, plan.RowsPlan):
             return rows.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
-        return blocks.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
+        weights = (w_in, b_in, w_out, b_out)
+        return _fitting(chosen, lambda fitted: blocks.forward(x, *weights, config=config, plan=fitted))
 
 
 def backward(
@@ -98,7 +100,8 @@ def backward(
     w_out, b_out, leaf, scores = _contiguous(w_out, b_out, leaf, scores)
     chosen = plan.backward_plan(config, x.shape[0], x.element_size())
     with _device(x):
-        return gradients.backward(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config, plan=chosen)
+        operands = (grad_y, x, w_in, b_in, w_out, b_out, leaf, scores)
+        return _fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
 
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> str:
@@ -107,6 +110,29 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> str:
 
     forward_plan = plan.forward_plan(config, rows, dtype.itemsize)
     return f"forward: {forward_plan}\nbackward: {plan.backward_plan(config, rows, dtype.itemsize)}"
+
+
+_Result = TypeVar("_Result")
+_fitted: dict[Any, Any] = {}
+
+
+def _fitting(chosen: Any, run: Callable[[Any], _Result]) -> _Result:
+    """Run with a plan whose tiles fit this device's shared memory: plans are made for one with 227 KiB a block."""
+    from triton.runtime.errors import OutOfResources
+
+    from fastff.ops.triton_kernels.plan import smaller
+
+    fitted = _fitted.get(chosen, chosen)
+    while True:
+        try:
+            result = run(fitted)
+        except OutOfResources:
+            fitted = smaller(fitted)
+            if fitted is None:
+                raise
+            _fitted[chosen] = fitted
+        else:
+            return result
 
 
 def _interpreted() -> bool:

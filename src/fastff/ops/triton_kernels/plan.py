@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from fastff.tree import TreeConfig
 
@@ -79,29 +80,22 @@ class BackwardPlan:
     outer_tiles: Tiles
 
 
-def rows_plan(config: TreeConfig, rows: int, itemsize: int) -> RowsPlan:
+def rows_plan(config: TreeConfig, rows: int) -> RowsPlan:
     """Few rows wait for memory: fetch ahead. Many rows fill the machine: fetch only what is used."""
-    levels = config.depth + (config.leaf_in_rows == 1)
-    ahead = 4 if rows <= 64 else 1
-    if config.in_features > 2048:
-        ahead = min(ahead, 2)
-    block_in = _block(config.in_features, 256 if ahead > 1 else 1024)
-    few = rows * config.trees <= 64
+    wide = config.in_features > 2048
+    few = rows * config.trees <= (16 if wide else 64)
+    ahead = (2 if wide else 4) if few else (1 if wide else 2)
+    most_in = (2048 if few else 4096) if wide else 256
+    entries = config.depth * config.node_output + config.leaf_width
     return RowsPlan(
-        ahead=max(1, min(ahead, levels)),
-        fused=config.trees == 1 and config.out_features <= 2048,
-        block_in=block_in,
-        block_out=_block(config.out_features, 256),
+        ahead=min(ahead, max(1, config.depth + (config.leaf_in_rows == 1))),
+        fused=config.trees == 1 and not wide and config.out_features <= 2048,
+        block_in=_block(config.in_features, most_in),
+        block_out=_block(config.out_features, 1024 if config.out_features > 2048 else 256),
         block_leaf=min(_power(config.leaf_width), 4),
-        block_entries=min(_power(config.depth * config.node_output + config.leaf_width), 16),
-        warps=_rows_warps(config.in_features, few),
+        block_entries=min(_power(entries), 4 if wide else 16),
+        warps=(8 if few else 16) if wide else (2 if few else 1),
     )
-
-
-def _rows_warps(features: int, few: bool) -> int:
-    if features > 2048:
-        return 16
-    return 4 if few else 1
 
 
 def _block(features: int, most: int) -> int:
@@ -120,7 +114,7 @@ def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles |
     if config.trees == 1 and single:
         level, joint = sum(_cut(config.depth + 1)[:-1]), 1
     else:
-        level, joint = grouping(config, rows, itemsize, weights=3)
+        level, joint = grouping(config, rows, itemsize)
     # Where a leaf is one row, the last block scores it, provided that block is the subtree of the final groups.
     width = joint << (config.depth + 1 - level)
     fused = single and width <= 256 and (joint > 1 or config.depth + 1 - level <= 6)
@@ -140,21 +134,23 @@ def backward_plan(
     if config.trees == 1 and config.leaf_in_rows == 1:
         level, joint = sum(_cut(config.depth + 1)[:-1]), 1
     else:
-        level, joint = grouping(config, rows, itemsize, weights=3)
-    outer_level = level if joint == 1 else _single_level(config)
+        level, joint = grouping(config, rows, itemsize)
+    outer_level = level if config.trees == 1 else _single_level(config, 16)
     chunk = min(4096, max(128, _power(2 * rows >> outer_level)))
-    wide = 64 if itemsize == 2 else 32
+    narrow = _columns(config, outer_level) <= 64
+    outer = (256 if narrow else 128) if itemsize == 2 else (64 if narrow else 32)
+    outer_tiles = outer_tiles or Tiles(0, 128, 256 // itemsize, outer, 4 if narrow else 8, 3 if narrow else 2)
     return BackwardPlan(
         level, joint, outer_level, chunk,
         tiles or _tiles(config, rows, itemsize, level, joint),
-        outer_tiles or Tiles(0, 128, 2 * wide, 256 if itemsize == 2 else 64, 4, 3),
+        outer_tiles,
     )  # fmt: skip
 
 
-def grouping(config: TreeConfig, rows: int, itemsize: int, *, weights: int) -> tuple[int, int]:
+def grouping(config: TreeConfig, rows: int, itemsize: int) -> tuple[int, int]:
     """(level, joint): turns and trees of a group's number, by bytes moved and products made for one row.
 
-    Every pass over `joint` trees reads a row and reads and writes its output (`weights` features in all) at BANDWIDTH;
+    Every pass over `joint` trees reads a row and reads and writes its output, three times its width, at BANDWIDTH;
     its products are those of the joint subtrees, at PRODUCTS. More groups than rows / 64 would leave tiles empty."""
     best, choice = float("inf"), (_single_level(config), 1)
     bits = max(1, (max(rows, 1) // 64).bit_length() - 1)
@@ -165,7 +161,7 @@ def grouping(config: TreeConfig, rows: int, itemsize: int, *, weights: int) -> t
                 continue
             passes = -(-config.trees // joint)
             features = config.in_features + config.out_features
-            moved = passes * weights * features / 2 * itemsize / BANDWIDTH
+            moved = passes * 3 * features / 2 * itemsize / BANDWIDTH
             cost = max(moved, passes * columns * features * 2 / PRODUCTS) + passes * level * 1e-12
             if cost < best:
                 best, choice = cost, (level, joint)
@@ -173,7 +169,7 @@ def grouping(config: TreeConfig, rows: int, itemsize: int, *, weights: int) -> t
 
 
 BANDWIDTH = 3.5e12  # bytes per second, H200
-PRODUCTS = 4e14  # floating-point operations per second that small grouped products reach in bf16 there
+PRODUCTS = 1.2e14  # floating-point operations per second that small grouped products reached there in bf16
 
 
 def _columns(config: TreeConfig, level: int) -> int:
@@ -182,9 +178,9 @@ def _columns(config: TreeConfig, level: int) -> int:
     return int(2**left - 1 + 2**left * config.leaf_in_rows)
 
 
-def _single_level(config: TreeConfig) -> int:
-    """Fewest turns after which one tree's subtree has at most 64 columns; all of them if none has."""
-    return next((level for level in range(config.depth) if _columns(config, level) <= 64), config.depth)
+def _single_level(config: TreeConfig, columns: int = 64) -> int:
+    """Fewest turns after which one tree's subtree has no more columns than these; all of them if none has."""
+    return next((level for level in range(config.depth) if _columns(config, level) <= columns), config.depth)
 
 
 def _cut(levels: int) -> list[int]:
@@ -196,16 +192,20 @@ def _cut(levels: int) -> list[int]:
 
 
 def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int) -> Tiles:
-    groups = 1 << (level * joint)
-    height = next((tile for tile in (128, 64, 32) if rows >= 2 * tile * max(groups, 132)), 16)
-    if rows >= 64 * groups:
-        height = max(height, 64)
+    """64 rows where groups have as many; a third stage in flight where shared memory allows it."""
+    used = min(1 << (level * joint), rows)
+    height = next((tile for tile in (64, 32) if rows >= tile * used), 16)
     columns = joint * _power(_columns(config, level))
-    narrow = columns > 128 or itemsize == 4
-    outer = 32 if columns > 128 and itemsize == 4 else 64 if narrow else 128
-    stages = 2 if narrow else 3
-    return Tiles(min(height, 64) if narrow else height, 256 if joint > 1 else 128, 32 if itemsize == 4 else 64,
-                 outer, 8 if columns > 128 else 4, stages)  # fmt: skip
+    single = itemsize == 4
+    outer = 32 if columns > 128 and single else 64
+    return Tiles(
+        rows=height,
+        columns=256 if joint > 1 else 128,
+        inner=32 if single else 64 if height > 16 else 128,
+        outer=outer if height > 16 or single else 128,
+        warps=8 if columns > 128 else 4,
+        stages=2 if columns > 128 or single else 3,
+    )
 
 
 def scout_plan(config: TreeConfig) -> ScoutPlan | None:
@@ -214,20 +214,37 @@ def scout_plan(config: TreeConfig) -> ScoutPlan | None:
         return None
     wide = config.in_features > 2048
     return ScoutPlan(
-        levels=_cut(config.depth + 1)[0],
-        block_in=_block(config.in_features, 4096 if wide else 256),
-        block_out=min(_power(config.out_features), 128 if wide else 64),
-        warps=8 if wide else 1,
+        levels=min(6, config.depth + 1),
+        block_in=_block(config.in_features, 2048 if wide else 256),
+        block_out=min(_power(config.out_features), 128 if wide else 32),
+        warps=16 if wide else 1,
     )
 
 
 def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ScoutPlan | RowsPlan | BlockedPlan:
-    """The form that was faster where it was measured (results/gpu)."""
-    scout = scout_plan(config) if rows <= SCOUT_ROWS else None
-    if scout is not None:
+    """The form that was faster where it was measured: on an H200, in bf16 (results/gpu)."""
+    scout = scout_plan(config)
+    if scout is not None and rows <= (4 if config.in_features > 2048 else 8):
         return scout
-    return rows_plan(config, rows, itemsize) if rows < BLOCKED_ROWS else blocked_plan(config, rows, itemsize)
+    # Rows and blocks met at 8192 rows of 12 neurons; what a row costs alone grows with its neurons.
+    work = rows * config.trees * (config.path_scores + config.depth * config.node_output + config.leaf_width) // 2
+    return rows_plan(config, rows) if work < 8192 * 12 else blocked_plan(config, rows, itemsize)
 
 
-SCOUT_ROWS = 2
-BLOCKED_ROWS = 8192
+AnyPlan = TypeVar("AnyPlan", BlockedPlan, BackwardPlan)
+
+
+def smaller(plan: AnyPlan) -> AnyPlan | None:
+    """The same plan with tiles that need about half the shared memory; None when they are the smallest."""
+    shrunk = {name: _shrink(value) for name, value in vars(plan).items() if isinstance(value, Tiles)}
+    kept: dict[str, Any] = {name: value for name, value in shrunk.items() if value is not None}
+    return replace(plan, **kept) if kept else None
+
+
+def _shrink(tiles: Tiles) -> Tiles | None:
+    if tiles.stages > 1:
+        return replace(tiles, stages=tiles.stages - 1)
+    for name in ("outer", "inner", "rows"):
+        if getattr(tiles, name) > 16:
+            return replace(tiles, **{name: getattr(tiles, name) // 2})
+    return None
