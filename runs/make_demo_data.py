@@ -60,12 +60,13 @@ TITLES = {
 }
 LEARN_CHARACTERS = 480_000  # of each book to learn from
 UNSEEN_CHARACTERS = 36_000  # of each unseen book, for the masked-word loss
-LEARN_SENTENCES = 375  # labelled sentences of each book to learn from
+LEARN_SENTENCES = 1000  # labelled sentences of each book to learn from
 UNSEEN_SENTENCES = 250  # labelled sentences of each unseen book
 WORDS = (12, 40)  # shortest and longest labelled sentence
-# Few and short pieces: a model that sees half a million tokens learns how words are spelt long before what they mean.
-VOCABULARY = 256
-ALPHABET = 48  # letters, digits and marks; a rarer character is [UNK]
+# Whole words for the common ones: with fewer pieces (256 were tried) a model that sees half a million tokens learns how
+# words are spelt and recognises authors at 24 % instead of 39 %.
+VOCABULARY = 4096
+ALPHABET = 44  # letters, digits and marks; a rarer character is [UNK]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Esq|Capt|Rev|Hon|Sir|No|[A-Z])\.[\"')]*$")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*(?=\s+[\"'(]*[A-Z])|(?<=[.!?][\"')])(?=\s+[\"'(]*[A-Z])")

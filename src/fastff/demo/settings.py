@@ -11,16 +11,17 @@ from fastff.tree import TreeConfig
 HIDDEN = 128
 LAYERS = 2
 HEADS = 4
-LONGEST = 96  # pieces of a sentence; nineteen of twenty are shorter
+LONGEST = 128  # pieces of a sentence; what is longer is cut
 WINDOW = 64  # pieces of a window of text
 BATCH_TOKENS = 512  # of a pretraining step
+START_BATCH_TOKENS = 256  # of a step of the shared start, which needs steps more than tokens
 BATCH_SENTENCES = 32  # of a fine-tuning step
 # Masked words are guessed from their neighbours only once attention has found out where neighbours are. Windows that
 # grow from 8 pieces teach that in tens of thousands of tokens instead of millions: (length, share of the steps).
-START_WINDOWS = ((8, 0.4), (16, 0.4), (32, 0.2))
+START_WINDOWS = ((8, 0.5), (16, 0.3), (32, 0.2))
 START_RATE = 2e-3  # peak learning rates
 PRETRAIN_RATE = 3e-3
-FINETUNE_RATE = 1e-3
+FINETUNE_RATE = 3e-3
 
 
 @dataclass(frozen=True)
