@@ -52,7 +52,8 @@ def updated(text: str) -> str:
     """README text with every table written anew."""
     for name, table in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda m, body=table(): f"{m[1]}{body}\n{m[2]}", text)
+        body = table()
+        text, found = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
         if found != 1:
             raise SystemExit(f"README.md has {found} places for the table {name}, expected 1")
     return text
