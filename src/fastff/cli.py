@@ -66,6 +66,55 @@ def demo(
     raise typer.Exit(run_demo(settings, console, restart=restart))
 
 
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a dense Transformers model.")],
+    text: Annotated[Path, typer.Option(help="Unlabelled text, one example a line (.txt, .xz, .gz).")],
+    out: Annotated[Path, typer.Option(help="Directory to write; holds the state of an interrupted run too.")],
+    active: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of a dense layer's work.")] = 0.1,
+    table: Annotated[Path | None, typer.Option(help="Evaluation table (.parquet, .tsv, .csv).")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of all layers together.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens captured a block.")] = 200_000,
+    controls: Annotated[bool, typer.Option(help="Also teach a narrow dense layer of equal work.")] = True,
+    keep_slow: Annotated[bool, typer.Option(help="Convert layers that a tree makes slower here, too.")] = False,
+) -> None:
+    """Make an existing dense model conditional and report what was lost and gained."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from fastff.convert import Settings
+    from fastff.convert import convert as run
+    from fastff.convert.report import summary
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        try:
+            settings = Settings(
+                model=model,
+                text=text,
+                out=out,
+                active=active,
+                table=table,
+                steps=steps,
+                batch=batch,
+                rows=rows,
+                controls=controls,
+                keep_slow=keep_slow,
+            )
+            record = run(settings, progress=progress)
+        except ValueError as error:
+            console.print(f"error: {error}", style="red", markup=False)
+            raise typer.Exit(1) from error
+    console.print(summary(record), markup=False)
+    console.print(f"wrote {out} and {out / 'report' / 'index.html'}", markup=False)
+
+
 def main() -> None:
     """Entry point of the `fastff` command."""
     app()

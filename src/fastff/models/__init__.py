@@ -5,6 +5,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from fastff.models.converted import ConvertedConfig, ConvertedFeedforward, make_converted, register
 from fastff.models.feedforward import DenseFeedforward, build_feedforward
 from fastff.models.ultrafastbert.checkpoint import convert_published
 from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
@@ -15,6 +16,8 @@ from fastff.models.ultrafastbert.modeling import (
 )
 
 __all__ = [
+    "ConvertedConfig",
+    "ConvertedFeedforward",
     "DenseFeedforward",
     "UltraFastBertConfig",
     "UltraFastBertForMaskedLM",
@@ -22,6 +25,7 @@ __all__ = [
     "UltraFastBertModel",
     "build_feedforward",
     "convert_published",
+    "make_converted",
 ]
 
 AutoConfig.register(UltraFastBertConfig.model_type, UltraFastBertConfig)
@@ -29,3 +33,4 @@ AutoConfig.register(CrammedBertConfig.model_type, CrammedBertConfig)
 AutoModel.register(UltraFastBertConfig, UltraFastBertModel)
 AutoModelForMaskedLM.register(UltraFastBertConfig, UltraFastBertForMaskedLM)
 AutoModelForSequenceClassification.register(UltraFastBertConfig, UltraFastBertForSequenceClassification)
+register()

@@ -1,0 +1,126 @@
+"""What the dense layers see on the user's text: inputs and residuals of every block, memory-mapped on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastff.convert.text import Examples
+from fastff.errors import CheckpointError
+from fastff.models.families import family_of
+
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+class Captured:
+    """Rows of one block: x (rows, hidden), the feedforward's input, and the residual (rows, hidden) it is added to.
+
+    In a post-norm block the residual is the input itself and is not stored twice. The layer's outputs are not stored:
+    the dense weights give them again exactly, for less than it costs to read them from a disk."""
+
+    def __init__(self, folder: Path, block: int, rows: int, hidden: int, *, post_norm: bool, mode: str = "r") -> None:
+        shape = (rows, hidden)
+        kind: Any = "r" if mode == "r" else "w+"
+        self.x = np.memmap(folder / f"input-{block:03d}.f16", dtype=np.float16, mode=kind, shape=shape)
+        self.residual = (
+            None
+            if post_norm
+            else np.memmap(folder / f"residual-{block:03d}.f32", dtype=np.float32, mode=kind, shape=shape)
+        )
+
+    def rows(self, which: slice | np.ndarray[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+        """x and residual (rows, hidden) as float32."""
+        x = torch.from_numpy(np.asarray(self.x[which], dtype=np.float32)).to(device)
+        if self.residual is None:
+            return x, x
+        return x, torch.from_numpy(np.array(self.residual[which])).to(device)
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+
+def bytes_needed(rows: int, hidden: int, blocks: int, *, post_norm: bool) -> int:
+    """Disk that capturing takes."""
+    return rows * hidden * blocks * (2 if post_norm else 6)
+
+
+@torch.no_grad()
+def capture(
+    model: Any, examples: Examples, folder: Path, *, rows: int, batch: int, progress: Progress
+) -> list[Captured]:
+    """Run the dense model over the text until every block has `rows` rows; or open what is there.
+
+    Raises CheckpointError if the text is too short or the disk too small, before anything is written.
+    """
+    family = family_of(model.config.model_type)
+    blocks, hidden, post_norm = family.blocks_of(model), model.config.hidden_size, family.norm is not None
+    if examples.tokens < rows:
+        raise CheckpointError(f"the text has {examples.tokens} tokens, {rows} are needed")
+    done = folder / f"captured-{rows}"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm))
+        shards = [Captured(folder, k, rows, hidden, post_norm=post_norm, mode="w") for k in range(len(blocks))]
+        _fill(model, family.slot, blocks, shards, examples, batch, progress)
+        done.touch()
+    return [Captured(folder, k, rows, hidden, post_norm=post_norm) for k in range(len(blocks))]
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"capturing needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")
+
+
+def _fill(
+    model: Any,
+    slot: str,
+    blocks: list[nn.Module],
+    shards: list[Captured],
+    examples: Examples,
+    batch: int,
+    progress: Progress,
+) -> None:
+    seen: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    ends: dict[int, Tensor] = {}
+    hooks = []
+    for k, block in enumerate(blocks):
+        layer = block.get_submodule(slot)
+        hooks.append(layer.register_forward_pre_hook(lambda _m, a, k=k: seen.__setitem__(k, a[0])))
+        if shards[k].residual is not None:
+            hooks.append(layer.register_forward_hook(lambda _m, _a, y, k=k: outputs.__setitem__(k, y)))
+            hooks.append(
+                block.register_forward_hook(
+                    lambda _m, _a, y, k=k: ends.__setitem__(k, y if isinstance(y, Tensor) else y[0])
+                )
+            )
+    total, filled = len(shards[0]), 0
+    try:
+        for which in examples.shuffled(batch, seed=0):
+            inputs = examples.batch(which, model.device)
+            model(**inputs)
+            keep = inputs["attention_mask"].bool()
+            count = min(int(keep.sum()), total - filled)
+            for k, shard in enumerate(shards):
+                shard.x[filled : filled + count] = seen[k][keep][:count].half().cpu().numpy()
+                if shard.residual is not None:
+                    residual = (ends[k] - outputs[k])[keep][:count]
+                    shard.residual[filled : filled + count] = residual.float().cpu().numpy()
+            filled += count
+            progress("capture", filled, total)
+            if filled == total:
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for shard in shards:
+        shard.x.flush()
+        if shard.residual is not None:
+            shard.residual.flush()

@@ -1,0 +1,201 @@
+"""Teaching the new layers: each from its dense layer, then all together from the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastff.convert.capture import Captured, Progress
+from fastff.convert.initialise import dense_forward, initialise
+from fastff.convert.text import Examples
+from fastff.models.converted import ConvertedFeedforward
+from fastff.models.families import DenseWeights, family_of
+
+Kind = Literal["embedding", "causal", "masked", "classifier"]
+CHUNK_ROWS = 8192
+CLIP = 1.0
+WARMUP = 0.05  # of the steps
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over unpadded positions: hidden (examples, length, width), mask (examples, length)."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+
+
+def normaliser(model: Any, block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What acts on residual plus feedforward next: the block's own norm, or a plain one where that follows later."""
+    norm = family_of(model.config.model_type).norm_of(block)
+    return norm if norm is not None else lambda h: F.layer_norm(h, h.shape[-1:])
+
+
+def missed(norm: Callable[[Tensor], Tensor], dense: DenseWeights, module: nn.Module, x: Tensor, r: Tensor) -> Tensor:
+    """Share of the dense layer's effect that the new layer misses, after the norm: 0 is exact, 1 is the mean output.
+
+    Every dimension counts by its own variance, since a few outlying ones would hide all others."""
+    y = dense_forward(dense, x)
+    want = norm(r + y)
+    scale = want.var(0).clamp(min=1e-12)
+    error = ((norm(r + module(x)) - want).square() / scale).mean()
+    effect = ((norm(r + y.mean(0)) - want).square() / scale).mean()
+    return error / effect.clamp(min=1e-12)
+
+
+def chunks_of(
+    captured: Captured, device: torch.device, first: int = 0
+) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    """A function that gives the captured rows from `first` on, piece by piece."""
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(first, len(captured), CHUNK_ROWS):
+            yield captured.rows(slice(start, start + CHUNK_ROWS), device)
+
+    return chunks
+
+
+def teach_layer(
+    module: ConvertedFeedforward,
+    dense: DenseWeights,
+    norm: Callable[[Tensor], Tensor],
+    captured: Captured,
+    *,
+    steps: int,
+    batch: int = 2048,
+    rate: float = 1e-3,
+    seed: int = 0,
+) -> float:
+    """Initialise one layer and fit it to its dense layer on captured rows. Returns `missed` on rows kept aside."""
+    device = module.bias.device
+    rng = np.random.default_rng(seed)
+    kept = min(CHUNK_ROWS, len(captured) // 10)
+    sample = captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), device)[0]
+    initialise(module, dense, sample, chunks_of(captured, device, kept), seed=seed)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, steps))
+    module.train()
+    for _ in range(steps):
+        start = int(rng.integers(kept, max(len(captured) - batch, kept) + 1))
+        loss = missed(norm, dense, module, *captured.rows(slice(start, start + batch), device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimiser.step()
+        schedule.step()
+    module.eval()
+    with torch.no_grad():
+        return float(missed(norm, dense, module, *captured.rows(slice(0, kept), device)))
+
+
+def cosine(step: int, steps: int) -> float:
+    """Learning rate factor: a short rise, then half a cosine down to zero."""
+    rise = max(1, int(WARMUP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+
+def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind) -> Tensor:
+    """Hidden states of every block, each dimension by its own variance, and what the model is used for: cosine and
+    in-batch similarity of mean-pooled embeddings, or the teacher's distribution over tokens or classes."""
+    with torch.no_grad():
+        target = teacher(**inputs, output_hidden_states=True)
+    got = student(**inputs, output_hidden_states=True)
+    mask = inputs["attention_mask"].bool()
+    hidden = []
+    for h, t in zip(got.hidden_states[1:], target.hidden_states[1:], strict=True):
+        h, t = h[mask], t[mask]
+        hidden.append(((h - t).square() / t.var(0).clamp(min=1e-6)).mean())
+    loss = torch.stack(hidden).mean()
+    if kind == "embedding":
+        a = F.normalize(mean_pool(got.hidden_states[-1], inputs["attention_mask"]), dim=-1)
+        b = F.normalize(mean_pool(target.hidden_states[-1], inputs["attention_mask"]), dim=-1)
+        return loss + 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
+    logits, wanted = got.logits, target.logits
+    if kind != "classifier":
+        logits, wanted = logits[mask], wanted[mask]
+    divergence = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
+    return loss + divergence
+
+
+def distil(
+    student: Any,
+    teacher: Any,
+    examples: Examples,
+    *,
+    kind: Kind,
+    steps: int,
+    batch: int,
+    rate: float = 1e-3,
+    rate_others: float = 1e-4,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+    start: int = 0,
+    state: dict[str, Any] | None = None,
+    checkpoint: Callable[[int, dict[str, Any]], None] = lambda *_: None,
+    checkpoint_every: int = 200,
+) -> None:
+    """Train the whole student but its embeddings to give what the teacher gives, on unlabelled text.
+
+    rate is for the new layers, rate_others for everything else. start, state and checkpoint serve resuming: state
+    holds "optimiser" and "schedule" as `checkpoint(step, state)` was given them.
+    """
+    new, others = parameter_groups(student)
+    optimiser = torch.optim.AdamW(
+        [{"params": new, "lr": rate}, {"params": others, "lr": rate_others}], weight_decay=0.0, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, steps))
+    if state is not None:
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+    batches = skip(examples.shuffled(batch, seed), start)
+    learn_without_dropout(student)
+    teacher.eval()
+    for step in range(start, steps):
+        loss = distillation_loss(student, teacher, examples.batch(next(batches), student.device), kind)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*new, *others], CLIP)
+        optimiser.step()
+        schedule.step()
+        progress("distil", step + 1, steps)
+        if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
+            checkpoint(step + 1, {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()})
+    student.eval()
+
+
+def skip(batches: Iterator[Any], count: int) -> Iterator[Any]:
+    for _ in range(count):
+        next(batches)
+    return batches
+
+
+def parameter_groups(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the new layers, and the others; embeddings are frozen."""
+    inside = {id(p) for m in student.modules() if isinstance(m, ConvertedFeedforward) for p in m.parameters()}
+    frozen = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for parameter in student.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    return [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
+
+
+def learn_without_dropout(student: nn.Module) -> None:
+    """Training mode for the new layers alone: elsewhere it would switch on dropout, in attention kernels too, and
+    teacher and student would not see the same thing."""
+    student.eval()
+    for module in student.modules():
+        if isinstance(module, ConvertedFeedforward):
+            module.train()
+
+
+def use_masked_training(modules: Iterable[nn.Module], enabled: bool) -> None:
+    """Choose how trees compute while training: see ConvertedFeedforward."""
+    for module in modules:
+        if isinstance(module, ConvertedFeedforward):
+            module.masked_training = enabled

@@ -1,0 +1,99 @@
+"""Quality of a model on the user's table: Spearman correlation, accuracy, or perplexity."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastff.convert.distil import mean_pool
+from fastff.convert.text import Examples
+from fastff.errors import CheckpointError
+
+BATCH = 64
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """Columns of a .parquet, .tsv or .csv table by name. Raises CheckpointError for another format or no file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return dict(pq.read_table(path).to_pydict())
+    if path.suffix not in (".tsv", ".csv"):
+        raise CheckpointError(f"{path.name}: expected .parquet, .tsv or .csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+
+
+def rank(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Ranks with ties given their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse])
+
+
+def spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Spearman's rank correlation."""
+    return float(np.corrcoef(rank(a), rank(b))[0, 1])
+
+
+@torch.no_grad()
+def embed(model: Any, tokenizer: Any, sentences: list[str], max_length: int = 128) -> torch.Tensor:
+    """Normalised mean-pooled embeddings (sentences, width) on the CPU."""
+    model.eval()
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    out: list[torch.Tensor] = [torch.empty(0)] * len(sentences)
+    for start in range(0, len(order), BATCH):
+        which = order[start : start + BATCH]
+        inputs = tokenizer(
+            [sentences[i] for i in which], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(model.device)
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        pooled = F.normalize(mean_pool(hidden, inputs["attention_mask"]), dim=-1).float().cpu()
+        for i, row in zip(which, pooled, strict=True):
+            out[i] = row
+    return torch.stack(out)
+
+
+def similarity(model: Any, tokenizer: Any, table: dict[str, list[Any]], score: str = "label") -> float:
+    """100 x Spearman of cosine similarity with the column `score`, over sentence1 and sentence2."""
+    both = embed(model, tokenizer, [*table["sentence1"], *table["sentence2"]])
+    a, b = both.chunk(2)
+    return 100 * spearman((a * b).sum(-1).numpy(), np.asarray(table[score], dtype=np.float64))
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, table: dict[str, list[Any]]) -> float:
+    """Percent of rows whose label a classifier finds; columns sentence (or sentence1 and sentence2) and label."""
+    model.eval()
+    texts = [table[name] for name in ("sentence", "sentence1", "sentence2") if name in table]
+    right = 0
+    for start in range(0, len(table["label"]), BATCH):
+        part = [column[start : start + BATCH] for column in texts]
+        inputs = tokenizer(*part, padding=True, truncation=True, max_length=128, return_tensors="pt").to(model.device)
+        want = torch.tensor([int(label) for label in table["label"][start : start + BATCH]])
+        right += int((model(**inputs).logits.argmax(-1).cpu() == want).sum())
+    return 100 * right / len(table["label"])
+
+
+@torch.no_grad()
+def perplexity(model: Any, examples: Examples, batch: int = 16) -> float:
+    """Of the next token, over all examples."""
+    model.eval()
+    total, count = 0.0, 0
+    for which in examples.in_order(batch):
+        inputs = examples.batch(which, model.device)
+        logits = model(**inputs).logits[:, :-1].float()
+        target = inputs["input_ids"][:, 1:]
+        valid = inputs["attention_mask"][:, 1:].bool()
+        total += float(F.cross_entropy(logits[valid], target[valid], reduction="sum"))
+        count += int(valid.sum())
+    return math.exp(total / count)

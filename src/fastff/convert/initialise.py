@@ -1,0 +1,241 @@
+"""A feedforward layer from the dense layer it replaces: turns from the data, leaves from its neurons, values by ridge.
+
+Each tree gets its own share of the dense neurons. Its nodes split the rows that reach them in halves, along the best of
+three directions: the first principal component of the inputs, the line between two means, and the direction of the
+inputs that predicts which of the share's neurons are active. A leaf takes the neurons that do most on its rows. At the
+end all output weights together are the ridge regression of the dense outputs on what the new layer computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastff.layers import FFF
+from fastff.models.converted import ConvertedFeedforward
+from fastff.models.families import DenseWeights
+from fastff.models.feedforward import GATED_ACTIVATIONS, DenseFeedforward
+from fastff.ops.reference import activate, descend, gates
+
+Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # (x, residual) pieces of the captured rows
+GELU_AS_SILU = 1.702  # gelu(z) is about silu(1.702 z) / 1.702
+RIDGE = 1e-4  # of the mean diagonal
+ROUTING_ROWS = 16384
+
+
+def hidden_of(dense: DenseWeights, x: Tensor) -> Tensor:
+    """Neuron values (rows, neurons) of the dense layer."""
+    value: Tensor = activate(F.linear(x, dense.w_in, dense.b_in), dense.activation)
+    if dense.v_in is not None:
+        value = value * F.linear(x, dense.v_in, dense.v_b)
+    return value
+
+
+def dense_forward(dense: DenseWeights, x: Tensor) -> Tensor:
+    """(rows, hidden) to (rows, hidden)."""
+    y: Tensor = hidden_of(dense, x) @ dense.w_out
+    return y if dense.b_out is None else y + dense.b_out
+
+
+def contribution(dense: DenseWeights, x: Tensor) -> Tensor:
+    """How much each neuron adds to each row: |value| times the norm of its output weights, (rows, neurons)."""
+    value: Tensor = hidden_of(dense, x).abs() * dense.w_out.norm(dim=1)
+    return value
+
+
+@torch.no_grad()
+def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chunks: Chunks, *, seed: int = 0) -> None:
+    """Fill a fresh layer from the dense one. x (rows, hidden): a sample for the turns; chunks: all captured rows."""
+    if isinstance(module.layer, FFF):
+        _initialise_tree(module.layer, dense, x[:ROUTING_ROWS], seed)
+    elif isinstance(module.layer, DenseFeedforward):
+        best = contribution(dense, x).sum(0).topk(module.layer.neurons).indices
+        w, v = neuron_rows(dense, best, module.layer.activation)
+        module.layer.linear_in.weight.copy_(w if v is None else torch.cat((w, v)))
+        b, vb = neuron_biases(dense, best, module.layer.activation)
+        module.layer.linear_in.bias.copy_(b if vb is None else torch.cat((b, vb)))
+    solve_outputs(module, dense, chunks)
+
+
+def neuron_rows(dense: DenseWeights, which: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Input rows of some neurons, and their second rows if gated, rescaled where `activation` only approximates."""
+    w = dense.w_in[which]
+    if dense.v_in is None:
+        return w, None
+    scale = _gate_scale(dense, activation)
+    return w * scale, dense.v_in[which] / scale
+
+
+def neuron_biases(dense: DenseWeights, which: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Biases alike, zero where the dense layer has none."""
+    b = dense.w_in.new_zeros(which.shape) if dense.b_in is None else dense.b_in[which]
+    if dense.v_in is None:
+        return b, None
+    scale = _gate_scale(dense, activation)
+    vb = dense.w_in.new_zeros(which.shape) if dense.v_b is None else dense.v_b[which]
+    return b * scale, vb / scale
+
+
+def _gate_scale(dense: DenseWeights, activation: str) -> float:
+    return GELU_AS_SILU if activation == "swiglu" and dense.activation.startswith("gelu") else 1.0
+
+
+def _initialise_tree(layer: FFF, dense: DenseWeights, x: Tensor, seed: int) -> None:
+    config = layer.config
+    value = contribution(dense, x)
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.randperm(dense.neurons, generator=generator).to(x.device).tensor_split(config.trees)
+    b_in = cast(Tensor, layer.b_in)
+    layer.w_out.zero_()
+    for tree, share in enumerate(shares):
+        mine = value[:, share]
+        at = [torch.arange(x.shape[0], device=x.device)]
+        for level in range(config.depth):
+            below: list[Tensor] = []
+            for k, rows in enumerate(at):
+                node = 2**level - 1 + k
+                wanted = min(config.leaf_width * 2 ** (config.depth - level - 1), share.numel())
+                direction, offset, right = best_split(x[rows], mine[rows], wanted)
+                layer.w_in[tree, node] = direction
+                b_in[tree, node] = offset
+                below += [rows[~right], rows[right]]
+            at = below
+        for leaf, rows in enumerate(at):
+            strength = mine[rows].sum(0) if rows.numel() else mine.sum(0)
+            best = share[strength.topk(config.leaf_width).indices]
+            first = config.nodes + leaf * config.leaf_in_rows
+            w, v = neuron_rows(dense, best, config.activation)
+            b, vb = neuron_biases(dense, best, config.activation)
+            layer.w_in[tree, first : first + config.leaf_in_rows] = w if v is None else torch.cat((w, v))
+            b_in[tree, first : first + config.leaf_in_rows] = b if vb is None else torch.cat((b, vb))
+
+
+def best_split(x: Tensor, value: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The split of x (rows, hidden) into halves after which `wanted` neurons a side keep most of value (rows, neurons).
+
+    Returns the direction and offset, scaled to scores of unit variance, and which rows turn right."""
+    if x.shape[0] < 4:  # nothing to learn from: any turn will do
+        direction = torch.zeros_like(x[0]) if x.shape[0] else x.new_zeros(x.shape[1])
+        return direction, x.new_zeros(()), torch.arange(x.shape[0], device=x.device) % 2 == 1
+    centred = x - x.mean(0)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for direction in split_directions(centred, value):
+        score = centred @ direction
+        right = score > score.median()
+        kept = value[right].sum(0).topk(wanted).values.sum() + value[~right].sum(0).topk(wanted).values.sum()
+        if best is None or float(kept) > best[0]:
+            best = (float(kept), direction, right)
+    assert best is not None
+    _, direction, right = best
+    raw = x @ direction
+    direction = direction / raw.std().clamp(min=1e-6)
+    raw = x @ direction
+    offset = -raw.median()
+    return direction, offset, raw + offset > 0
+
+
+def split_directions(centred: Tensor, value: Tensor) -> list[Tensor]:
+    """First principal component of the inputs, the line between two means, the regression of the neurons' values."""
+    principal = top_direction(centred)
+    side = centred @ principal > 0
+    means = principal
+    for _ in range(5):
+        if bool(side.all()) or not bool(side.any()):
+            break
+        means = centred[side].mean(0) - centred[~side].mean(0)
+        side = centred @ means > 0
+    shifted = value - value.mean(0)
+    regressed = regress(centred, shifted @ top_direction(shifted))
+    return [principal, means, regressed]
+
+
+def top_direction(centred: Tensor, steps: int = 12) -> Tensor:
+    """First right singular vector (columns,) by power iteration."""
+    vector = centred.square().sum(0).sqrt() + 1e-6
+    for _ in range(steps):
+        vector = centred.t() @ (centred @ vector)
+        vector = vector / vector.norm().clamp(min=1e-12)
+    return vector
+
+
+def regress(x: Tensor, target: Tensor, steps: int = 12) -> Tensor:
+    """Ridge regression (columns,) of target (rows,) on x (rows, columns), by conjugate gradients."""
+    damping = RIDGE * x.square().sum() / x.shape[1] * 100
+    solution = torch.zeros(x.shape[1], device=x.device, dtype=x.dtype)
+    residual = x.t() @ target
+    step = residual.clone()
+    norm = residual.dot(residual)
+    for _ in range(steps):
+        along = x.t() @ (x @ step) + damping * step
+        length = norm / step.dot(along).clamp(min=1e-20)
+        solution = solution + length * step
+        residual = residual - length * along
+        new = residual.dot(residual)
+        step = residual + new / norm.clamp(min=1e-20) * step
+        norm = new
+    return solution
+
+
+def features(module: ConvertedFeedforward, x: Tensor) -> Tensor:
+    """What the layer's output is linear in (rows, features): neuron values, and a column of ones for the bias."""
+    ones = x.new_ones(x.shape[0], 1)
+    if module.layer is None:
+        return ones
+    if isinstance(module.layer, DenseFeedforward):
+        scores = module.layer.linear_in(x)
+        name = module.layer.activation
+        if name in GATED_ACTIVATIONS:
+            gate, value = scores.chunk(2, dim=-1)
+            return torch.cat((activate(gate, GATED_ACTIVATIONS[name]) * value, ones), 1)
+        return torch.cat((activate(scores, name), ones), 1)
+    return torch.cat((_tree_values(module.layer, x), ones), 1)
+
+
+def _tree_values(layer: FFF, x: Tensor) -> Tensor:
+    config = layer.config
+    path = descend(x, layer.w_in, layer.b_in, config=config)
+    gate = gates(path.score, config=config)
+    rows, leaves = x.shape[0], layer.w_in[:, config.nodes :]
+    scores = torch.einsum("ri,tni->rtn", x, leaves) + cast(Tensor, layer.b_in)[:, config.nodes :]
+    scores = scores.unflatten(-1, (config.leaves, config.leaf_in_rows))
+    reached = path.leaf[..., None, None].expand(-1, -1, 1, config.leaf_in_rows)
+    value = activate(scores.gather(2, reached), config.activation) * gate[..., -1:, None]
+    spread = x.new_zeros(rows, config.trees, config.leaves, config.leaf_width)
+    spread.scatter_(2, reached[..., : config.leaf_width], value)
+    if not config.node_output:
+        return spread.flatten(1)
+    nodes = x.new_zeros(rows, config.trees, config.nodes)
+    nodes.scatter_(2, path.node, activate(path.score, config.activation) * gate[..., :-1])
+    return torch.cat((nodes, spread.flatten(2)), -1).flatten(1)
+
+
+def solve_outputs(module: ConvertedFeedforward, dense: DenseWeights, chunks: Chunks) -> None:
+    """Set all output weights and the bias to the ridge regression of the dense outputs, rows weighted by how much the
+    norm after the residual magnifies them."""
+    gram: Tensor | None = None
+    cross: Any = None
+    for x, residual in chunks():
+        y = dense_forward(dense, x)
+        weight = 1 / (residual + y).std(dim=1, keepdim=True).clamp(min=1e-6)
+        phi = features(module, x) * weight
+        g, c = phi.t() @ phi, phi.t() @ (y * weight)
+        gram, cross = (g, c) if gram is None else (gram + g, cross + c)
+    if gram is None:
+        raise ValueError("no rows to regress on")
+    damping = RIDGE * gram.diagonal()[:-1].mean() if gram.shape[0] > 1 else gram.new_zeros(())
+    system = gram.double() + damping.double() * torch.eye(gram.shape[0], device=gram.device, dtype=torch.float64)
+    solution = torch.linalg.solve(system, cross.double()).to(cross.dtype)
+    module.bias.copy_(solution[-1])
+    if isinstance(module.layer, FFF):
+        module.layer.w_out.copy_(solution[:-1].view_as(module.layer.w_out))
+        if module.layer.b_out is not None:
+            module.layer.b_out.zero_()
+    elif isinstance(module.layer, DenseFeedforward):
+        module.layer.linear_out.weight.copy_(solution[:-1].t())
+        bias: nn.Parameter | None = module.layer.linear_out.bias
+        if bias is not None:
+            bias.zero_()

@@ -1,0 +1,218 @@
+"""Models of foreign architectures in which some feedforward layers are replaced.
+
+A directory written here holds `config.json` with model_type "fastff-converted": the original configuration and, per
+block, the description of its new feedforward (`fastff.models.feedforward`) or null where the dense layer stayed. After
+`import fastff.models` the Auto classes load it: the result is the original Transformers class with other layers inside,
+so generation, heads and pooling work as before.
+"""
+
+# Transformers' own methods are not typed.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from fastff.errors import CheckpointError
+from fastff.layers import FFF
+from fastff.models.families import family_of
+from fastff.models.feedforward import build_feedforward, complete
+from fastff.ops import reference
+
+
+class ConvertedFeedforward(nn.Module):
+    """What stands in a dense layer's place: the described layer plus an output bias, (..., hidden) to (..., hidden).
+
+    masked_training  compute a tree by dense products and a mask while training: the same function at dense cost,
+                     faster than conditional kernels for small layers on a GPU
+    """
+
+    def __init__(self, description: Mapping[str, Any], hidden_size: int) -> None:
+        super().__init__()
+        self.layer = build_feedforward(description, hidden_size)
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.masked_training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer is None:
+            return self.bias.expand_as(x)
+        if self.masked_training and self.training and isinstance(self.layer, FFF):
+            rows = x.reshape(-1, self.layer.in_features)
+            weights = (self.layer.w_in, self.layer.b_in, self.layer.w_out, self.layer.b_out)
+            return reference.forward_masked(rows, *weights, config=self.layer.config).y.reshape(x.shape) + self.bias
+        y: Tensor = self.layer(x) + self.bias
+        return y
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's matrix work, routing included; 0 without a layer."""
+        return 0 if self.layer is None else self.layer.flops_per_row
+
+
+class ConvertedConfig(PreTrainedConfig):
+    """The original configuration (`base`, a dict with its model_type) and `feedforwards`, one entry per block."""
+
+    model_type = "fastff-converted"
+    has_no_defaults_at_init = True
+
+    base: dict[str, Any] | None = None
+    feedforwards: list[dict[str, Any] | None] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.base is None:
+            return  # Transformers makes an empty configuration to find what differs from the defaults
+        family_of(self.base.get("model_type", ""))
+        for description in self.feedforwards or ():
+            if description is not None:
+                complete(description)
+
+    def base_config(self) -> PreTrainedConfig:
+        """The original configuration as an object, with the descriptions in `fastff_feedforwards`."""
+        if self.base is None or self.feedforwards is None:
+            raise CheckpointError("a converted model's configuration needs 'base' and 'feedforwards'")
+        fields = {name: value for name, value in self.base.items() if name != "model_type"}
+        config = AutoConfig.for_model(self.base["model_type"], **fields)
+        config.fastff_feedforwards = self.feedforwards
+        return config
+
+
+class _Converted:
+    """Mixed into the original class: builds it, swaps the layers, and saves the configuration above."""
+
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)  # type: ignore[call-arg]
+        swap(self, config.fastff_feedforwards)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FFF):
+            module.reset_parameters()
+            module.reset_usage()
+        elif isinstance(module, ConvertedFeedforward):
+            nn.init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+        converted_config(self.config, original_class(self)).save_pretrained(save_directory)
+
+
+def original_class(model: object) -> str:
+    """Name of the Transformers class that a (converted or not) model is."""
+    return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+
+
+def converted_config(config: PreTrainedConfig, architecture: str) -> ConvertedConfig:
+    """The configuration to save, from that of a live converted model."""
+    base = config.to_dict()
+    feedforwards = base.pop("fastff_feedforwards")
+    base["architectures"] = [architecture]
+    return ConvertedConfig(base=base, feedforwards=feedforwards, architectures=[architecture])
+
+
+def swap(model: nn.Module, descriptions: Sequence[Mapping[str, Any] | None]) -> None:
+    """Put fresh layers into a model, in place. Raises CheckpointError if there is not one description a block."""
+    config: Any = model.config
+    family = family_of(config.model_type)
+    blocks = family.blocks_of(model)
+    if len(blocks) != len(descriptions):
+        raise CheckpointError(f"{len(descriptions)} feedforward descriptions for {len(blocks)} blocks")
+    for block, description in zip(blocks, descriptions, strict=True):
+        if description is not None:
+            family.put(block, ConvertedFeedforward(description, config.hidden_size))
+
+
+def make_converted(model: PreTrainedModel, descriptions: Sequence[Mapping[str, Any] | None]) -> PreTrainedModel:
+    """A converted copy of a live model, with fresh layers where a description is not None and its weights elsewhere."""
+    config = copy.deepcopy(model.config)
+    config.fastff_feedforwards = [None if d is None else dict(d) for d in descriptions]
+    converted: Any = _class_for(type(model))(config)
+    converted.load_state_dict(model.state_dict(), strict=False)  # the dense layers' own tensors are left over
+    moved: PreTrainedModel = converted.to(device=model.device, dtype=model.dtype).train(model.training)
+    return moved
+
+
+_classes: dict[type, type] = {}
+
+
+def _class_for(original: type) -> type:
+    if issubclass(original, _Converted):
+        return original
+    if original not in _classes:
+        _classes[original] = type(f"Converted{original.__name__}", (_Converted, original), {})
+    return _classes[original]
+
+
+class _AutoConverted:
+    """What the Auto classes find for a ConvertedConfig; makes an object of the original class with swapped layers."""
+
+    config_class = ConvertedConfig
+    auto: ClassVar[Any]
+
+    @classmethod
+    def _class_of(cls, config: PreTrainedConfig) -> Any:
+        try:
+            return _class_for(cls.auto._model_mapping[type(config)])
+        except KeyError as error:
+            raise CheckpointError(f"{config.model_type} has no {cls.auto.__name__}") from error
+
+    @classmethod
+    def _from_config(cls, config: ConvertedConfig, **options: Any) -> Any:
+        base = config.base_config()
+        return cls._class_of(base)._from_config(base, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        """As in Transformers. Raises CheckpointError if a replaced layer's tensor is missing."""
+        config = options.pop("config", None) or ConvertedConfig.from_pretrained(path)
+        base = config.base_config()
+        wants_info = options.pop("output_loading_info", False)
+        model, info = cls._class_of(base).from_pretrained(
+            path, *arguments, config=base, output_loading_info=True, **options
+        )
+        layers = {name for name, module in model.named_modules() if isinstance(module, ConvertedFeedforward)}
+        missing = sorted(key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in layers))
+        if missing:
+            raise CheckpointError(f"missing tensor {', '.join(missing)} in {path}")
+        return (model, info) if wants_info else model
+
+
+class ConvertedModel(_AutoConverted):
+    auto = AutoModel
+
+
+class ConvertedForMaskedLM(_AutoConverted):
+    auto = AutoModelForMaskedLM
+
+
+class ConvertedForCausalLM(_AutoConverted):
+    auto = AutoModelForCausalLM
+
+
+class ConvertedForSequenceClassification(_AutoConverted):
+    auto = AutoModelForSequenceClassification
+
+
+def register() -> None:
+    """Make the Auto classes know converted models."""
+    AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
+    for found in (ConvertedModel, ConvertedForMaskedLM, ConvertedForCausalLM, ConvertedForSequenceClassification):
+        found.auto.register(ConvertedConfig, found)

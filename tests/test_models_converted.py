@@ -1,0 +1,145 @@
+"""Converted models: save and load through the Auto classes for every family, and what a bad directory says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+
+from fastff.errors import CheckpointError
+from fastff.models import ConvertedConfig, ConvertedFeedforward, make_converted
+from fastff.models.families import FAMILIES, family_of
+
+TREE = {"kind": "fff", "depth": 2, "trees": 2, "leaf_width": 3, "gate": "boundary", "bias": True}
+CASES = [
+    ("bert", AutoModel),
+    ("bert", AutoModelForSequenceClassification),
+    ("roberta", AutoModelForMaskedLM),
+    ("xlm-roberta", AutoModel),
+    ("modernbert", AutoModelForMaskedLM),
+    ("gpt2", AutoModelForCausalLM),
+    ("llama", AutoModelForCausalLM),
+    ("mistral", AutoModel),
+    ("qwen2", AutoModelForCausalLM),
+]
+
+
+def tiny(model_type, auto):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if model_type == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    if model_type in ("llama", "mistral", "qwen2"):
+        sizes["num_key_value_heads"] = 2
+    if model_type == "modernbert":
+        special |= {"cls_token_id": 1, "sep_token_id": 2}
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(model_type, vocab_size=100, **sizes, **special)).eval()
+
+
+def converted(model_type="bert", auto=AutoModel, descriptions=(TREE, None)):
+    return make_converted(tiny(model_type, auto), descriptions)
+
+
+def test_every_family_is_tested():
+    assert {name for name, _ in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("model_type", "auto"), CASES)
+def test_what_is_saved_loads_and_computes_the_same(model_type, auto, tmp_path):
+    model = converted(model_type, auto)
+    ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), ConvertedConfig)
+    loaded = auto.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        got = loaded(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    assert torch.equal(got[0], want[0])
+    assert len(got.hidden_states) == 3
+    family = family_of(model_type)
+    first, second = (isinstance(family.slot_of(block), ConvertedFeedforward) for block in family.blocks_of(loaded))
+    assert (first, second) == (True, False)
+    if auto is AutoModelForCausalLM:
+        assert loaded.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (2, 9)
+
+
+@pytest.mark.parametrize("description", [{"kind": "none"}, {"kind": "dense", "intermediate_size": 5, "bias": True}])
+def test_the_controls_save_and_load_too(description, tmp_path):
+    model = converted(descriptions=(description, description))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], model(ids)[0])
+
+
+def test_masked_training_is_the_same_function():
+    layer = ConvertedFeedforward(TREE, 32)
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    plain = layer.train()(x)
+    layer.masked_training = True
+    assert (layer(x) - plain).abs().max() < 1e-5
+    assert layer.flops_per_row == layer.layer.flops_per_row
+    assert ConvertedFeedforward({"kind": "none"}, 32).flops_per_row == 0
+
+
+def test_the_rest_of_the_model_is_copied_and_the_original_untouched():
+    model = tiny("bert", AutoModel)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copy = make_converted(model, (TREE, None))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert not hasattr(model.config, "fastff_feedforwards")
+    shared = [k for k in before if not k.startswith(("encoder.layer.0.intermediate", "encoder.layer.0.output.dense"))]
+    assert all(torch.equal(copy.state_dict()[k], before[k]) for k in shared)
+
+
+def test_a_missing_tensor_of_a_new_layer_is_an_error(tmp_path):
+    converted().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.layer.0.intermediate.layer.w_in"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing tensor encoder\.layer\.0\.intermediate\.layer\.w_in"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feedforwards": [TREE]}, "1 feedforward descriptions for 2 blocks"),
+        ({"base": {"model_type": "distilbert"}}, "model type 'distilbert' is not one of bert"),
+        ({"feedforwards": [{"kind": "nothing"}, None]}, "kind 'nothing'"),
+        ({"feedforwards": None}, "needs 'base' and 'feedforwards'"),
+    ],
+)
+def test_a_bad_configuration_says_what_is_wrong(change, message, tmp_path):
+    converted().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_activations_without_a_kernel_are_refused():
+    model = tiny("bert", AutoModel)
+    model.config.hidden_act = "quick_gelu"
+    family = family_of("bert")
+    with pytest.raises(CheckpointError, match="activation 'quick_gelu' is not one of gelu"):
+        family.read(family.blocks_of(model)[0], model.config)
+
+
+def test_a_head_that_the_architecture_lacks_is_refused(tmp_path):
+    converted("mistral", AutoModel).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="mistral has no AutoModelForMaskedLM"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
