@@ -112,7 +112,7 @@ FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, c
 
 FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);
 
-/* From now on compare a few sampled weights with their packed copies at every forward, and return FASTFF_STALE if they
+/* From now on compare one weight of each array with its packed copy at every forward, and return FASTFF_STALE if they
  * differ: a cheap guard against edits nobody announced. The arrays must outlive the pack; NULL stops watching. */
 FASTFF_API int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out);
 

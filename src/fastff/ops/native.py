@@ -215,7 +215,7 @@ class PackedLayer:
     """A layer's weights packed for inference, and the shortest way from Python to the kernel.
 
     The pack is made at the first call and made again when a parameter was replaced or its version counter moved;
-    edits that bypass the counter (through `.data`) are caught by comparing a few sampled weights at every call.
+    an edit of a whole tensor that bypasses the counter (through `.data`) is caught by one weight of each.
     fp32 only. Memory: one copy of the weights beside the parameters.
     """
 
