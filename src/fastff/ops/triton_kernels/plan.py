@@ -135,7 +135,8 @@ def backward_plan(
         level, joint = sum(_cut(config.depth + 1)[:-1]), 1
     else:
         level, joint = grouping(config, rows, itemsize)
-    outer_level = level if config.trees == 1 else _single_level(config, 16)
+    level = min(level, MOST_BITS // joint)
+    outer_level = level if config.trees == 1 else min(_single_level(config, 16), MOST_BITS)
     chunk = min(4096, max(128, _power(2 * rows >> outer_level)))
     narrow = _columns(config, outer_level) <= 64
     outer = (256 if narrow else 128) if itemsize == 2 else (64 if narrow else 32)
@@ -168,6 +169,7 @@ def grouping(config: TreeConfig, rows: int, itemsize: int) -> tuple[int, int]:
     return choice
 
 
+MOST_BITS = 12  # of a group's number: every program that looks up its group reads the table of all of them
 BANDWIDTH = 3.5e12  # bytes per second, H200
 PRODUCTS = 1.2e14  # floating-point operations per second that small grouped products reached there in bf16
 
@@ -228,7 +230,11 @@ def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ScoutPlan | Ro
         return scout
     # Rows and blocks met at 8192 rows of 12 neurons; what a row costs alone grows with its neurons.
     work = rows * config.trees * (config.path_scores + config.depth * config.node_output + config.leaf_width) // 2
-    return rows_plan(config, rows) if work < 8192 * 12 else blocked_plan(config, rows, itemsize)
+    if work < 8192 * 12:
+        return rows_plan(config, rows)
+    blocked = blocked_plan(config, rows, itemsize)
+    bits = max((s.level * s.joint for s in blocked.stages), default=0)
+    return blocked if max(bits, blocked.level * blocked.joint) <= MOST_BITS else rows_plan(config, rows)
 
 
 AnyPlan = TypeVar("AnyPlan", BlockedPlan, BackwardPlan)
