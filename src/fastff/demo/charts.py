@@ -81,7 +81,7 @@ def _speed_bar(axes: Axes, place: float, timing: dict[str, Any], key: str) -> No
 
 def curves(results: dict[str, Any]) -> str:
     """Training loss of the shared start and of every arm after it."""
-    start, arms = results["start"], results["pretrain"]
+    start, arms = results["start"], results.get("pretrain", {})
     with drawing("curves", 4.8, 3.9) as (figure, out):
         axes = figure.add_subplot()
         _curve(axes, "start", start["curve"], 0, start["tokens"] / start["steps"])

@@ -221,7 +221,8 @@ def filling(results: dict[str, Any]) -> str:
 
 
 def machine(results: dict[str, Any]) -> str:
-    found, plan, data = results["machine"], results.get("plan", {}), results.get("data", {})
+    found, data = results["machine"], results.get("data", {})
+    plan = {**results.get("plan", {}), **results.get("plan_finetune", {})}
     rows = [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in found.items()]
     rows += [("seed", str(results["settings"]["seed"])), ("seconds asked for", str(results["settings"]["seconds"]))]
     rows += [("seconds used", f"{results.get('seconds_used', 0):.0f}")]

@@ -37,7 +37,7 @@ from fastff.ops import available_backends
 SPEED_ROWS = (1, 128, 1024)
 REPORT_SECONDS = 8.0  # kept for the charts and the report
 MARGIN = 0.9  # of the time left is planned for: a machine slows down while it works
-PRETRAIN_SHARE = 0.6  # of the training time
+START_SHARE, PRETRAIN_SHARE = 0.15, 0.4  # of the training time; fine-tuning gets the rest
 EVALUATION_COST = 0.4  # of a training step, on as many tokens
 MIN_STEPS = 20
 QUICK_STEPS = {"start": 24, "pretrain": 24, "finetune": 12}
@@ -109,6 +109,8 @@ class Demo:
                 self.store.finish(name, stage())
         for arm in self.settings.arms:
             self.once("pretrain", arm, self.pretrain)
+        if "plan_finetune" not in self.store.results:
+            self.store.finish("plan_finetune", self.plan_finetune())
         for arm in self.settings.arms:
             self.once("finetune", arm, self.finetune)
         if "baselines" not in self.store.results:
@@ -166,27 +168,47 @@ class Demo:
         }
 
     def plan(self) -> dict[str, Any]:
-        """Steps for every arm alike, from what a step of each costs here and the time that is left."""
+        """Steps of pretraining for every arm alike, from what a step of each costs here and the time that is left."""
         if self.settings.quick:
-            return {**QUICK_STEPS, "step_seconds": {}}
+            return {"start": QUICK_STEPS["start"], "pretrain": QUICK_STEPS["pretrain"]}
         self.console.print("measuring a training step of every model", style="dim")
         arms = self.settings.arms
-        pretrain = {arm.name: self.step_seconds(arm, "pretrain") for arm in (*arms, sizes.START)}
+        start = self.step_seconds(sizes.START, "start")
+        pretrain = {arm.name: self.step_seconds(arm, "pretrain") for arm in arms}
         finetune = {arm.name: self.step_seconds(arm, "finetune") for arm in arms}
         valid_steps = self.settings.valid_windows * sizes.WINDOW / sizes.BATCH_TOKENS
-        test_steps = self.settings.test_sentences / sizes.BATCH_SENTENCES
-        evaluation = EVALUATION_COST * sum(
-            valid_steps * pretrain[arm.name] + test_steps * finetune[arm.name] for arm in arms
-        )
-        left = self.settings.seconds - (time.perf_counter() - self.begin) - REPORT_SECONDS - evaluation
-        left *= MARGIN
+        evaluation = EVALUATION_COST * valid_steps * sum(pretrain.values())
+        left = MARGIN * (self.seconds_left() - evaluation - self.scoring_seconds(finetune))
+        start_steps = max(MIN_STEPS, int(left * START_SHARE / start))
         steps = max(MIN_STEPS, int(left * PRETRAIN_SHARE / sum(pretrain.values())))
         return {
-            "start": steps,
+            "start": start_steps,
             "pretrain": steps,
-            "finetune": max(MIN_STEPS, int(left * (1 - PRETRAIN_SHARE) / sum(finetune.values()))),
-            "step_seconds": {"pretrain": pretrain, "finetune": finetune},
+            "step_seconds": {"start": start, "pretrain": pretrain, "finetune": finetune},
+            "pretrain_seconds": start * start_steps + evaluation + steps * sum(pretrain.values()),
         }
+
+    def plan_finetune(self) -> dict[str, Any]:
+        """Steps of fine-tuning for every arm alike. A machine that has become slower since the plan gets fewer."""
+        if self.settings.quick:
+            return {"finetune": QUICK_STEPS["finetune"], "slower": 1.0}
+        results, plan = self.store.results, self.store.results["plan"]
+        took = results["start"]["seconds"] + sum(
+            arm["seconds"] + arm["scoring_seconds"] for arm in results["pretrain"].values()
+        )
+        slower = took / plan["pretrain_seconds"]
+        finetune = {name: slower * seconds for name, seconds in plan["step_seconds"]["finetune"].items()}
+        left = MARGIN * (self.seconds_left() - self.scoring_seconds(finetune))
+        return {"finetune": max(MIN_STEPS, int(left / sum(finetune.values()))), "slower": slower}
+
+    def seconds_left(self) -> float:
+        """For training and scoring, of what the user gave to the run and its continuations."""
+        used: float = self.store.results.get("seconds_used", 0.0)
+        return self.settings.seconds - used - (time.perf_counter() - self.begin) - REPORT_SECONDS
+
+    def scoring_seconds(self, finetune: dict[str, float]) -> float:
+        """Expected seconds of scoring every arm on the unseen sentences."""
+        return EVALUATION_COST * self.settings.test_sentences / sizes.BATCH_SENTENCES * sum(finetune.values())
 
     def step_seconds(self, arm: Arm, task: str) -> float:
         """Median seconds of a training step, after one to warm up."""
@@ -205,6 +227,8 @@ class Demo:
     def trial(self, arm: Arm, task: str) -> tuple[Any, Callable[[int], train.Batch]]:
         seed, vocab_size = self.settings.seed, self.corpus.vocab_size
         model = train.masked_word_model(arm, vocab_size, seed, None)
+        if task == "start":
+            return model, train.start_batches(self.corpus, 5, seed)
         if task == "pretrain":
             return model, self.pretrain_batches
         labels = len(self.corpus.authors)
@@ -227,11 +251,13 @@ class Demo:
         job = train.Job(f"pretrain-{arm.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
         trained = self.train(job, model, f"pretrain {arm.title}")
         inputs, labels = self.valid
+        begin = time.perf_counter()
         losses: list[float] = []
         routing = collect(model, lambda: losses.extend(train.masked_word_losses(model, inputs, labels, self.stop)))
         return {
             **trained,
             **cost(arm, model),
+            "scoring_seconds": time.perf_counter() - begin,
             "valid_loss": statistics.fmean(losses),
             "valid_losses": [round(loss, 5) for loss in losses],
             "routing": {name: layer.as_dict() for name, layer in routing.items()},
@@ -239,7 +265,7 @@ class Demo:
         }
 
     def finetune(self, arm: Arm) -> dict[str, Any]:
-        steps, seed, corpus = self.store.results["plan"]["finetune"], self.settings.seed, self.corpus
+        steps, seed, corpus = self.store.results["plan_finetune"]["finetune"], self.settings.seed, self.corpus
         weights = self.weights(f"pretrain-{arm.name}")
         model = train.author_model(arm, corpus.vocab_size, len(corpus.authors), seed, weights)
         batch = train.author_batches(corpus.learn_sentences, steps, seed)

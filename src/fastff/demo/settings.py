@@ -11,7 +11,7 @@ from fastff.tree import TreeConfig
 HIDDEN = 128
 LAYERS = 2
 HEADS = 4
-LONGEST = 128  # pieces of a sentence; what is longer is cut
+LONGEST = 96  # pieces of a sentence; hardly any has more
 WINDOW = 64  # pieces of a window of text
 BATCH_TOKENS = 512  # of a pretraining step
 START_BATCH_TOKENS = 256  # of a step of the shared start, which needs steps more than tokens
@@ -75,7 +75,7 @@ ARMS = (
 )
 START = Arm("start", "shared start", {"kind": "none"}, "attention alone, from which every arm begins")
 
-# Pieces of the vocabulary stand for whole words here, so that a mask is one word.
+# A mask is one piece: here, one word.
 MASKED_SENTENCE = "The old man was standing by [MASK] window, and he said [MASK] to her."
 
 

@@ -87,7 +87,8 @@ class Store:
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:
-            raise DemoError(f"cannot read {path}: {error}; `--restart` begins again") from error
+            # What torch says about a damaged file is long, and advises to trust it.
+            raise DemoError(f"{path} is damaged ({type(error).__name__}): `--restart` begins again") from error
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def start_batches(corpus: Corpus, steps: int, seed: int) -> Callable[[int], Batc
     before = [plan[:step].count(plan[step]) for step in range(steps)]
 
     def batch(step: int) -> Batch:
-        return _masked(corpus, shuffled[plan[step]], before[step], seed * 7919 + step)
+        rows = max(1, sizes.START_BATCH_TOKENS // plan[step])
+        return _masked(corpus, shuffled[plan[step]], before[step], rows, seed * 7919 + step)
 
     return batch
 
@@ -179,15 +180,15 @@ def start_batches(corpus: Corpus, steps: int, seed: int) -> Callable[[int], Batc
 def pretrain_batches(corpus: Corpus, seed: int) -> Callable[[int], Batch]:
     """Windows of full length, the same for every arm."""
     shuffled = _shuffled(corpus.windows(corpus.learn, sizes.WINDOW), seed + 1)
-    return lambda step: _masked(corpus, shuffled, step, seed * 7919 + 500_000 + step)
+    rows = sizes.BATCH_TOKENS // sizes.WINDOW
+    return lambda step: _masked(corpus, shuffled, step, rows, seed * 7919 + 500_000 + step)
 
 
 def _shuffled(windows: Tensor, seed: int) -> Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _masked(corpus: Corpus, windows: Tensor, number: int, seed: int) -> Batch:
-    rows = max(1, sizes.BATCH_TOKENS // windows.shape[1])
+def _masked(corpus: Corpus, windows: Tensor, number: int, rows: int, seed: int) -> Batch:
     chosen = windows[torch.arange(number * rows, (number + 1) * rows) % len(windows)]
     inputs, labels = corpus.mask(chosen, seed)
     return {"input_ids": inputs, "labels": labels}

@@ -1,0 +1,103 @@
+"""Routing statistics against counting by hand, and the picture's arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import fastff
+from fastff.inspect import collect, heap_counts, turns, visited
+from fastff.inspect.picture import draw_path, draw_tree, relative_use
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(fastff.FFF(12, depth=4, trees=2), nn.LayerNorm(12), fastff.FFF(12, depth=3)).eval()
+
+
+def test_heap_counts_sum_children():
+    leaves = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 0]])
+    assert heap_counts(leaves).tolist() == [[10, 3, 7, 1, 2, 3, 4], [5, 0, 5, 0, 0, 5, 0]]
+
+
+def test_heap_counts_of_a_lone_leaf():
+    assert heap_counts(torch.tensor([[9]])).tolist() == [[9]]
+
+
+def test_collect_counts_every_visit(model):
+    x = torch.randn(50, 12)
+    with torch.no_grad():
+        found = collect(model, lambda: model(x))
+        paths = visited(model, lambda: model(x))
+    assert set(found) == {"0", "2"} == set(paths)
+    for name, routing in found.items():
+        assert routing.rows == 50
+        trees, nodes = routing.counts.shape
+        for tree in range(trees):
+            by_hand = torch.bincount(paths[name][:, tree].flatten(), minlength=nodes)
+            assert torch.equal(routing.counts[tree], by_hand)
+
+
+def test_collect_leaves_no_trace(model):
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        collect(model, lambda: model(x))
+        before = model[0].usage().counts
+        model(x)
+    assert torch.equal(model[0].usage().counts, before), "counting in evaluation must be off again"
+
+
+def test_collect_starts_at_zero(model):
+    with torch.no_grad():
+        collect(model, lambda: model(torch.randn(30, 12)))
+        found = collect(model, lambda: model(torch.randn(7, 12)))
+    assert {routing.rows for routing in found.values()} == {7}
+
+
+def test_as_dict_is_plain_and_consistent(model):
+    with torch.no_grad():
+        found = collect(model, lambda: model(torch.randn(40, 12)))["0"].as_dict()
+    assert found["depth"] == 4
+    assert found["trees"] == 2
+    assert [sum(counts[15:]) for counts in found["counts"]] == [40, 40]
+    assert found["dead_leaves"] == [counts[15:].count(0) for counts in found["counts"]]
+    for counts, bits in zip(found["counts"], found["entropy_bits"], strict=True):
+        share = np.array([c for c in counts[15:] if c]) / 40
+        assert bits == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-3)
+
+
+def test_visited_removes_its_hooks(model):
+    visited(model, lambda: model(torch.randn(2, 12)))
+    assert not model[0]._forward_pre_hooks
+
+
+def test_turns_reads_the_scores_signs(model):
+    layer = model[0]
+    x = torch.randn(6, 12)
+    paths = visited(model, lambda: model(x))["0"]
+    for row in range(6):
+        path = paths[row, 1]
+        scores = (layer.w_in[1, path[:-1]] @ x[row]).tolist()
+        assert turns(path) == "".join("R" if score > 0 else "L" for score in scores)
+
+
+def test_relative_use_is_zero_when_even_and_nan_when_dead():
+    grid = relative_use([8, 4, 4, 2, 2, 4, 0], 2)
+    assert grid.shape == (3, 4)
+    assert grid[0].tolist() == [0, 0, 0, 0]
+    assert grid[1].tolist() == [0, 0, 0, 0]
+    assert grid[2, :3].tolist() == [0, 0, 1]
+    assert np.isnan(grid[2, 3])
+
+
+def test_a_path_is_drawn_through_the_middle_of_its_nodes():
+    axes = Figure().add_subplot()
+    draw_tree(axes, [8, 4, 4, 2, 2, 4, 0], 2)
+    draw_path(axes, [0, 2, 5], 2)
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [2.0, 3.0, 2.5]
+    assert list(line.get_ydata()) == [0, 1, 2]
