@@ -65,6 +65,12 @@ def headline(results: dict[str, Any]) -> str:
             f"<strong>{abs(against['difference']):.3f} nats {better}</strong> than its dense twin{sure}. "
             "Read it beside the controls below: with so little training, a feedforward layer matters little."
         )
+    found = results.get("summary", {}).get("recovered_gap", {}).values()
+    if found and all(gap["value"] is None for gap in found):
+        sentences.append(
+            "In this run the wide dense layer is not clearly better than the narrow ones, "
+            "so the run cannot tell how much quality the trees keep."
+        )
     return "".join(f"<p>{sentence}</p>" for sentence in sentences)
 
 
@@ -172,13 +178,16 @@ def authors(results: dict[str, Any]) -> str:
     ]
     titles = {"bag_of_words": "bag of words, logistic regression", "majority": "always one author"}
     rows += [(titles[name], percent(arm), f"{arm['macro_f1']:.3f}", "") for name, arm in controls.items()]
-    count = next(iter(results["finetune"].values()))["sentences"]
+    arms = results["finetune"].values()
+    count = next(iter(arms))["sentences"]
+    words = controls.get("bag_of_words", {"accuracy": 0.0})["accuracy"]
+    ahead = " Counting words beats every network here." if words > max(arm["accuracy"] for arm in arms) else ""
     return f"""<section><h2>Fine-tuning: who wrote this sentence?</h2>
 {figure(charts.accuracies(results), "Unseen books; bars are two standard errors.")}
 {table(("model", "accuracy", "macro F1", "training, s"), rows)}
 <p>{count:,} sentences from one novel each, which no model has seen, of {escape(", ".join(names))}.
 The models learn from {results["data"]["learn_sentences"]:,} sentences of two other novels of each. Attention carries
-much of this task: look at the model without feedforward, and at the bag of words, which no network helped.</p>
+much of this task: look at the model without feedforward, and at the bag of words, which no network helped.{ahead}</p>
 </section>"""
 
 
