@@ -37,7 +37,7 @@ from fastff.ops import available_backends
 SPEED_ROWS = (1, 128, 1024)
 REPORT_SECONDS = 8.0  # kept for the charts and the report
 MARGIN = 0.9  # of the time left is planned for: a machine slows down while it works
-START_SHARE, PRETRAIN_SHARE = 0.15, 0.4  # of the training time; fine-tuning gets the rest
+START_SHARE, PRETRAIN_SHARE = 0.08, 0.27  # of the training time; fine-tuning, where most is learnt, gets the rest
 EVALUATION_COST = 0.4  # of a training step, on as many tokens
 MIN_STEPS = 20
 QUICK_STEPS = {"start": 24, "pretrain": 24, "finetune": 12}
