@@ -337,3 +337,14 @@ def test_a_damaged_state_is_named(tmp_path):
     (store.state / "start.pt").write_bytes(b"not a state")
     with pytest.raises(DemoError, match=r"start\.pt is damaged .*--restart"):
         store.load_state("start")
+
+
+def test_seconds_add_up_over_runs_even_when_one_is_killed(tmp_path):
+    first = Store(tmp_path, QUICK)
+    time.sleep(0.05)
+    first.finish("machine", {})
+    again = Store(tmp_path, QUICK)
+    assert 0.05 <= again.results["seconds_used"] <= again.seconds_used()
+    time.sleep(0.05)
+    again.finish("data", {})
+    assert Store(tmp_path, QUICK).results["seconds_used"] >= 0.1

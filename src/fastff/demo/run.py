@@ -53,12 +53,7 @@ def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> 
         with stop.watching():
             store = Store(settings.out, settings.identity, restart=restart)
             try:
-                demo = Demo(settings, store, console, stop)
-                try:
-                    demo.run()
-                finally:
-                    used = store.results.get("seconds_used", 0.0)
-                    store.results["seconds_used"] = used + time.perf_counter() - demo.begin
+                Demo(settings, store, console, stop).run()
             except KeyboardInterrupt:
                 console.print("\ninterrupted: writing what there is", style="yellow")
                 conclude(store, console)
@@ -90,7 +85,6 @@ class Demo:
         self.store = store
         self.console = console
         self.stop = stop
-        self.begin = time.perf_counter()
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -203,8 +197,7 @@ class Demo:
 
     def seconds_left(self) -> float:
         """For training and scoring, of what the user gave to the run and its continuations."""
-        used: float = self.store.results.get("seconds_used", 0.0)
-        return self.settings.seconds - used - (time.perf_counter() - self.begin) - REPORT_SECONDS
+        return self.settings.seconds - self.store.seconds_used() - REPORT_SECONDS
 
     def scoring_seconds(self, finetune: dict[str, float]) -> float:
         """Expected seconds of scoring every arm on the unseen sentences."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Store:
     def __init__(self, out: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self.out = out
         self.state = out / "state"
+        self._counted = time.perf_counter()
         self.results: dict[str, Any] = {}
         path = out / "results.json"
         if restart:
@@ -70,9 +72,16 @@ class Store:
         write_atomic(self.out / "results.json", text.encode() + b"\n")
 
     def finish(self, stage: str, content: Any) -> None:
-        """Record a finished stage."""
+        """Record a finished stage, and the seconds used so far, which a killed run would not live to tell."""
+        self.results["seconds_used"] = self.seconds_used()
+        self._counted = time.perf_counter()
         self.results[stage] = content
         self.save()
+
+    def seconds_used(self) -> float:
+        """Of this run and those that it continues, until now."""
+        before: float = self.results.get("seconds_used", 0.0)
+        return before + time.perf_counter() - self._counted
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
