@@ -63,8 +63,9 @@ UNSEEN_CHARACTERS = 36_000  # of each unseen book, for the masked-word loss
 LEARN_SENTENCES = 1000  # labelled sentences of each book to learn from
 UNSEEN_SENTENCES = 250  # labelled sentences of each unseen book
 WORDS = (12, 40)  # shortest and longest labelled sentence
-# Whole words for the common ones: sentences are shorter, so more of them are seen, and a mask is one word. No controlled
-# comparison with smaller vocabularies was made; for the masked-word loss alone, about a hundred pieces may do better.
+# Whole words for the common ones: sentences are shorter, so more of them are seen, and a mask is one word. No
+# controlled comparison with smaller vocabularies was made; for the masked-word loss alone, about a hundred pieces may
+# do better.
 VOCABULARY = 4096
 ALPHABET = 44  # letters, digits and marks; a rarer character is [UNK]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
