@@ -238,3 +238,30 @@ def test_import_is_light():
     heavy = set(eval(done.stdout))
     plain = set(eval(run_python(code.replace("sys, fastff", "sys, torch")).stdout))
     assert heavy <= plain, "importing fastff must not bring in more than torch does"
+
+
+PLAIN = fastff.TreeConfig(in_features=768, out_features=768, depth=11)
+
+
+def test_explain_names_what_the_reference_would_do():
+    explained = fastff.ops.explain(PLAIN, 8, backend="reference")
+    assert (explained.backend, explained.form) == ("reference", "gather")
+    dense = fastff.ops.explain(fastff.TreeConfig(in_features=8, out_features=8, depth=0), 8)
+    assert (dense.backend, dense.form) == ("reference", "dense")
+    assert "depth 0" in str(dense)
+    assert "active_neurons = 12" in str(explained)
+
+
+def test_explain_describes_the_gpu_kernels_without_a_gpu():
+    explained = fastff.ops.explain(PLAIN, 65536, dtype=torch.bfloat16, backend="triton")
+    assert explained.form == "blocked"
+    assert explained.choices["tiles.rows"] == 64
+
+
+def test_explain_refuses_what_cannot_be():
+    with pytest.raises(fastff.BackendUnavailable, match="float64"):
+        fastff.ops.explain(PLAIN, 8, dtype=torch.float64, backend="triton")
+    with pytest.raises(fastff.BackendUnavailable, match="'no-such' is not one of"):
+        fastff.ops.explain(PLAIN, 8, backend="no-such")
+    with pytest.raises(fastff.ShapeError, match="rows -1"):
+        fastff.ops.explain(PLAIN, -1)

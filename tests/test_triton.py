@@ -321,7 +321,12 @@ class TestPlan:
         shape = TreeConfig(in_features=768, out_features=768, depth=11)
         forms = [type(plan.forward_plan(shape, count, 2)) for count in (1, 100, 65536)]
         assert forms == [plan.ScoutPlan, plan.RowsPlan, plan.BlockedPlan]
-        assert "BlockedPlan" in triton_kernels.explain(shape, 65536, torch.bfloat16)
+        explained = [ops.explain(shape, count, dtype=torch.bfloat16, backend="triton") for count in (1, 100, 65536)]
+        assert [e.form for e in explained] == ["scout", "rows", "blocked"]
+        tiles = plan.blocked_plan(shape, 65536, 2).tiles
+        assert explained[2].choices["tiles.rows"] == tiles.rows
+        assert explained[2].choices["stages.1.level"] == 6
+        assert "backward.chunk" in explained[0].choices
 
 
 class TestFitting:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import reference
+from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
 from fastff.tree import TreeConfig
 
@@ -123,6 +124,34 @@ def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
     if why_unavailable_cached(candidate) is None and kernels(candidate).why_not(x, config) is None:
         return candidate
     return "reference"
+
+
+def explain(
+    config: TreeConfig,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """What `forward` would do with `rows` rows of a layer, and why, without running it.
+
+    dtype: of x and the weights; threads: CPU threads, by default torch's number.
+    backend: a name of BACKENDS, which need not be able to run here; None for the one that `forward` would choose on
+    this machine, on its GPU if there is one.
+    Raises BackendUnavailable for an unknown name or a dtype that the backend does not compute; ShapeError for rows < 0.
+    """
+    if rows < 0:
+        raise ShapeError(f"rows {rows} is not at least 0")
+    if backend is not None and backend not in BACKENDS:
+        raise BackendUnavailable(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        backend = resolve(forced[-1] if forced else None, torch.empty(0, dtype=dtype, device=device), config)
+    if backend == "reference":
+        return reference.explain(config, rows)
+    found: Explanation = kernels(backend).explain(config, rows, dtype, threads)
+    return found
 
 
 _unavailable: dict[str, str | None] = {}

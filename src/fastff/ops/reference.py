@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastff.ops.explanation import Explanation
 from fastff.tree import TreeConfig
 
 
@@ -119,6 +120,15 @@ def forward(
     if b_out is not None:
         y = y + torch.einsum("rt,rto->ro", gate[..., -1], b_out[tree, path.leaf])
     return Routed(y, path.leaf, margin_of(path.score))
+
+
+def explain(config: TreeConfig, rows: int) -> Explanation:
+    """Which of the forms above `forward` takes."""
+    if config.depth == 0:
+        form, reason = "dense", "depth 0: every row takes every neuron, which matrix products do best"
+    else:
+        form, reason = "gather", "pure PyTorch gathers the weights of each row's path: the truth, not the fastest form"
+    return Explanation("reference", form, reason, {"rows": rows, "active_neurons": config.active_neurons})
 
 
 def forward_masked(

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastff.errors import BackendUnavailable
+from fastff.ops.explanation import Explanation
 from fastff.tree import TreeConfig
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +42,7 @@ def why_unavailable() -> str | None:
 def why_not(x: Tensor, config: TreeConfig) -> str | None:
     """The reason why these kernels cannot take this input, None if they can."""
     if x.dtype not in _DTYPES:
-        return f"backend 'triton' computes float32, float16 and bfloat16, x is {x.dtype}"
+        return _wrong_dtype(x.dtype)
     if x.device.type != "cuda" and not _interpreted():
         return f"backend 'triton' needs tensors on a CUDA device, x is on {x.device}"
     return None
@@ -104,12 +106,17 @@ def backward(
         return _fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
 
 
-def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> str:
-    """Which kernels and tiles a call with so many rows would use, forward and backward, as text."""
+def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
+    """The kernels and tiles of a call with so many rows; needs no device. `threads` is of no concern here."""
     from fastff.ops.triton_kernels import plan
 
-    forward_plan = plan.forward_plan(config, rows, dtype.itemsize)
-    return f"forward: {forward_plan}\nbackward: {plan.backward_plan(config, rows, dtype.itemsize)}"
+    if dtype not in _DTYPES:
+        raise BackendUnavailable(_wrong_dtype(dtype))
+    return plan.explain(config, rows, dtype)
+
+
+def _wrong_dtype(dtype: torch.dtype) -> str:
+    return f"backend 'triton' computes float32, float16 and bfloat16, x is {dtype}"
 
 
 _Result = TypeVar("_Result")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+
+from fastff.ops.explanation import Explanation
 from fastff.tree import TreeConfig
 
 
@@ -78,6 +81,9 @@ class BackwardPlan:
     chunk: int
     tiles: Tiles
     outer_tiles: Tiles
+
+
+ForwardPlan = ScoutPlan | RowsPlan | BlockedPlan
 
 
 def rows_plan(config: TreeConfig, rows: int) -> RowsPlan:
@@ -223,18 +229,47 @@ def scout_plan(config: TreeConfig) -> ScoutPlan | None:
     )
 
 
-def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ScoutPlan | RowsPlan | BlockedPlan:
+def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ForwardPlan:
     """The form that was faster where it was measured: on an H200, in bf16 (results/gpu)."""
-    scout = scout_plan(config)
-    if scout is not None and rows <= (4 if config.in_features > 2048 else 8):
-        return scout
+    return _forward_choice(config, rows, itemsize)[0]
+
+
+def _forward_choice(config: TreeConfig, rows: int, itemsize: int) -> tuple[ForwardPlan, str]:
+    """The plan, and why it was chosen."""
+    scout, handful = scout_plan(config), 4 if config.in_features > 2048 else 8
+    if scout is not None and rows <= handful:
+        return scout, f"at most {handful} rows of one tree: scoring whole blocks of levels hides their loads' latency"
     # Rows and blocks met at 8192 rows of 12 neurons; what a row costs alone grows with its neurons.
-    work = rows * config.trees * (config.path_scores + config.depth * config.node_output + config.leaf_width) // 2
-    if work < 8192 * 12:
-        return rows_plan(config, rows)
+    neurons = config.trees * (config.path_scores + config.depth * config.node_output + config.leaf_width) // 2
+    work, enough = rows * neurons, 8192 * 12
+    if work < enough:
+        why = f"{rows} rows of {neurons} neurons are fewer than the {enough} from which sorting rows by node pays"
+        return rows_plan(config, rows), why
     blocked = blocked_plan(config, rows, itemsize)
     bits = max((s.level * s.joint for s in blocked.stages), default=0)
-    return blocked if max(bits, blocked.level * blocked.joint) <= MOST_BITS else rows_plan(config, rows)
+    if max(bits, blocked.level * blocked.joint) > MOST_BITS:
+        return rows_plan(config, rows), f"the tree would need more than 2**{MOST_BITS} groups of rows"
+    return blocked, f"{rows} rows of {neurons} neurons are enough to sort by node and use matrix products"
+
+
+def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> Explanation:
+    """The kernels and tiles of a call with so many rows; those of its backward pass are prefixed `backward.`."""
+    chosen, reason = _forward_choice(config, rows, dtype.itemsize)
+    choices = _sizes(chosen) | _sizes(backward_plan(config, rows, dtype.itemsize), "backward.")
+    return Explanation("triton", type(chosen).__name__.removesuffix("Plan").lower(), reason, choices)
+
+
+def _sizes(value: Any, prefix: str = "") -> dict[str, int | float | str]:
+    """The fields of a plan, those of its tiles and stages after a dot."""
+    if isinstance(value, tuple):
+        parts: list[tuple[str, Any]] = [(f"{index}", part) for index, part in enumerate(value)]
+    else:
+        parts = list(vars(value).items())
+    sizes: dict[str, int | float | str] = {}
+    for name, part in parts:
+        nested = isinstance(part, (tuple, Tiles, Stage))
+        sizes |= _sizes(part, f"{prefix}{name}.") if nested else {f"{prefix}{name}": part}
+    return sizes
 
 
 AnyPlan = TypeVar("AnyPlan", BlockedPlan, BackwardPlan)
