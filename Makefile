@@ -4,13 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check format bench setup wheel clean
+CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
+
+.PHONY: demo test sanitize check format bench setup wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of the C++ core against a build of it that stops at the first error of memory or undefined behaviour. Leaks of
+# the interpreter would drown the core's, so they are not looked for here.
+sanitize: setup
+	$(CMAKE) -S . -B build/sanitize -DFASTFF_SANITIZE=address,undefined
+	$(CMAKE) --build build/sanitize --parallel $$(nproc)
+	FASTFF_LIBRARY=$(CURDIR)/build/sanitize/libfastff.so OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py
 
 check: setup
 	$(BIN)/ruff format --check .

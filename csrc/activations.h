@@ -25,9 +25,9 @@ inline float exp_(float x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  int32_t bits;
+  uint32_t bits;  // unsigned: the high bits of `shifted` are meant to fall out of the shift
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000;  // the low bits of `shifted` hold k
+  bits = (bits << 23) + 0x3f800000u;  // the low bits of `shifted` hold k
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x != x ? x : p * scale;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,11 @@ def _c_tree(config: TreeConfig) -> _Tree:
 
 
 def _find_library() -> Path:
+    """The library's file: the one that FASTFF_LIBRARY names in the environment (another build, say one with
+    sanitizers), else the one beside the package."""
+    named = os.environ.get("FASTFF_LIBRARY")
+    if named:
+        return Path(named)
     import fastff
 
     # An editable install keeps the Python in src/ and the library in site-packages: both are on the package's path.
