@@ -30,17 +30,72 @@ void need_in(const char* name, int64_t value, int64_t low, int64_t high) {
 constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxSize = int64_t{1} << 46;
 
-// Byte ranges, for refusing outputs that overlap inputs.
-struct Range {
+// A caller's array: what is checked about it before a kernel trusts it.
+struct Array {
   const char* name;
   const void* data;
   int64_t bytes;
+  int64_t element = 1;
 };
-void need_disjoint(std::initializer_list<Range> outputs, const Range& input) {
-  for (const Range& out : outputs) {
-    const auto p = reinterpret_cast<uintptr_t>(out.data), q = reinterpret_cast<uintptr_t>(input.data);
-    if (p && q && p < q + input.bytes && q < p + out.bytes) refuse(std::string(out.name) + " overlaps " + input.name);
+using Arrays = std::initializer_list<Array>;
+
+template <class E>
+Array array(const char* name, const E* data, int64_t elements) {
+  return {name, data, elements * static_cast<int64_t>(sizeof(E)), static_cast<int64_t>(sizeof(E))};
+}
+
+void need_aligned(Arrays arrays) {
+  for (const Array& a : arrays)
+    if (reinterpret_cast<uintptr_t>(a.data) % a.element)
+      refuse(std::string(a.name) + " is not aligned to its elements of " + std::to_string(a.element) + " bytes");
+}
+
+bool overlap(const Array& a, const Array& b) {
+  const auto p = reinterpret_cast<uintptr_t>(a.data), q = reinterpret_cast<uintptr_t>(b.data);
+  return p && q && p < q + b.bytes && q < p + a.bytes;
+}
+void need_disjoint(Arrays outputs, Arrays inputs) {
+  for (auto out = outputs.begin(); out != outputs.end(); ++out) {
+    for (const Array& in : inputs)
+      if (overlap(*out, in)) refuse(std::string(out->name) + " overlaps " + in.name);
+    for (auto other = outputs.begin(); other != out; ++other)
+      if (overlap(*out, *other)) refuse(std::string(out->name) + " overlaps " + other->name);
   }
+}
+
+// So that no later product of sizes overflows.
+void need_rows(const Tree& tree, int64_t rows) {
+  need_in("rows", rows, 0, kMaxRows);
+  const double widest = std::max({static_cast<double>(tree.in_features), static_cast<double>(tree.out_features),
+                                  static_cast<double>(tree.trees) * static_cast<double>(tree.path_scores() + 1)});
+  need(static_cast<double>(rows) * widest * sizeof(double) < kAddressable, "rows need more memory than can be addressed");
+}
+
+template <class T>
+Array w_in_array(const Tree& tree, const char* name, const T* data) {
+  return array(name, data, tree.trees * tree.in_rows() * tree.in_features);
+}
+template <class T>
+Array b_in_array(const Tree& tree, const char* name, const T* data) {
+  return array(name, data, tree.trees * tree.in_rows());
+}
+template <class T>
+Array w_out_array(const Tree& tree, const char* name, const T* data) {
+  return array(name, data, tree.trees * tree.out_rows() * tree.out_features);
+}
+template <class T>
+Array b_out_array(const Tree& tree, const char* name, const T* data) {
+  return array(name, data, tree.trees * tree.leaves() * tree.out_features);
+}
+
+// What the outputs of a forward must not overlap: x and, where the caller still owns them, the weights.
+template <class T>
+void need_outputs(const Tree& tree, int64_t rows, const Forward<T>& out, Arrays inputs) {
+  const Array y = array("y", out.y, rows * tree.out_features), leaf = array("leaf", out.leaf, rows * tree.trees),
+              margin = array("margin", out.margin, rows),
+              scores = array("scores", out.scores, rows * tree.trees * tree.path_scores());
+  need_aligned({y, leaf, margin, scores});
+  need_disjoint({y, leaf, margin, scores}, inputs);
 }
 
 template <class T>
@@ -48,9 +103,12 @@ int32_t forward_plain(const fastff_tree* given, const T* w_in, const T* b_in, co
                       int64_t rows, const Forward<T>& out, int threads) {
   return guarded([&] {
     const Tree tree = checked(given);
-    need(w_in && w_out, "w_in and w_out must not be NULL");
-    need(!b_out || !tree.node_output, "b_out must be NULL with node_output = 1");
+    need_rows(tree, rows);
+    need_weights(tree, w_in, b_in, w_out, b_out);
+    need_outputs(tree, rows, out, {w_in_array(tree, "w_in", w_in), b_in_array(tree, "b_in", b_in),
+                                          w_out_array(tree, "w_out", w_out), b_out_array(tree, "b_out", b_out)});
     std::vector<View<T>> views;
+    views.reserve(tree.trees);
     for (int64_t t = 0; t < tree.trees; ++t) views.push_back(plain_view(tree, t, w_in, b_in, w_out, b_out));
     forward_rows(tree, views.data(), x, rows, out, threads);
   });
@@ -122,12 +180,24 @@ int32_t backward_plain(const fastff_tree* given, const T* w_in, const T* w_out, 
                        int threads) {
   return guarded([&] {
     const Tree tree = checked(given);
-    need_in("rows", rows, 0, kMaxRows);
-    need(w_in && w_out, "w_in and w_out must not be NULL");
+    need_rows(tree, rows);
+    need_weights<T>(tree, w_in, nullptr, w_out, b_out);
     need(rows == 0 || (x && grad_y && leaf && scores), "x, grad_y, leaf and scores must not be NULL");
-    const int64_t in = rows * tree.in_features * sizeof(T), out = rows * tree.out_features * sizeof(T);
-    need_disjoint({{"grad_x", grad.x, in}}, {"x", x, in});
-    need_disjoint({{"grad_x", grad.x, in}}, {"grad_y", grad_y, out});
+    need(!grad.b_out || !tree.node_output, "grad_b_out must be NULL with node_output = 1");
+    const Arrays inputs = {w_in_array(tree, "w_in", w_in),
+                           w_out_array(tree, "w_out", w_out),
+                           b_out_array(tree, "b_out", b_out),
+                           array("x", x, rows * tree.in_features),
+                           array("grad_y", grad_y, rows * tree.out_features),
+                           array("leaf", leaf, rows * tree.trees),
+                           array("scores", scores, rows * tree.trees * tree.path_scores())};
+    const Arrays outputs = {array("grad_x", grad.x, rows * tree.in_features), w_in_array(tree, "grad_w_in", grad.w_in),
+                            b_in_array(tree, "grad_b_in", grad.b_in), w_out_array(tree, "grad_w_out", grad.w_out),
+                            b_out_array(tree, "grad_b_out", grad.b_out)};
+    need_aligned(outputs);
+    need_aligned(inputs);
+    need_disjoint(outputs, inputs);
+    for (int64_t i = 0; i < rows * tree.trees; ++i) need_in("leaf", leaf[i], 0, tree.leaves() - 1);
     backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, threads);
   });
 }
@@ -171,6 +241,14 @@ Tree checked(const fastff_tree* t) {
 }
 
 template <class T>
+void need_weights(const Tree& tree, const T* w_in, const T* b_in, const T* w_out, const T* b_out) {
+  need(w_in && w_out, "w_in and w_out must not be NULL");
+  need(!b_out || !tree.node_output, "b_out must be NULL with node_output = 1");
+  need_aligned({array("w_in", w_in, 0), array("b_in", b_in, 0), array("w_out", w_out, 0), array("b_out", b_out, 0)});
+}
+template void need_weights(const Tree&, const float*, const float*, const float*, const float*);
+
+template <class T>
 View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, const T* w_out, const T* b_out) {
   View<T> v{};
   v.node_in = w_in + t * tree.in_rows() * tree.in_features;
@@ -191,15 +269,11 @@ template View<double> plain_view(const Tree&, int64_t, const double*, const doub
 template <class T>
 void forward_rows(const Tree& tree, const View<T>* views, const T* x, int64_t rows, const Forward<T>& out,
                   int threads) {
-  need_in("rows", rows, 0, kMaxRows);
+  need_rows(tree, rows);
   if (rows == 0) return;
   need(x && out.y, "x and y must not be NULL");
-  const int64_t size = sizeof(T);
-  need_disjoint({{"y", out.y, rows * tree.out_features * size},
-                 {"leaf", out.leaf, rows * tree.trees * 8},
-                 {"margin", out.margin, rows * size},
-                 {"scores", out.scores, rows * tree.trees * tree.path_scores() * size}},
-                {"x", x, rows * tree.in_features * size});
+  need_aligned({array("x", x, 0)});
+  need_outputs(tree, rows, out, {array("x", x, rows * tree.in_features)});
   parallel(rows, kRowsAPiece, threads,
            [&](int64_t begin, int64_t end) { kernels<T>().forward(tree, views, x, begin, end, out); });
 }

@@ -13,7 +13,11 @@
  *   leaf  [rows][trees]            leaf index reached, int64
  *   margin[rows]                   smallest |score| that decided a turn; infinity without turns
  *   scores[rows][trees][depth + in rows of a leaf]
- * Outputs must not overlap inputs or each other. Optional outputs may be NULL.
+ * Arrays must be aligned to their elements; outputs must not overlap inputs or each other. Optional outputs may be NULL.
+ * What can be checked is checked: sizes, NULL, alignment, overlap and the leaves given to a backward.
+ *
+ * threads: at most how many work on the call (1024 and more are the same); 0 or less means one for each processor.
+ * rows: 0 to 2^31 - 1.
  *
  * Every function returns FASTFF_OK or an error whose text fastff_error() gives (per thread, until the next call).
  * Source of the layer: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
@@ -110,6 +114,7 @@ FASTFF_API int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, c
 FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,
                                      const float* b_out);
 
+/* Memory of the pack in bytes; 0 for NULL. */
 FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);
 
 /* From now on compare one weight of each array with its packed copy at every forward, and return FASTFF_STALE if they
@@ -124,6 +129,7 @@ FASTFF_API int32_t fastff_infer_f32(const fastff_packed* packed, const float* x,
 FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* x, int64_t rows, float* y,
                                              int64_t* leaf, float* margin, int32_t threads);
 
+/* NULL is allowed. */
 FASTFF_API void fastff_packed_free(fastff_packed* packed);
 
 #ifdef __cplusplus

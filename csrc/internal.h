@@ -35,6 +35,10 @@ void set_parallel_for(fastff_parallel_for host);
 // Checks a caller's tree. Throws std::invalid_argument naming the value seen and the one expected.
 Tree checked(const fastff_tree* tree);
 
+// Likewise a caller's weights: present, aligned, and a bias of the leaves only where leaves have one.
+template <class T>
+void need_weights(const Tree& tree, const T* w_in, const T* b_in, const T* w_out, const T* b_out);
+
 template <class T>
 View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, const T* w_out, const T* b_out);
 

@@ -1,6 +1,7 @@
 // A copy of a layer's weights for inference: the rows of a neuron side by side, in one buffer on huge pages.
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include <sys/mman.h>
@@ -111,12 +112,23 @@ struct fastff_packed {
   static bool differ(float a, float b) { return std::memcmp(&a, &b, sizeof a) != 0; }
 };
 
+namespace {
+
+void need_not_null(const void* pointer) {
+  if (!pointer) throw std::invalid_argument("packed must not be NULL");
+}
+
+}  // namespace
+
 extern "C" {
 
 int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
                         const float* b_out, fastff_packed** packed) {
   return guarded([&] {
-    auto fresh = std::make_unique<fastff_packed>(checked(tree));
+    need_not_null(packed);
+    const Tree valid = checked(tree);
+    need_weights(valid, w_in, b_in, w_out, b_out);
+    auto fresh = std::make_unique<fastff_packed>(valid);
     fresh->fill(w_in, b_in, w_out, b_out);
     *packed = fresh.release();
   });
@@ -125,23 +137,28 @@ int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float*
 int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,
                           const float* b_out) {
   return guarded([&] {
+    need_not_null(packed);
+    need_weights(packed->tree, w_in, b_in, w_out, b_out);
     packed->fill(w_in, b_in, w_out, b_out);
   });
 }
 
-int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed->bytes; }
+int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed ? packed->bytes : 0; }
 
 int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out) {
-  packed->watched_in = w_in;
-  packed->watched_out = w_out;
-  return FASTFF_OK;
+  return guarded([&] {
+    need_not_null(packed);
+    packed->watched_in = w_in;
+    packed->watched_out = w_out;
+  });
 }
 
 int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* x, int64_t rows, float* y, int64_t* leaf,
                                   float* margin, int32_t threads) {
-  if (packed->watched_in && packed->watched_out && !packed->matches(packed->watched_in, packed->watched_out))
+  if (packed && packed->watched_in && packed->watched_out && !packed->matches(packed->watched_in, packed->watched_out))
     return FASTFF_STALE;
   return guarded([&] {
+    need_not_null(packed);
     forward_rows<float>(packed->tree, packed->views.data(), x, rows, {y, leaf, margin, nullptr}, threads);
   });
 }

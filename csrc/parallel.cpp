@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -14,6 +15,8 @@
 
 namespace fastff {
 namespace {
+
+constexpr int kMostThreads = 1024;
 
 std::atomic<fastff_parallel_for> host_pool{nullptr};
 thread_local bool inside_pool = false;
@@ -27,8 +30,13 @@ inline void relax() {
 // Workers wait for a new generation of work; every worker takes pieces from a shared counter.
 class Pool {
  public:
+  // With fewer workers where the system gives no more threads: then each takes more pieces.
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+    threads_.reserve(workers);
+    try {
+      while (static_cast<int>(threads_.size()) < workers) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+    }
   }
   ~Pool() {
     stop_ = true;
@@ -123,7 +131,7 @@ void run_on_own_pool(int64_t pieces, int threads, const std::function<void(int64
 void set_parallel_for(fastff_parallel_for host) { host_pool = host; }
 
 int resolved_threads(int threads) {
-  return threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return threads > 0 ? std::min(threads, kMostThreads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 void run_pieces(int64_t n, int64_t pieces, int threads, const std::function<void(int64_t, int64_t)>& piece) {
