@@ -19,14 +19,15 @@ from torch import nn
 
 from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus
-from fastff.demo.interrupt import Stop
 from fastff.demo.report import render
 from fastff.demo.run import run_demo
 from fastff.demo.settings import ARMS, DENSE, Settings, equal_work
 from fastff.demo.store import DemoError, Store, write_atomic
 from fastff.demo.summary import missing_parts, paired, recovered_gap, summarise
 from fastff.demo.terminal import print_summary
-from fastff.demo.train import Job, masked_word_model, start_batches, train, triangle
+from fastff.demo.train import WARM_UP, Job, masked_word_model, start_batches, train
+from fastff.training.interrupt import Stop
+from fastff.training.schedule import triangle
 
 SOURCE = Path(__file__).parents[1] / "src"
 QUICK = {"seconds": 270.0, "seed": 0, "quick": True}
@@ -221,7 +222,7 @@ def test_a_loss_that_is_not_a_number_is_a_failure(tmp_path):
 
 
 def test_the_rate_rises_and_falls():
-    shape = [triangle(step, 100) for step in range(100)]
+    shape = [triangle((step + 1) / 101, WARM_UP) for step in range(100)]
     peak = shape.index(max(shape))
     assert 10 < peak < 20
     assert all(0 < value <= 1 for value in shape)

@@ -4,12 +4,18 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
 
 from fastff import FFF, ShapeError, ops
-from fastff.models import UltraFastBertForMaskedLM, UltraFastBertForSequenceClassification, UltraFastBertModel
+from fastff.models import (
+    UltraFastBertForCausalLM,
+    UltraFastBertForMaskedLM,
+    UltraFastBertForSequenceClassification,
+    UltraFastBertModel,
+)
 from fastff.models.ultrafastbert.modeling import sinusoids
 from model_cases import FEEDFORWARDS, small_batch, small_config
 
@@ -334,3 +340,28 @@ def test_fill_mask_pipeline(tmp_path):
     assert best["token_str"] == "cat"
     assert best["score"] > 0.5
     assert len(fill(["the [MASK]", "a cat sat on the [MASK]"])) == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_causal_model_does_not_see_what_comes(attention):
+    model = shaken(build(UltraFastBertForCausalLM, is_decoder=True, attn_implementation=attention))
+    input_ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = model(input_ids).logits
+    input_ids[:, 5] = 7
+    after = model(input_ids).logits
+    assert torch.equal(after[:, :5], before[:, :5])
+    assert not torch.equal(after[:, 6:], before[:, 6:])
+    loss = model(input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, F.cross_entropy(after[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
+
+
+def test_a_causal_model_and_a_masked_one_are_not_taken_for_each_other(tmp_path):
+    with pytest.raises(ValueError, match="UltraFastBertForCausalLM needs True"):
+        build(UltraFastBertForCausalLM)
+    with pytest.raises(ValueError, match="a masked-word model needs False"):
+        build(is_decoder=True)
+    model = build(UltraFastBertForCausalLM, is_decoder=True)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    input_ids = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)

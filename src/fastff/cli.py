@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +116,103 @@ def convert(
             raise typer.Exit(1) from error
     console.print(summary(record), markup=False)
     console.print(f"wrote {out} and {out / 'report' / 'index.html'}", markup=False)
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints, model and result.json; an equal run goes on.")],
+    text: Annotated[
+        list[str], typer.Option(help="File, directory, or datasets:NAME[:CONFIG[:SPLIT]]; may be repeated.")
+    ],
+    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
+    feedforward: Annotated[str, typer.Option(help="A name of `fastff variants`, narrow:NAME, or JSON.")] = "dense-gelu",
+    objective: Annotated[str, typer.Option(help="masked or causal.")] = "masked",
+    steps: Annotated[int | None, typer.Option(help="Budget in optimiser steps.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds, over all continuations.")] = None,
+    valid: Annotated[list[str] | None, typer.Option(help="Held-out text; default: the end of the text.")] = None,
+    valid_windows: Annotated[int, typer.Option(min=1, help="Windows that are held out.")] = 256,
+    column: Annotated[str, typer.Option(help="Text column of tables.")] = "text",
+    batch: Annotated[int | None, typer.Option(help="Rows of a step, all processes together.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows of one forward pass.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warm_up: Annotated[float, typer.Option(help="Share of the budget in which the rate rises.")] = 0.15,
+    ramp: Annotated[float, typer.Option(help="Share of the budget in which the batch grows.")] = 0.3,
+    tokenizer: Annotated[str | None, typer.Option(help="Directory, file or hub name; default: train one.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Entries of a tokenizer that is trained.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of tokenizer and tokens, to share between runs.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read no more of the text.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, order and masks.")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    log_every: Annotated[int, typer.Option(help="Steps between points of the loss curve.")] = 10,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between scores on held-out text.")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep.")] = 2,
+    piece_seconds: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs.")] = False,
+    cpu: Annotated[bool, typer.Option(help="Use the CPU even if there is a GPU.")] = False,
+    layer: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of LayerTraining; may be repeated.")] = None,
+) -> None:
+    """Pretrain a model on your text; Ctrl-C leaves a checkpoint, the same command goes on."""
+    from fastff.training.pretrain import Settings
+    from fastff.training.pretrain import pretrain as run
+    from fastff.training.routing import layer_training
+
+    options = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
+    with _errors_as_messages(), _training_progress("pretrain") as (report, progress):
+        options |= {"text": tuple(text), "valid": tuple(valid or ()), "layer": layer_training(layer or [])}
+        record = run(Settings(**options), report=report, progress=progress)
+    cost = record["cost"]
+    neurons = f"{cost['active_neurons']} of {cost['neurons']} neurons"
+    console.print(f"{cost['layer']}: {neurons}, {cost['flops']} FLOP a token and layer")
+    done = "finished" if record["finished"] else "stopped; the same command goes on"
+    loss = f"held-out loss {record['valid_loss']:.4f} after {record['steps']} steps and {record['tokens']} tokens"
+    console.print(f"{done}: {loss}, {record['seconds']} s; {out}", markup=False)
+
+
+@app.command()
+def variants(preset: Annotated[str, typer.Argument(help="tiny, small or base.")] = "base") -> None:
+    """List the feedforwards of a preset with what a token costs in each."""
+    from fastff.training.presets import NARROW, VARIANTS, costs, preset_of
+
+    with _errors_as_messages():
+        trees = [name for name, variant in VARIANTS.items() if "depth" in variant.options]
+        found = costs(preset_of(preset), (*VARIANTS, *(f"{NARROW}{name}" for name in trees)))
+    dense = next(cost for cost in found if cost.name == "dense-gelu")
+    table = Table("name", "layer", "active / stored neurons", "FLOP a token", "of dense", "whole model, of dense")
+    for c in found:
+        shares = f"{c.flops / dense.flops:.2%}", f"{c.model_flops / dense.model_flops:.1%}"
+        table.add_row(c.name, c.layer, f"{c.active_neurons} / {c.neurons}", f"{c.flops:,}", *shares)
+    console.print(table)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What the user can put right is said in one line."""
+    from fastff.errors import FastffError
+
+    try:
+        yield
+    except (FastffError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _training_progress(what: str) -> Iterator[tuple[Callable[[int, float, float], None], Callable[[str, int], None]]]:
+    """report(step, loss, progress) and progress(what, count), which move a bar; only the first process shows it."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeRemainingColumn())
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, disable=not first) as bars:
+        task = bars.add_task(what, total=1.0)
+
+        def report(step: int, loss: float, progress: float) -> None:
+            bars.update(task, completed=progress, description=f"{what}: step {step}, loss {loss:.3f}")
+
+        yield report, lambda kind, count: bars.update(task, description=f"reading: {count:,} {kind}")
 
 
 def main() -> None:

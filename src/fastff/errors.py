@@ -15,3 +15,7 @@ class BackendUnavailable(FastffError, RuntimeError):
 
 class CheckpointError(FastffError, ValueError):
     """A checkpoint with a missing, extra, misshapen or unreadable tensor, or of an unknown layout."""
+
+
+class TrainingError(FastffError, RuntimeError):
+    """Training cannot start or go on: unusable text, settings that do not fit, a loss not finite, a full disk."""

@@ -25,7 +25,6 @@ from fastff.demo import train
 from fastff.demo.authors import bag_of_words, score
 from fastff.demo.data import Corpus, manifest
 from fastff.demo.explain import fill
-from fastff.demo.interrupt import Stop
 from fastff.demo.report import write_report
 from fastff.demo.settings import Arm, Settings
 from fastff.demo.store import DemoError, Store
@@ -33,6 +32,7 @@ from fastff.demo.summary import missing_parts, summarise
 from fastff.demo.terminal import print_summary
 from fastff.inspect import collect
 from fastff.ops import available_backends
+from fastff.training.interrupt import Stop
 
 SPEED_ROWS = (1, 128, 1024)
 REPORT_SECONDS = 8.0  # kept for the charts and the report

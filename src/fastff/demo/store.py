@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastff.errors import FastffError
+from fastff.training.files import replace_file
 
 SCHEMA = 1
 
@@ -27,22 +26,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     Raises DemoError when it cannot be written; the old file is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda file: file.write(content))
     except OSError as error:
         raise DemoError(
             f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
         ) from error
-    finally:
-        # Tidying up after a failed write may fail for the reason that has just been reported.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class Store:

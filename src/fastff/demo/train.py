@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus, Sentences, batches_by_length, pad
-from fastff.demo.interrupt import Stop
 from fastff.demo.settings import Arm
 from fastff.demo.store import Store
 from fastff.layers import FFF
@@ -24,6 +23,8 @@ from fastff.models import (
     UltraFastBertForSequenceClassification,
 )
 from fastff.training.data import IGNORED
+from fastff.training.interrupt import Stop
+from fastff.training.schedule import triangle
 
 Batch = dict[str, Tensor]
 CHECKPOINT_SECONDS = 10.0
@@ -121,7 +122,7 @@ def train(job: Job, model: nn.Module, store: Store, stop: Stop, report: Callable
 def _step(job: Job, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, the same after a break
     for group in optimizer.param_groups:
-        group["lr"] = job.rate * triangle(step, job.steps)
+        group["lr"] = job.rate * triangle((step + 1) / (job.steps + 1), WARM_UP)
     batch = job.batch(step)
     loss = model(**batch).loss
     value = float(loss.detach())
@@ -132,12 +133,6 @@ def _step(job: Job, step: int, model: nn.Module, optimizer: torch.optim.Optimize
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return value, batch["input_ids"].numel()
-
-
-def triangle(step: int, steps: int) -> float:
-    """Share of the peak learning rate: up in a straight line, down in another, never quite zero."""
-    done = (step + 1) / (steps + 1)
-    return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
 def _restore(state: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastff.layers import FFF, Usage
@@ -43,10 +42,7 @@ class Routing:
 
 def heap_counts(leaf_counts: Tensor) -> Tensor:
     """Visits of every node (trees, 2 * leaves - 1) in heap order from visits of the leaves (trees, leaves)."""
-    levels = [leaf_counts]
-    while levels[0].shape[1] > 1:
-        levels.insert(0, levels[0].unflatten(1, (-1, 2)).sum(2))
-    return torch.cat(levels, 1)
+    return Usage.of(leaf_counts).visits
 
 
 def collect(model: nn.Module, run: Callable[[], object]) -> dict[str, Routing]:

@@ -3,13 +3,20 @@
 `import fastff` alone does not import this module: it needs the extra `models`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from fastff.models.converted import ConvertedConfig, ConvertedFeedforward, make_converted, register
 from fastff.models.feedforward import DenseFeedforward, build_feedforward
 from fastff.models.ultrafastbert.checkpoint import convert_published
 from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
 from fastff.models.ultrafastbert.modeling import (
+    UltraFastBertForCausalLM,
     UltraFastBertForMaskedLM,
     UltraFastBertForSequenceClassification,
     UltraFastBertModel,
@@ -20,6 +27,7 @@ __all__ = [
     "ConvertedFeedforward",
     "DenseFeedforward",
     "UltraFastBertConfig",
+    "UltraFastBertForCausalLM",
     "UltraFastBertForMaskedLM",
     "UltraFastBertForSequenceClassification",
     "UltraFastBertModel",
@@ -31,6 +39,7 @@ __all__ = [
 AutoConfig.register(UltraFastBertConfig.model_type, UltraFastBertConfig)
 AutoConfig.register(CrammedBertConfig.model_type, CrammedBertConfig)
 AutoModel.register(UltraFastBertConfig, UltraFastBertModel)
+AutoModelForCausalLM.register(UltraFastBertConfig, UltraFastBertForCausalLM)
 AutoModelForMaskedLM.register(UltraFastBertConfig, UltraFastBertForMaskedLM)
 AutoModelForSequenceClassification.register(UltraFastBertConfig, UltraFastBertForSequenceClassification)
 register()

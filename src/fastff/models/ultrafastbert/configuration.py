@@ -35,6 +35,7 @@ class UltraFastBertConfig(PreTrainedConfig):
     pooler              what a sequence classifier reads: "masked_avg", the mean over the unpadded positions; "avg",
                         over all positions, padding included, as published; "zero_index", the first position
     head_dim            width of the pooler's output
+    is_decoder          attention looks to the left only, as UltraFastBertForCausalLM needs
 
     Raises ShapeError (a ValueError) for a size and ValueError for another value out of range.
     """
@@ -61,6 +62,7 @@ class UltraFastBertConfig(PreTrainedConfig):
     sparse_prediction: bool = False
     pooler: str = "masked_avg"
     head_dim: int = 1024
+    is_decoder: bool = False
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -18,9 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
@@ -89,14 +94,16 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over both directions. `qkv.weight` holds all q rows, all k rows, all v rows."""
+    """Multi-head self-attention, over both directions unless `config.is_decoder`.
 
-    is_causal = False
+    `qkv.weight` holds all q rows, all k rows, all v rows.
+    """
 
     def __init__(self, config: UltraFastBertConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.config = config
+        self.is_causal = config.is_decoder
         self.heads = config.num_attention_heads
         self.scaling = (width // self.heads) ** -0.5
         self.dropout = config.attention_probs_dropout_prob
@@ -161,7 +168,7 @@ class Pooler(nn.Module):
 
 
 class UltraFastBertPreTrainedModel(PreTrainedModel):
-    """What the three models share: initialisation and strict loading."""
+    """What the models share: initialisation and strict loading."""
 
     config: UltraFastBertConfig
     config_class = UltraFastBertConfig
@@ -263,7 +270,10 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
             )
 
         hidden = self.embeddings(words)
-        mask = create_bidirectional_mask(self.config, hidden, attention_mask)
+        if self.config.is_decoder:
+            mask = create_causal_mask(self.config, hidden, attention_mask, None)
+        else:
+            mask = create_bidirectional_mask(self.config, hidden, attention_mask)
         states, attentions = [hidden], []
         for layer in self.layers:
             hidden, weights = layer(hidden, mask)
@@ -277,7 +287,7 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
         )
 
 
-class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
+class _WithDecoder(UltraFastBertPreTrainedModel):
     """The encoder with a decoder tied to the word embedding, without head transform."""
 
     _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}  # noqa: RUF012
@@ -293,6 +303,15 @@ class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
+
+
+class UltraFastBertForMaskedLM(_WithDecoder):
+    """The encoder with a decoder that fills in masked words. Raises ValueError for `config.is_decoder`."""
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        if config.is_decoder:
+            raise ValueError("is_decoder True is for UltraFastBertForCausalLM; a masked-word model needs False")
+        super().__init__(config)
 
     @can_return_tuple
     def forward(
@@ -332,6 +351,51 @@ class UltraFastBertForMaskedLM(UltraFastBertPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
         return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+
+class UltraFastBertForCausalLM(_WithDecoder):
+    """The stack as a left-to-right language model. Raises ValueError unless `config.is_decoder`.
+
+    It keeps no cache of keys and values and does not generate: it is here to train and to score.
+    """
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        if not config.is_decoder:
+            raise ValueError("is_decoder False is for a masked-word model; UltraFastBertForCausalLM needs True")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **loss_options: Any,
+    ) -> CausalLMOutput:
+        """Logits (batch, length, vocab_size) and, with labels, the mean cross-entropy (nats) of each next token.
+
+        labels  (batch, length) int64, usually input_ids themselves: the shift by one is made here; -100 counts nothing
+        Other arguments as for UltraFastBertForMaskedLM.
+        """
+        encoded = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.decoder(encoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
+        return CausalLMOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of the demo's choosing."""
+"""Ctrl-C at a moment of the program's choosing."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class Stop:
             yield
         finally:
             self._deferring = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a Ctrl-C is waiting to be obeyed."""
+        return self._asked
 
     def check(self) -> None:
         if self._asked:

@@ -1,0 +1,93 @@
+"""Checkpoints of a run: written beside, brought to the disk, renamed; so the last good one survives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fastff.errors import TrainingError
+from fastff.training.files import read_json, sync, write_json
+
+PARTIAL = ".partial"
+SETTINGS = "settings.json"
+_PREFIX = "checkpoint-"
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return out / f"{_PREFIX}{step}"
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The checkpoint with the most steps, None if there is none."""
+    found = {int(path.name.removeprefix(_PREFIX)): path for path in out.glob(f"{_PREFIX}*") if path.name[11:].isdigit()}
+    return found[max(found)] if found else None
+
+
+def save(
+    out: Path, step: int, write: Callable[[Path], object], *, keep: int, leader: bool, meet: Callable[[], object]
+) -> None:
+    """Make `out`/checkpoint-STEP of what `write(folder)` leaves in a folder, then drop all but the newest `keep`.
+
+    Called by all processes of a run; `leader` is one of them, `meet` waits for all. Raises TrainingError if a write
+    failed here: what was there before is then unchanged.
+    """
+    target, partial = checkpoint_path(out, step), out / PARTIAL
+    if leader:
+        shutil.rmtree(partial, ignore_errors=True)
+    meet()
+    try:
+        folder = partial / target.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder)
+        meet()
+        if leader:
+            _publish(folder, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if leader:
+            shutil.rmtree(partial, ignore_errors=True)
+        good = last_checkpoint(out)
+        raise TrainingError(
+            f"cannot save the checkpoint of step {step}: {error}; the last good one is {good or 'none'}"
+        ) from error
+    if leader:
+        partial.rmdir()
+        _drop_old(out, keep)
+    meet()
+
+
+def _publish(folder: Path, target: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    if target.exists():  # the same step, saved by an earlier run
+        shutil.rmtree(target)
+    os.replace(folder, target)
+    sync(target.parent)
+
+
+def _drop_old(out: Path, keep: int) -> None:
+    steps = sorted(int(path.name.removeprefix(_PREFIX)) for path in out.glob(f"{_PREFIX}*") if path.name[11:].isdigit())
+    for step in steps[:-keep]:
+        shutil.rmtree(checkpoint_path(out, step))
+
+
+def check_identity(out: Path, identity: dict[str, Any]) -> None:
+    """Write what a run is, or raise TrainingError if `out` holds another one: naming each difference."""
+    path = out / SETTINGS
+    if not path.is_file():
+        write_json(path, identity)
+        return
+    before = read_json(path)
+    differing = [
+        f"{name} {before.get(name)!r} there, {identity.get(name)!r} asked for"
+        for name in sorted({*before, *identity})
+        if before.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise TrainingError(f"{out} holds another run: {'; '.join(differing)}. Choose another folder to begin anew")

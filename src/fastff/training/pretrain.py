@@ -1,0 +1,400 @@
+"""Pretraining from text to a model directory: what is asked for, what is made, and the record of it."""
+
+# Transformers' own methods are not typed.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from fastff.errors import TrainingError
+from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
+from fastff.training import checkpoint, tokens
+from fastff.training.batches import Batch, Batches
+from fastff.training.files import read_json, write_json
+from fastff.training.interrupt import Stop
+from fastff.training.presets import Preset, configuration, cost_of, feedforward_of, preset_of, with_changes
+from fastff.training.routing import LayerTraining, conditional_layers
+from fastff.training.schedule import Budget
+from fastff.training.trainer import Plan, PretrainTrainer, Report, Source
+
+RESULT = "result.json"
+MODEL = "model"
+_HELD_OUT_SEED = 12345
+_LOGITS = 2**25  # of one pass over held-out windows: they are computed for every position
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of pretraining; None takes the preset's value.
+
+    out            folder of checkpoints, the model and `result.json`; an equal run goes on from what is there
+    text           sources, see `fastff.training.text.documents`; column names the text of tables
+    valid          sources of held-out text; without, the last windows of the text are held out
+    feedforward    a name or a description, see `fastff.training.presets.feedforward_of`
+    objective      "masked" or "causal"
+    steps, seconds the budget, one of them: optimiser steps, or seconds of training over all continuations
+    batch, micro_batch  rows of a step over all processes, and rows of one forward pass
+    length         tokens of a window
+    rate, warm_up, ramp  peak learning rate; share of the budget in which it rises; share in which the batch grows
+    tokenizer      a directory, a file or a hub name; without, one is trained on the text, of vocab_size entries
+    data           folder of tokenizer and tokens, so that several runs share them; default `out`/data
+    max_tokens     read no more of the text
+    precision      "fp32" or "bf16" (mixed)
+    piece_seconds  end after so long, with a checkpoint; the same settings then go on
+    processes      how many take part; found out by `pretrain`, not chosen
+    """
+
+    out: Path
+    text: tuple[str, ...]
+    preset: str = "tiny"
+    feedforward: str = "dense-gelu"
+    objective: str = "masked"
+    steps: int | None = None
+    seconds: float | None = None
+    valid: tuple[str, ...] = ()
+    valid_windows: int = 256
+    column: str = "text"
+    batch: int | None = None
+    micro_batch: int | None = None
+    length: int | None = None
+    rate: float | None = None
+    warm_up: float = 0.15
+    ramp: float = 0.3
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    data: Path | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    compiled: bool = False
+    log_every: int = 10
+    eval_every: int | None = None
+    save_every: int = 500
+    keep: int = 2
+    piece_seconds: float | None = None
+    tensorboard: bool = False
+    cpu: bool = False
+    layer: LayerTraining = field(default_factory=LayerTraining)
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("masked", "causal"):
+            raise TrainingError(f"objective {self.objective!r} is not masked or causal")
+        if self.precision not in ("fp32", "bf16"):
+            raise TrainingError(f"precision {self.precision!r} is not fp32 or bf16")
+        if self.steps is not None and self.seconds is not None:
+            raise TrainingError(f"the budget is steps or seconds, not both: {self.steps} and {self.seconds}")
+        if not self.text:
+            raise TrainingError("no text is given")
+        for name in (
+            "steps",
+            "seconds",
+            "batch",
+            "micro_batch",
+            "rate",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrainingError(f"{name} {value} is not above 0")
+        for name in ("warm_up", "ramp"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise TrainingError(f"{name} {getattr(self, name)} is not in [0, 1)")
+
+    @property
+    def model(self) -> Preset:
+        """The preset with the changes asked for."""
+        return with_changes(
+            preset_of(self.preset),
+            batch=self.batch,
+            micro_batch=self.micro_batch or (self.batch and min(self.batch, preset_of(self.preset).micro_batch)),
+            length=self.length,
+            rate=self.rate,
+            vocab_size=self.vocab_size,
+            steps=self.steps,
+        )
+
+    def identity(self, tokenizer: Any) -> dict[str, Any]:
+        """What must be equal for a run to go on from a checkpoint."""
+        free = (
+            "out",
+            "data",
+            "keep",
+            "piece_seconds",
+            "tensorboard",
+            "cpu",
+            "text",
+            "valid",
+            "tokenizer",
+            "save_every",
+        )
+        asked = {name: value for name, value in asdict(self).items() if name not in free}
+        made = {"text": list(self.text), "valid": list(self.valid), "tokenizer": tokens.fingerprint(tokenizer)}
+        return {**asked, **asdict(self.model), **made}
+
+
+def pretrain(
+    settings: Settings, *, report: Report | None = None, progress: tokens.Progress | None = None
+) -> dict[str, Any]:
+    """Train until the budget is spent; returns the record that `out`/result.json holds.
+
+    A run that was stopped, by Ctrl-C, SIGTERM, piece_seconds or a kill, goes on from its last checkpoint; its record
+    has "finished": False until the budget is spent. The model is in `out`/model. Under torchrun, all processes call it.
+    Raises TrainingError (text, settings, a loss that is not finite, a full disk), ShapeError, ValueError.
+    """
+    arguments = _arguments(settings)
+    state = arguments.distributed_state
+    tokenizer, text, valid = prepare(settings, state, progress or (lambda what, count: None))
+    with state.main_process_first():
+        checkpoint.check_identity(settings.out, settings.identity(tokenizer))
+    done = settings.out / RESULT
+    if done.is_file() and (record := read_json(done))["finished"]:
+        return dict(record)
+    trainer = build(settings, tokenizer, text, valid, arguments)
+    if report is not None:
+        trainer.plan.report = report
+    watching = trainer.plan.stop.watching() if _may_watch() else nullcontext()
+    with _without_bars(), watching, trainer.plan.stop.deferred():
+        _run(trainer)
+        trainer.evaluate()
+        record = _record(settings, trainer, text)
+        if record["finished"]:
+            _write_model(settings.out, trainer)
+    if state.is_main_process:
+        write_json(done, record)
+    state.wait_for_everyone()
+    return record
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers shows a bar for every file it writes."""
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _may_watch() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def prepare(
+    settings: Settings, state: PartialState, progress: tokens.Progress
+) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
+    """Tokenizer and tokens; the first process makes them, the others open them. Raises TrainingError."""
+    preset, folder = settings.model, settings.data or settings.out / "data"
+    failed = ""
+    if state.is_main_process:
+        try:
+            _prepare(settings, preset, folder, progress)
+        except (TrainingError, OSError) as error:
+            failed = str(error)
+            if state.num_processes == 1:
+                raise TrainingError(failed) from error
+    if state.num_processes > 1:
+        shared = [failed]
+        torch.distributed.broadcast_object_list(shared)
+        if shared[0]:
+            raise TrainingError(shared[0])
+    return _prepare(settings, preset, folder, lambda what, count: None)
+
+
+def _prepare(
+    settings: Settings, preset: Preset, folder: Path, progress: tokens.Progress
+) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
+    if settings.tokenizer is None:
+        progress("tokenizer", 0)
+        tokenizer = tokens.make_tokenizer(
+            settings.text,
+            folder / "tokenizer",
+            vocab_size=preset.vocab_size,
+            length=preset.length,
+            column=settings.column,
+            most=preset.tokenizer_characters,
+        )
+    else:
+        tokenizer = tokens.load_tokenizer(settings.tokenizer)
+    options: dict[str, Any] = {"length": preset.length, "column": settings.column, "progress": progress}
+    text = tokens.prepare_tokens(settings.text, tokenizer, folder / "train", most=settings.max_tokens, **options)
+    if not settings.valid:
+        return tokenizer, text, None
+    return tokenizer, text, tokens.prepare_tokens(settings.valid, tokenizer, folder / "valid", **options)
+
+
+def build(
+    settings: Settings, tokenizer: Any, text: tokens.Tokens, valid: tokens.Tokens | None, arguments: TrainingArguments
+) -> PretrainTrainer:
+    """Model, batches and trainer. Raises TrainingError for sizes that do not fit together."""
+    preset, causal = settings.model, settings.objective == "causal"
+    processes = arguments.world_size
+    micro_batches = _micro_batches(preset, processes)
+    arguments.gradient_accumulation_steps = micro_batches // processes
+    set_seed(settings.seed)
+    config = configuration(
+        preset,
+        feedforward_of(settings.feedforward, preset.hidden),
+        vocab_size=text.vocabulary.size,
+        pad=text.vocabulary.pad,
+        causal=causal,
+    )
+    config.feedforward_init = settings.layer.feedforward_init
+    model = (UltraFastBertForCausalLM if causal else UltraFastBertForMaskedLM)(config)
+    with torch.no_grad():
+        for layer in conditional_layers(model).values():
+            layer.w_out.mul_(settings.layer.output_scale)
+    last = len(text) if valid else len(text) - min(settings.valid_windows, max(1, len(text) // 20))
+    batches = Batches(text, 0, last, seed=settings.seed, causal=causal)
+    plan = Plan(
+        budget=Budget(None if settings.seconds else preset.steps, settings.seconds),
+        out=settings.out,
+        micro_batches=micro_batches,
+        micro_batch=preset.micro_batch,
+        rate=preset.rate,
+        warm_up=settings.warm_up,
+        ramp=settings.ramp,
+        weight_decay=0.01,
+        save_every=settings.save_every,
+        keep=settings.keep,
+        layer=settings.layer,
+        piece_seconds=settings.piece_seconds,
+        stop=Stop(),
+    )
+    source = Source(batches, plan, arguments.process_index, processes)
+    held_out = _held_out(settings, batches, valid)
+    return PretrainTrainer(model, arguments, plan, source, held_out, tokenizer)
+
+
+def _micro_batches(preset: Preset, processes: int) -> int:
+    if preset.batch % preset.micro_batch:
+        raise TrainingError(f"batch {preset.batch} is not a multiple of micro_batch {preset.micro_batch}")
+    count = preset.batch // preset.micro_batch
+    if count % processes:
+        raise TrainingError(
+            f"batch {preset.batch} has {count} micro-batches of {preset.micro_batch}, "
+            f"which {processes} processes cannot share"
+        )
+    return count
+
+
+def _held_out(settings: Settings, batches: Batches, valid: tokens.Tokens | None) -> list[Batch]:
+    """Fixed windows with fixed masks, in pieces whose logits fit."""
+    tokens_, first = (valid, 0) if valid else (batches.tokens, batches.last)
+    total = len(tokens_) - first
+    count = min(settings.valid_windows, total)
+    numbers = [first + index * total // count for index in range(count)]
+    rows = max(1, _LOGITS // (tokens_.length * tokens_.vocabulary.size))
+    found = []
+    for begin in range(0, count, rows):
+        windows = tokens_.windows(numbers[begin : begin + rows])
+        if batches.causal:
+            inputs, labels = windows, windows.clone()
+        else:
+            inputs, labels = batches.masked(windows, _HELD_OUT_SEED + begin)
+        found.append({"input_ids": inputs, "labels": labels})
+    return found
+
+
+def _arguments(settings: Settings) -> TrainingArguments:
+    cpu = settings.cpu or not torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun says
+    return TrainingArguments(
+        output_dir=str(settings.out),
+        max_steps=10**9 if settings.seconds else settings.model.steps,
+        max_grad_norm=0.5,
+        bf16=settings.precision == "bf16",
+        torch_compile=settings.compiled,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every,
+        save_strategy="no",
+        ignore_data_skip=True,
+        report_to="tensorboard" if settings.tensorboard else "none",
+        disable_tqdm=True,
+        seed=settings.seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and several else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # each process counts its own leaves
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def _run(trainer: PretrainTrainer) -> None:
+    shutil.rmtree(trainer.plan.out / checkpoint.PARTIAL, ignore_errors=True)  # of a run that was killed while saving
+    last = checkpoint.last_checkpoint(trainer.plan.out)
+    if last is None:
+        trainer.train()
+        return
+    try:
+        trainer.go_on(last)
+    except (SafetensorError, OSError, EOFError, KeyError) as error:
+        raise TrainingError(f"{last} cannot be read: {error}; remove it to go on from the one before") from error
+
+
+def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -> dict[str, Any]:
+    plan, state, preset = trainer.plan, trainer.state, settings.model
+    model: Any = trainer.model
+    history = state.log_history
+    return {
+        "finished": plan.budget.spent(state.global_step),
+        "settings": settings.identity(trainer.tokenizer),
+        "cost": asdict(cost_of(settings.feedforward, preset)),
+        "parameters": sum(layer.numel() for layer in model.parameters()),
+        "text_tokens": text.meta["tokens"],
+        "steps": state.global_step,
+        "rows": trainer.source.position,
+        "tokens": trainer.source.position * preset.length,
+        "seconds": round(plan.budget.used, 2),
+        "processes": trainer.args.world_size,
+        "valid_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
+        "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "valid_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "routing": trainer.last_health,
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on beside the settings."""
+    found = {"cpu": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return {**found, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _write_model(out: Path, trainer: PretrainTrainer) -> None:
+    """`out`/model, complete or not there."""
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.args.should_save:
+        return
+    partial = out / f".{MODEL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        unwrapped.save_pretrained(partial, state_dict=weights)
+        trainer.tokenizer.save_pretrained(partial)
+        shutil.rmtree(out / MODEL, ignore_errors=True)
+        partial.rename(out / MODEL)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot write {out / MODEL}: {error}; the checkpoints are unchanged") from error

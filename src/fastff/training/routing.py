@@ -1,0 +1,161 @@
+"""What training does with the turns of the trees: their health, the pace at which they learn, and their balance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastff.errors import TrainingError
+from fastff.layers import FFF, Usage
+
+
+@dataclass(frozen=True)
+class LayerTraining:
+    """How conditional layers learn; the defaults change nothing.
+
+    rate           factor on the learning rate of all weights of a conditional layer
+    level_rate     factor on each update of the routing rows, once for every level below the root: 0.5 halves it a level
+    freeze_after   share of the budget after which the routing rows stay as they are, so that leaves learn on fixed
+                   regions; with node_output=True those rows are neurons too, which then stop learning their inputs
+    balance        with bias=True: after every step a node's bias moves by this much to the side that got fewer rows
+    output_scale   factor on the initial output weights
+    feedforward_init  "fan_in" or "published", as in UltraFastBertConfig
+    """
+
+    rate: float = 1.0
+    level_rate: float = 1.0
+    freeze_after: float = 1.0
+    balance: float = 0.0
+    output_scale: float = 1.0
+    feedforward_init: str = "fan_in"
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "level_rate", "output_scale"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} {getattr(self, name)} is not a positive finite number")
+        if not 0.0 <= self.freeze_after <= 1.0:
+            raise TrainingError(f"freeze_after {self.freeze_after} is not in [0, 1]")
+        if not 0.0 <= self.balance < math.inf:
+            raise TrainingError(f"balance {self.balance} is not a finite number of at least 0")
+
+    @property
+    def paces(self) -> bool:
+        """Whether routing rows learn at another pace than the rest."""
+        return self.level_rate != 1.0 or self.freeze_after < 1.0
+
+
+def layer_training(options: list[str]) -> LayerTraining:
+    """From `NAME=VALUE` words. Raises TrainingError for an unknown name or a value that is not a number."""
+    given: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in LayerTraining.__dataclass_fields__ or not equals:
+            raise TrainingError(
+                f"{option!r} is not NAME=VALUE with a name of {', '.join(LayerTraining.__dataclass_fields__)}"
+            )
+        try:
+            given[name] = value if name == "feedforward_init" else float(value)
+        except ValueError as error:
+            raise TrainingError(f"{name} {value!r} is not a number") from error
+    return LayerTraining(**given)
+
+
+def conditional_layers(model: nn.Module) -> dict[str, FFF]:
+    """The conditional layers by the name of the module, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FFF)}
+
+
+class Health:
+    """Rows that took each leaf, over all processes, since the last report."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = conditional_layers(model)
+        self.total = {name: torch.zeros_like(layer.usage().counts) for name, layer in self.layers.items()}
+
+    def collect(self) -> dict[str, Usage]:
+        """What the layers have counted since the last call, summed over processes; they begin anew."""
+        new = {}
+        for name, layer in self.layers.items():
+            counts = layer.usage().counts
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(counts)
+            layer.reset_usage()
+            self.total[name] += counts
+            new[name] = Usage.of(counts)
+        return new
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Per layer, means over its trees: leaf entropy in bits (and at most), share of dead leaves, share of nodes
+        that send 99 % of 100 or more rows to one side (None if no node saw as many). The counting then begins anew."""
+        self.collect()
+        found: dict[str, Any] = {}
+        for name, counts in self.total.items():
+            usage = Usage.of(counts)
+            one_sided = usage.one_sided()
+            found[name] = {
+                "leaf_entropy_bits": round(float(usage.entropy_bits.mean()), 4),
+                "most_bits": self.layers[name].config.depth,
+                "dead_leaves": round(float(usage.dead_leaves.double().mean()) / counts.shape[1], 4),
+                "one_sided_nodes": None if math.isnan(one_sided) else round(one_sided, 4),
+            }
+            counts.zero_()
+        return found
+
+
+class Pace:
+    """Hooks on an optimiser that scale its updates of the routing rows, level by level, and stop them in the end."""
+
+    def __init__(self, model: nn.Module, options: LayerTraining, progress: Callable[[], float]) -> None:
+        self.layers = [layer for layer in conditional_layers(model).values() if layer.config.depth]
+        self.options, self.progress = options, progress
+        self.before: list[Tensor] = []
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take effect on every step of `optimizer` from now on."""
+        optimizer.register_step_pre_hook(lambda *_: self._note())
+        optimizer.register_step_post_hook(lambda *_: self._scale())
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        self.before = [rows.clone() for layer in self.layers for rows in _routing_rows(layer)]
+
+    @torch.no_grad()
+    def _scale(self) -> None:
+        before = iter(self.before)
+        frozen = self.progress() > self.options.freeze_after
+        if not frozen and self.options.level_rate == 1.0:
+            return
+        for layer in self.layers:
+            levels = torch.arange(1, layer.config.nodes + 1, device=layer.w_in.device).log2().floor()
+            factor = torch.zeros_like(levels) if frozen else self.options.level_rate**levels
+            for rows in _routing_rows(layer):
+                old = next(before)
+                shaped = factor.to(rows.dtype).view(1, -1, *(1,) * (rows.dim() - 2))
+                rows.copy_(old + shaped * (rows - old))
+
+
+def _routing_rows(layer: FFF) -> list[Tensor]:
+    nodes = layer.config.nodes
+    return [tensor[:, :nodes] for tensor in (layer.w_in, layer.b_in) if tensor is not None]
+
+
+@torch.no_grad()
+def balance(layers: dict[str, FFF], usage: dict[str, Usage], step: float) -> None:
+    """Move the bias of every visited node by `step` towards the side that got fewer rows.
+
+    Raises TrainingError for a layer with turns but without biases.
+    """
+    for name, layer in layers.items():
+        if layer.config.depth == 0:
+            continue
+        if layer.b_in is None:
+            raise TrainingError(f"balance needs bias=True in the feedforward, {name} has bias=False")
+        nodes = layer.config.nodes
+        children = usage[name].visits[:, 1:].unflatten(1, (nodes, 2))
+        layer.b_in[:, :nodes] += step * (children[..., 0] - children[..., 1]).sign()

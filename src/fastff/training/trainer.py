@@ -1,0 +1,239 @@
+"""Transformers' Trainer, told which rows come next, when to stop, how to save, and to say how the trees are doing."""
+
+# Transformers' own methods are not typed.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fastff.errors import TrainingError
+from fastff.training import checkpoint
+from fastff.training.batches import Batch, Batches
+from fastff.training.files import read_json, write_json
+from fastff.training.interrupt import Stop
+from fastff.training.routing import Health, LayerTraining, Pace, balance, conditional_layers
+from fastff.training.schedule import Budget, rows_at, triangle
+
+Report = Callable[[int, float, float], None]  # step, loss, progress
+_POSITION = "position.json"
+
+
+@dataclass
+class Plan:
+    """How a run goes. micro_batches: of a step, over all processes; micro_batch: rows of each at the end of the ramp.
+
+    piece_seconds: end this process after so long, with a checkpoint, so that the next one goes on.
+    """
+
+    budget: Budget
+    out: Path
+    micro_batches: int
+    micro_batch: int
+    rate: float
+    warm_up: float
+    ramp: float
+    weight_decay: float
+    save_every: int
+    keep: int
+    layer: LayerTraining
+    piece_seconds: float | None = None
+    stop: Stop = field(default_factory=Stop)
+    report: Report = lambda step, loss, progress: None
+
+
+class Source:
+    """This process's micro-batches, step after step; `position` rows have been drawn by all processes together."""
+
+    def __init__(self, batches: Batches, plan: Plan, rank: int, processes: int) -> None:
+        self.batches, self.plan, self.rank, self.processes = batches, plan, rank, processes
+        self.step = self.position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            plan, position = self.plan, self.position
+            rows = rows_at(plan.budget.progress(self.step), plan.micro_batch, plan.ramp)
+            # Drawn lazily, so when a step is over the position is that of the next one.
+            self.step, self.position = self.step + 1, position + rows * plan.micro_batches
+            for index in range(self.rank, plan.micro_batches, self.processes):
+                yield self.batches.micro_batch(position + index * rows, rows)
+
+
+class PretrainTrainer(Trainer):
+    """Trains on the rows of a `Source` by a `Plan`.
+
+    evaluate() gives the mean loss (nats a predicted token) on fixed windows with fixed masks. Raises TrainingError when
+    the loss is not finite, naming the step and the last good checkpoint, and when a checkpoint cannot be saved.
+    """
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, plan: Plan, source: Source, held_out: list[Batch], tokenizer: Any
+    ) -> None:
+        self.plan, self.source, self.held_out, self.tokenizer = plan, source, held_out, tokenizer
+        self.health = Health(model)
+        self.last_health: dict[str, dict[str, float]] = {}
+        super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[Guide(self)])
+        self.remove_callback(PrinterCallback)
+        self.finite = torch.ones((), dtype=torch.bool, device=args.device)
+
+    def get_train_dataloader(self) -> Any:
+        return self.source
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: Any = model or self.model
+            groups = parameter_groups(trained, self.plan)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.plan.rate, betas=(0.9, 0.98), eps=1e-12)
+            if self.plan.layer.paces:
+                progress = lambda: self.plan.budget.progress(self.state.global_step)  # noqa: E731
+                Pace(trained, self.plan.layer, progress).watch(self.optimizer)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            plan = self.plan
+            optimised: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimised, lambda step: triangle(plan.budget.progress(step), plan.warm_up)
+            )
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.finite &= loss.isfinite()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        model: Any = self.model
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in self.held_out[self.args.process_index :: self.args.world_size]:
+            inputs = self._prepare_inputs(batch)
+            labels = inputs["labels"][:, 1:] if self.source.batches.causal else inputs["labels"]
+            count = int((labels != -100).sum())
+            with self.compute_loss_context_manager():
+                loss = model(**inputs).loss
+            sums += torch.tensor([float(loss) * count, count], dtype=torch.float64, device=sums.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        metrics = {"eval_loss": float(sums[0] / sums[1])}
+        self.log(metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self.last_health = self.health.report()
+            for name, health in self.last_health.items():
+                logs.update({f"{name}/{key}": value for key, value in health.items() if value is not None})
+            logs["rows"] = self.source.position
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.plan.out / checkpoint.PARTIAL)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        def write(folder: Path) -> None:
+            super(PretrainTrainer, self)._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self.tokenizer.save_pretrained(folder)
+                position = {"rows": self.source.position, "seconds": self.plan.budget.used}
+                write_json(folder / _POSITION, position)
+
+        checkpoint.save(
+            self.plan.out,
+            self.state.global_step,
+            write,
+            keep=self.plan.keep,
+            leader=self.args.should_save,
+            meet=self.accelerator.wait_for_everyone,
+        )
+
+    def go_on(self, folder: Path) -> None:
+        """Train on from a checkpoint until the budget is spent."""
+        position = read_json(folder / _POSITION)
+        self.source.step = int(folder.name.rpartition("-")[2])
+        self.source.position = position["rows"]
+        self.plan.budget.used = position["seconds"]
+        if self.plan.budget.spent(self.source.step):  # killed after the last step, before the record was written
+            self._load_from_checkpoint(str(folder))
+            self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        else:
+            self.train(resume_from_checkpoint=str(folder))
+
+
+class Guide(TrainerCallback):
+    """Decides after every step, for all processes alike, whether to stop and whether to save."""
+
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+        self.started = time.monotonic()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.plan.budget.clock = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trainer, plan = self.trainer, self.trainer.plan
+        plan.budget.tick()
+        over = plan.piece_seconds is not None and time.monotonic() - self.started >= plan.piece_seconds
+        plan.budget.used, stop, broken = agreed(
+            [plan.budget.used, plan.stop.asked or over, not trainer.finite], args.device
+        )
+        if broken:
+            good = checkpoint.last_checkpoint(plan.out)
+            raise TrainingError(
+                f"the loss is not finite in step {state.global_step}; the last good checkpoint is {good or 'none'}. "
+                "A lower rate, or a longer warm-up, usually helps"
+            )
+        if plan.layer.balance:
+            balance(trainer.health.layers, trainer.health.collect(), plan.layer.balance)
+        if stop or plan.budget.spent(state.global_step):
+            control.should_training_stop = control.should_save = True
+        if state.global_step % plan.save_every == 0:
+            control.should_save = True
+        if control.should_save:  # so that the means that are logged begin anew where a resumed run begins
+            control.should_log = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if "loss" in (logs or {}):
+            progress = self.trainer.plan.budget.progress(state.global_step)
+            self.trainer.plan.report(state.global_step, logs["loss"], progress)
+
+
+def agreed(values: list[float], device: torch.device) -> list[float]:
+    """The greatest of each value over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [float(value) for value in values]
+    tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    found: list[float] = tensor.tolist()
+    return found
+
+
+def parameter_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Parameters by learning rate (conditional layers have their own) and by decay (matrices only)."""
+    ours = {id(p) for layer in conditional_layers(model).values() for p in layer.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.dim() > 1 and not name.endswith((".b_in", ".b_out"))
+        groups.setdefault((id(parameter) in ours, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": plan.rate * (plan.layer.rate if conditional else 1.0),
+            "weight_decay": plan.weight_decay if decays else 0.0,
+        }
+        for (conditional, decays), parameters in groups.items()
+    ]

@@ -1,0 +1,46 @@
+"""The commands of training: what they print, and one line for what the user can put right."""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner
+
+from fastff.cli import app
+from training_cases import write_text
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_variants_lists_costs_beside_the_narrow_controls():
+    done = run("variants", "base")
+    assert done.exit_code == 0
+    assert "12 / 4095" in done.output
+    assert "narrow:16x7-gate" in done.output
+
+
+def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
+    text, out = write_text(tmp_path), tmp_path / "run"
+    small = (
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--micro-batch",
+        1,
+        "--length",
+        16,
+        "--vocab-size",
+        200,
+        "--cpu",
+        "--valid-windows",
+        2,
+    )
+    done = run("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer", "rate=0.5")
+    assert done.exit_code == 0, done.output
+    assert "9 of 511 neurons" in done.output
+    assert "finished: held-out loss" in done.output
+    wrong = run("pretrain", "--text", text, "--out", out, *small)
+    assert wrong.exit_code == 1
+    assert "error:" in wrong.output
+    assert "'1x11' there, 'dense-gelu' asked for" in wrong.output

@@ -1,0 +1,234 @@
+"""Pretraining at toy size: it learns, resumes exactly, survives kills and full disks, refuses nonsense."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from fastff import FFF
+from fastff.errors import TrainingError
+from fastff.training import checkpoint, files
+from fastff.training.batches import Batches
+from fastff.training.pretrain import Settings, pretrain
+from fastff.training.routing import LayerTraining
+from fastff.training.tokens import Tokens, Vocabulary
+from training_cases import small, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The record of a run that nothing disturbed, and its folder."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return pretrain(small(out, text)), out
+
+
+def test_a_run_leaves_a_model_and_a_record(whole, text):
+    record, out = whole
+    assert record["finished"]
+    assert record["steps"] == 8
+    assert len(record["curve"]) == 8
+    assert record == json.loads((out / "result.json").read_text())
+    assert record["tokens"] == record["rows"] * 16
+    health = record["routing"]["encoder.layers.0.feedforward"]
+    assert 0 < health["leaf_entropy_bits"] <= health["most_bits"] == 3
+    model = AutoModelForMaskedLM.from_pretrained(out / "model")
+    assert any(isinstance(module, FFF) for module in model.modules())
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model(**tokenizer("a [MASK] word", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_finished_run_is_not_run_again(whole, text, monkeypatch):
+    record, out = whole
+    monkeypatch.setattr("fastff.training.pretrain.build", lambda *_: pytest.fail("trained again"))
+    assert pretrain(small(out, text)) == record
+
+
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_it_learns(objective, text, tmp_path):
+    record = pretrain(small(tmp_path, text, objective=objective, steps=40, rate=1e-2, save_every=100))
+    assert record["curve"][-1][1] < record["curve"][0][1] - 0.3
+    assert record["valid_loss"] < record["curve"][0][1] - 0.3
+    auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
+    auto.from_pretrained(tmp_path / "model")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path}
+from fastff.training.pretrain import pretrain
+from training_cases import small
+import os, signal
+def report(step, loss, progress):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+pretrain(small(Path({out!r}), Path({text!r})), report=report)
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole, text, tmp_path):
+    record, finished = whole
+    out = tmp_path / "run"
+    code = KILLED.format(path=[str(Path(__file__).parent)], step=5, out=str(out), text=str(text))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert checkpoint.last_checkpoint(out).name == "checkpoint-3"
+    (out / checkpoint.PARTIAL / "checkpoint-5").mkdir(parents=True)  # and it was saving when it died
+    resumed = pretrain(small(out, text))
+    assert resumed["curve"] == record["curve"]
+    assert resumed["valid_loss"] == record["valid_loss"]
+    ours, theirs = (torch.load(o / "checkpoint-8" / "optimizer.pt", weights_only=True) for o in (out, finished))
+    assert all(torch.equal(a["exp_avg"], theirs["state"][key]["exp_avg"]) for key, a in ours["state"].items())
+    assert not (out / checkpoint.PARTIAL).exists()
+
+
+def test_pieces_make_the_same_run(whole, text, tmp_path):
+    record, _ = whole
+    out = tmp_path / "run"
+    pieces = [pretrain(small(out, text, piece_seconds=1e-9)) for _ in range(8)]
+    assert [piece["steps"] for piece in pieces] == list(range(1, 9))
+    assert [piece["finished"] for piece in pieces] == [False] * 7 + [True]
+    assert pieces[-1]["curve"] == record["curve"]
+
+
+def test_killed_between_the_last_checkpoint_and_the_record(whole, text, tmp_path):
+    record, finished = whole
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    again = pretrain(small(out, text))
+    assert (again["steps"], again["curve"], again["valid_loss"]) == (8, record["curve"], record["valid_loss"])
+
+
+def test_a_budget_of_seconds(text, tmp_path):
+    record = pretrain(small(tmp_path, text, steps=None, seconds=0.5, save_every=1000))
+    assert record["finished"]
+    assert 0.5 <= record["seconds"] < 20
+    assert record["steps"] >= 1
+
+
+@pytest.mark.parametrize("where", ["torch.save", "fastff.training.checkpoint.sync"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(where, text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    pretrain(small(out, text, piece_seconds=1e-9))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        with pytest.raises(TrainingError, match=r"step 3: .*No space left.*last good one is .*checkpoint-1"):
+            pretrain(small(out, text))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert pretrain(small(out, text))["finished"]
+
+
+def test_a_full_disk_while_tokenising_is_said(text, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        pretrain(small(tmp_path, text, data=tmp_path / "data"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    pretrain(small(out, text, piece_seconds=1e-9))
+    draw = Batches.micro_batch
+
+    def poisoned(self, position, count):
+        batch = draw(self, position, count)
+        if position > 12:
+            trainer_model[0].encoder.final_norm.weight.data.fill_(float("nan"))
+        return batch
+
+    trainer_model = []
+    build = sys.modules["fastff.training.pretrain"].build
+
+    def watched(*args):
+        trainer = build(*args)
+        trainer_model.append(trainer.model)
+        return trainer
+
+    monkeypatch.setattr("fastff.training.pretrain.build", watched)
+    monkeypatch.setattr(Batches, "micro_batch", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite in step \d; the last good checkpoint is .*checkpoint-[13]"):
+        pretrain(small(out, text))
+
+
+def test_another_configuration_is_refused_with_what_differs(whole, text):
+    _, out = whole
+    with pytest.raises(TrainingError, match=r"holds another run: .*feedforward '\{.* there, 'none' asked for"):
+        pretrain(small(out, text, feedforward="none"))
+    with pytest.raises(TrainingError, match=r"length 16 there, 32 asked for"):
+        pretrain(small(out, text, length=32))
+
+
+def test_a_damaged_checkpoint_is_named(text, tmp_path):
+    out = tmp_path / "run"
+    pretrain(small(out, text, piece_seconds=1e-9))
+    (out / "checkpoint-1" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match=r"checkpoint-1 cannot be read.*remove it"):
+        pretrain(small(out, text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "other"}, "objective 'other' is not masked or causal"),
+        ({"precision": "fp8"}, "precision 'fp8' is not"),
+        ({"seconds": 5.0}, "steps or seconds, not both"),
+        ({"steps": 0}, "steps 0 is not above 0"),
+        ({"warm_up": 1.0}, r"warm_up 1.0 is not in \[0, 1\)"),
+    ],
+)
+def test_settings_out_of_range(changes, message, text, tmp_path):
+    with pytest.raises(TrainingError, match=message):
+        small(tmp_path, text, **changes)
+
+
+def test_sizes_that_do_not_fit(text, tmp_path):
+    with pytest.raises(TrainingError, match="batch 5 is not a multiple of micro_batch 2"):
+        pretrain(small(tmp_path, text, batch=5))
+    with pytest.raises(TrainingError, match="preset 'huge' is not one of tiny, small, base"):
+        pretrain(small(tmp_path, text, preset="huge"))
+    with pytest.raises(TrainingError, match="no text is given"):
+        Settings(out=tmp_path, text=())
+
+
+def test_rows_are_the_same_on_any_number_of_processes(text):
+    folder = text.parent / "data"
+    tokens = Tokens(folder / "train", Vocabulary(300, 0, 2, 3, 4, 5), 16)
+    batches = Batches(tokens, 0, 50, seed=1, causal=False)
+    passed = batches.numbers(0, 50)
+    assert sorted(passed) == list(range(50))
+    assert not (passed == batches.numbers(50, 50)).all()
+    assert (batches.numbers(30, 40) == [*passed[30:], *batches.numbers(50, 20)]).all()
+    first, second = batches.micro_batch(8, 4), batches.micro_batch(8, 4)
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    assert not torch.equal(first["labels"], batches.micro_batch(12, 4)["labels"])
+    with pytest.raises(TrainingError, match="no windows to learn from: 0"):
+        Batches(tokens, 3, 3, seed=0, causal=False)
+
+
+def test_bf16_and_one_option_of_each_kind(text, tmp_path):
+    layer = LayerTraining(rate=0.5, level_rate=0.5, freeze_after=0.5, balance=0.01, output_scale=0.5)
+    record = pretrain(small(tmp_path, text, precision="bf16", layer=layer, steps=4))
+    assert record["finished"]
+    assert all(loss > 0 for _, loss in record["curve"])

@@ -1,0 +1,108 @@
+"""Options of the trees' training: what each does to the weights, and what is reported of the routing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_layer, make_rows
+from fastff.errors import TrainingError
+from fastff.layers import Usage
+from fastff.training.routing import Health, LayerTraining, Pace, balance, layer_training
+
+
+def trained(options, progress=0.5, **layer_options):
+    """Weights of a layer before and after one step of plain gradient descent under `options`."""
+    layer = make_layer(6, depth=2, trees=2, bias=True, gate="boundary", dtype=torch.float64, **layer_options)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    if options.paces:
+        Pace(layer, options, lambda: progress).watch(optimizer)
+    layer(make_rows(64, 6)).square().sum().backward()
+    optimizer.step()
+    return before, dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["w_in", "b_in"])
+def test_each_level_learns_at_its_own_pace(name):
+    before, plain = trained(LayerTraining())
+    _, paced = trained(LayerTraining(level_rate=0.5))
+    change, slower = plain[name] - before[name], paced[name] - before[name]
+    torch.testing.assert_close(slower[:, 0], change[:, 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(slower[:, 1:3], 0.5 * change[:, 1:3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(slower[:, 3:], change[:, 3:], rtol=0, atol=1e-12)
+    assert change[:, :3].abs().min() > 0
+
+
+def test_late_in_the_budget_the_turns_freeze_and_the_leaves_do_not():
+    before, frozen = trained(LayerTraining(freeze_after=0.4), progress=0.5)
+    assert torch.equal(frozen["w_in"][:, :3], before["w_in"][:, :3])
+    assert not torch.equal(frozen["w_in"][:, 3:], before["w_in"][:, 3:])
+    assert not torch.equal(frozen["w_out"], before["w_out"])
+    _, early = trained(LayerTraining(freeze_after=0.4), progress=0.3)
+    assert torch.equal(early["w_in"], trained(LayerTraining())[1]["w_in"])
+
+
+def test_balance_sends_more_rows_to_the_emptier_side():
+    layer = make_layer(6, depth=3, bias=True)
+    with torch.no_grad():
+        layer.b_in[:, 0] = -3.0
+    rows = make_rows(400, 6, dtype=torch.float32)
+    before = layer.usage(rows)
+    for _ in range(100):
+        balance({"tree": layer}, {"tree": layer.usage(rows)}, 0.05)
+    after = layer.usage(rows)
+    assert before.entropy_bits < 2.0
+    assert after.entropy_bits > 2.9
+    with pytest.raises(TrainingError, match=r"balance needs bias=True .* tree has bias=False"):
+        balance({"tree": make_layer(6, depth=1)}, {"tree": after}, 0.05)
+
+
+def test_health_counts_what_training_saw_and_begins_anew():
+    model = nn.Sequential(make_layer(6, depth=1), make_layer(6, depth=0))
+    with torch.no_grad():
+        model[0].w_in[:, 0] = torch.tensor([1.0, 0, 0, 0, 0, 0])
+    rows = torch.zeros(200, 6)
+    rows[:, 0] = 1.0
+    rows[:50, 0] = -1.0
+    health = Health(model)
+    model(rows)
+    report = health.report()
+    share = torch.tensor([0.25, 0.75])
+    assert report["0"]["leaf_entropy_bits"] == pytest.approx(float(-(share * share.log2()).sum()), abs=1e-4)
+    assert report["0"]["dead_leaves"] == report["0"]["one_sided_nodes"] == 0.0
+    assert report["1"] == {"leaf_entropy_bits": 0.0, "most_bits": 0, "dead_leaves": 0.0, "one_sided_nodes": None}
+    model(rows[100:])
+    report = health.report()
+    assert report["0"] == {"leaf_entropy_bits": 0.0, "most_bits": 1, "dead_leaves": 0.5, "one_sided_nodes": 1.0}
+
+
+def test_one_sided_nodes_need_rows_enough_to_tell():
+    usage = Usage.of(torch.tensor([[1000, 0, 60, 60], [99, 1, 50, 50]]))
+    assert usage.one_sided() == 2 / 6
+    assert usage.one_sided(least=101) == 1 / 4
+    assert math.isnan(usage.one_sided(least=2000))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["speed=2"], "'speed=2' is not NAME=VALUE with a name of rate"),
+        (["rate"], "'rate' is not NAME=VALUE"),
+        (["rate=fast"], "rate 'fast' is not a number"),
+        (["rate=0"], "rate 0.0 is not a positive finite number"),
+        (["freeze_after=2"], r"freeze_after 2.0 is not in \[0, 1\]"),
+        (["balance=-1"], "balance -1.0 is not a finite number of at least 0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(TrainingError, match=message):
+        layer_training(options)
+
+
+def test_options_by_name():
+    want = LayerTraining(rate=0.5, feedforward_init="published")
+    assert layer_training(["rate=0.5", "feedforward_init=published"]) == want
