@@ -1,77 +1,285 @@
-"""The harness: wrong outputs stop it, every provider is compared with float64, results are saved whole."""
+"""The CPU benchmark: wrong outputs are refused, interrupted runs go on, what is missing is told, results are whole."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
+from rich.console import Console
 
 import fastff
-from fastff.bench import CASES, Case, run_cases
-from fastff.bench import providers as bench_providers
-from fastff.bench.run import fastest_dense, ratios, save
+from fastff.bench import Grid, Only, Settings, cases, run_grid, station
+from fastff.bench import run as bench_run
+from fastff.bench.cases import Cell, DenseConfig, Scene, label, weights_of
+from fastff.bench.command import conclude, settings_of
+from fastff.bench.layers import expected, make_layer
+from fastff.bench.limits import Limits, least_us, measure, visited_weights
+from fastff.bench.providers import PROVIDERS, Provider
+from fastff.bench.report import best_of, document, notes
+from fastff.bench.run import PARTIAL, resident_bytes, seatings
+from fastff.bench.station import Refused, Remote, Station
+from fastff.ops import reference
 
-TINY = fastff.TreeConfig(in_features=32, out_features=32, depth=4)
-SLOW = ("torch.compile", "openvino", "onnxruntime")
+DENSE = DenseConfig(features=32, neurons=64)
+GATED = DenseConfig(features=32, neurons=48, activation="swiglu")
+TREE = cases.tree(4, 32)
+FOREST = cases.tree(2, 32, trees=3, leaf_width=2, node_output=False, activation="swiglu")
+FAST = ("torch eager", "torch packed", "fastff", "fastff C", "torch gather+bmm", "torch masked")
+LIMITS = Limits(1, 10e9, 20e9, 10**8, 1e11)
 
 
-def run_tiny(**options):
-    case = Case(config=TINY, dense_neurons=64, **{"rows": 3, **options})
-    timings, left_out = run_cases([case], seconds=0.05, skip=SLOW)
-    return case, timings, left_out
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Two small trees in place of the table's, and no measuring of the machine."""
+    trees = {TREE: (DENSE,), FOREST: (GATED, DENSE)}
+    monkeypatch.setattr(cases, "TREES", trees)
+    monkeypatch.setattr(cases, "BERT_BASE", TREE)
+    for config, twins in trees.items():
+        monkeypatch.setitem(cases.TWINS, label(config), tuple(map(label, twins)))
+    monkeypatch.setattr(bench_run, "TURN_SECONDS", 0.002)
+    monkeypatch.setattr(station, "INPUT_BYTES", 2**16)
+    monkeypatch.setattr(Station, "limits", lambda self: LIMITS)
 
 
-@pytest.mark.parametrize("options", [{}, {"rows": 1}, {"layers": 3}, {"training": True}], ids=str)
-def test_a_case_times_dense_and_conditional(options):
-    case, timings, left_out = run_tiny(**options)
-    by_name = {t.provider: t for t in timings}
-    assert by_name["torch eager"].kind == "dense"
-    assert by_name["fastff"].kind == "conditional"
-    for t in timings:
-        assert 0 < t.latency_us_p20 <= t.latency_us_p50 <= t.latency_us_p80
-        assert t.max_abs_error < 1e-4
-        assert t.samples >= 3
-    assert ratios(timings)[case.name] == pytest.approx(
-        fastest_dense(timings, case.name).latency_us_p50 / by_name["fastff"].latency_us_p50
+def small_settings(**options):
+    only = Only(provider=options.pop("providers", FAST), layer=options.pop("layer", ()))
+    grid = Grid(
+        **{"threads": (1,), "rows": (3,), "layers": (2,), "gpt3_rows": (), "train_rows": (), **options}, only=only
     )
-    assert set(SLOW) <= set(left_out)
+    return Settings(grid, seconds=0.01, separate=False)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_dense_providers_compute_the_dense_layer(name):
-    if bench_providers.missing(name):
-        pytest.skip(bench_providers.missing(name))
-    torch.manual_seed(0)
-    w_in, w_out = torch.randn(64, 32) / 6, torch.randn(32, 64) / 8
-    x = torch.randn(5, 32)
-    got = bench_providers.DENSE[name]([(w_in, w_out)])(0, x)
-    torch.testing.assert_close(got, bench_providers.dense(x, w_in, w_out), rtol=1e-5, atol=1e-5)
+def cell(provider, subject=TREE, **options):
+    return Cell(subject, provider, **{"rows": 3, "layers": 1, "threads": 1, "training": False, **options})
 
 
-def test_a_wrong_provider_stops_the_run(monkeypatch):
-    monkeypatch.setitem(bench_providers.DENSE, "torch eager", lambda weights: lambda layer, x: x * 0)
-    with pytest.raises(RuntimeError, match="torch eager is wrong on 1x4-hot-3-rows"):
-        run_tiny()
+def test_every_provider_of_a_scene_is_timed_and_compared():
+    record = run_grid(small_settings(train_rows=(5,)))
+    assert record.left_out == {}
+    for t in record.timings:
+        assert 0 < t.latency_us_p25 <= t.latency_us_p50 <= t.latency_us_p75
+        assert t.relative_error < 1e-5
+        assert t.samples >= 5
+        assert (t.limit_fraction is not None) == (t.provider.startswith("fastff") and not t.training)
+    found = {(best.layer, best.training): best for best in best_of(record.timings)}
+    assert set(found) == {(label(TREE), False), (label(FOREST), False), (label(TREE), True)}
+    of_forest = found[label(FOREST), False]
+    dense = [t for t in record.timings if t.kind == "dense" and not t.training]
+    assert {t.layer for t in dense} == {label(DENSE), label(GATED)}
+    least = min(t.latency_us_p50 for t in dense)
+    assert of_forest.ratio("fp32") == pytest.approx(least / of_forest.ours["fp32"].latency_us_p50)
+    assert of_forest.ratio("int8") is None
+    assert {t.provider for t in record.timings if t.training} == {"torch eager", "fastff"}
 
 
-def test_results_are_saved_with_their_machine(tmp_path):
-    _, timings, left_out = run_tiny()
-    table, record = save(tmp_path / "new", timings, left_out)
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [r["provider"] for r in rows] == [t.provider for t in timings]
-    document = json.loads(record.read_text())
-    assert document["machine"]["torch"] == torch.__version__
-    assert document["ratio_to_fastest_dense"] == ratios(timings)
+def test_a_wrong_provider_is_refused(monkeypatch):
+    wrong = dataclasses.replace(PROVIDERS["torch eager"], make=lambda layers, rows: [lambda x: x * 0 for _ in layers])
+    monkeypatch.setitem(PROVIDERS, "torch eager", wrong)
+    record = run_grid(small_settings())
+    assert "torch eager" not in {t.provider for t in record.timings}
+    assert len(record.wrong) == 2
+    assert "wrong output: relative error 1.0e+00" in record.left_out[record.wrong[0]]
+    console = Console(record=True, width=200)
+    assert conclude(record, None, console) == 1
+    assert "wrong output" in console.export_text()
+
+
+def test_a_conditional_provider_that_takes_other_leaves_is_refused(monkeypatch):
+    def mirrored(layers, rows):
+        return [lambda x, layer=layer: layer(-x) for layer in layers]
+
+    monkeypatch.setitem(PROVIDERS, "fastff", dataclasses.replace(PROVIDERS["fastff"], make=mirrored))
+    with pytest.raises(Refused, match="wrong output"):
+        Station(1, 0).prepare(cell("fastff"), 1.0)
+
+
+def test_a_provider_that_raises_is_told_and_the_others_go_on(monkeypatch):
+    def fails(layers, rows):
+        raise ValueError("no such layout")
+
+    monkeypatch.setitem(PROVIDERS, "torch packed", dataclasses.replace(PROVIDERS["torch packed"], make=fails))
+    record = run_grid(small_settings(layer=(label(TREE),)))
+    assert list(record.left_out.values()) == ["failed: ValueError: no such layout"]
+    assert {"torch eager", "fastff"} <= {t.provider for t in record.timings}
+
+
+def test_a_slow_provider_is_left_out():
+    with pytest.raises(Refused, match=r"takes 0\.0 s, more than the 0\.0 s"):
+        Station(1, 0).prepare(cell("fastff"), 0.0)
+
+
+def test_missing_packages_are_told(monkeypatch):
+    needs = dataclasses.replace(PROVIDERS["openvino"], needs=("a_package_that_is_not_there",))
+    monkeypatch.setitem(PROVIDERS, "openvino", needs)
+    record = run_grid(small_settings(providers=("openvino", "fastff"), layer=(label(TREE),)))
+    assert set(record.left_out.values()) == {"a_package_that_is_not_there is not installed"}
+    assert record.wrong == []
+    assert any("left out: openvino: a_package" in line for line in notes(record))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    settings = small_settings(rows=(2, 3), layer=(label(TREE),))
+    prepared, stop_after = [], 7
+    prepare = Station.prepare
+
+    def interrupting(self, cell, longest_call):
+        if len(prepared) == stop_after:
+            raise KeyboardInterrupt
+        prepared.append(cell)
+        return prepare(self, cell, longest_call)
+
+    monkeypatch.setattr(Station, "prepare", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(settings, tmp_path)
+    first = json.loads((tmp_path / PARTIAL).read_text())
+    assert {t["rows"] for t in first["timings"]} == {2}
+
+    prepared.clear()
+    stop_after = None
+    record = run_grid(settings, tmp_path)
+    assert {c.rows for c in prepared} == {3}
+    assert [t.rows for t in record.timings] == [2] * 6 + [3] * 6
+    assert dataclasses.asdict(record.timings[0]) == first["timings"][0]
+
+    prepared.clear()
+    run_grid(dataclasses.replace(settings, seed=1), tmp_path)
+    assert {c.rows for c in prepared} == {2, 3}, "other settings begin again"
+
+
+def test_results_are_saved_whole(tmp_path):
+    record = run_grid(small_settings(), tmp_path)
+    console = Console(record=True, width=250)
+    assert conclude(record, tmp_path, console) == 0
+    assert "reads 10.0 GB/s of memory" in console.export_text()
+    with (tmp_path / "layer-cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["provider"] for line in lines] == [t.provider for t in record.timings]
+    found = json.loads((tmp_path / "layer-cpu.json").read_text())
+    assert found == json.loads(json.dumps(document(record)))
+    assert found["machine"]["torch"] == torch.__version__
+    assert {best["layer"] for best in found["best"]} == {label(TREE), label(FOREST)}
+    assert (tmp_path / "layer-cpu.png").stat().st_size > 5000
+    assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("subject", [DENSE, GATED], ids=label)
+@pytest.mark.parametrize("name", [name for name, p in PROVIDERS.items() if p.dense and name != "torch.compile"])
+def test_dense_providers_compute_the_dense_layer(name, subject):
+    why = PROVIDERS[name].why_not(subject, False)
+    if why is not None:
+        pytest.skip(why)
+    checked = Station(1, 0).prepare(cell(name, subject, rows=5), 10.0)  # raises Refused if it is wrong
+    assert checked.relative_error > 0
+
+
+def test_a_station_in_another_process_answers_and_its_end_is_noticed():
+    remote = Remote(threads=1, seed=0)
+    try:
+        checked = remote.prepare(cell("fastff", rows=2), 10.0)
+        assert 0 < checked.relative_error < 1e-6
+        assert len(remote.sample(cell("fastff", rows=2), 0.001)) >= 1
+        with pytest.raises(Refused, match=r"more than the 0\.0 s"):
+            remote.prepare(cell("fastff", rows=2), 0.0)
+        before = _cpu_seconds(remote._process.pid)
+        remote._process.join(0.3)
+        assert _cpu_seconds(remote._process.pid) - before < 0.1, "it spins between its turns"
+        os.kill(remote._process.pid, signal.SIGKILL)
+        with pytest.raises(Refused, match="ended with exit code -9"):
+            remote.sample(cell("fastff", rows=2), 0.001)
+    finally:
+        remote.close()
+
+
+def _cpu_seconds(process):
+    if not os.path.exists("/proc"):
+        pytest.skip("needs /proc")
+    with open(f"/proc/{process}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_layers_that_do_not_fit_memory_are_seated_apart_or_left_out():
+    wide = DenseConfig(features=1024, neurons=2**15)
+    cells = [cell("torch eager", wide), cell("torch packed", wide), cell("fastff")]
+    one, two = resident_bytes(cells[:1]), resident_bytes(cells[:2])
+    assert one > 4 * weights_of(wide)
+    assert two == one + 4 * weights_of(wide) + 4 * 3 * 1024  # the fp32 weights of a process are there once
+    left_out = {}
+    assert seatings(cells, None, left_out) == [cells]
+    assert seatings(cells, int(two * 1.2), left_out) == [cells[:2], cells[2:]]
+    assert left_out == {}
+    assert seatings(cells, int(one * 0.9), left_out) == [cells[2:]]
+    assert all("needs 0." in why for why in left_out.values())
+
+
+def test_limits_of_a_conditional_layer():
+    plain = fastff.TreeConfig(in_features=768, out_features=768, depth=11)
+    assert visited_weights(plain, 1) == pytest.approx(12 * 2 * 768)
+    assert visited_weights(plain, 10**7) == pytest.approx(weights_of(plain))
+    forest = cases.tree(4, trees=8, leaf_width=16, node_output=False, activation="swiglu")
+    assert visited_weights(forest, 1) == pytest.approx(8 * 768 * (4 + 32 + 16))
+    one = least_us(plain, LIMITS, rows=1, layers=1, precision="fp32")
+    assert one == pytest.approx(1e6 * (12 * 2 * 768 * 4 + 2 * 768 * 4) / 20e9)
+    cold = least_us(plain, LIMITS, rows=1, layers=16, precision="fp32")  # 16 layers exceed the cache
+    assert cold == pytest.approx(2 * one)
+    many = least_us(plain, LIMITS, rows=10**6, layers=1, precision="fp32")
+    assert many == pytest.approx(1e6 * plain.flops_per_row / LIMITS.flops_per_s, rel=0.7)
+
+
+def test_the_machine_is_measured(monkeypatch):
+    monkeypatch.setattr("fastff.bench.limits.PEAK_SIZE", 64)
+    monkeypatch.setattr("fastff.bench.limits.MEMORY_BYTES", 2**20)
+    found = measure()
+    assert found.threads == torch.get_num_threads()
+    assert min(found.memory_bytes_per_s, found.cache_bytes_per_s, found.flops_per_s) > 1e6
+
+
+@pytest.mark.parametrize("config", [TREE, FOREST], ids=label)
+def test_expected_outputs_are_those_of_the_float64_reference(config):
+    layer = make_layer(config, 0, seed=3)
+    x = torch.randn(20, 32)
+    got, clear = expected(layer, x)
+    want = reference.forward(x.double(), layer.w_in.double(), None, layer.w_out.double(), None, config=config)
+    torch.testing.assert_close(got, want.y, rtol=1e-12, atol=1e-12)
+    assert torch.equal(clear, want.margin > 1e-4)
+
+
+def test_layers_are_the_same_in_every_process_and_differ_from_each_other():
+    first, again, other = (make_layer(DENSE, index, seed=0).up.weight for index in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_choices_are_parsed_and_refused():
+    settings = settings_of(quick=True, only=["rows=1,8", "visits=16-layers", f"layer={label(TREE)}"], seconds=None)
+    scenes = settings.grid.scenes()
+    assert [scene.rows for scene in scenes] == [1]
+    assert scenes[0].subjects == (DENSE, TREE)
+    for bad, message in (
+        ("rows", "KIND=VALUE"),
+        ("colour=red", "kind of"),
+        ("rows=many", "whole"),
+        ("layer=9x9", "9x9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Only.parse([bad])
+
+
+def test_the_whole_table_has_the_scenes_it_promises():
+    scenes = Grid(threads=(1, 2)).scenes()
+    assert len(scenes) == len({(s.name, s.subjects) for s in scenes})
+    plain = [s for s in scenes if not s.training and TREE in s.subjects]
+    assert len(plain) == 5 * 2 * 2
+    assert isinstance(scenes[0], Scene)
+    assert isinstance(next(iter(PROVIDERS.values())), Provider)
 
 
 def test_threads_are_restored():
     before = torch.get_num_threads()
-    run_tiny(threads=1)
+    run_grid(small_settings(layer=(label(TREE),), providers=("fastff",)))
     assert torch.get_num_threads() == before
-
-
-def test_the_published_cases_have_distinct_names():
-    assert len({case.name for case in CASES}) == len(CASES)

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Conditional feedforward layers.")
 console = Console()
@@ -23,31 +22,29 @@ def _root() -> None:
 
 @app.command()
 def bench(
-    out: Annotated[Path | None, typer.Option(help="Directory for layer-cpu.csv and layer-cpu.json.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of timing a case.")] = 8.0,
-    skip: Annotated[list[str] | None, typer.Option(help="A provider to leave out; may be repeated.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results, and of what an interrupted run left.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A small part of the table, in a few minutes.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure only KIND=VALUE[,VALUE]: layer, provider, rows, visits or threads; may be repeated."
+        ),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="Timed seconds of each provider and case.")] = None,
 ) -> None:
-    """Time the layer beside the fastest dense layer that this machine can run."""
-    from fastff.bench import CASES, run_cases
-    from fastff.bench.run import machine, ratios, save
+    """Time conditional layers beside the fastest dense layers that this machine can run.
 
-    def progress(name: str) -> None:
-        console.print(f"measuring {name}", style="dim")
+    The same command goes on with an interrupted run in the same folder.
+    """
+    from fastff.bench.command import bench_cpu, settings_of
 
-    timings, left_out = run_cases(CASES, seconds=seconds, skip=skip or (), progress=progress)
-    faster = ratios(timings)
-    table = Table("case", "provider", "us a row, median", "20-80 %", "max error", "x faster than best dense")
-    for t in timings:
-        spread = f"{t.latency_us_p20:.2f}-{t.latency_us_p80:.2f}"
-        ratio = f"{faster[t.case]:.1f}" if t.provider == "fastff" else ""
-        table.add_row(t.case, t.provider, f"{t.latency_us_p50:.2f}", spread, f"{t.max_abs_error:.0e}", ratio)
-    console.print(table)
-    for name, why in left_out.items():
-        console.print(f"left out: {name}: {why}")
-    console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    if out is not None:
-        for path in save(out, timings, left_out):
-            console.print(f"wrote {path}")
+    try:
+        settings = settings_of(quick=quick, only=only or (), seconds=seconds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--only") from error
+    raise typer.Exit(bench_cpu(settings, out, console))
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""Layer speed: a conditional layer beside the fastest dense layer of the same process, outputs checked first."""
+"""Layer speed: conditional layers beside the fastest dense layers of the same run, outputs checked first."""
 
-from fastff.bench.cases import CASES, Case
-from fastff.bench.run import Timing, run_cases
+from fastff.bench.cases import Grid, Only
+from fastff.bench.run import Record, Settings, Timing, run_grid
 
-__all__ = ["CASES", "Case", "Timing", "run_cases"]
+__all__ = ["Grid", "Only", "Record", "Settings", "Timing", "run_grid"]

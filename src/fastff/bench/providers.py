@@ -1,219 +1,269 @@
-"""Ways to compute a feedforward layer. Each builds a callable and says what it needs.
+"""Ways to compute a feedforward layer on the CPU, each in its library's fastest form.
 
-A provider takes the layers' weights and returns `call(layer, x) -> y` on torch tensors; the harness checks y before it
-times anything. Dense providers compute `gelu(x @ w_in.T) @ w_out` with `dense_neurons` neurons, each in its library's
-fastest fp32 form: packed or frozen weights, one thread pool, no conversion of inputs inside the timed call.
+A provider turns layers into functions, one a layer, that the harness calls with inputs in the provider's own form
+(numpy, bf16, ...): nothing is converted inside the timed call. Weights are packed or frozen beforehand. Providers of
+one `family` share a process and its pool of threads.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastff
-from fastff.ops import native
-from fastff.tree import TreeConfig
+from fastff.bench import onnx_models
+from fastff.bench.cases import DenseConfig, Subject, weights_of
+from fastff.bench.layers import DenseLayer, activate, dense, train_step
+from fastff.ops import native, reference
 
-Call = Callable[[int, Tensor], Tensor]
-DenseWeights = Sequence[tuple[Tensor, Tensor]]  # (neurons, in_features), (out_features, neurons) of each layer
+Call = Callable[[Any], Any]
+Make = Callable[[Sequence[Any], int], list[Call]]  # layers and rows a call to a function a layer
 
-
-def missing(name: str) -> str | None:
-    """The reason why a provider cannot run here, None if it can."""
-    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(name)
-    for needed in (package, "onnx" if package else None):
-        if needed and importlib.util.find_spec(needed) is None:
-            return f"{needed} is not installed"
-    return None
+CHUNK_BYTES = 2**26  # of weights gathered, or scores masked, at once
+# Relative, against float64. torch's dynamic int8 errs by 0.05 on a gated layer, whose hidden values have long tails.
+ERROR_LIMITS = {"fp32": 1e-5, "bf16": 1e-2, "int8": 8e-2}
 
 
-def dense(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """The dense layer: (rows, in_features) to (rows, out_features)."""
-    return F.linear(F.gelu(F.linear(x, w_in)), w_out)
+def _same(x: Tensor) -> Any:
+    return x
 
 
-def torch_eager(weights: DenseWeights) -> Call:
-    return lambda layer, x: dense(x, *weights[layer])
+@dataclass(frozen=True)
+class Provider:
+    """dense: computes a DenseConfig, else a tree. copies: memory beside the fp32 weights, in their bytes.
+    per_rows: made for one number of rows. trains: has a backward. needs: packages."""
+
+    name: str
+    family: str
+    dense: bool
+    precision: str
+    make: Make
+    copies: float
+    inputs: Callable[[Tensor], Any] = _same
+    output: Callable[[Any], Tensor] = _same
+    per_rows: bool = False
+    trains: bool = False
+    needs: tuple[str, ...] = ()
+
+    def why_not(self, subject: Subject, training: bool) -> str | None:
+        """The reason why this provider cannot compute this layer here, None if it can."""
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if self.needs and weights_of(subject) * 4 > onnx_models.MOST_BYTES:
+            return f"{weights_of(subject) * 4} bytes of weights are more than one ONNX model holds"
+        if self.name in _QUANTISED and not hasattr(fastff.FFF, "quantize"):
+            return "this version of fastff has no quantised weights"
+        if self.name == "torch packed" and not torch.backends.mkl.is_available():
+            return "this build of torch has no MKL"
+        if self.name == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return "no C++ compiler"
+        return None
+
+    def computes(self, subject: Subject, training: bool) -> bool:
+        """Whether this is a provider of such a layer at all."""
+        return self.dense == isinstance(subject, DenseConfig) and (self.trains or not training)
 
 
-def torch_compile(weights: DenseWeights) -> Call:
+def modules(layers: Sequence[nn.Module], rows: int) -> list[Call]:
+    """PyTorch eager, dense or conditional: the module itself. In training mode, its forward and backward."""
+    return [train_step(layer, list(layer.parameters())) if layer.training else layer for layer in layers]
+
+
+def torch_compile(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+    torch._dynamo.reset()  # each number of rows is compiled for itself and counts against a limit
     compiled = torch.compile(dense, dynamic=False)
-    return lambda layer, x: compiled(x, *weights[layer])
+
+    def call(layer: DenseLayer) -> Call:
+        up, down = layer.up.weight, layer.down.weight
+        run = lambda x: compiled(x, up, down, layer.config.activation)  # noqa: E731
+        return train_step(run, [up, down]) if layer.training else run
+
+    return [call(layer) for layer in layers]
 
 
-def _onnx_model(w_in: Tensor, w_out: Tensor) -> bytes:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+def torch_packed(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+    """MKL's products on weights packed for this number of rows: what torch.compile emits for frozen weights."""
 
-    nodes = [
-        helper.make_node("MatMul", ["x", "w_in"], ["scores"]),
-        helper.make_node("Gelu", ["scores"], ["values"]),
-        helper.make_node("MatMul", ["values", "w_out"], ["y"]),
-    ]
-    constants = [
-        numpy_helper.from_array(w_in.t().contiguous().numpy(), "w_in"),
-        numpy_helper.from_array(w_out.t().contiguous().numpy(), "w_out"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "dense",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", w_in.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", w_out.shape[0]])],
-        constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString())
+    def call(layer: DenseLayer) -> Call:
+        activation, mkl = layer.config.activation, torch.ops.mkl
+        up, down = layer.up.weight.detach(), layer.down.weight.detach()
+        packed_up, packed_down = (mkl._mkl_reorder_linear_weight(w, rows) for w in (up, down))
+
+        def run(x: Tensor) -> Tensor:
+            hidden = activate(mkl._mkl_linear(x, packed_up, up, None, rows), activation)
+            return cast(Tensor, mkl._mkl_linear(hidden, packed_down, down, None, rows))
+
+        return run
+
+    return [call(layer) for layer in layers]
 
 
-def onnxruntime(weights: DenseWeights) -> Call:
-    import onnxruntime as ort
+def torch_bf16(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+    """oneDNN's fused products on bf16 weights packed for this number of rows; bf16 rows in and out."""
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    sessions = [
-        ort.InferenceSession(_onnx_model(*pair), options, providers=["CPUExecutionProvider"]) for pair in weights
-    ]
-    return lambda layer, x: torch.from_numpy(sessions[layer].run(None, {"x": x.numpy()})[0])
+    def call(layer: DenseLayer) -> Call:
+        gelu, linear = layer.config.activation == "gelu", torch.ops.mkldnn._linear_pointwise
+        up, down = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), rows)
+            for weight in (layer.up.weight, layer.down.weight)
+        )
 
+        def run(x: Tensor) -> Tensor:
+            scores = linear(x, up, None, "gelu" if gelu else "none", [], "none" if gelu else "")
+            return cast(Tensor, linear(scores if gelu else activate(scores, "swiglu"), down, None, "none", [], ""))
 
-def openvino(weights: DenseWeights) -> Call:
-    import openvino as ov
+        return run
 
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-    core = ov.Core()
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",  # its default would use bf16 on a CPU that has it
-    }
-    requests = [
-        core.compile_model(core.read_model(_onnx_model(*pair)), "CPU", options).create_infer_request()
-        for pair in weights
-    ]
-
-    def call(layer: int, x: Tensor) -> Tensor:
-        result = requests[layer].infer({0: x.numpy()}, share_inputs=True, share_outputs=False)
-        return torch.from_numpy(result[0])
-
-    return call
+    return [call(layer) for layer in layers]
 
 
-DENSE: dict[str, Callable[[DenseWeights], Call]] = {
-    "torch eager": torch_eager,
-    "torch.compile": torch_compile,
-    "onnxruntime": onnxruntime,
-    "openvino": openvino,
-}
+def torch_int8(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+    """PyTorch's dynamic quantisation of linear layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated in favour of a package that has no faster form of it
+        from torch.ao.quantization import quantize_dynamic
+
+        quantised = [quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8) for layer in layers]
+        for layer in quantised:
+            layer(torch.zeros(1, layer.config.features))  # warns once about its own deprecated parts
+        return quantised
 
 
-def fastff_module(layers: Sequence[fastff.FFF]) -> Call:
-    return lambda layer, x: layers[layer](x)
+def _onnxruntime(model: Callable[[DenseLayer], bytes]) -> Make:
+    def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+
+        def call(layer: DenseLayer) -> Call:
+            run = ort.InferenceSession(model(layer), options, providers=["CPUExecutionProvider"]).run
+            return lambda x: run(None, {"x": x})[0]
+
+        return [call(layer) for layer in layers]
+
+    return make
 
 
-def fastff_kernel(layers: Sequence[fastff.FFF]) -> Call:
+def _openvino(model: Callable[[DenseLayer], bytes]) -> Make:
+    def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
+        os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
+        import openvino as ov
+
+        core = ov.Core()
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",  # its default would use bf16 on a CPU that has it
+        }
+
+        def call(layer: DenseLayer) -> Call:
+            request = core.compile_model(core.read_model(model(layer)), "CPU", options).create_infer_request()
+            return lambda x: request.infer({0: x}, share_inputs=True, share_outputs=False)[0]
+
+        return [call(layer) for layer in layers]
+
+    return make
+
+
+def fastff_kernel(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
     """The C function on packed weights, its output preallocated: what an embedder of the C core pays, plus ctypes."""
     infer, threads = native.library().fastff_infer_f32, torch.get_num_threads()
-    packs = [native.PackedLayer(layer.config) for layer in layers]
-    for pack, layer in zip(packs, layers, strict=True):
+    y = torch.empty(rows, layers[0].out_features)
+    address = y.data_ptr()
+
+    def call(layer: fastff.FFF) -> Call:
+        pack = native.PackedLayer(layer.config)
         pack(torch.zeros(1, layer.in_features), layer._parameters)
-    outputs: dict[int, tuple[Tensor, int]] = {}
 
-    def call(layer: int, x: Tensor) -> Tensor:
-        rows = len(x)
-        if rows not in outputs:
-            fresh = torch.empty(rows, layers[0].out_features)
-            outputs[rows] = fresh, fresh.data_ptr()
-        y, address = outputs[rows]
-        infer(packs[layer].address, x.data_ptr(), address, rows, threads)
-        return y
+        def run(x: Tensor) -> Tensor:
+            infer(pack.address, x.data_ptr(), address, rows, threads)
+            return y
 
-    return call
+        return run
+
+    return [call(layer) for layer in layers]
 
 
-def gather_bmm(layers: Sequence[fastff.FFF]) -> Call:
+def _quantised(precision: str) -> Make:
+    def make(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
+        return [cast(Any, copy.deepcopy(layer)).quantize(precision) for layer in layers]
+
+    return make
+
+
+def _in_chunks(call: Callable[[Tensor], Tensor], rows: int) -> Call:
+    return lambda x: call(x) if len(x) <= rows else torch.cat([call(part) for part in x.split(rows)])
+
+
+def gather_bmm(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
     """The published "high-level simulation" of conditional multiplication: gather the path's weights, then bmm."""
 
-    def call(layer: int, x: Tensor) -> Tensor:
-        fff = layers[layer]
-        w_in, w_out, depth = fff.w_in[0], fff.w_out[0], fff.config.depth
-        node = torch.zeros(x.shape[0], dtype=torch.int64)
-        nodes, scores = [], []
-        for _ in range(depth + 1):
-            score = torch.bmm(w_in[node].unsqueeze(1), x.unsqueeze(2)).view(-1)
-            nodes.append(node)
-            scores.append(score)
-            node = 2 * node + 1 + (score > 0)
-        values = F.gelu(torch.stack(scores, 1))
-        return torch.bmm(values.unsqueeze(1), w_out[torch.stack(nodes, 1)]).squeeze(1)
+    def call(layer: fastff.FFF) -> Call:
+        c = layer.config
+        gathered = 4 * c.trees * (c.leaf_in_rows * c.in_features + (c.active_neurons // c.trees) * c.out_features)
+        run = lambda x: reference.forward(x, *layer._weights(), config=c).y  # noqa: E731
+        return _in_chunks(run, max(1, CHUNK_BYTES // gathered))
 
-    return call
+    return [call(layer) for layer in layers]
 
 
-CONDITIONAL: dict[str, Callable[[Sequence[fastff.FFF]], Call]] = {
-    "fastff": fastff_module,
-    "fastff C": fastff_kernel,
-    "torch gather+bmm": gather_bmm,
-}
+def masked_dense(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
+    """All neurons, then a mask: how the published model computes its layer."""
+
+    def call(layer: fastff.FFF) -> Call:
+        c = layer.config
+        run = lambda x: reference.forward_masked(x, *layer._weights(), config=c).y  # noqa: E731
+        return _in_chunks(run, max(1, CHUNK_BYTES // (4 * c.trees * c.in_rows)))
+
+    return [call(layer) for layer in layers]
 
 
-def applies(name: str, config: TreeConfig) -> bool:
-    """Whether a conditional provider can compute this layer."""
-    plain = config.trees == 1 and config.node_output and config.leaf_width == 1 and not config.gate and not config.bias
-    return name.startswith("fastff") or (plain and config.activation == "gelu")
+def _numpy(x: Tensor) -> Any:
+    return x.numpy()
 
 
-class TrainStep(nn.Module):
-    """Forward and backward of one layer: `call(layer, x)` is x's gradient for an upstream gradient of ones."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def call(self, layer: int, x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        self.layers[layer](x).backward(torch.ones_like(x))
-        for parameter in self.layers[layer].parameters():
-            parameter.grad = None
-        if x.grad is None:
-            raise RuntimeError("the layer gave x no gradient")
-        return x.grad
+def _bf16(x: Tensor) -> Tensor:
+    return x.bfloat16()
 
 
-class DenseLayer(nn.Module):
-    """The dense layer as a module, for training steps."""
-
-    def __init__(self, w_in: Tensor, w_out: Tensor) -> None:
-        super().__init__()
-        self.w_in, self.w_out = nn.Parameter(w_in), nn.Parameter(w_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dense(x, self.w_in, self.w_out)
-
-
-def _eager_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
-    return TrainStep([DenseLayer(*pair) for pair in weights]).call
-
-
-def _compiled_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
-    compiled: list[Any] = [torch.compile(DenseLayer(*pair), dynamic=False) for pair in weights]
-    return TrainStep(compiled).call
-
-
-def _fastff_step(weights: DenseWeights, layers: Sequence[fastff.FFF]) -> Call:
-    return TrainStep(list(layers)).call
-
-
-# Forward and backward; those named as in DENSE are dense.
-TRAIN: dict[str, Callable[[DenseWeights, Sequence[fastff.FFF]], Call]] = {
-    "torch eager": _eager_step,
-    "torch.compile": _compiled_step,
-    "fastff": _fastff_step,
-}
+_QUANTISED = ("fastff bf16", "fastff int8")
+_ONNX: dict[str, Any] = {"inputs": _numpy, "output": torch.from_numpy}
+_RUNTIME, _VINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
+_STATIC = (*_VINO, "onnxruntime")  # whose tool writes the quantised model
+_FP32 = onnx_models.fp32
+PROVIDERS: dict[str, Provider] = {
+    p.name: p
+    for p in (
+        Provider("torch eager", "torch", True, "fp32", modules, 0, trains=True),
+        Provider("torch.compile", "torch", True, "fp32", torch_compile, 0, per_rows=True, trains=True),
+        Provider("torch packed", "torch", True, "fp32", torch_packed, 1, per_rows=True),
+        Provider("torch bf16", "torch", True, "bf16", torch_bf16, 0.5, _bf16, Tensor.float, per_rows=True),
+        Provider("torch int8", "torch", True, "int8", torch_int8, 1.25),
+        Provider("onnxruntime", "onnxruntime", True, "fp32", _onnxruntime(_FP32), 2, needs=_RUNTIME, **_ONNX),
+        Provider(
+            "onnxruntime int8", "onnxruntime", True, "int8", _onnxruntime(onnx_models.dynamic_int8), 1,
+            needs=_RUNTIME, **_ONNX,
+        ),
+        Provider("openvino", "openvino", True, "fp32", _openvino(_FP32), 2, needs=_VINO, **_ONNX),
+        Provider(
+            "openvino int8", "openvino", True, "int8", _openvino(onnx_models.static_int8), 1, needs=_STATIC, **_ONNX
+        ),
+        Provider("fastff", "fastff", False, "fp32", modules, 1, trains=True),
+        Provider("fastff C", "fastff", False, "fp32", fastff_kernel, 1, per_rows=True),
+        Provider("fastff bf16", "fastff", False, "bf16", _quantised("bf16"), 2),
+        Provider("fastff int8", "fastff", False, "int8", _quantised("int8"), 2),
+        Provider("torch gather+bmm", "torch", False, "fp32", gather_bmm, 0),
+        Provider("torch masked", "torch", False, "fp32", masked_dense, 0),
+    )
+}  # fmt: skip

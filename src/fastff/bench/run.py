@@ -1,232 +1,324 @@
-"""The harness: check, then time interleaved, then report medians with their spread and ratios within one run."""
+"""The coordinator: which cells there are, whose turn it is, what is kept when a run is interrupted."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-import fastff
-from fastff.bench import providers
-from fastff.bench.cases import Case
-from fastff.bench.providers import Call, DenseWeights
-from fastff.ops import native, reference
+from fastff.bench.cases import Cell, DenseConfig, Grid, Scene, Subject, features_of, label, weights_of
+from fastff.bench.limits import Limits, least_us
+from fastff.bench.machine import available_bytes, commit, machine
+from fastff.bench.providers import PROVIDERS
+from fastff.bench.station import FAILED, INPUT_BYTES, WRONG, Checked, Refused, Remote, Station
+from fastff.tree import TreeConfig
 
-CACHE_BYTES = 64 * 2**20  # inputs rotate over more than a core's private caches hold
-MAX_INPUTS = 512
-ROUND_SECONDS = 0.15  # a provider's share of one round
+PARTIAL = "partial.json"
+TURN_SECONDS = 0.12
+REST_SECONDS = 0.005  # between turns: a pool of threads that spins after its work has fallen asleep by then
+LEAST_SAMPLES = 5
+LEAST_SLOW_SAMPLES = 3  # of calls that take longer than a turn
+MEMORY_SHARE = 0.9  # of what is available
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider on one case. Latencies are microseconds a row and layer; errors are against float64."""
+    """One provider on one layer of a scene. Latencies are microseconds a row and layer: quartiles over the samples.
+    Errors are against float64, the relative one of norms. limit_fraction: the least time that the machine's measured
+    limits allow this layer, of the median; only for fastff."""
 
-    case: str
+    layer: str
     provider: str
     kind: str  # dense or conditional
+    precision: str
     rows: int
     layers: int
     threads: int
     training: bool
-    latency_us_p20: float
+    latency_us_p25: float
     latency_us_p50: float
-    latency_us_p80: float
+    latency_us_p75: float
     max_abs_error: float
+    relative_error: float
     samples: int
+    limit_fraction: float | None = None
 
 
-def machine() -> dict[str, Any]:
-    """The machine, instruction set and versions that a result belongs to."""
-    names = ("torch", "onnxruntime", "openvino")
-    versions = {name: metadata.version(name) for name in names if providers.missing(name) is None}
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "isa": native.isa(),
-        "python": platform.python_version(),
-        "fastff": fastff.__version__,
-        **versions,
-    }
+@dataclass(frozen=True)
+class Settings:
+    """seconds: timed seconds of a cell; longest_call: providers slower than so many seconds a call are left out;
+    separate: families of providers in processes of their own, taking turns, else all in this one.
+    limits: measure the machine's limits first, and compare with them."""
+
+    grid: Grid
+    seconds: float = 0.8
+    longest_call: float = 12.0
+    seed: int = 0
+    separate: bool = True
+    limits: bool = True
 
 
-def cpu_name() -> str:
-    """Model name of the processor with its widest vector extensions, as the system reports them."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    known = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = set(known.get("flags", "").split())
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
-    return f"{known.get('model name', platform.machine())} ({', '.join(wide) or 'no vector extensions'})"
+@dataclass
+class Record:
+    """What a run found. left_out: by cell, why; finished: scenes that are complete."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    limits: dict[int, Limits] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> list[str]:
+        """Names of cells that gave a wrong output, or none at all though nothing was missing."""
+        return [name for name, why in self.left_out.items() if why.startswith((WRONG, FAILED))]
 
 
-def run_cases(
-    cases: Iterable[Case],
-    *,
-    seconds: float = 8.0,
-    seed: int = 0,
-    skip: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Timing], dict[str, str]]:
-    """Measure every provider that can run. seconds: wall time of one case's timed part.
+class Worker(Protocol):
+    """A Station, here or in another process."""
 
-    Returns the timings and, by provider, why some were left out. Raises RuntimeError if an output is wrong."""
-    timings: list[Timing] = []
-    left_out = {name: why for name in providers.DENSE if (why := providers.missing(name))}
-    left_out |= dict.fromkeys(skip, "skipped on request")
-    threads_before = torch.get_num_threads()
+    def limits(self) -> Limits: ...
+    def prepare(self, cell: Cell, longest_call: float) -> Checked: ...
+    def sample(self, cell: Cell, seconds: float) -> list[float]: ...
+    def clear(self) -> None: ...
+
+
+Progress = Callable[[str, float, float], None]  # what is done now, seconds of work done and all of them, as expected
+
+
+def run_grid(settings: Settings, out: Path | None = None, progress: Progress = lambda *_: None) -> Record:
+    """Measure the table. With `out`, what is finished is kept there, and a run of the same settings goes on from it."""
+    record = Record({**machine(), "commit": commit()}, asdict(settings))
+    if out is not None:
+        _resume(record, out / PARTIAL)
+    todo = [scene for scene in settings.grid.scenes() if _key(scene) not in record.finished]
+    total = sum(_expected_seconds(cell, settings) for scene in todo for cell in _cells(scene, settings))
+    clock = _Clock(progress, total)
+    crew: _Crew | None = None
     try:
-        for case in cases:
-            progress(case.name)
-            torch.set_num_threads(case.threads)
-            timings += _run_case(case, seconds, seed, left_out)
+        for scene in todo:
+            if crew is None or not crew.serves(scene):
+                if crew is not None:
+                    crew.close()
+                crew = _Crew(settings, scene)
+            if settings.limits and scene.threads not in record.limits:
+                clock.now(f"limits of {scene.threads} threads")
+                record.limits[scene.threads] = crew.worker("torch").limits()
+            _measure(scene, settings, crew, record, clock)
+            record.finished.append(_key(scene))
+            if out is not None:
+                _keep(record, out / PARTIAL)
     finally:
-        torch.set_num_threads(threads_before)
-    return timings, left_out
+        if crew is not None:
+            crew.close()
+    return record
 
 
-def _run_case(case: Case, seconds: float, seed: int, left_out: Mapping[str, str]) -> list[Timing]:
-    torch.manual_seed(seed)
-    width, neurons = case.config.in_features, case.dense_neurons
-    weights = [
-        (torch.randn(neurons, width) / width**0.5, torch.randn(width, neurons) / neurons**0.5)
-        for _ in range(case.layers)
+def _key(scene: Scene) -> str:
+    return f"{scene.name} {' '.join(map(label, scene.subjects))}"
+
+
+class _Crew:
+    """The workers of one number of threads and one set of layers, by family of providers."""
+
+    def __init__(self, settings: Settings, scene: Scene) -> None:
+        self._settings, self._scene = settings, scene
+        self._workers: dict[str, Worker] = {}
+        self._threads = torch.get_num_threads()  # of this process, which a Station in it changes
+        self.available = available_bytes()  # before its workers hold any
+
+    def serves(self, scene: Scene) -> bool:
+        return (scene.threads, scene.subjects) == (self._scene.threads, self._scene.subjects)
+
+    def worker(self, family: str) -> Worker:
+        key = family if self._settings.separate else "all"
+        if key not in self._workers:
+            make = Remote if self._settings.separate else Station
+            self._workers[key] = make(self._scene.threads, self._settings.seed)
+        return self._workers[key]
+
+    def clear(self) -> None:
+        for name, worker in list(self._workers.items()):
+            try:
+                worker.clear()
+            except Refused:  # its process is gone: the next cell starts another
+                del self._workers[name]
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            if isinstance(worker, Remote):
+                worker.close()
+        self._workers.clear()
+        torch.set_num_threads(self._threads)
+
+
+class _Clock:
+    def __init__(self, progress: Progress, total: float) -> None:
+        self._progress, self._total, self._done, self._what = progress, total, 0.0, ""
+
+    def now(self, what: str, seconds: float = 0.0) -> None:
+        """Name what is done now, after so many expected seconds of work."""
+        self._what, self._done = what or self._what, self._done + seconds
+        self._progress(self._what, self._done, self._total)
+
+
+def _cells(scene: Scene, settings: Settings) -> list[Cell]:
+    chosen = settings.grid.only.provider
+    make = (scene.rows, scene.layers, scene.threads, scene.training)
+    return [
+        Cell(subject, name, *make)
+        for subject in scene.subjects
+        for name, provider in PROVIDERS.items()
+        if provider.computes(subject, scene.training) and (not chosen or name in chosen)
     ]
-    layers = [_layer(case) for _ in range(case.layers)]
-    count = max(2, min(MAX_INPUTS, CACHE_BYTES // (case.rows * width * 4)))
-    inputs = [torch.randn(case.rows, width) for _ in range(count)]
-    with torch.set_grad_enabled(case.training):
-        calls = _build(case, weights, layers, left_out)
-        errors = {name: _check(name, call, case, weights, layers, inputs[0]) for name, call in calls.items()}
-        samples = _interleave(calls, case, inputs, seconds)
-    return [_timing(case, name, samples[name], errors[name]) for name in calls]
 
 
-def _layer(case: Case) -> fastff.FFF:
-    c = case.config
-    options = {
-        name: getattr(c, name)
-        for name in ("depth", "trees", "leaf_width", "node_output", "activation", "gate", "tau", "bias")
-    }
-    return fastff.FFF(c.in_features, c.out_features, **options).train(case.training)
+def _measure(scene: Scene, settings: Settings, crew: _Crew, record: Record, clock: _Clock) -> None:
+    cells = []
+    for cell in _cells(scene, settings):
+        why = PROVIDERS[cell.provider].why_not(cell.subject, cell.training)
+        if why is None:
+            cells.append(cell)
+        else:
+            record.left_out[cell.name] = why
+            clock.now("", _expected_seconds(cell, settings))
+    for together in seatings(cells, crew.available, record.left_out):
+        if together != cells:  # not everything fits memory at once
+            crew.close()
+        _take_turns(scene, together, settings, crew, record, clock)
 
 
-def _build(
-    case: Case, weights: DenseWeights, layers: Sequence[fastff.FFF], left_out: Mapping[str, str]
-) -> dict[str, Call]:
-    if case.training:
-        return {name: make(weights, layers) for name, make in providers.TRAIN.items() if name not in left_out}
-    dense = {name: make(weights) for name, make in providers.DENSE.items() if name not in left_out}
-    conditional = {
-        name: make(layers)
-        for name, make in providers.CONDITIONAL.items()
-        if name not in left_out and providers.applies(name, case.config)
-    }
-    return {**dense, **conditional}
+def seatings(cells: Sequence[Cell], available: int | None, left_out: dict[str, str]) -> list[list[Cell]]:
+    """Groups of cells whose weights fit the available memory together. What does not fit alone is left out."""
+    groups: list[list[Cell]] = []
+    most = float("inf") if available is None else MEMORY_SHARE * available
+    for cell in cells:
+        alone = resident_bytes([cell])
+        if alone > most:
+            left_out[cell.name] = f"needs {alone / 2**30:.1f} GiB, of {most / 2**30:.1f} GiB that may be used"
+        elif groups and resident_bytes([*groups[-1], cell]) <= most:
+            groups[-1].append(cell)
+        else:
+            groups.append([cell])
+    return groups
 
 
-def _check(name: str, call: Call, case: Case, weights: DenseWeights, layers: Sequence[fastff.FFF], x: Tensor) -> float:
-    """Largest error against float64 over rows whose path float32 decides safely. Raises RuntimeError above 1e-3."""
-    x = x[:64]
-    got = call(0, x).detach()
-    exact_x = x.double().requires_grad_(case.training)
-    if name in providers.DENSE:
-        want = providers.dense(exact_x, *(w.double() for w in weights[0]))
-        clear = torch.ones(x.shape[0], dtype=torch.bool)
-    else:
-        exact = [None if w is None else w.double() for w in layers[0]._weights()]
-        routed = reference.forward(exact_x, *exact, config=case.config)  # type: ignore[arg-type]
-        want, clear = routed.y, routed.margin > 1e-4
-    if case.training:
-        (want,) = torch.autograd.grad(want.sum(), exact_x)
-    error = float((got.double() - want)[clear].abs().max()) if case.rows else 0.0
-    if not error < 1e-3:
-        raise RuntimeError(f"{name} is wrong on {case.name}: error {error} against float64, expected below 1e-3")
-    return error
+def resident_bytes(cells: Iterable[Cell]) -> int:
+    """Memory that these cells need together: fp32 weights once a process, each provider's copies, and inputs."""
+    sources: dict[tuple[str, Subject], int] = {}
+    copies = 0.0
+    for cell in cells:
+        provider, weights = PROVIDERS[cell.provider], 4 * weights_of(cell.subject) * cell.layers
+        sources[provider.family, cell.subject] = weights
+        copies += provider.copies * weights + 4 * cell.rows * features_of(cell.subject)
+    return int(sum(sources.values()) + copies + 2 * INPUT_BYTES * len({family for family, _ in sources}))
 
 
-def _interleave(
-    calls: Mapping[str, Call], case: Case, inputs: Sequence[Tensor], seconds: float
-) -> dict[str, list[float]]:
-    """Rounds over all providers, so that a slow second of the machine hits each; microseconds a row and layer."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    position, layers = 0, range(case.layers)
-    calls_a_sample = 16 if case.rows == case.layers == 1 else 1  # a clock reading costs as much as a few microseconds
-    batches = [inputs[i : i + calls_a_sample] for i in range(0, len(inputs) - calls_a_sample + 1, calls_a_sample)]
-    for call in calls.values():  # warm up: compile, pack, fill caches
-        for layer in layers:
-            call(layer, inputs[0])
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, samples.values())) < 3:
-        for name, call in calls.items():
-            stop = time.perf_counter() + ROUND_SECONDS
-            while True:
-                start = time.perf_counter()
-                for x in batches[position % len(batches)]:
-                    for layer in layers:
-                        call(layer, x)
-                now = time.perf_counter()
-                position += 1
-                samples[name].append((now - start) * 1e6 / (case.rows * case.layers * calls_a_sample))
-                if now > stop:
-                    break
+def _take_turns(
+    scene: Scene, cells: Sequence[Cell], settings: Settings, crew: _Crew, record: Record, clock: _Clock
+) -> None:
+    checked: dict[Cell, Checked] = {}
+    for cell in cells:
+        clock.now(f"{scene.name}: checking {cell.provider} on {label(cell.subject)}")
+        try:
+            checked[cell] = crew.worker(PROVIDERS[cell.provider].family).prepare(cell, settings.longest_call)
+        except Refused as error:
+            record.left_out[cell.name] = str(error)
+    samples = _rounds(scene, checked, settings, crew, record, clock)
+    for cell, latencies in samples.items():
+        record.timings.append(_timing(cell, checked[cell], latencies, record.limits.get(cell.threads)))
+    crew.clear()
+    clock.now("", sum(_expected_seconds(cell, settings) for cell in cells))
+
+
+def _rounds(
+    scene: Scene, checked: Mapping[Cell, Checked], settings: Settings, crew: _Crew, record: Record, clock: _Clock
+) -> dict[Cell, list[float]]:
+    """Rounds over all cells, so that a slow second of the machine hits each; a cell leaves when it has its seconds."""
+    samples: dict[Cell, list[float]] = {cell: [] for cell in checked}
+    spent = dict.fromkeys(checked, 0.0)
+
+    def unfinished(cell: Cell) -> bool:
+        least = LEAST_SLOW_SAMPLES if checked[cell].seconds > TURN_SECONDS else LEAST_SAMPLES
+        return spent[cell] < settings.seconds or len(samples[cell]) < least
+
+    while left := [cell for cell in samples if unfinished(cell)]:
+        clock.now(f"{scene.name}: timing {len(left)} of {len(checked)} providers")
+        for cell in left:
+            time.sleep(REST_SECONDS)
+            start = time.perf_counter()
+            try:
+                samples[cell] += crew.worker(PROVIDERS[cell.provider].family).sample(cell, TURN_SECONDS)
+            except Refused as error:
+                record.left_out[cell.name] = str(error)
+                del samples[cell]
+            spent[cell] += time.perf_counter() - start
     return samples
 
 
-def _timing(case: Case, name: str, latencies_us: Sequence[float], error: float) -> Timing:
-    p20, *_, p80 = statistics.quantiles(latencies_us, n=5)
+def _timing(cell: Cell, checked: Checked, latencies_us: Sequence[float], limits: Limits | None) -> Timing:
+    p25, p50, p75 = statistics.quantiles(latencies_us, n=4, method="inclusive")
+    provider = PROVIDERS[cell.provider]
+    fraction = None
+    if limits and isinstance(cell.subject, TreeConfig) and provider.family == "fastff" and not cell.training:
+        fraction = least_us(
+            cell.subject, limits, rows=cell.rows, layers=cell.layers, precision=provider.precision
+        ) / p50  # fmt: skip
     return Timing(
-        case=case.name,
-        provider=name,
-        kind="dense" if name in providers.DENSE else "conditional",
-        rows=case.rows,
-        layers=case.layers,
-        threads=case.threads,
-        training=case.training,
-        latency_us_p20=p20,
-        latency_us_p50=statistics.median(latencies_us),
-        latency_us_p80=p80,
-        max_abs_error=error,
+        layer=label(cell.subject),
+        provider=cell.provider,
+        kind="dense" if provider.dense else "conditional",
+        precision=provider.precision,
+        rows=cell.rows,
+        layers=cell.layers,
+        threads=cell.threads,
+        training=cell.training,
+        latency_us_p25=p25,
+        latency_us_p50=p50,
+        latency_us_p75=p75,
+        max_abs_error=checked.max_abs_error,
+        relative_error=checked.relative_error,
         samples=len(latencies_us),
+        limit_fraction=fraction,
     )
 
 
-def fastest_dense(timings: Sequence[Timing], case: str) -> Timing:
-    """The dense provider with the lowest median on a case."""
-    return min((t for t in timings if t.case == case and t.kind == "dense"), key=lambda t: t.latency_us_p50)
+def _expected_seconds(cell: Cell, settings: Settings) -> float:
+    """Rough wall time of a cell, for the progress bar."""
+    provider, rows = PROVIDERS[cell.provider], cell.rows * (3 if cell.training else 1)
+    if isinstance(cell.subject, DenseConfig) or provider.name == "torch masked":
+        call = rows * 2 * weights_of(cell.subject) / 8e10 / cell.threads
+    else:
+        slowness = 20 if provider.name == "torch gather+bmm" else 1
+        call = slowness * rows * cell.subject.flops_per_row / 1e10 / cell.threads
+    build = cell.layers * weights_of(cell.subject) / 1e9
+    if call > settings.longest_call:
+        return build + 2 * call
+    return build + 3 * call + max(settings.seconds, LEAST_SLOW_SAMPLES * call)
 
 
-def ratios(timings: Sequence[Timing]) -> dict[str, float]:
-    """By case, how many times fastff is faster than the fastest dense provider of the same run."""
-    ours = {t.case: t for t in timings if t.provider == "fastff"}
-    return {case: fastest_dense(timings, case).latency_us_p50 / t.latency_us_p50 for case, t in ours.items()}
+def _resume(record: Record, path: Path) -> None:
+    """Take over what an interrupted run of the same settings, machine and versions left."""
+    if not path.is_file():
+        return
+    kept = json.loads(path.read_text())
+    if [kept["machine"], kept["settings"]] != json.loads(json.dumps([record.machine, record.settings])):
+        return
+    record.limits = {int(threads): Limits(**found) for threads, found in kept["limits"].items()}
+    record.timings = [Timing(**timing) for timing in kept["timings"]]
+    record.left_out, record.finished = kept["left_out"], kept["finished"]
 
 
-def save(directory: Path, timings: Sequence[Timing], left_out: Mapping[str, str]) -> tuple[Path, Path]:
-    """Write layer-cpu.csv and layer-cpu.json into a directory; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    table, record = directory / "layer-cpu.csv", directory / "layer-cpu.json"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(Timing.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(t) for t in timings)
-    document = {
-        "machine": machine(),
-        "left_out": dict(left_out),
-        "ratio_to_fastest_dense": ratios(timings),
-        "timings": [asdict(t) for t in timings],
-    }
-    record.write_text(json.dumps(document, indent=2) + "\n")
-    return table, record
+def _keep(record: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(asdict(record)) + "\n")
+    os.replace(fresh, path)

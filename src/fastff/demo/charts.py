@@ -73,10 +73,10 @@ def speed(results: dict[str, Any]) -> str:
 
 def _speed_bar(axes: Axes, place: float, timing: dict[str, Any], key: str) -> None:
     middle = timing["latency_us_p50"]
-    spread = [[max(0.0, middle - timing["latency_us_p20"])], [max(0.0, timing["latency_us_p80"] - middle)]]
+    spread = [[max(0.0, middle - timing["latency_us_p25"])], [max(0.0, timing["latency_us_p75"] - middle)]]
     axes.barh(place, middle, height=0.36, color=SERIES[key][0], xerr=spread, ecolor=INK, error_kw={"linewidth": 1})
     label = f"   {timing['provider']} {middle:,.{1 if middle < 100 else 0}f}"
-    axes.text(timing["latency_us_p80"], place, label, va="center", fontsize=10)
+    axes.text(timing["latency_us_p75"], place, label, va="center", fontsize=10)
 
 
 def curves(results: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def speed(results: dict[str, Any]) -> str:
     measured = results["speed"]
     rows = []
     for t in sorted(measured["timings"], key=lambda t: (t["rows"], t["latency_us_p50"])):
-        spread = f"{t['latency_us_p20']:.2f} to {t['latency_us_p80']:.2f}"
+        spread = f"{t['latency_us_p25']:.2f} to {t['latency_us_p75']:.2f}"
         name = t["provider"] if t["kind"] == "dense" else f"{t['provider']} (conditional)"
         rows.append((str(t["rows"]), name, f"{t['latency_us_p50']:.2f}", spread, f"{t['max_abs_error']:.0e}"))
     left_out = "; ".join(f"{name}: {why}" for name, why in measured["left_out"].items())
@@ -102,14 +102,14 @@ def speed(results: dict[str, Any]) -> str:
 {
         figure(
             charts.speed(results),
-            "fastff against the fastest dense provider; lines span the 20th to the 80th percentile.",
+            "fastff against the fastest dense provider; lines span the quartiles.",
         )
     }
 <p>Faster than the fastest dense layer of the same run: {faster}. Width {measured["width"]}, fp32, one thread, one layer
 whose weights stay in the caches, inputs that rotate. Every output was compared with a float64 reference before timing;
 providers took turns. This is the layer alone: attention does not get faster, so a whole model gains less.</p>
 <details><summary>All providers</summary>{
-        table(("rows", "provider", "µs a row, median", "20 to 80 %", "largest error"), rows)
+        table(("rows", "provider", "µs a row, median", "quartiles", "largest error"), rows)
     }{f"<p>Left out: {escape(left_out)}.</p>" if left_out else ""}</details></section>"""
 
 

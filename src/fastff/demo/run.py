@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastff.bench import Case, run_cases
-from fastff.bench.run import machine, ratios
+from fastff import bench
+from fastff.bench.cases import BERT, BERT_BASE, label
+from fastff.bench.machine import commit, machine
+from fastff.bench.report import best_of
 from fastff.demo import settings as sizes
 from fastff.demo import train
 from fastff.demo.authors import bag_of_words, score
@@ -35,6 +34,7 @@ from fastff.ops import available_backends
 from fastff.training.interrupt import Stop
 
 SPEED_ROWS = (1, 128, 1024)
+SPEED_PROVIDERS = ("torch eager", "torch.compile", "torch packed", "onnxruntime", "openvino", "fastff", "fastff C")
 REPORT_SECONDS = 8.0  # kept for the charts and the report
 MARGIN = 0.9  # of the time left is planned for: a machine slows down while it works
 START_SHARE, PRETRAIN_SHARE = 0.08, 0.27  # of the training time; fine-tuning, where most is learnt, gets the rest
@@ -141,24 +141,30 @@ class Demo:
 
     def measure_speed(self) -> dict[str, Any]:
         """One layer of BERT-base's width against the dense layer that it replaces."""
-        skip = {} if can_compile() and not self.settings.quick else {"torch.compile": why_not_compiled(self.settings)}
-        cases = [Case(rows=rows) for rows in SPEED_ROWS]
-        seconds = self.settings.speed_seconds
+        skip = {"torch.compile": "left out of a quick run"} if self.settings.quick else {}
+        chosen = tuple(name for name in SPEED_PROVIDERS if name not in skip)
+        only = bench.Only(layer=(label(BERT_BASE),), provider=chosen)
+        grid = bench.Grid((1,), SPEED_ROWS, layers=(1,), gpt3_rows=(), train_rows=(), only=only)
+        seconds = self.settings.speed_seconds / len(chosen)
 
-        def progress(name: str) -> None:
-            self.console.print(f"layer speed: {name}", style="dim")
+        told: list[str] = []
 
-        timings, left_out = run_cases(
-            cases, seconds=seconds, seed=self.settings.seed, skip=list(skip), progress=progress
-        )
+        def progress(what: str, done: float, total: float) -> None:
+            scene = what.partition(":")[0]
+            if scene not in told:
+                told.append(scene)
+                self.console.print(f"layer speed: {scene}", style="dim")
+
+        settings = bench.Settings(grid, seconds=seconds, seed=self.settings.seed, separate=False, limits=False)
+        record = bench.run_grid(settings, progress=progress)
         return {
-            "timings": [asdict(timing) for timing in timings],
-            "left_out": {**left_out, **skip},
-            "times_faster": ratios(timings),
+            "timings": [asdict(timing) for timing in record.timings],
+            "left_out": {**record.left_out, **skip},
+            "times_faster": {best.case: best.ratio("fp32") for best in best_of(record.timings)},
             "rows": list(SPEED_ROWS),
-            "dense_neurons": cases[0].dense_neurons,
-            "tree": cases[0].config.name,
-            "width": cases[0].config.in_features,
+            "dense_neurons": BERT.neurons,
+            "tree": BERT_BASE.name,
+            "width": BERT_BASE.in_features,
         }
 
     def plan(self) -> dict[str, Any]:
@@ -321,22 +327,3 @@ def cost(arm: Arm, model: Any) -> dict[str, Any]:
         "flops_per_token": numbers[2],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def commit() -> str | None:
-    """The commit of the source tree this runs from, None for an installed package."""
-    folder = Path(__file__).parent
-    if shutil.which("git") is None or not any((parent / ".git").exists() for parent in folder.parents):
-        return None
-    command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def can_compile() -> bool:
-    """Whether torch.compile finds a C++ compiler."""
-    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-
-
-def why_not_compiled(settings: Settings) -> str:
-    return "left out of a quick run" if settings.quick else "no C++ compiler"

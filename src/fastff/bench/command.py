@@ -1,0 +1,54 @@
+"""What `fastff bench` does on a CPU: choose the grid, show the progress, print and save what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastff.bench.cases import Grid, Only
+from fastff.bench.machine import cores
+from fastff.bench.report import notes, save, table
+from fastff.bench.run import Record, Settings, run_grid
+
+
+def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> Settings:
+    """The whole grid with one thread and all cores, or a small part of it. Raises ValueError for an unknown choice."""
+    chosen = Only.parse(only)
+    if quick:
+        grid = Grid(threads=(1,), rows=(1, 128, 1024), layers=(16,), gpt3_rows=(), train_rows=(), only=chosen)
+        return Settings(grid, seconds=seconds or 0.25, longest_call=2.0)
+    return Settings(Grid(threads=tuple(dict.fromkeys((1, cores()))), only=chosen), seconds=seconds or 0.8)
+
+
+def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
+    """Run, print and, with `out`, save. Returns the exit code: 1 if an output was wrong, 130 if interrupted."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("starting", total=None)
+
+        def progress(what: str, done: float, total: float) -> None:
+            bars.update(task, description=what, completed=done, total=total)
+
+        try:
+            record = run_grid(settings, out, progress)
+        except KeyboardInterrupt:
+            kept = "" if out is None else f": the same command goes on from what is in {out}"
+            console.print(f"interrupted{kept}", style="yellow", markup=False)
+            return 130
+    return conclude(record, out, console)
+
+
+def conclude(record: Record, out: Path | None, console: Console) -> int:
+    """Print and save what was found."""
+    console.print(table(record))
+    for line in notes(record):
+        console.print(line, markup=False)
+    if out is not None:
+        for path in save(record, out):
+            console.print(f"wrote {path}", markup=False)
+    for name in record.wrong:
+        console.print(f"error: {name}: {record.left_out[name]}", style="red", markup=False)
+    return 1 if record.wrong else 0

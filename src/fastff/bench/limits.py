@@ -1,0 +1,84 @@
+"""The machine's own limits, measured, and the least time that they allow a conditional layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastff.bench.cases import weights_of
+from fastff.bench.machine import cache_bytes
+from fastff.tree import TreeConfig
+
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+MEMORY_BYTES = 2**29
+PEAK_SIZE = 2048  # of the square matrices that are multiplied
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of `threads` cores together: bytes read a second from memory and from the last-level cache, whose size is
+    last_level_bytes, and fp32 floating-point operations a second of a large matrix product."""
+
+    threads: int
+    memory_bytes_per_s: float
+    cache_bytes_per_s: float
+    last_level_bytes: int
+    flops_per_s: float
+
+
+def measure() -> Limits:
+    """With torch's number of threads; about two seconds."""
+    own, last = cache_bytes()
+    a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
+    cached = max(4 * own * torch.get_num_threads(), min(last // 8, 2**25))
+    return Limits(
+        threads=torch.get_num_threads(),
+        memory_bytes_per_s=read_bandwidth(MEMORY_BYTES, repeats=4),
+        cache_bytes_per_s=read_bandwidth(cached, repeats=60),
+        last_level_bytes=last,
+        flops_per_s=2 * PEAK_SIZE**3 / _least_seconds(lambda: torch.mm(a, b), 8),
+    )
+
+
+def read_bandwidth(size: int, *, repeats: int) -> float:
+    """Bytes a second, of the faster of two routines that read `size` bytes again and again."""
+    x = torch.ones(size // 4)
+    matrix, vector = x[: len(x) // 1024 * 1024].view(-1, 1024), torch.ones(1024)
+    reads: tuple[Callable[[], object], ...] = (lambda: torch.dot(x, x), lambda: torch.mv(matrix, vector))
+    return size / min(_least_seconds(read, repeats) for read in reads)
+
+
+def _least_seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def least_us(config: TreeConfig, limits: Limits, *, rows: int, layers: int, precision: str) -> float:
+    """Microseconds a row that the limits allow: all products at the peak of fp32, or every weight that the rows are
+    expected to visit read once a call (from memory if the layers exceed the last-level cache) with the row itself,
+    whichever takes longer. Rows are taken to spread evenly over the leaves."""
+    total = weights_of(config) * BYTES[precision] * layers
+    bandwidth = limits.memory_bytes_per_s if total > limits.last_level_bytes else limits.cache_bytes_per_s
+    moved = visited_weights(config, rows) * BYTES[precision] / rows + 4 * (config.in_features + config.out_features)
+    return 1e6 * max(config.flops_per_row / limits.flops_per_s, moved / bandwidth)
+
+
+def visited_weights(config: TreeConfig, rows: int) -> float:
+    """Expected number of different weights that so many rows read, when they spread evenly over the leaves."""
+
+    def visited(level: int) -> float:
+        there = float(2**level)
+        return there * -float(torch.expm1(rows * torch.log1p(torch.tensor(-1 / there, dtype=torch.float64))))
+
+    node = config.in_features + (config.out_features if config.node_output else 0)
+    leaf = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
+    nodes = sum(visited(level) for level in range(config.depth))
+    return config.trees * (nodes * node + visited(config.depth) * leaf)

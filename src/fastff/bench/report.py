@@ -1,0 +1,210 @@
+"""What a run of the table is shown as: the best of each case on the terminal, every cell in CSV and JSON, a chart."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastff.bench.cases import TWINS, visits
+from fastff.bench.run import PARTIAL, Record, Timing
+
+NAME = "layer-cpu"
+PRECISIONS = ("fp32", "bf16", "int8")
+OURS = {"fp32": "fastff", "bf16": "fastff bf16", "int8": "fastff int8"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """One tree in one scene: fastff by precision beside the fastest dense provider of each precision."""
+
+    layer: str
+    rows: int
+    layers: int
+    threads: int
+    training: bool
+    ours: dict[str, Timing]
+    dense: dict[str, Timing]
+
+    def ratio(self, precision: str, against: str = "fp32") -> float | None:
+        """How many times faster fastff in one precision is than the fastest dense layer of another; None if unknown."""
+        if precision not in self.ours or against not in self.dense:
+            return None
+        return self.dense[against].latency_us_p50 / self.ours[precision].latency_us_p50
+
+    @property
+    def case(self) -> str:
+        return f"{self.layer}-{visits(self.layers, self.training)}-{self.rows}-rows-{self.threads}-threads"
+
+
+def best_of(timings: Sequence[Timing]) -> list[Best]:
+    """Of every tree in every scene, in the order of the run. The dense layers are those of the tree's twins."""
+    found = []
+    for key in dict.fromkeys(_case(t) for t in timings if t.kind == "conditional"):
+        layer, *scene = key
+        here = [t for t in timings if _case(t)[1:] == tuple(scene)]
+        ours = {p: t for p, name in OURS.items() for t in here if (t.layer, t.provider) == (layer, name)}
+        twins = [t for t in here if t.kind == "dense" and t.layer in TWINS.get(layer, (t.layer,))]
+        dense = {p: _fastest(t for t in twins if t.precision == p) for p in PRECISIONS}
+        found.append(Best(*key, ours, {p: t for p, t in dense.items() if t is not None}))
+    return found
+
+
+def _case(timing: Timing) -> tuple[str, int, int, int, bool]:
+    return timing.layer, timing.rows, timing.layers, timing.threads, timing.training
+
+
+def _fastest(timings: Iterable[Timing]) -> Timing | None:
+    return min(timings, key=lambda t: t.latency_us_p50, default=None)
+
+
+def table(record: Record) -> Table:
+    """The best of each case: microseconds a row, quartiles, times faster, and the share of the machine's limits."""
+    shown = Table(title="microseconds a row and layer, medians (quartiles)")
+    for head in ("layer", "visits", "rows", "threads", "fastest dense fp32", "fastest dense int8"):
+        shown.add_column(head)
+    for precision in PRECISIONS:
+        shown.add_column(f"fastff {precision}")
+    for head in ("x fp32", "bf16 x fp32", "int8 x int8", "of limit"):
+        shown.add_column(head, justify="right")
+    for best in best_of(record.timings):
+        ratios = (best.ratio("fp32"), best.ratio("bf16"), best.ratio("int8", "int8"))
+        plain = best.ours.get("fp32")
+        limit = None if plain is None or plain.limit_fraction is None else f"{plain.limit_fraction:.0%}"
+        shown.add_row(
+            best.layer,
+            visits(best.layers, best.training),
+            str(best.rows),
+            str(best.threads),
+            *(_cell(best.dense.get(p), named=True) for p in ("fp32", "int8")),
+            *(_cell(best.ours.get(p)) for p in PRECISIONS),
+            *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
+            limit or "",
+        )
+    return shown
+
+
+def _cell(timing: Timing | None, *, named: bool = False) -> str:
+    if timing is None:
+        return ""
+    spread = f"({timing.latency_us_p25:.4g}-{timing.latency_us_p75:.4g})"
+    return f"{timing.latency_us_p50:.4g} {spread}" + (f" {timing.provider}" if named else "")
+
+
+def notes(record: Record) -> list[str]:
+    """The machine, its limits, and what was left out with its reasons, one line each."""
+    lines = [", ".join(f"{key} {value}" for key, value in record.machine.items())]
+    lines += [
+        f"{found.threads} thread{'s' * (found.threads > 1)}: reads {found.memory_bytes_per_s / 1e9:.1f} GB/s of memory "
+        f"and {found.cache_bytes_per_s / 1e9:.1f} GB/s of the last-level cache, multiplies at "
+        f"{found.flops_per_s / 1e9:.0f} GFLOP/s in fp32"
+        for found in record.limits.values()
+    ]
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, why in record.left_out.items():
+        where, provider = name.split(" ", 1)
+        by_reason.setdefault((provider, why), []).append(where)
+    for (provider, why), places in by_reason.items():
+        cases = places[0] if len(places) == 1 else f"{len(places)} cases, {places[0]} to {places[-1]}"
+        lines.append(f"left out: {provider}: {why} ({cases})")
+    return lines
+
+
+def save(record: Record, directory: Path) -> list[Path]:
+    """Write layer-cpu.csv, .json and .png into a directory, whose partial run is then over; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json", "png")]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(_rounded(t) for t in record.timings)
+    paths[1].write_text(json.dumps(document(record), indent=1) + "\n")
+    chart(record, paths[2])
+    (directory / PARTIAL).unlink(missing_ok=True)
+    return paths
+
+
+def document(record: Record) -> dict[str, Any]:
+    """The whole run as plain values: what runs/readme_tables.py reads."""
+    return {
+        "machine": record.machine,
+        "settings": record.settings,
+        "limits": [asdict(found) for found in record.limits.values()],
+        "left_out": record.left_out,
+        "best": [_summary(best) for best in best_of(record.timings)],
+        "timings": [_rounded(t) for t in record.timings],
+    }
+
+
+def _summary(best: Best) -> dict[str, Any]:
+    def name_and_time(timings: dict[str, Timing]) -> dict[str, Any]:
+        return {
+            p: {"provider": t.provider, "layer": t.layer, "latency_us_p50": _short(t.latency_us_p50),
+                "relative_error": _short(t.relative_error)}
+            for p, t in timings.items()
+        }  # fmt: skip
+
+    ratios = {
+        f"{p}_over_dense_{against}": ratio
+        for p in PRECISIONS
+        for against in ("fp32", "int8")
+        if (ratio := best.ratio(p, against)) is not None
+    }
+    case = {name: getattr(best, name) for name in ("case", "layer", "rows", "layers", "threads", "training")}
+    rounded = {name: _short(value) for name, value in ratios.items()}
+    return {**case, "ours": name_and_time(best.ours), "dense": name_and_time(best.dense), "ratios": rounded}
+
+
+def _rounded(timing: Timing) -> dict[str, Any]:
+    return {name: _short(value) for name, value in asdict(timing).items()}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def chart(record: Record, path: Path) -> None:
+    """Times faster than the fastest dense fp32 layer, over rows: a panel a tree, a line a precision and threads."""
+    from matplotlib.figure import Figure
+
+    found = [best for best in best_of(record.timings) if not best.training]
+    names = list(dict.fromkeys(best.layer for best in found)) or [""]
+    figure = Figure(figsize=(4.2 * len(names), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        here = [best for best in found if best.layer == name]
+        _panel(axes, here)
+        axes.set_title(name)
+        axes.set_xlabel("rows a call")
+    panels[0].set_ylabel("times faster than the fastest dense fp32 layer")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axes: Any, here: Sequence[Best]) -> None:
+    colours = dict(zip(PRECISIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    most = max((best.layers for best in here), default=1)
+    for threads in dict.fromkeys(best.threads for best in here):
+        for precision in PRECISIONS:
+            points = sorted(
+                (best.rows, ratio)
+                for best in here
+                if best.threads == threads and best.layers == most and (ratio := best.ratio(precision)) is not None
+            )
+            if points:
+                style: dict[str, Any] = {"color": colours[precision], "linestyle": "-" if threads == 1 else "--"}
+                name = f"{precision}, {threads} thread{'s' * (threads > 1)}"
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    rows = sorted({best.rows for best in here})
+    axes.set_xticks(rows, [f"{n:,}" for n in rows])
+    axes.minorticks_off()
+    number: Callable[[float, object], str] = lambda value, _: f"{value:g}"  # noqa: E731
+    axes.yaxis.set_major_formatter(number)
