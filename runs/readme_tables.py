@@ -9,43 +9,118 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from fastff.bench.report import figure
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {
-    "1x11-hot-1-rows-1-threads": "1 row, one layer kept hot",
-    "1x11-16-layers-1-rows-1-threads": "1 row, sixteen layers in turn",
-    "1x11-16-layers-8-rows-1-threads": "8 rows, sixteen layers in turn",
-    "1x11-16-layers-128-rows-1-threads": "128 rows, sixteen layers in turn",
-    "1x11-hot-1024-rows-1-threads": "1024 rows",
-    "1x11-train-4096-rows-1-threads": "4096 rows, forward + backward",
-}
+PLAIN = "1x11"  # the layer of the first table
+ABSENT = "-"
+
+
+def record() -> dict[str, Any]:
+    return json.loads((ROOT / "results" / "cpu" / "layer-cpu.json").read_text())
 
 
 def layer_cpu() -> str:
-    """The layer beside the fastest dense layer, latency and error."""
-    record = json.loads((ROOT / "results" / "cpu" / "layer-cpu.json").read_text())
+    """The published layer on one thread beside the fastest dense layer: latency, error, and what bf16 and int8 give."""
+    found = record()
     lines = [
-        "| us a row (median; error against float64) | fastest dense | fastff | faster | C function alone |",
-        "|---|---|---|---|---|",
+        "| us a row (median; error against float64) | fastest dense fp32 | fastff fp32 | faster | C function alone "
+        "| fastff bf16 | fastff int8 | int8 over the fastest int8 dense |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for case, label in CASES.items():
-        timings = [t for t in record["timings"] if t["case"] == case]
-        dense = min((t for t in timings if t["kind"] == "dense"), key=lambda t: t["latency_us_p50"])
-        ours = next(t for t in timings if t["provider"] == "fastff")
-        kernel = next((t for t in timings if t["provider"] == "fastff C"), None)
-        alone = f"{kernel['latency_us_p50']:.1f}" if kernel else "-"
-        lines.append(
-            f"| {label} | {dense['latency_us_p50']:.0f} ({dense['provider']}) "
-            f"| {ours['latency_us_p50']:.1f} ({ours['max_abs_error']:.0e}) "
-            f"| **{dense['latency_us_p50'] / ours['latency_us_p50']:.0f}x** | {alone} |"
+    for best in found["best"]:
+        if best["layer"] != PLAIN or best["threads"] != 1:
+            continue
+        alone = next((t for t in found["timings"] if t["provider"] == "fastff C" and _scene(t) == _scene(best)), None)
+        cells = (
+            _case(best),
+            _dense(best, "fp32"),
+            _ours(best, "fp32"),
+            f"**{_times(best, 'fp32', 'fp32')}**",
+            figure(alone["latency_us_p50"]) if alone else ABSENT,
+            *(_ours(best, p, ratio=True) for p in ("bf16", "int8")),
+            _against_int8(best),
         )
-    machine = record["machine"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _machine(found)])
+
+
+def layers_cpu() -> str:
+    """Every other layer, and the published one on all threads, each beside its fastest dense layer."""
+    lines = [
+        "| layer | us a row | threads | fastest dense fp32 | fastff fp32 | faster | fastff bf16 | fastff int8 "
+        "| int8 over the fastest int8 dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for best in record()["best"]:
+        if best["layer"] == PLAIN and best["threads"] == 1:
+            continue
+        cells = (
+            best["layer"],
+            _case(best),
+            str(best["threads"]),
+            _dense(best, "fp32"),
+            _ours(best, "fp32"),
+            f"**{_times(best, 'fp32', 'fp32')}**",
+            *(_ours(best, p, ratio=True) for p in ("bf16", "int8")),
+            _against_int8(best),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "(not in the last run)"
+
+
+def _scene(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("layer", "rows", "layers", "threads", "training"))
+
+
+def _case(best: dict[str, Any]) -> str:
+    rows = f"{best['rows']} row{'s' * (best['rows'] > 1)}"
+    if best["training"]:
+        return f"{rows}, forward + backward"
+    return f"{rows}, one layer kept hot" if best["layers"] == 1 else f"{rows}, {best['layers']} layers in turn"
+
+
+def _dense(best: dict[str, Any], precision: str) -> str:
+    dense = best["dense"].get(precision)
+    if dense is None:
+        return ABSENT
+    return f"{figure(dense['latency_us_p50'])}, {dense['provider']}"
+
+
+def _ours(best: dict[str, Any], precision: str, *, ratio: bool = False) -> str:
+    ours = best["ours"].get(precision)
+    if ours is None:
+        return ABSENT
+    times = f", {_times(best, precision, 'fp32')}" if ratio else ""
+    return f"{figure(ours['latency_us_p50'])} ({ours['relative_error']:.0e}){times}"
+
+
+def _times(best: dict[str, Any], precision: str, against: str) -> str:
+    ratio = best["ratios"].get(f"{precision}_over_dense_{against}")
+    return ABSENT if ratio is None else f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def _against_int8(best: dict[str, Any]) -> str:
+    if _times(best, "int8", "int8") == ABSENT:
+        return ABSENT
+    return f"{_times(best, 'int8', 'int8')} ({_dense(best, 'int8')})"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    machine, limits = found["machine"], found["limits"]
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "onnxruntime", "openvino") if k in machine)
-    lines += ["", f"{machine['cpu']}, {machine['isa']} kernels, one thread, fp32; {versions}."]
-    return "\n".join(lines)
+    measured = "; ".join(
+        f"{limit['threads']} thread{'s' * (limit['threads'] > 1)} read {limit['memory_bytes_per_s'] / 1e9:.0f} GB/s of "
+        f"memory and {limit['cache_bytes_per_s'] / 1e9:.0f} GB/s of the last cache and reach "
+        f"{limit['flops_per_s'] / 1e9:.0f} GFLOP/s"
+        for limit in limits
+    )
+    return f"{machine['cpu']}, {machine['isa']} kernels; {versions}. Measured limits: {measured}."
 
 
-TABLES = {"layer-cpu": layer_cpu}
+TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu}
 
 
 def updated(text: str) -> str:

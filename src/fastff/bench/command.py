@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastff.bench.cases import Grid, Only
 from fastff.bench.machine import cores
-from fastff.bench.report import notes, save, table
+from fastff.bench.report import notes, save, tables
 from fastff.bench.run import Record, Settings, run_grid
 
 
@@ -43,7 +43,8 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
 
 def conclude(record: Record, out: Path | None, console: Console) -> int:
     """Print and save what was found."""
-    console.print(table(record))
+    for table in tables(record, wide=console.width >= 150):
+        console.print(table)
     for line in notes(record):
         console.print(line, markup=False)
     if out is not None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from fastff.bench.cases import TWINS, visits
@@ -63,42 +64,58 @@ def _fastest(timings: Iterable[Timing]) -> Timing | None:
     return min(timings, key=lambda t: t.latency_us_p50, default=None)
 
 
-def table(record: Record) -> Table:
-    """The best of each case: microseconds a row, quartiles, times faster, and the share of the machine's limits."""
-    shown = Table(title="microseconds a row and layer, medians (quartiles)")
-    for head in ("layer", "visits", "rows", "threads", "fastest dense fp32", "fastest dense int8"):
-        shown.add_column(head)
-    for precision in PRECISIONS:
-        shown.add_column(f"fastff {precision}")
-    for head in ("x fp32", "bf16 x fp32", "int8 x int8", "of limit"):
-        shown.add_column(head, justify="right")
-    for best in best_of(record.timings):
-        ratios = (best.ratio("fp32"), best.ratio("bf16"), best.ratio("int8", "int8"))
-        plain = best.ours.get("fp32")
+def tables(record: Record, *, wide: bool) -> list[Table]:
+    """The best of each case, a table a layer: microseconds a row, times faster, the share of the machine's limits.
+
+    wide: with quartiles, for a terminal of 150 columns or more."""
+    found = best_of(record.timings)
+    return [_table(name, [best for best in found if best.layer == name], wide) for name in _layers(found)]
+
+
+def _layers(found: Sequence[Best]) -> list[str]:
+    return list(dict.fromkeys(best.layer for best in found))
+
+
+def _table(title: str, found: Sequence[Best], wide: bool) -> Table:
+    shown = Table(title=f"{title}: us a row and layer, medians", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heads = ("visits", "rows", "thr", "dense fp32", "fp32", "bf16", "int8", "x fp32", "x bf16", "x int8", "limit")
+    for head in heads:
+        shown.add_column(head, justify="left" if head in ("visits", "dense fp32") else "right", no_wrap=True)
+    for best in found:
+        dense, plain = best.dense.get("fp32"), best.ours.get("fp32")
         limit = None if plain is None or plain.limit_fraction is None else f"{plain.limit_fraction:.0%}"
+        ratios = (best.ratio("fp32"), best.ratio("bf16"), best.ratio("int8", "int8"))
         shown.add_row(
-            best.layer,
             visits(best.layers, best.training),
             str(best.rows),
             str(best.threads),
-            *(_cell(best.dense.get(p), named=True) for p in ("fp32", "int8")),
-            *(_cell(best.ours.get(p)) for p in PRECISIONS),
-            *("" if ratio is None else f"{ratio:.1f}" for ratio in ratios),
+            _number(dense, wide) + (f" {dense.provider}" if dense else ""),
+            *(_number(best.ours.get(p), wide) for p in PRECISIONS),
+            *("" if ratio is None else figure(ratio) for ratio in ratios),
             limit or "",
         )
     return shown
 
 
-def _cell(timing: Timing | None, *, named: bool = False) -> str:
+def _number(timing: Timing | None, wide: bool) -> str:
     if timing is None:
         return ""
-    spread = f"({timing.latency_us_p25:.4g}-{timing.latency_us_p75:.4g})"
-    return f"{timing.latency_us_p50:.4g} {spread}" + (f" {timing.provider}" if named else "")
+    spread = f" ({figure(timing.latency_us_p25)}-{figure(timing.latency_us_p75)})" if wide else ""
+    return figure(timing.latency_us_p50) + spread
+
+
+def figure(value: float) -> str:
+    """Three digits, and no exponent: 0.123, 1.23, 12.3, 123, 1234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def notes(record: Record) -> list[str]:
     """The machine, its limits, and what was left out with its reasons, one line each."""
-    lines = [", ".join(f"{key} {value}" for key, value in record.machine.items())]
+    lines = [
+        "x fp32, x bf16: over the fastest dense fp32 layer; x int8: over the fastest dense int8 layer; limit: the "
+        "least time that the machine's limits allow the fp32 layer, of its median",
+        ", ".join(f"{key} {value}" for key, value in record.machine.items()),
+    ]
     lines += [
         f"{found.threads} thread{'s' * (found.threads > 1)}: reads {found.memory_bytes_per_s / 1e9:.1f} GB/s of memory "
         f"and {found.cache_bytes_per_s / 1e9:.1f} GB/s of the last-level cache, multiplies at "
@@ -170,12 +187,12 @@ def _short(value: Any) -> Any:
 
 def chart(record: Record, path: Path) -> None:
     """Times faster than the fastest dense fp32 layer, over rows: a panel a tree, a line a precision and threads."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
     found = [best for best in best_of(record.timings) if not best.training]
-    names = list(dict.fromkeys(best.layer for best in found)) or [""]
-    figure = Figure(figsize=(4.2 * len(names), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    names = _layers(found) or [""]
+    drawing = Drawing(figsize=(4.2 * len(names), 4.2), layout="constrained")
+    panels = drawing.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         here = [best for best in found if best.layer == name]
         _panel(axes, here)
@@ -183,7 +200,7 @@ def chart(record: Record, path: Path) -> None:
         axes.set_xlabel("rows a call")
     panels[0].set_ylabel("times faster than the fastest dense fp32 layer")
     panels[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    drawing.savefig(path, dpi=110)
 
 
 def _panel(axes: Any, here: Sequence[Best]) -> None:
