@@ -12,81 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from conftest import make_rows
-from fastff.convert import Settings, convert, pipeline
+from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
+from fastff.convert import arms, convert
 from fastff.convert.capture import capture
 from fastff.convert.distil import chunks_of, missed
 from fastff.convert.evaluate import perplexity, rank, read_table, spearman
-from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, solve_outputs
-from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops, tree_for
+from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, prune, solve_outputs
+from fastff.convert.load import load_dense
+from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
 from fastff.convert.text import tokenise
 from fastff.errors import CheckpointError
 from fastff.models.converted import ConvertedFeedforward
-from fastff.models.families import DenseWeights, family_of
-
-WORDS = [f"w{k}" for k in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "<unk>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = [" ".join(rng.choice(WORDS, size=rng.integers(3, 20))) for _ in range(400)]
-    path.write_text("\n\n".join(lines) + "\n")
-    return path
-
-
-def tiny(model_type="bert", **extra):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    if model_type == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 128, "bos_token_id": 1, "eos_token_id": 1}
-    if model_type == "llama":
-        sizes["num_key_value_heads"] = 2
-    if model_type == "modernbert":
-        extra |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
-    config = AutoConfig.for_model(model_type, vocab_size=62, initializer_range=0.3, **sizes, **extra)
-    auto = AutoModelForCausalLM if model_type in ("gpt2", "llama") else AutoModel
-    return auto.from_config(config).eval()
-
-
-def saved(folder, tokenizer, model_type="bert"):
-    tiny(model_type).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def settings_for(folder, model, text, **changes):
-    small = Settings(
-        model=model,
-        text=text,
-        out=folder / "out",
-        active=0.3,
-        rows=600,
-        layer_steps=3,
-        steps=6,
-        batch=8,
-        max_length=16,
-        keep_slow=True,  # a layer of 128 neurons gains nothing from a tree
-    )
-    return replace(small, **changes)
-
-
-def random_dense(neurons=96, width=16, gated=False, activation="gelu"):
-    w = make_rows(4, neurons, width, seed=3, dtype=torch.float32) / 4
-    second = {"v_in": w[2], "v_b": w[3, :, 0]} if gated else {}
-    return DenseWeights(w[0], w[3, :, 1], w[1], make_rows(width, dtype=torch.float32), activation, **second)
+from fastff.models.families import family_of
 
 
 def pieces(x):
@@ -152,12 +92,14 @@ def test_capture_refuses_a_full_disk_before_it_writes(tokenizer, text, tmp_path,
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_features_times_weights_is_the_layer(gated):
+@pytest.mark.parametrize("shared", [0, 7])
+def test_features_times_weights_is_the_layer(gated, shared):
     dense = random_dense(gated=gated, activation="silu" if gated else "gelu")
     x = make_rows(400, 16, dtype=torch.float32)
-    module = ConvertedFeedforward(describe_tree(dense, trees=3, depth=3, leaf_width=4), 16).eval()
+    module = ConvertedFeedforward(describe_tree(dense, trees=3, depth=3, leaf_width=4, shared=shared), 16).eval()
     initialise(module, dense, x, pieces(x))
-    weights = torch.cat((module.layer.w_out.flatten(0, 1), module.bias.unsqueeze(0)))
+    beside = () if module.shared is None else (module.shared.linear_out.weight.t(),)
+    weights = torch.cat((module.layer.w_out.flatten(0, 1), *beside, module.bias.unsqueeze(0)))
     with torch.no_grad():
         assert (features(module, x) @ weights - module(x)).abs().max() < 1e-4
 
@@ -171,6 +113,34 @@ def test_a_layer_with_every_neuron_is_the_dense_layer(gated, activation):
     initialise(narrow, dense, x, pieces(x))
     with torch.no_grad():
         assert missed(lambda h: h, dense, narrow, x, x) < 1e-3
+
+
+def test_the_shared_part_takes_the_neurons_that_do_most():
+    dense = random_dense()
+    dense.w_out[[3, 50]] *= 20
+    x = make_rows(400, 16, dtype=torch.float32)
+    module = ConvertedFeedforward(describe_tree(dense, trees=2, depth=2, leaf_width=4, shared=2), 16).eval()
+    initialise(module, dense, x, pieces(x))
+    rows = {tuple(row) for row in module.shared.linear_in.weight.tolist()}
+    assert rows == {tuple(dense.w_in[k].tolist()) for k in (3, 50)}
+    leaves = {tuple(row) for row in module.layer.w_in[:, 3:].flatten(0, 1).tolist()}
+    assert not rows & leaves
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_pruned_layer_is_the_dense_one_without_its_weak_neurons(gated):
+    dense = random_dense(gated=gated, activation="gelu")
+    dense.w_out[20:] *= 0.01
+    x = make_rows(400, 16, dtype=torch.float32)
+    module = ConvertedFeedforward(describe_narrow(dense, 20), 16).eval()
+    prune(module, dense, x)
+    with torch.no_grad():
+        difference = module(x) - dense_forward(dense, x)
+        assert difference.mean(0).abs().max() < 1e-5
+        assert missed(lambda h: h, dense, module, x, x) < 1e-3
+    tree = ConvertedFeedforward(describe_tree(dense, trees=1, depth=1, leaf_width=2), 16)
+    with pytest.raises(ValueError, match="FFF cannot be made by leaving neurons out"):
+        prune(tree, dense, x)
 
 
 def test_a_layer_of_depth_zero_is_the_dense_layer_up_to_its_activation():
@@ -219,18 +189,13 @@ def test_best_split_of_too_few_rows_is_finite(rows):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("active", [0.03, 0.1, 0.25])
-def test_the_tree_for_a_budget_keeps_it(gated, active):
+@pytest.mark.parametrize(("active", "shared"), [(0.03, 0), (0.1, 24), (0.25, 0)])
+def test_the_tree_for_a_budget_keeps_it(gated, active, shared):
     dense = random_dense(neurons=1536, width=384, gated=gated)
-    description = tree_for(dense, active)
+    description = fit_tree(dense, active, trees=2, depth=3, shared=shared)
     assert 0.7 * active < flops(dense, description) / dense.flops_per_row <= active
     layer = ConvertedFeedforward(description, 384)
     assert layer.flops_per_row == flops(dense, description)
-
-
-def test_an_impossible_budget_names_the_least_possible():
-    with pytest.raises(ValueError, match=r"active 0.10% is below \d+\.\d+%"):
-        tree_for(random_dense(neurons=128, width=32), 0.001)
 
 
 def test_ranks_and_spearman():
@@ -262,7 +227,7 @@ def test_in_every_family_a_tree_keeps_most_of_its_layer(model_type, tokenizer, t
     model = tiny(model_type)
     examples = tokenise(tokenizer, text, tmp_path, max_length=12, max_tokens=10**6, whole_blocks=False)
     captured = capture(model, examples, tmp_path, rows=1500, batch=16, progress=lambda *_: None)
-    descriptions = [tree_for(dense_layers(model)[0], 0.35), None]
+    descriptions = [fit_tree(dense_layers(model)[0], 0.35, trees=2, depth=3), None]
     student, errors = build_student(model, descriptions, captured, steps=5)
     assert errors[1] is None
     assert errors[0] < 0.5  # 1 is a constant output; these rows were kept aside
@@ -282,9 +247,9 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         settings = replace(settings, table=table)
     seen = []
     record = convert(settings, progress=lambda what, done, of: seen.append((what, done, of)))
-    assert {"capture", "layers", "distil"} == {what for what, _, _ in seen}
-    assert set(record["arms"]) == {"tree", "narrow dense"}
-    assert record["active"] <= 0.3
+    assert {what for what, _, _ in seen} == {"timing", "capture", "probe", "layers", "distil"}
+    assert set(record["arms"]) == {"tree", "narrow", "pruned", "none"}
+    assert 0 < record["arms"]["tree"]["active"] <= 0.3
     assert record["arms"]["tree"]["after"] is not None
     auto = AutoModelForCausalLM if model_type == "gpt2" else AutoModel
     loaded = auto.from_pretrained(settings.out)
@@ -293,6 +258,7 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
     assert all(isinstance(slot, ConvertedFeedforward) for slot in slots)
     report = json.loads((settings.out / "report" / "report.json").read_text())
     assert report["arms"] == record["arms"]
+    assert "<svg" in (settings.out / "report" / "index.html").read_text()
     assert "narrow dense" in (settings.out / "report" / "index.html").read_text()
     assert "import fastff.models" in (settings.out / "README.md").read_text()
     assert not (settings.out / "work").exists()
@@ -300,8 +266,8 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
 
 def test_an_interrupted_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path, monkeypatch):
     model = saved(tmp_path / "model", tokenizer)
-    settings = settings_for(tmp_path, model, text, controls=False)
-    monkeypatch.setattr(pipeline.distil, "__kwdefaults__", {**pipeline.distil.__kwdefaults__, "checkpoint_every": 2})
+    settings = settings_for(tmp_path, model, text, controls=())
+    monkeypatch.setattr(arms.distil, "__kwdefaults__", {**arms.distil.__kwdefaults__, "checkpoint_every": 2})
     convert(replace(settings, out=tmp_path / "whole"))
 
     def stop(what, done, _of):
@@ -317,18 +283,6 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(tokenizer, text, tm
     assert steps == [("distil", 5), ("distil", 6)]
     a, b = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_layers_that_are_not_faster_stay_dense(tokenizer, text, tmp_path, monkeypatch):
-    model = saved(tmp_path / "model", tokenizer)
-    times = [{"dense_us": 10.0, "new_us": 20.0}, {"dense_us": 10.0, "new_us": 5.0}]
-    monkeypatch.setattr(pipeline, "layer_times", lambda *_: times)
-    record = convert(settings_for(tmp_path, model, text, controls=False, keep_slow=False))
-    assert [layer["description"] is None for layer in record["layers"]] == [True, False]
-    assert "a tree is slower here" in (tmp_path / "out" / "report" / "index.html").read_text()
-    monkeypatch.setattr(pipeline, "layer_times", lambda *_: [times[0]] * 2)
-    with pytest.raises(ValueError, match="no layer is faster"):
-        convert(settings_for(tmp_path, model, text, controls=False, keep_slow=False, out=tmp_path / "out2"))
 
 
 def test_bad_models_are_refused_with_the_reason(tokenizer, text, tmp_path):
@@ -364,7 +318,7 @@ def test_the_first_layer_of_a_real_model_is_kept_by_a_tree(tmp_path):
     source = Path(spec.submodule_search_locations[0]) / "model"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, tokenizer, kind = pipeline.load_dense(str(source))
+        model, tokenizer, kind = load_dense(str(source))
     assert kind == "embedding"
     text = tmp_path / "text.txt"
     words = [word for word in tokenizer.get_vocab() if word.isalpha()][:8000]
@@ -374,7 +328,7 @@ def test_the_first_layer_of_a_real_model_is_kept_by_a_tree(tmp_path):
     captured = capture(model, examples, tmp_path, rows=2500, batch=16, progress=lambda *_: None)
     dense = dense_layers(model)[0]
     x, _ = captured[0].rows(slice(0, 2000), torch.device("cpu"))
-    module = ConvertedFeedforward(tree_for(dense, 0.1), 384).eval()
+    module = ConvertedFeedforward(fit_tree(dense, 0.1, trees=4, depth=4), 384).eval()
     with torch.no_grad():
         initialise(module, dense, x, chunks_of(captured[0], torch.device("cpu")))
         norm = model.encoder.layer[0].output.LayerNorm

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 from typer.testing import CliRunner
 
 from fastff.cli import app
 
 RECORD = {
-    "active": 0.08,
-    "latency": {"dense_ms": 10.0, "converted_ms": 5.0},
     "device": "CPU",
-    "layers": [{"dense_us": 6000.0}],
+    "shapes": [[1, 128]],
+    "layers": [{"description": None}, {"description": {}}],
     "metric": "perplexity",
-    "dense": 20.0,
-    "arms": {"tree": {"after": 21.0}},
+    "dense": {"quality": 20.0, "latency_ms": [10.0], "feedforward_ms": [6.0]},
+    "arms": {"tree": {"active": 0.08, "after": 21.0, "latency_ms": [5.0], "feedforward_ms": [1.0]}},
+    "ceilings": [2.5],
     "seconds": 12.0,
 }
 
@@ -26,6 +27,14 @@ def test_an_unknown_model_is_one_line_and_a_failure(tmp_path):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(("option", "value"), [("--active", "much"), ("--speedup", "0.5x"), ("--curve", "3%,9")])
+def test_a_budget_out_of_range_is_one_line(tmp_path, option, value):
+    arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), option, value]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "error: " in result.output
+
+
 def test_the_options_reach_the_conversion_and_the_summary_is_shown(tmp_path, monkeypatch):
     seen = []
 
@@ -35,12 +44,16 @@ def test_the_options_reach_the_conversion_and_the_summary_is_shown(tmp_path, mon
         return RECORD
 
     monkeypatch.setattr("fastff.convert.convert", fake)
-    arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), "--active", "0.05", "--no-controls"]
+    arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), "--active", "5%", "--controls", "none"]
+    arguments += ["--curve", "3%,25%", "--shapes", "4x64", "--max-loss", "1%", "--shared", "16"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (settings,) = seen
-    assert (settings.model, settings.active, settings.controls, settings.steps) == ("model", 0.05, False, 2000)
+    assert (settings.model, settings.active, settings.controls, settings.steps) == ("model", 0.05, ("none",), 2000)
+    assert (settings.curve, settings.shapes) == ((0.03, 0.25), ((4, 64),))
+    assert (settings.max_loss, settings.shared, settings.speedup) == (0.01, 16, None)
     shown = " ".join(result.output.split())
     assert "spend 8.0 %" in shown
-    assert "(2.00x)" in shown
+    assert "(2.00x; feedforwards 6.0x; without any 2.50x)" in shown
+    assert "1 of 2 layers are dense" in shown
     assert "20.00 before, 21.00 after" in shown

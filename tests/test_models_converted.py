@@ -84,14 +84,47 @@ def test_the_controls_save_and_load_too(description, tmp_path):
         assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], model(ids)[0])
 
 
-def test_masked_training_is_the_same_function():
-    layer = ConvertedFeedforward(TREE, 32)
+@pytest.mark.parametrize("description", [TREE, {**TREE, "shared": 5}])
+def test_masked_training_is_the_same_function(description):
+    layer = ConvertedFeedforward(description, 32)
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     plain = layer.train()(x)
     layer.masked_training = True
     assert (layer(x) - plain).abs().max() < 1e-5
-    assert layer.flops_per_row == layer.layer.flops_per_row
     assert ConvertedFeedforward({"kind": "none"}, 32).flops_per_row == 0
+
+
+@pytest.mark.parametrize("activation", [None, "geglu"])
+def test_shared_neurons_add_to_the_trees(activation, tmp_path):
+    description = {**TREE, "shared": 6, "shared_activation": activation}
+    model = converted(descriptions=(description, None))
+    layer = model.encoder.layer[0].intermediate
+    with torch.no_grad():
+        layer.bias.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    want = layer.layer(x) + layer.shared.linear_out(layer.shared.values(x)) + layer.bias
+    assert (layer(x) - want).abs().max() < 1e-5  # with gradients
+    with torch.no_grad():
+        assert (layer(x) - want).abs().max() < 1e-5  # in place
+    assert layer.flops_per_row == layer.layer.flops_per_row + layer.shared.flops_per_row
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {**TREE, "shared": -1},
+        {**TREE, "shared": True},
+        {**TREE, "shared": 1.5},
+        {"kind": "dense", "intermediate_size": 5, "shared": 2},
+    ],
+)
+def test_a_shared_part_that_cannot_be_is_refused(description):
+    with pytest.raises(ValueError, match="shared"):
+        converted(descriptions=(description, None))
 
 
 def test_the_rest_of_the_model_is_copied_and_the_original_untouched():

@@ -72,12 +72,21 @@ def convert(
     model: Annotated[str, typer.Argument(help="Directory or hub name of a dense Transformers model.")],
     text: Annotated[Path, typer.Option(help="Unlabelled text, one example a line (.txt, .xz, .gz).")],
     out: Annotated[Path, typer.Option(help="Directory to write; holds the state of an interrupted run too.")],
-    active: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of a dense layer's work.")] = 0.1,
+    active: Annotated[
+        str | None, typer.Option(help="Largest share of the dense layers' work, like 10% (default).")
+    ] = None,
+    speedup: Annotated[
+        str | None, typer.Option(help="Instead: times faster the whole model must become, like 2x.")
+    ] = None,
+    max_loss: Annotated[str | None, typer.Option(help="Largest relative loss of the metric, like 1%.")] = None,
+    curve: Annotated[str | None, typer.Option(help="Further shares for the report's curve, like 3%,25%.")] = None,
+    shapes: Annotated[str, typer.Option(help="Timed calls: sequences x tokens.")] = "1x128,32x128",
+    shared: Annotated[int | None, typer.Option(min=0, help="Neurons for every row beside the trees.")] = None,
     table: Annotated[Path | None, typer.Option(help="Evaluation table (.parquet, .tsv, .csv).")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of all layers together.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="Tokens captured a block.")] = 200_000,
-    controls: Annotated[bool, typer.Option(help="Also teach a narrow dense layer of equal work.")] = True,
+    controls: Annotated[str, typer.Option(help="Also taught alike, any of narrow,pruned,none.")] = "narrow,pruned,none",
     keep_slow: Annotated[bool, typer.Option(help="Convert layers that a tree makes slower here, too.")] = False,
 ) -> None:
     """Make an existing dense model conditional and report what was lost and gained."""
@@ -86,6 +95,7 @@ def convert(
     from fastff.convert import Settings
     from fastff.convert import convert as run
     from fastff.convert.report import summary
+    from fastff.convert.settings import percent, shape, times
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
@@ -100,12 +110,17 @@ def convert(
                 model=model,
                 text=text,
                 out=out,
-                active=active,
+                active=None if active is None else percent(active),
+                speedup=None if speedup is None else times(speedup),
+                max_loss=None if max_loss is None else percent(max_loss),
+                curve=tuple(map(percent, curve.split(","))) if curve else (),
+                shapes=tuple(map(shape, shapes.split(","))),
+                shared=shared,
                 table=table,
                 steps=steps,
                 batch=batch,
                 rows=rows,
-                controls=controls,
+                controls=tuple(filter(None, controls.split(","))),
                 keep_slow=keep_slow,
             )
             record = run(settings, progress=progress)

@@ -3,6 +3,7 @@
 `convert(settings)` does all of it; the parts are usable alone.
 """
 
-from fastff.convert.pipeline import Settings, convert
+from fastff.convert.pipeline import convert
+from fastff.convert.settings import Settings
 
 __all__ = ["Settings", "convert"]

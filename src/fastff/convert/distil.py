@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.convert.capture import Captured, Progress
-from fastff.convert.initialise import dense_forward, initialise
+from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.convert.text import Examples
 from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of
@@ -48,13 +48,14 @@ def missed(norm: Callable[[Tensor], Tensor], dense: DenseWeights, module: nn.Mod
 
 
 def chunks_of(
-    captured: Captured, device: torch.device, first: int = 0
+    captured: Captured, device: torch.device, first: int = 0, last: int | None = None
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """A function that gives the captured rows from `first` on, piece by piece."""
+    """A function that gives the captured rows [first, last) piece by piece."""
+    end = len(captured) if last is None else last
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(first, len(captured), CHUNK_ROWS):
-            yield captured.rows(slice(start, start + CHUNK_ROWS), device)
+        for start in range(first, end, CHUNK_ROWS):
+            yield captured.rows(slice(start, min(start + CHUNK_ROWS, end)), device)
 
     return chunks
 
@@ -69,19 +70,22 @@ def teach_layer(
     batch: int = 2048,
     rate: float = 1e-3,
     seed: int = 0,
+    rows: int | None = None,
 ) -> float:
-    """Initialise one layer and fit it to its dense layer on captured rows. Returns `missed` on rows kept aside."""
+    """Initialise one layer and fit it to its dense layer on captured rows, or the first `rows` of them. Returns
+    `missed` on rows kept aside."""
     device = module.bias.device
     rng = np.random.default_rng(seed)
-    kept = min(CHUNK_ROWS, len(captured) // 10)
-    sample = captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), device)[0]
-    initialise(module, dense, sample, chunks_of(captured, device, kept), seed=seed)
+    count = len(captured) if rows is None else min(rows, len(captured))
+    kept = min(CHUNK_ROWS, count // 10)
+    sample = captured.rows(slice(kept, min(kept + 2 * CHUNK_ROWS, count)), device)[0]
+    initialise(module, dense, sample, chunks_of(captured, device, kept, count), seed=seed)
     optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, steps))
     module.train()
     for _ in range(steps):
-        start = int(rng.integers(kept, max(len(captured) - batch, kept) + 1))
-        loss = missed(norm, dense, module, *captured.rows(slice(start, start + batch), device))
+        start = int(rng.integers(kept, max(count - batch, kept) + 1))
+        loss = missed(norm, dense, module, *captured.rows(slice(start, min(start + batch, count)), device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), CLIP)
@@ -90,6 +94,16 @@ def teach_layer(
     module.eval()
     with torch.no_grad():
         return float(missed(norm, dense, module, *captured.rows(slice(0, kept), device)))
+
+
+@torch.no_grad()
+def prune_layer(
+    module: ConvertedFeedforward, dense: DenseWeights, norm: Callable[[Tensor], Tensor], captured: Captured
+) -> float:
+    """Fill a narrow layer with the dense layer's strongest neurons. Returns `missed` on rows kept aside."""
+    kept = min(CHUNK_ROWS, len(captured) // 10)
+    prune(module, dense, captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), module.bias.device)[0])
+    return float(missed(norm, dense, module, *captured.rows(slice(0, kept), module.bias.device)))
 
 
 def cosine(step: int, steps: int) -> float:
@@ -101,8 +115,7 @@ def cosine(step: int, steps: int) -> float:
 
 
 def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind) -> Tensor:
-    """Hidden states of every block, each dimension by its own variance, and what the model is used for: cosine and
-    in-batch similarity of mean-pooled embeddings, or the teacher's distribution over tokens or classes."""
+    """Hidden states of every block, each dimension by its own variance, plus `end_loss`."""
     with torch.no_grad():
         target = teacher(**inputs, output_hidden_states=True)
     got = student(**inputs, output_hidden_states=True)
@@ -111,16 +124,20 @@ def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kin
     for h, t in zip(got.hidden_states[1:], target.hidden_states[1:], strict=True):
         h, t = h[mask], t[mask]
         hidden.append(((h - t).square() / t.var(0).clamp(min=1e-6)).mean())
-    loss = torch.stack(hidden).mean()
+    return torch.stack(hidden).mean() + end_loss(got, target, inputs["attention_mask"], kind)
+
+
+def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
+    """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
+    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, length)."""
     if kind == "embedding":
-        a = F.normalize(mean_pool(got.hidden_states[-1], inputs["attention_mask"]), dim=-1)
-        b = F.normalize(mean_pool(target.hidden_states[-1], inputs["attention_mask"]), dim=-1)
-        return loss + 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
+        a = F.normalize(mean_pool(got.hidden_states[-1], mask), dim=-1)
+        b = F.normalize(mean_pool(target.hidden_states[-1], mask), dim=-1)
+        return 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
     logits, wanted = got.logits, target.logits
     if kind != "classifier":
-        logits, wanted = logits[mask], wanted[mask]
-    divergence = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
-    return loss + divergence
+        logits, wanted = logits[mask.bool()], wanted[mask.bool()]
+    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
 
 
 def distil(

@@ -2,8 +2,9 @@
 
 Each tree gets its own share of the dense neurons. Its nodes split the rows that reach them in halves, along the best of
 three directions: the first principal component of the inputs, the line between two means, and the direction of the
-inputs that predicts which of the share's neurons are active. A leaf takes the neurons that do most on its rows. At the
-end all output weights together are the ridge regression of the dense outputs on what the new layer computes.
+inputs that predicts which of the share's neurons are active. A leaf takes the neurons that do most on its rows. Before,
+a shared part takes the neurons that do most on all rows. At the end all output weights together are the ridge
+regression of the dense outputs on what the new layer computes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastff.layers import FFF
 from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights
-from fastff.models.feedforward import GATED_ACTIVATIONS, DenseFeedforward
+from fastff.models.feedforward import DenseFeedforward
 from fastff.ops.reference import activate, descend, gates
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # (x, residual) pieces of the captured rows
@@ -50,15 +51,36 @@ def contribution(dense: DenseWeights, x: Tensor) -> Tensor:
 @torch.no_grad()
 def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chunks: Chunks, *, seed: int = 0) -> None:
     """Fill a fresh layer from the dense one. x (rows, hidden): a sample for the turns; chunks: all captured rows."""
+    order = contribution(dense, x).sum(0).argsort(descending=True)
     if isinstance(module.layer, FFF):
-        _initialise_tree(module.layer, dense, x[:ROUTING_ROWS], seed)
+        always = 0 if module.shared is None else module.shared.neurons
+        if module.shared is not None:
+            _take_neurons(module.shared, dense, order[:always])
+        _initialise_tree(module.layer, dense, x[:ROUTING_ROWS], order[always:].sort().values, seed)
     elif isinstance(module.layer, DenseFeedforward):
-        best = contribution(dense, x).sum(0).topk(module.layer.neurons).indices
-        w, v = neuron_rows(dense, best, module.layer.activation)
-        module.layer.linear_in.weight.copy_(w if v is None else torch.cat((w, v)))
-        b, vb = neuron_biases(dense, best, module.layer.activation)
-        module.layer.linear_in.bias.copy_(b if vb is None else torch.cat((b, vb)))
+        _take_neurons(module.layer, dense, order[: module.layer.neurons])
     solve_outputs(module, dense, chunks)
+
+
+@torch.no_grad()
+def prune(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor) -> None:
+    """Fill a fresh narrow layer with the dense layer's neurons that do most on the rows x, as they are; what the
+    others gave on average goes into the bias."""
+    if not isinstance(module.layer, DenseFeedforward):
+        raise ValueError(f"a {type(module.layer).__name__} cannot be made by leaving neurons out")
+    order = contribution(dense, x).sum(0).argsort(descending=True)
+    kept = order[: module.layer.neurons]
+    _take_neurons(module.layer, dense, kept)
+    module.layer.linear_out.weight.copy_(dense.w_out[kept].t())
+    module.layer.linear_out.bias.zero_()
+    module.bias.copy_((dense_forward(dense, x) - hidden_of(dense, x)[:, kept] @ dense.w_out[kept]).mean(0))
+
+
+def _take_neurons(layer: DenseFeedforward, dense: DenseWeights, which: Tensor) -> None:
+    w, v = neuron_rows(dense, which, layer.activation)
+    layer.linear_in.weight.copy_(w if v is None else torch.cat((w, v)))
+    b, vb = neuron_biases(dense, which, layer.activation)
+    layer.linear_in.bias.copy_(b if vb is None else torch.cat((b, vb)))
 
 
 def neuron_rows(dense: DenseWeights, which: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
@@ -84,11 +106,12 @@ def _gate_scale(dense: DenseWeights, activation: str) -> float:
     return GELU_AS_SILU if activation == "swiglu" and dense.activation.startswith("gelu") else 1.0
 
 
-def _initialise_tree(layer: FFF, dense: DenseWeights, x: Tensor, seed: int) -> None:
+def _initialise_tree(layer: FFF, dense: DenseWeights, x: Tensor, neurons: Tensor, seed: int) -> None:
     config = layer.config
     value = contribution(dense, x)
     generator = torch.Generator().manual_seed(seed)
-    shares = torch.randperm(dense.neurons, generator=generator).to(x.device).tensor_split(config.trees)
+    drawn = torch.randperm(neurons.numel(), generator=generator).to(x.device)
+    shares = neurons[drawn].tensor_split(config.trees)
     b_in = cast(Tensor, layer.b_in)
     layer.w_out.zero_()
     for tree, share in enumerate(shares):
@@ -181,18 +204,15 @@ def regress(x: Tensor, target: Tensor, steps: int = 12) -> Tensor:
 
 
 def features(module: ConvertedFeedforward, x: Tensor) -> Tensor:
-    """What the layer's output is linear in (rows, features): neuron values, and a column of ones for the bias."""
+    """What the layer's output is linear in (rows, features): neuron values, those of the shared part, and a column of
+    ones for the bias."""
     ones = x.new_ones(x.shape[0], 1)
     if module.layer is None:
         return ones
     if isinstance(module.layer, DenseFeedforward):
-        scores = module.layer.linear_in(x)
-        name = module.layer.activation
-        if name in GATED_ACTIVATIONS:
-            gate, value = scores.chunk(2, dim=-1)
-            return torch.cat((activate(gate, GATED_ACTIVATIONS[name]) * value, ones), 1)
-        return torch.cat((activate(scores, name), ones), 1)
-    return torch.cat((_tree_values(module.layer, x), ones), 1)
+        return torch.cat((module.layer.values(x), ones), 1)
+    beside = () if module.shared is None else (module.shared.values(x),)
+    return torch.cat((_tree_values(module.layer, x), *beside, ones), 1)
 
 
 def _tree_values(layer: FFF, x: Tensor) -> Tensor:
@@ -231,7 +251,10 @@ def solve_outputs(module: ConvertedFeedforward, dense: DenseWeights, chunks: Chu
     solution = torch.linalg.solve(system, cross.double()).to(cross.dtype)
     module.bias.copy_(solution[-1])
     if isinstance(module.layer, FFF):
-        module.layer.w_out.copy_(solution[:-1].view_as(module.layer.w_out))
+        own = module.layer.config.neurons
+        module.layer.w_out.copy_(solution[:own].view_as(module.layer.w_out))
+        if module.shared is not None:
+            module.shared.linear_out.weight.copy_(solution[own:-1].t())
         if module.layer.b_out is not None:
             module.layer.b_out.zero_()
     elif isinstance(module.layer, DenseFeedforward):

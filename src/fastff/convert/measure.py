@@ -13,57 +13,94 @@ from torch import Tensor, nn
 from fastff.convert.capture import Captured
 from fastff.convert.distil import missed, normaliser
 from fastff.convert.initialise import contribution, hidden_of
+from fastff.convert.plan import Clock
 from fastff.convert.student import dense_layers
 from fastff.convert.text import Examples
 from fastff.layers import FFF
 from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of
 
-ROWS = 128  # of a timed call: one sentence of this many tokens
+Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
+WHOLE = 6  # times as long as a layer, whole models are timed
 FRACTIONS = (0.25, 0.1, 0.05, 0.02)
 ORACLE_ROWS = 2048
 
 
-def _median_us(call: Callable[[], object], seconds: float = 0.15) -> float:
-    call()
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples) < 5:
-        start = time.perf_counter()
+def interleaved_us(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, float]:
+    """Median microseconds of each call. They take turns, so that what slows the machine meets all of them; at least
+    `least` rounds, after one that is not counted, and so many seconds for all together."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(samples)
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            _wait()
+            start = time.perf_counter()
+            call()
+            _wait()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+        rounds += 1
+    return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-@torch.no_grad()
-def layer_times(model: Any, descriptions: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Median microseconds of each dense layer and its tree (fresh weights) on the model's device, 128 rows a call."""
-    family, width = family_of(model.config.model_type), model.config.hidden_size
-    x = torch.randn(ROWS, width, device=model.device)
-    cache: dict[str, float] = {}
-    out = []
-    for block, description in zip(family.blocks_of(model), descriptions, strict=True):
-        key = str(description)
-        if key not in cache:  # blocks of one model are alike
-            tree = ConvertedFeedforward(description, width).to(model.device).eval()
-            cache[key] = _median_us(lambda tree=tree: tree(x))  # type: ignore[misc]
-        slot = family.slot_of(block)
-        tail: nn.Module = block.get_submodule("output.dense") if family.norm is not None else nn.Identity()
-        dense = _median_us(lambda slot=slot, tail=tail: tail(slot(x)))  # type: ignore[misc]
-        out.append({"dense_us": dense, "new_us": cache[key]})
-    return out
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-@torch.no_grad()
-def latency_ms(model: Any) -> float:
-    """Median milliseconds of the whole model on one sentence of 128 tokens, on its device."""
-    length = min(ROWS, getattr(model.config, "max_position_embeddings", ROWS) - 2)
-    ids = torch.randint(5, model.config.vocab_size, (1, length), device=model.device)
+@torch.inference_mode()
+def layer_us(layers: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+    """Median microseconds of each layer on rows x (sequences, tokens, hidden)."""
+    return interleaved_us({name: lambda layer=layer: layer(x) for name, layer in layers.items()}, seconds)  # type: ignore[misc]
+
+
+@torch.inference_mode()
+def model_us(models: Mapping[str, Any], shape: tuple[int, int], seconds: float) -> dict[str, float]:
+    """Median microseconds of each whole model on random tokens of a shape, cut to the positions that it has."""
+    config = next(iter(models.values())).config
+    length = min(shape[1], getattr(config, "max_position_embeddings", shape[1] + 2) - 2)
+    device = next(iter(models.values())).device
+    ids = torch.randint(5, config.vocab_size, (shape[0], length), device=device)
     mask = torch.ones_like(ids)
-    model.eval()
-    return _median_us(lambda: model(input_ids=ids, attention_mask=mask), seconds=1.0) / 1e3
+    calls = {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
+    return interleaved_us(calls, seconds)
+
+
+def clock(model: Any, shapes: Shapes, seconds: float) -> Clock:
+    """Time the dense model and its feedforwards; blocks of equal size are timed once."""
+    family, width = family_of(model.config.model_type), model.config.hidden_size
+    sizes = [layer.w_in.shape for layer in dense_layers(model)]
+    cache: dict[Any, tuple[float, ...]] = {}
+    for block, size in zip(family.blocks_of(model), sizes, strict=True):
+        if size not in cache:
+            layer = family.dense_of(block)
+            xs = [torch.randn(*shape, width, device=model.device) for shape in shapes]
+            cache[size] = tuple(layer_us({"dense": layer}, x, seconds)["dense"] for x in xs)
+    return Clock(
+        model_us=tuple(model_us({"dense": model}, shape, WHOLE * seconds)["dense"] for shape in shapes),
+        dense_us=tuple(cache[size] for size in sizes),
+    )
+
+
+def feedforward_us(
+    models: Mapping[str, Any], captured: Sequence[Captured], shape: tuple[int, int], seconds: float
+) -> dict[str, float]:
+    """Microseconds that all feedforwards of each model take on captured rows of a shape, block by block interleaved."""
+    total = dict.fromkeys(models, 0.0)
+    for k, rows in enumerate(captured):
+        layers = {}
+        for name, model in models.items():
+            family = family_of(model.config.model_type)
+            block = family.blocks_of(model)[k]
+            slot = family.slot_of(block)
+            layers[name] = slot if isinstance(slot, ConvertedFeedforward) else family.dense_of(block)
+            device = model.device
+        x = rows.rows(slice(0, shape[0] * shape[1]), device)[0]
+        x = x.repeat(-(-shape[0] * shape[1] // len(x)), 1)[: shape[0] * shape[1]].view(*shape, -1)
+        for name, taken in layer_us(layers, x, seconds).items():
+            total[name] += taken
+    return total
 
 
 class _Oracle(nn.Module):

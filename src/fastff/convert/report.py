@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastff.convert.chart import LABELS, curve
+
+AUTO_NAMES = {
+    "embedding": "AutoModel",
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+}
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.3rem .6rem;"
+    "border-bottom:1px solid #ccc;text-align:right;vertical-align:bottom}td:first-child,th:first-child{text-align:left}"
+    "figure{margin:1rem 0}figure svg{max-width:100%;height:auto}"
 )
 
 
@@ -24,48 +33,82 @@ def write(out: Path, record: dict[str, Any]) -> None:
     (out / "README.md").write_text(card(record), encoding="utf-8")
 
 
-def ratio(record: dict[str, Any]) -> float:
-    """How many times faster the whole converted model is."""
-    return float(record["latency"]["dense_ms"] / record["latency"]["converted_ms"])
-
-
-def ceiling(record: dict[str, Any]) -> float:
-    """Amdahl's limit: how many times faster the model would be if its feedforward layers took no time."""
-    dense_us = 1e3 * record["latency"]["dense_ms"]
-    return float(dense_us / max(dense_us - sum(layer["dense_us"] for layer in record["layers"]), 1e-9))
-
-
-def quality_rows(record: dict[str, Any]) -> list[list[str]]:
-    """One row a model: name, quality before and after the joint distillation, held-out loss."""
-    rows = [["dense (original)", "", figure(record["dense"]), ""]]
-    for name, arm in record["arms"].items():
-        rows.append([name, figure(arm["before"]), figure(arm["after"]), figure(arm["held_out_loss"], 4)])
-    return rows
+def ratios(record: dict[str, Any], what: str = "latency_ms", name: str = "tree") -> list[float]:
+    """How many times faster than dense, at each timed shape: whole calls, or with "feedforward_ms" those layers."""
+    pairs = zip(record["dense"][what], record["arms"][name][what], strict=True)
+    return [dense / max(new, 1e-9) for dense, new in pairs]
 
 
 def figure(value: float | None, digits: int = 2) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
 
 
+def shape_names(record: dict[str, Any]) -> list[str]:
+    return [f"{sequences}x{tokens}" for sequences, tokens in record["shapes"]]
+
+
+def quality_head(record: dict[str, Any]) -> list[str]:
+    metric = record["metric"] or "quality"
+    times = [f"{name}, ms (feedforwards)" for name in shape_names(record)]
+    return ["model", "active, %", f"{metric}, layers taught alone", f"{metric}, distilled", "held-out loss", *times]
+
+
+def quality_rows(record: dict[str, Any]) -> list[list[str]]:
+    """One row a model: name, share of the work, quality before and after joint distillation, held-out loss, times."""
+    rows = [["dense (original)", "100", "", figure(record["dense"]["quality"]), "", *_times(record["dense"])]]
+    for point in (record, *record["curve"]):
+        for name, arm in point["arms"].items():
+            figures = [figure(arm["before"]), figure(arm["after"]), figure(arm["held_out_loss"], 4)]
+            rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *figures, *_times(arm)])
+    return rows
+
+
+def _times(arm: dict[str, Any]) -> list[str]:
+    pairs = zip(arm["latency_ms"], arm["feedforward_ms"], strict=True)
+    return [f"{whole:.1f} ({layers:.1f})" for whole, layers in pairs]
+
+
+def layer_name(description: Mapping[str, Any] | None) -> str:
+    """A layer in words: trees x depth, neurons of a leaf, shared neurons."""
+    if description is None:
+        return "dense"
+    shared = f", {description['shared']} shared" if description.get("shared") else ""
+    return f"{description['trees']}x{description['depth']}, leaves of {description['leaf_width']}{shared}"
+
+
 def layer_rows(record: dict[str, Any]) -> list[list[str]]:
-    """One row a block: what stands there, times, what the layer alone misses, what the best selection would miss."""
+    """One row a block: what stands there and why, its times and those of the dense layer, what it and the best
+    selection miss."""
     rows = []
-    for layer, missed in zip(record["layers"], record["arms"]["tree"]["missed"], strict=True):
-        d = layer["description"]
-        name = (
-            "dense: a tree is slower here" if d is None else f"{d['trees']}x{d['depth']}, leaves of {d['leaf_width']}"
-        )
+    for layer in record["layers"]:
+        dense, *others = layer["options"]
+        mine = next((o for o in others if o["description"] == layer["description"]), dense)
         rows.append(
             [
                 str(layer["block"]),
-                name,
-                f"{layer['dense_us']:.0f}",
-                f"{layer['new_us']:.0f}",
-                "" if missed is None else f"{100 * missed:.1f}",
+                layer_name(layer["description"]),
+                layer["reason"],
+                " / ".join(f"{us:.0f}" for us in dense["times_us"]),
+                "" if mine is dense else " / ".join(f"{us:.0f}" for us in mine["times_us"]),
+                "" if mine is dense else f"{mine['harm']:.4f}",
+                "" if layer["missed"] is None else f"{100 * layer['missed']:.1f}",
                 *(f"{100 * value:.1f}" for value in layer["oracle_missed"].values()),
             ]
         )
     return rows
+
+
+def tried_rows(record: dict[str, Any]) -> list[list[str]]:
+    """One row a shape that was tried on the middle block."""
+    return [
+        [
+            layer_name(tried["description"]),
+            " / ".join(f"{us:.0f}" for us in tried["times_us"]),
+            f"{100 * tried['missed']:.1f}",
+            f"{tried['harm']:.4f}",
+        ]
+        for tried in record["tried"]
+    ]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -76,24 +119,32 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The report as one HTML page."""
-    metric = record["metric"] or "quality"
     fractions = [f"best {100 * float(f):.0f} % misses, %" for f in record["layers"][0]["oracle_missed"]]
+    at = " / ".join(shape_names(record))
     health = [
         [str(k), f"{r['entropy_bits']:.2f} of {r['depth']}", f"{r['dead_leaves']} of {r['leaves']}"]
         for k, r in enumerate(record["routing"])
     ]
     parts = [
         f"<h1>Conversion of {html.escape(record['settings']['model'])}</h1>",
-        f"<p>{html.escape(summary(record))}</p><h2>Quality</h2>",
+        f"<p>{html.escape(summary(record))}</p><h2>Quality and time</h2>",
+        _table(quality_head(record), quality_rows(record)),
+        f"<figure>{curve(record)}</figure>",
+        "<p>Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
+        "operations as the trees. Pruned dense: the same neurons as they were. No feedforward: a constant. All are "
+        "distilled alike. Where a control is as good as the trees, routing brings nothing. Times are medians of calls "
+        f"that took turns in one process, {record['threads']} thread(s), {html.escape(record['device'])}; in brackets "
+        "the feedforward layers alone.</p><h2>Layers</h2>",
         _table(
-            ["model", f"{metric}, layers taught alone", f"{metric}, distilled", "held-out loss"], quality_rows(record)
+            ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "harm alone", "misses, %", *fractions],
+            layer_rows(record),
         ),
-        "<p>The narrow dense control spends the same floating-point operations and is taught in the same way. Where it "
-        "is as good as the tree, the tree's routing brings nothing.</p><h2>Layers</h2>",
-        _table(["block", "layer", "dense, us", "new, us", "misses, %", *fractions], layer_rows(record)),
         "<p>Misses: share of the dense layer's effect, after the following norm, that the layer alone does not give "
-        "back; each dimension counts by its own variance. Best: the dense neurons that contribute most, chosen for "
-        "each token with knowledge of all.</p><h2>Routing</h2>",
+        "back; each dimension counts by its own variance. Harm: the loss at the model's end with this layer alone "
+        "replaced, on held-out text, before the distillation. Best: the dense neurons that contribute most, chosen for "
+        "each token with knowledge of all.</p><h2>Shapes tried on the middle block</h2>",
+        _table(["layer", f"us, {at}", "misses, %", "harm alone"], tried_rows(record)),
+        "<h2>Routing</h2>",
         _table(["tree layer", "leaf entropy, bits", "leaves never used"], health),
     ]
     title = html.escape(record["settings"]["model"])
@@ -105,19 +156,33 @@ def page(record: dict[str, Any]) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The result in a few sentences."""
-    latency = record["latency"]
-    before, after = figure(record["dense"]), figure(record["arms"]["tree"]["after"])
+    tree = record["arms"]["tree"]
+    layers = ratios(record, "feedforward_ms")
+    times = [
+        f"{name} tokens take {new:.1f} ms instead of {old:.1f} ms ({old / max(new, 1e-9):.2f}x; feedforwards "
+        f"{own:.1f}x; without any {ceiling:.2f}x)"
+        for name, new, old, own, ceiling in zip(
+            shape_names(record),
+            tree["latency_ms"],
+            record["dense"]["latency_ms"],
+            layers,
+            record["ceilings"],
+            strict=True,
+        )
+    ]
+    kept = sum(layer["description"] is None for layer in record["layers"])
+    stayed = f" {kept} of {len(record['layers'])} layers are dense." if kept else ""
     return (
-        f"The feedforward layers spend {100 * record['active']:.1f} % of their floating-point operations. One sentence "
-        f"of up to 128 tokens takes {latency['converted_ms']:.1f} ms instead of {latency['dense_ms']:.1f} ms "
-        f"({ratio(record):.2f}x) on {record['device']}; without any feedforward work it would be "
-        f"{ceiling(record):.2f}x. {record['metric'] or 'Quality'}: {before} before, {after} after. "
-        f"The conversion took {record['seconds']:.0f} s."
+        f"The feedforward layers spend {100 * tree['active']:.1f} % of their floating-point operations.{stayed} On "
+        f"{record['device']}: {'; '.join(times)}. {record['metric'] or 'Quality'}: "
+        f"{figure(record['dense']['quality'])} before, {figure(tree['after'])} after. The conversion took "
+        f"{record['seconds']:.0f} s."
     )
 
 
 def card(record: dict[str, Any]) -> str:
     """Model card in Markdown."""
+    head = quality_head(record)
     lines = [
         f"# {Path(record['settings']['model']).name}, conditional feedforward layers",
         "",
@@ -125,13 +190,13 @@ def card(record: dict[str, Any]) -> str:
         "",
         "```python",
         "import fastff.models",
-        "from transformers import AutoModel",
+        f"from transformers import {AUTO_NAMES[record['kind']]}",
         "",
-        'model = AutoModel.from_pretrained("path/to/this/directory")',
+        f'model = {AUTO_NAMES[record["kind"]]}.from_pretrained("path/to/this/directory")',
         "```",
         "",
-        f"| model | {record['metric'] or 'quality'}, layers taught alone | distilled | held-out loss |",
-        "|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
         *(f"| {' | '.join(row)} |" for row in quality_rows(record)),
         "",
         "Details: `report/index.html` and `report/report.json`.",

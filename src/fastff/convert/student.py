@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fastff.convert.capture import Captured, Progress
-from fastff.convert.distil import normaliser, teach_layer, use_masked_training
-from fastff.models.converted import ConvertedFeedforward, make_converted
+from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
+from fastff.models.converted import ConvertedFeedforward, make_converted, split_shared
 from fastff.models.families import DenseWeights, family_of
 from fastff.tree import TreeConfig
 
@@ -20,10 +20,14 @@ def dense_layers(model: Any) -> list[DenseWeights]:
     return [family.read(block, model.config) for block in family.blocks_of(model)]
 
 
-def describe_tree(dense: DenseWeights, *, trees: int, depth: int, leaf_width: int) -> dict[str, Any]:
-    """Description of a gated tree for a dense layer: its own activation, or swiglu leaves where it is gated."""
+GATED_NAMES = {"gelu": "geglu", "relu": "reglu"}  # of a gated layer whose gate has that activation; others: swiglu
+
+
+def describe_tree(dense: DenseWeights, *, trees: int, depth: int, leaf_width: int, shared: int = 0) -> dict[str, Any]:
+    """Description of a gated tree for a dense layer: its own activation, or swiglu leaves where it is gated; and of
+    `shared` neurons of the dense layer's own kind beside it."""
     gated = dense.v_in is not None
-    return {
+    description = {
         "kind": "fff",
         "trees": trees,
         "depth": depth,
@@ -33,53 +37,44 @@ def describe_tree(dense: DenseWeights, *, trees: int, depth: int, leaf_width: in
         "gate": "boundary",
         "bias": True,
     }
+    return description | ({"shared": shared, "shared_activation": _plain_activation(dense)} if shared else {})
 
 
 def describe_narrow(dense: DenseWeights, neurons: int) -> dict[str, Any]:
     """Description of the control: an ordinary layer of `neurons` neurons."""
-    activation = dense.activation
-    if dense.v_in is not None:
-        activation = {"gelu": "geglu", "relu": "reglu"}.get(dense.activation, "swiglu")
-    return {"kind": "dense", "intermediate_size": neurons, "activation": activation, "bias": True}
+    return {"kind": "dense", "intermediate_size": neurons, "activation": _plain_activation(dense), "bias": True}
 
 
-def tree_for(dense: DenseWeights, active: float) -> dict[str, Any]:
-    """The tree that spends at most `active` of the dense layer's floating-point operations, routing included.
-
-    Of 8, 6, 4, 3, 2 and 1 trees of depth 4 to 6, the one that stores most neurons up to the dense layer's number, and
-    of those equal the one of more trees. Raises ValueError if none is small enough."""
-    best: tuple[tuple[int, int], dict[str, Any]] | None = None
-    for trees in (8, 6, 4, 3, 2, 1):
-        for depth in (4, 5, 6):
-            width = _widest_leaf(dense, trees, depth, active)
-            if width < 2:
-                continue
-            stored = trees * 2**depth * width
-            key = (min(stored, dense.neurons), trees)
-            if best is None or key > best[0]:
-                best = (key, describe_tree(dense, trees=trees, depth=depth, leaf_width=width))
-    if best is None:
-        least = min(flops(dense, describe_tree(dense, trees=1, depth=4, leaf_width=2)), dense.flops_per_row)
-        raise ValueError(f"active {active:.2%} is below {least / dense.flops_per_row:.2%}, the least for this layer")
-    return best[1]
+def _plain_activation(dense: DenseWeights) -> str:
+    return dense.activation if dense.v_in is None else GATED_NAMES.get(dense.activation, "swiglu")
 
 
-def _widest_leaf(dense: DenseWeights, trees: int, depth: int, active: float) -> int:
-    pair = 3 if dense.v_in is not None else 2
-    rows = active * dense.flops_per_row / (2 * dense.w_in.shape[1])  # rows of width `hidden` that may be read
-    path = depth * (1 if pair == 3 else 2)  # a routing node of a gated tree has no output row
-    return min(int((rows / trees - path) // pair), dense.neurons // trees)
+def fit_tree(dense: DenseWeights, active: float, *, trees: int, depth: int, shared: int = 0) -> dict[str, Any] | None:
+    """The tree of widest leaves that, with its shared neurons, spends at most `active` of the dense layer's
+    floating-point operations, routing included; None if its leaves would have fewer than two neurons."""
+    pair = 2 if dense.v_in is None else 3
+    rows = active * dense.flops_per_row / (2 * dense.w_in.shape[1]) - pair * shared  # of width `hidden`, to be read
+    path = depth * (2 if pair == 2 else 1)  # a routing node of a gated tree has no output row
+    width = min(int((rows / trees - path) // pair), (dense.neurons - shared) // trees)
+    if width < 2:
+        return None
+    return describe_tree(dense, trees=trees, depth=depth, leaf_width=width, shared=shared)
 
 
-def flops(dense: DenseWeights, description: Mapping[str, Any]) -> int:
-    """Floating-point operations of one row in the described layer, for a dense layer's widths."""
+def flops(dense: DenseWeights, description: Mapping[str, Any] | None) -> int:
+    """Floating-point operations of one row in the described layer, for a dense layer's widths; None: the layer."""
     hidden = dense.w_in.shape[1]
+    each = dense.flops_per_row // dense.neurons
+    if description is None:
+        return dense.flops_per_row
     if description["kind"] == "none":
         return 0
     if description["kind"] == "dense":
-        return dense.flops_per_row // dense.neurons * int(description["intermediate_size"])
-    options = {name: value for name, value in description.items() if name != "kind"}
-    return int(TreeConfig(in_features=hidden, out_features=hidden, **options).flops_per_row)
+        return each * int(description["intermediate_size"])
+    main, beside = split_shared(description)
+    options = {name: value for name, value in main.items() if name != "kind"}
+    trees = int(TreeConfig(in_features=hidden, out_features=hidden, **options).flops_per_row)
+    return trees + (0 if beside is None else each * int(beside["intermediate_size"]))
 
 
 def build_student(
@@ -90,9 +85,12 @@ def build_student(
     steps: int,
     seed: int = 0,
     progress: Progress = lambda *_: None,
+    pruned: bool = False,
 ) -> tuple[Any, list[float | None]]:
-    """Copy the teacher, replace its layers, teach each on captured rows. Returns the student and, per block, the share
-    of the dense layer's effect that its new layer misses (`distil.missed`), None where the layer stayed dense."""
+    """Copy the teacher, replace its layers, teach each on captured rows; or, if pruned, only leave neurons out.
+
+    Returns the student and, per block, the share of the dense layer's effect that its new layer misses
+    (`distil.missed`), None where the layer stayed dense."""
     dense = dense_layers(teacher)
     student = make_converted(teacher, descriptions)
     use_masked_training(student.modules(), student.device.type == "cuda")
@@ -106,7 +104,10 @@ def build_student(
         norm = normaliser(teacher, block)
         for parameter in block.parameters():
             parameter.requires_grad_(False)
-        with torch.enable_grad():
-            errors.append(teach_layer(module, dense[k], norm, captured[k], steps=steps, seed=seed * 1000 + k))
+        if pruned:
+            errors.append(prune_layer(module, dense[k], norm, captured[k]))
+        else:
+            with torch.enable_grad():
+                errors.append(teach_layer(module, dense[k], norm, captured[k], steps=steps, seed=seed * 1000 + k))
         progress("layers", k + 1, len(dense))
     return student, errors

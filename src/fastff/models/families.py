@@ -6,7 +6,8 @@ computes, and what normalises the sum of the feedforward and its residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,6 +80,24 @@ class Family:
 
     def norm_of(self, block: nn.Module) -> nn.Module | None:
         return None if self.norm is None else block.get_submodule(self.norm)
+
+    @contextmanager
+    def replaced(self, block: nn.Module, layer: nn.Module) -> Iterator[None]:
+        """Within the context, `layer` stands in the place of a block's feedforward."""
+        slot = self.slot_of(block)
+        tail = None if self.norm is None else block.get_submodule("output.dense")
+        self.put(block, layer)
+        try:
+            yield
+        finally:
+            setattr(block, self.slot, slot)
+            if tail is not None:
+                block.get_submodule("output").dense = tail
+
+    def dense_of(self, block: nn.Module) -> nn.Module:
+        """A block's dense feedforward as one module, (..., hidden) to (..., hidden)."""
+        slot = self.slot_of(block)
+        return slot if self.norm is None else nn.Sequential(slot, block.get_submodule("output.dense"))
 
     def put(self, block: nn.Module, layer: nn.Module) -> None:
         """Replace a block's feedforward by `layer`, (..., hidden) to (..., hidden)."""

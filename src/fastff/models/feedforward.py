@@ -68,14 +68,16 @@ class DenseFeedforward(nn.Module):
         self.linear_out = nn.Linear(intermediate_size, in_features, bias=bias, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear_out(self.values(x))
+        return y
+
+    def values(self, x: Tensor) -> Tensor:
+        """Neuron values (..., neurons): what `linear_out` reads."""
         scores: Tensor = self.linear_in(x)
         if self.activation in GATED_ACTIVATIONS:
             gate, value = scores.chunk(2, dim=-1)
-            value = activate(gate, GATED_ACTIVATIONS[self.activation]) * value
-        else:
-            value = activate(scores, self.activation)
-        y: Tensor = self.linear_out(value)
-        return y
+            return activate(gate, GATED_ACTIVATIONS[self.activation]) * value
+        return activate(scores, self.activation)
 
     @property
     def neurons(self) -> int:

@@ -1,0 +1,172 @@
+"""Which layer becomes what: candidates timed on this machine, tried on the captured rows, chosen under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastff.convert.settings import Settings
+from fastff.convert.student import fit_tree
+from fastff.models.families import DenseWeights
+
+TREES, DEPTHS = (8, 4, 2, 1), (3, 4, 5)
+PARTS = (0.0, 0.5)  # of a layer's work, for shared neurons
+LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
+AROUND = (0.5, 1.0, 2.0)  # of the share asked for
+SLOWER = 1.3  # a richer shape may take so much longer than the fastest
+TRIED = 6  # shapes whose error is measured
+BINS = 4000  # of the budget, in the search
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Trees and depth of a candidate, and its shared neurons: a number, or a part of its work."""
+
+    trees: int
+    depth: int
+    shared: int = 0
+    part: float = 0.0
+
+    def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
+        """The widest such layer that spends at most `active` of the dense layer's work; None if there is none."""
+        shared = self.shared + round(self.part * active * dense.neurons / 8) * 8  # whole vectors
+        return fit_tree(dense, active, trees=self.trees, depth=self.depth, shared=shared)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to make one block's feedforward. The first of a block is the dense layer itself, description None.
+
+    share  of the dense layer's floating-point operations      times_us  at each of the timed shapes
+    missed of its effect after the norm (`distil.missed`)      harm      to the model's output with this layer alone
+    """
+
+    description: dict[str, Any] | None
+    share: float
+    times_us: tuple[float, ...]
+    missed: float = 0.0
+    harm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Microseconds at each timed shape: of the whole dense model, and of each block's dense feedforward."""
+
+    model_us: tuple[float, ...]
+    dense_us: tuple[tuple[float, ...], ...]  # [block][shape]
+
+    def rest_us(self, shape: int) -> float:
+        """The model without its feedforwards."""
+        return max(0.0, self.model_us[shape] - sum(block[shape] for block in self.dense_us))
+
+    def ceilings(self) -> tuple[float, ...]:
+        """Amdahl's limit a shape: how many times faster if the feedforwards took no time."""
+        return tuple(total / max(self.rest_us(k), 1e-9) for k, total in enumerate(self.model_us))
+
+    def reach(self, feedforward_us: Sequence[Sequence[float]]) -> float:
+        """How many times faster the model is, at the worst shape, with feedforwards of [block][shape] microseconds."""
+        return min(
+            total / max(self.rest_us(k) + sum(block[k] for block in feedforward_us), 1e-9)
+            for k, total in enumerate(self.model_us)
+        )
+
+
+def shapes_of(settings: Settings, dense: DenseWeights) -> list[Shape]:
+    """The shapes that fit the budget: with the shared neurons asked for, or none and half of the work."""
+    parts = PARTS if settings.shared is None else (0.0,)
+    shapes = [Shape(t, d, settings.shared or 0, part) for part in parts for t in TREES for d in DEPTHS]
+    return [shape for shape in shapes if shape.fit(dense, settings.share) is not None]
+
+
+def shortlist(shapes: Sequence[Shape], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
+    """Indices of shapes worth trying: at most SLOWER times as slow as the fastest; of those, the ones that store most
+    neurons. slowness: relative time."""
+    fast = [k for k, t in enumerate(slowness) if t <= SLOWER * min(slowness)]
+    return sorted(fast, key=lambda k: (-stored[k], slowness[k]))[:TRIED]
+
+
+def stored_neurons(description: Mapping[str, Any]) -> int:
+    """Neurons that a described tree layer stores in its leaves and its shared part."""
+    leaves = description["trees"] * 2 ** description["depth"] * description["leaf_width"]
+    return int(leaves + description.get("shared", 0))
+
+
+def shares_of(settings: Settings) -> list[float]:
+    """Shares of a layer's work to make candidates for, largest first."""
+    if settings.speedup is not None:
+        return list(LADDER)
+    return [share * settings.share for share in sorted(AROUND, reverse=True) if share * settings.share <= 1.0]
+
+
+def refuse(speedup: float, clock: Clock, best: float) -> ValueError:
+    """The error for a speedup that no choice of layers reaches, with the best that is reachable."""
+    return ValueError(
+        f"speedup {speedup:.2f}x cannot be reached here: the fastest candidates give {best:.2f}x, and without any "
+        f"feedforward work the model would be {min(clock.ceilings()):.2f}x faster"
+    )
+
+
+def choose(settings: Settings, options: Sequence[Sequence[Option]], clock: Clock) -> list[int]:
+    """Index of the option of each block: the least harm within the budget. Raises ValueError if nothing keeps it."""
+    harms = [[max(0.0, option.harm) for option in block] for block in options]
+    if settings.speedup is None:
+        paying = [[k for k in range(len(block)) if _pays(settings, block, k)] or [0] for block in options]
+        work = [
+            [block[k].share - settings.share if k else 0.0 for k in ks]
+            for block, ks in zip(options, paying, strict=True)
+        ]
+        found = _least_harm(work, [[h[k] for k in ks] for h, ks in zip(harms, paying, strict=True)], 0.0)
+        if found is not None:
+            return [ks[k] for ks, k in zip(paying, found, strict=True)]
+        raise ValueError(f"no choice of layers keeps active {settings.share:.2%}")
+    allowed = [total / settings.speedup - clock.rest_us(k) for k, total in enumerate(clock.model_us)]
+    cost = [[_part(option.times_us, allowed) for option in block] for block in options]
+    found = _least_harm(cost, harms, 1.0)
+    if found is None:
+        fastest = [tuple(map(min, zip(*(option.times_us for option in block), strict=True))) for block in options]
+        raise refuse(settings.speedup, clock, clock.reach(fastest))
+    return found
+
+
+def _part(times_us: Sequence[float], allowed_us: Sequence[float]) -> float:
+    """Share of what is allowed for all feedforwards, at the worst shape."""
+    return max(t / a if a > 0 else np.inf for t, a in zip(times_us, allowed_us, strict=True))
+
+
+def _pays(settings: Settings, block: Sequence[Option], k: int) -> bool:
+    """Whether a candidate may stand in a block: it is no dense layer and not slower than it where rows are timed."""
+    if k == 0:
+        return False
+    pairs = zip(block[k].times_us, block[0].times_us, strict=True)
+    return settings.keep_slow or all(new < dense for new, dense in pairs)
+
+
+def _least_harm(costs: Sequence[Sequence[float]], harms: Sequence[Sequence[float]], budget: float) -> list[int] | None:
+    """One index a block so that the costs sum to at most `budget` and the harms are least; None if impossible.
+
+    Costs are rounded up to BINS steps, so the budget is kept, and used but for blocks / BINS of its span."""
+    low = [min(block) for block in costs]
+    room = budget - sum(low)
+    if not room >= -1e-9 * max(1.0, abs(budget)):
+        return None
+    step = max(room, 1e-12) / BINS
+    best = np.zeros(BINS + 1)
+    taken: list[np.ndarray[Any, Any]] = []
+    for block, harm, least in zip(costs, harms, low, strict=True):
+        table = np.full((len(block), BINS + 1), np.inf)
+        for k, cost in enumerate(block):
+            steps = np.ceil((cost - least) / step - 1e-9)
+            if steps <= BINS:
+                table[k, int(steps) :] = best[: BINS + 1 - int(steps)] + harm[k]
+        taken.append(table.argmin(0))
+        best = table.min(0)
+    chosen: list[int] = []
+    place = BINS
+    for block, least, which in zip(reversed(costs), reversed(low), reversed(taken), strict=True):
+        k = int(which[place])
+        chosen.append(k)
+        place -= int(max(0.0, np.ceil((block[k] - least) / step - 1e-9)))
+    return chosen[::-1]

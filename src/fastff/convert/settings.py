@@ -1,0 +1,114 @@
+"""What to convert and how, and the budgets as people write them: 10%, 2x, 3%,10%, 1x128."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_ACTIVE = 0.1
+CONTROLS = ("narrow", "pruned", "none")
+_POSITIVE = ("rows", "layer_steps", "steps", "batch", "max_length", "max_tokens", "probe_rows")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One conversion.
+
+    model        directory (or hub name) of a dense Transformers model
+    text         unlabelled text, one example a line
+    out          directory to write
+    active       largest share of the converted layers' floating-point operations that the trees may spend, routing
+                 included; default 0.1 where no speedup is asked for
+    speedup      instead: how many times faster the whole model must become on this machine, at every one of `shapes`
+    max_loss     largest relative loss of the metric (of the held-out loss where there is none): layers go back to
+                 dense, most harmful first, until it is kept
+    curve        further values of `active` to convert to, for the quality against speed in the report
+    shapes       (sequences, tokens a sequence) of the timed calls
+    shared       neurons of the part that every row computes beside the trees; None: 0 or half, by measurement
+    table        evaluation table: sentence1, sentence2, label for embedding models; sentence, label for classifiers
+    rows         tokens captured a block      layer_steps  steps of each layer alone
+    steps        steps of all layers together  batch       examples a step
+    max_length   tokens an example            max_tokens   tokens read from the text
+    probe_rows   tokens of each measurement before the choice of layers
+    timing_s     seconds of timing a layer; whole models get six times as long
+    rate         learning rate of the new layers; rate_others of all else but the embeddings
+    controls     also distil alike, and report beside the tree: "narrow" dense layers of equal work, the dense layers
+                 "pruned" to it, "none" at all
+    keep_slow    convert layers whose tree is measured to be slower than the dense layer, too
+    """
+
+    model: str
+    text: Path
+    out: Path
+    active: float | None = None
+    speedup: float | None = None
+    max_loss: float | None = None
+    curve: tuple[float, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ((1, 128), (32, 128))
+    shared: int | None = None
+    table: Path | None = None
+    rows: int = 200_000
+    layer_steps: int = 200
+    steps: int = 2000
+    batch: int = 32
+    max_length: int = 128
+    max_tokens: int = 20_000_000
+    probe_rows: int = 16_384
+    timing_s: float = 0.15
+    rate: float = 1e-3
+    rate_others: float = 1e-4
+    seed: int = 0
+    controls: tuple[str, ...] = CONTROLS
+    keep_slow: bool = False
+
+    def __post_init__(self) -> None:
+        for share in (*self.curve, *(() if self.active is None else (self.active,))):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"active {share} is not in (0, 1]")
+        if self.active is not None and self.speedup is not None:
+            raise ValueError(f"active {self.active} and speedup {self.speedup} are two budgets: give one")
+        if self.speedup is not None and not self.speedup > 1.0:
+            raise ValueError(f"speedup {self.speedup} is not above 1")
+        if self.max_loss is not None and not 0.0 < self.max_loss < 1.0:
+            raise ValueError(f"max_loss {self.max_loss} is not between 0 and 1")
+        if self.shared is not None and self.shared < 0:
+            raise ValueError(f"shared {self.shared} is not at least 0")
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
+        for control in self.controls:
+            if control not in CONTROLS:
+                raise ValueError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
+        if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
+            raise ValueError(f"shapes {self.shapes} are not pairs of at least 1")
+
+    @property
+    def share(self) -> float:
+        """The share of the work that candidates are made for: that asked for, or the default."""
+        return DEFAULT_ACTIVE if self.active is None else self.active
+
+
+def percent(text: str) -> float:
+    """0.1 from "10%", "10 %" or "0.1". Raises ValueError."""
+    return _number(text, "%", "10%", 0.01)
+
+
+def times(text: str) -> float:
+    """2.0 from "2x" or "2". Raises ValueError."""
+    return _number(text, "x", "2x", 1.0)
+
+
+def _number(text: str, unit: str, example: str, scale: float) -> float:
+    found = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*({unit})?\s*", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a number like {example}")
+    return float(found[1]) * (scale if found[2] or scale == 1.0 else 1.0)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """(32, 128) from "32x128": sequences, tokens a sequence. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a shape like 32x128")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,221 @@
+"""Budgets of a conversion: how they are written, what is chosen under them, and what an impossible one says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
+from fastff.convert import arms, convert, probe
+from fastff.convert.plan import Clock, Option, Shape, choose, shapes_of, shares_of, shortlist
+from fastff.convert.probe import survey
+from fastff.convert.settings import Settings, percent, shape, times
+from fastff.convert.student import dense_layers, flops
+from fastff.models.families import family_of
+
+CLOCK = Clock(model_us=(100.0, 1000.0), dense_us=((30.0, 300.0), (30.0, 300.0)))
+
+
+def settings(**changes):
+    return Settings(model="m", text="t", out="o", **changes)
+
+
+def options(*harms):
+    """Per block: the dense layer, then candidates of 20, 10 and 5 % at times in proportion."""
+    shares = (0.2, 0.1, 0.05)
+    return [
+        [Option(None, 1.0, (30.0, 300.0))]
+        + [Option({"kind": "fff"}, s, (30 * s, 300 * s), harm=h) for s, h in zip(shares, block, strict=True)]
+        for block in harms
+    ]
+
+
+def pairs_table(path, count=20):
+    rows = [f"{WORDS[k]} {WORDS[k + 1]}\t{WORDS[k % 7]} {WORDS[3]}\t{k % 5}" for k in range(count)]
+    path.write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (percent, "10%", 0.1),
+        (percent, "2.5 %", 0.025),
+        (percent, "0.1", 0.1),
+        (times, "2x", 2.0),
+        (times, "1.5", 1.5),
+        (shape, "32x128", (32, 128)),
+    ],
+)
+def test_budgets_are_read_as_people_write_them(read, text, value):
+    assert read(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("read", "text"), [(percent, "ten"), (percent, "-3%"), (times, "2%"), (shape, "32"), (shape, "x")]
+)
+def test_what_is_no_budget_is_refused_with_an_example(read, text):
+    with pytest.raises(ValueError, match=r"is not a \w+ like"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"active": 0.0},
+        {"active": 1.5},
+        {"curve": (0.1, 2.0)},
+        {"speedup": 1.0},
+        {"speedup": 2.0, "active": 0.1},
+        {"max_loss": 0.0},
+        {"shared": -1},
+        {"controls": ("wide",)},
+        {"shapes": ()},
+        {"shapes": ((0, 4),)},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match="active" if "curve" in change else next(iter(change)).rstrip("s")):
+        settings(**change)
+
+
+def test_the_work_is_spent_where_it_matters():
+    assert choose(settings(active=0.1), options((1, 2, 9), (1, 2, 3)), CLOCK) == [2, 2]
+    assert choose(settings(active=0.15), options((0, 5, 90), (0, 2, 3)), CLOCK) == [1, 2]
+    assert choose(settings(active=0.2), options((1, 2, 9), (1, 2, 3)), CLOCK) == [1, 1]
+
+
+def test_a_layer_whose_trees_are_slower_stays_dense():
+    tried = options((1, 2, 3), (1, 2, 3))
+    tried[0][1:] = [replace(o, times_us=(5.0, 301.0)) for o in tried[0][1:]]
+    assert choose(settings(active=0.1), tried, CLOCK) == [0, 2]
+    assert choose(settings(active=0.1, keep_slow=True), tried, CLOCK) == [2, 2]
+
+
+@pytest.mark.parametrize("speedup", [1.05, 1.5, 1.8, 2.2, 2.3])
+def test_the_choice_for_a_speedup_is_the_best_of_all_choices(speedup):
+    harms = np.random.default_rng(0).random((2, 3))
+    tried = options(*np.sort(harms, axis=1))
+    picked = choose(settings(speedup=speedup), tried, CLOCK)
+    fits = {}
+    for ks in itertools.product(range(4), repeat=2):
+        chosen = [block[k] for block, k in zip(tried, ks, strict=True)]
+        if CLOCK.reach([o.times_us for o in chosen]) >= speedup:
+            fits[ks] = sum(o.harm for o in chosen)
+    assert fits[tuple(picked)] == min(fits.values())
+
+
+def test_an_impossible_speedup_names_the_best_and_the_ceiling():
+    with pytest.raises(ValueError, match=r"speedup 3.00x cannot be reached here: .* give 2.33x, .* 2.50x faster"):
+        choose(settings(speedup=3.0), options((1, 2, 3), (1, 2, 3)), CLOCK)
+
+
+def test_the_shortlist_prefers_many_neurons_among_the_fast():
+    assert shortlist([Shape(1, 3)] * 4, [1.0, 1.2, 1.25, 2.0], [100, 300, 200, 900]) == [1, 2, 0]
+
+
+def test_shapes_have_the_shared_part_that_was_asked_for():
+    dense = random_dense(neurons=1536, width=384)
+    assert {s.fit(dense, 0.1).get("shared", 0) for s in shapes_of(settings(shared=40), dense)} == {40}
+    assert {s.fit(dense, 0.1).get("shared", 0) for s in shapes_of(settings(), dense)} == {0, 80}
+    for s in shapes_of(settings(), dense):
+        assert flops(dense, s.fit(dense, 0.1)) <= 0.1 * dense.flops_per_row
+    assert shares_of(settings(active=0.6)) == [0.6, 0.3]
+
+
+def test_an_impossible_share_names_the_least(tmp_path):
+    with pytest.raises(ValueError, match=r"active 0.10% is below \d+\.\d+%, the least"):
+        survey(tiny(), settings(active=0.001, shapes=((1, 8),)))
+
+
+def test_a_survey_refuses_what_amdahl_forbids_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"speedup 50.00x cannot be reached here: .* faster"):
+        survey(tiny(), settings(speedup=50.0, shapes=((1, 8),), timing_s=0.002))
+
+
+def test_a_model_with_a_layer_replaced_is_itself_again_afterwards():
+    for model_type in ("bert", "gpt2"):
+        model = tiny(model_type)
+        family = family_of(model_type)
+        ids = torch.arange(6).unsqueeze(0)
+        with torch.no_grad():
+            before = model(ids)[0]
+            with family.replaced(family.blocks_of(model)[1], torch.nn.Identity()):
+                assert not torch.equal(model(ids)[0], before)
+            assert torch.equal(model(ids)[0], before)
+
+
+def test_a_speedup_budget_leaves_the_harmful_layer_dense(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "clock", lambda *_: Clock(model_us=(100.0,), dense_us=((30.0,), (30.0,))))
+    monkeypatch.setattr(probe.Timer, "__call__", lambda *_: (10.0,))
+    monkeypatch.setattr(probe.Bench, "try_out", lambda _, block, __: (0.5, 1.0 + block))
+    model = saved(tmp_path / "model", tokenizer)
+    changes = {"active": None, "speedup": 1.25, "controls": (), "keep_slow": False}
+    record = convert(settings_for(tmp_path, model, text, **changes))
+    assert [layer["description"] is None for layer in record["layers"]] == [False, True]
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "the speedup is reached without it" in page
+
+
+def test_trees_slower_than_the_layer_are_refused_before_any_work(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "clock", lambda *_: Clock(model_us=(100.0,), dense_us=((30.0,), (30.0,))))
+    monkeypatch.setattr(probe.Timer, "__call__", lambda *_: (40.0,))
+    model = saved(tmp_path / "model", tokenizer)
+    with pytest.raises(ValueError, match=r"no layer is faster as a tree at active 30.0%"):
+        convert(settings_for(tmp_path, model, text, keep_slow=False))
+
+
+def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkeypatch):
+    model = saved(tmp_path / "model", tokenizer)
+    table = pairs_table(tmp_path / "pairs.tsv")
+    monkeypatch.setattr(
+        arms, "held_out_loss", lambda _, student: sum(map(id_of_converted, arms._converted_blocks(student)))
+    )
+    scores = iter([80.0, 50.0, 80.0, 79.5, 80.0])  # before distillation, after it, dense, one layer back, dense
+    monkeypatch.setattr("fastff.convert.pipeline.similarity", lambda *_: next(scores))
+    record = convert(settings_for(tmp_path, model, text, controls=(), table=table, max_loss=0.01))
+    assert [layer["description"] is None for layer in record["layers"]] == [False, True]
+    assert "more than the allowed loss" in record["layers"][1]["reason"]
+    assert record["arms"]["tree"]["after"] == 79.5
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(dense_layers_of(loaded, 1), dense_layers(tiny())[1].w_in)
+
+
+def id_of_converted(block):
+    """Without block 1 the loss is least."""
+    return 1 + block
+
+
+def dense_layers_of(model, block):
+    family = family_of(model.config.model_type)
+    return family.read(family.blocks_of(model)[block], model.config).w_in
+
+
+def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, monkeypatch):
+    model = saved(tmp_path / "model", tokenizer)
+    table = pairs_table(tmp_path / "pairs.tsv")
+    scores = iter([80.0, 50.0, 80.0, 60.0])
+    monkeypatch.setattr("fastff.convert.pipeline.similarity", lambda *_: next(scores))
+    with pytest.raises(ValueError, match=r"max_loss 1.00% cannot be kept: the least loss .* is 25.00%"):
+        convert(settings_for(tmp_path, model, text, controls=(), table=table, max_loss=0.01))
+    with pytest.raises(ValueError, match="needs an evaluation table"):
+        convert(settings_for(tmp_path, model, text, max_loss=0.01, out=tmp_path / "out2"))
+
+
+def test_a_curve_has_every_share_with_its_controls(tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer, "gpt2")
+    record = convert(settings_for(tmp_path, model, text, curve=(0.5,), steps=2, layer_steps=1))
+    (point,) = record["curve"]
+    assert set(point["arms"]) == {"tree", "narrow", "pruned"}
+    assert point["asked"] == 0.5
+    assert 0 < point["arms"]["tree"]["active"] <= 0.5
+    for arm in (*record["arms"].values(), *point["arms"].values()):
+        assert len(arm["latency_ms"]) == len(arm["feedforward_ms"]) == 1
+        assert arm["after"] > 1
+    assert json.loads((tmp_path / "out" / "report" / "report.json").read_text())["curve"] == record["curve"]
