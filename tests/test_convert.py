@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
+import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from conftest import make_rows
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import arms, convert
+from fastff.convert import convert
 from fastff.convert.capture import capture
 from fastff.convert.distil import chunks_of, missed
 from fastff.convert.evaluate import perplexity, rank, read_table, spearman
@@ -264,23 +268,35 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
     assert not (settings.out / "work").exists()
 
 
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path, monkeypatch):
+KILLED = """
+import os, pathlib, pickle, signal, sys
+from fastff.convert import arms, convert, plan
+settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+plan.TREES, plan.DEPTHS = (2,), (3,)
+arms.distil.__kwdefaults__["checkpoint_every"] = 2
+def progress(what, done, of):
+    if (what, done) == ("distil", 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(settings, progress=progress)
+"""
+
+
+def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer)
-    settings = settings_for(tmp_path, model, text, controls=())
-    monkeypatch.setattr(arms.distil, "__kwdefaults__", {**arms.distil.__kwdefaults__, "checkpoint_every": 2})
-    convert(replace(settings, out=tmp_path / "whole"))
-
-    def stop(what, done, _of):
-        if what == "distil" and done == 4 + 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(settings, progress=stop)
+    settings = settings_for(tmp_path, model, text, controls=(), shared=0)
+    (tmp_path / "settings").write_bytes(pickle.dumps(settings))
+    child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "settings")], capture_output=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     with pytest.raises(CheckpointError, match="other settings"):
         convert(replace(settings, steps=9))
+    plan = (tmp_path / "out" / "work" / "plan.json").read_bytes()
     steps = []
     convert(settings, progress=lambda what, done, _of: steps.append((what, done)))
     assert steps == [("distil", 5), ("distil", 6)]
+    whole = tmp_path / "whole" / "work"
+    whole.mkdir(parents=True)
+    (whole / "plan.json").write_bytes(plan)  # times differ from run to run, and with them the choice
+    convert(replace(settings, out=tmp_path / "whole"))
     a, b = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

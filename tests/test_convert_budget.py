@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from transformers import AutoModel
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import arms, convert, probe
+from fastff.convert import arms, convert, probe, resources
 from fastff.convert.plan import Clock, Option, Shape, choose, shapes_of, shares_of, shortlist
 from fastff.convert.probe import survey
 from fastff.convert.settings import Settings, percent, shape, times
-from fastff.convert.student import dense_layers, flops
+from fastff.convert.student import dense_layers, fit_tree, flops
+from fastff.errors import CheckpointError
+from fastff.models import make_converted
 from fastff.models.families import family_of
 
 CLOCK = Clock(model_us=(100.0, 1000.0), dense_us=((30.0, 300.0), (30.0, 300.0)))
@@ -219,3 +222,25 @@ def test_a_curve_has_every_share_with_its_controls(tokenizer, text, tmp_path):
         assert len(arm["latency_ms"]) == len(arm["feedforward_ms"]) == 1
         assert arm["after"] > 1
     assert json.loads((tmp_path / "out" / "report" / "report.json").read_text())["curve"] == record["curve"]
+
+
+def test_too_little_disk_or_memory_is_said_before_the_work(tokenizer, text, tmp_path, monkeypatch):
+    model = saved(tmp_path / "model", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(CheckpointError, match=r"needs about \d.\d\d GB of disk, .* has 0.00 GB free"):
+            convert(settings_for(tmp_path, model, text))
+    with monkeypatch.context() as patch:
+        patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+        with pytest.raises(CheckpointError, match=r"needs about \d.\d\d GB of memory .* this machine has 0.00 GB"):
+            convert(settings_for(tmp_path, model, text))
+    assert not list((tmp_path / "out" / "work").glob("*.f16"))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_the_bytes_of_a_student_are_those_of_its_parameters(model_type):
+    model = tiny(model_type)
+    description = fit_tree(dense_layers(model)[0], 0.4, trees=2, depth=2, shared=4)
+    student = make_converted(model, [description] * 2)
+    real = 4 * sum(p.numel() for p in student.parameters())
+    assert resources.student_bytes(model, [description] * 2) == pytest.approx(real, rel=0.1)  # but nodes and biases

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from fastff.convert import report
+from fastff.convert import report, resources
 from fastff.convert.arms import Course, active_share, control, keep_loss, teach
 from fastff.convert.capture import Progress, capture
 from fastff.convert.distil import Kind
 from fastff.convert.evaluate import accuracy, perplexity, read_table, similarity
 from fastff.convert.load import load_dense
 from fastff.convert.measure import WHOLE, feedforward_us, model_us, oracle_missed, routing
-from fastff.convert.plan import Clock, Option, choose, shares_of
+from fastff.convert.plan import Clock, Option, choose, largest, shares_of
 from fastff.convert.probe import Bench, Survey, probe, survey
 from fastff.convert.settings import Settings
 from fastff.convert.student import dense_layers
@@ -48,6 +48,7 @@ def convert(settings: Settings, *, progress: Progress = lambda *_: None) -> dict
     examples, held_out = _examples(settings, tokenizer, kind, work)
     torch.manual_seed(settings.seed)
     found = None if (work / "plan.json").exists() else survey(teacher, settings, progress)
+    resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work)
     captured = capture(teacher, examples, work, rows=settings.rows, batch=settings.batch, progress=progress)
     measure = quality or (lambda model: perplexity(model, held_out) if kind == "causal" else None)
     course = Course(settings, kind, teacher, captured, examples, held_out, measure, progress)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastff.convert.settings import Settings
-from fastff.convert.student import fit_tree
+from fastff.convert.student import fit_tree, stored_neurons
 from fastff.models.families import DenseWeights
 
 TREES, DEPTHS = (8, 4, 2, 1), (3, 4, 5)
@@ -88,12 +88,6 @@ def shortlist(shapes: Sequence[Shape], slowness: Sequence[float], stored: Sequen
     return sorted(fast, key=lambda k: (-stored[k], slowness[k]))[:TRIED]
 
 
-def stored_neurons(description: Mapping[str, Any]) -> int:
-    """Neurons that a described tree layer stores in its leaves and its shared part."""
-    leaves = description["trees"] * 2 ** description["depth"] * description["leaf_width"]
-    return int(leaves + description.get("shared", 0))
-
-
 def shares_of(settings: Settings) -> list[float]:
     """Shares of a layer's work to make candidates for, largest first."""
     if settings.speedup is not None:
@@ -107,6 +101,13 @@ def refuse(speedup: float, clock: Clock, best: float) -> ValueError:
         f"speedup {speedup:.2f}x cannot be reached here: the fastest candidates give {best:.2f}x, and without any "
         f"feedforward work the model would be {min(clock.ceilings()):.2f}x faster"
     )
+
+
+def largest(settings: Settings, dense: Sequence[DenseWeights]) -> list[dict[str, Any]]:
+    """Of each block, the candidate that stores most neurons."""
+    share = max(shares_of(settings) + list(settings.curve))
+    fitted = [[d for s in shapes_of(settings, layer) if (d := s.fit(layer, share))] for layer in dense]
+    return [max(tried, key=stored_neurons) for tried in fitted]
 
 
 def choose(settings: Settings, options: Sequence[Sequence[Option]], clock: Clock) -> list[int]:

@@ -19,10 +19,9 @@ from fastff.convert.plan import (
     shapes_of,
     shares_of,
     shortlist,
-    stored_neurons,
 )
 from fastff.convert.settings import Settings
-from fastff.convert.student import dense_layers, describe_tree, flops
+from fastff.convert.student import dense_layers, describe_tree, flops, stored_neurons
 from fastff.convert.text import Examples
 from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of

@@ -77,6 +77,12 @@ def flops(dense: DenseWeights, description: Mapping[str, Any] | None) -> int:
     return trees + (0 if beside is None else each * int(beside["intermediate_size"]))
 
 
+def stored_neurons(description: Mapping[str, Any]) -> int:
+    """Neurons that a described tree layer stores in its leaves and its shared part."""
+    leaves = description["trees"] * 2 ** description["depth"] * description["leaf_width"]
+    return int(leaves + description.get("shared", 0))
+
+
 def build_student(
     teacher: Any,
     descriptions: Sequence[Mapping[str, Any] | None],
