@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 
-.PHONY: demo test sanitize check format bench setup wheel clean
+.PHONY: demo test sanitize test-c check format bench setup install-c wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
@@ -35,6 +35,19 @@ format: setup
 
 bench: setup
 	$(BIN)/fastff bench --out results/cpu
+
+# For C programs: the header, shared and static library, and files for pkg-config and CMake. Needs neither Python nor torch.
+PREFIX ?= /usr/local
+install-c:
+	$(CMAKE) -S . -B build/c -DFASTFF_C=ON -DCMAKE_INSTALL_PREFIX=$(PREFIX)
+	$(CMAKE) --build build/c --parallel $$(nproc)
+	DESTDIR=$(DESTDIR) $(CMAKE) --install build/c
+
+# The example of examples/c, built from an installation of its own.
+test-c: setup
+	rm -rf build/c-root
+	$(MAKE) install-c DESTDIR=$(CURDIR)/build/c-root
+	FASTFF_C_ROOT=$(CURDIR)/build/c-root CMAKE=$(CMAKE) $(BIN)/python -m pytest tests/test_c_example.py
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -13,7 +13,21 @@ import fastff
 
 SOURCE = Path(__file__).parents[1] / "src" / "fastff"
 # A module may import from its own layer and from those to its left.
-ORDER = ["errors", "tree", "ops", "layers", "models", "training", "convert", "inspect", "serve", "bench", "demo", "cli"]
+ORDER = [
+    "errors",
+    "tree",
+    "ops",
+    "layers",
+    "files",
+    "models",
+    "training",
+    "convert",
+    "inspect",
+    "serve",
+    "bench",
+    "demo",
+    "cli",
+]
 ONLY_IN = {
     "ctypes": {"ops/native.py"},
     "triton": {"ops/triton_kernels"},
@@ -57,6 +71,7 @@ def test_heavy_packages_stay_where_they_belong(package):
 
 def test_public_names():
     public = {"FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"}
+    public |= {"load", "save"}
     assert set(fastff.__all__) == public
     assert set(fastff.ops.__all__) >= {"forward", "available_backends", "use_backend", "Routed"}
     for name in (*fastff.__all__, *(f"ops.{n}" for n in fastff.ops.__all__)):

@@ -5,8 +5,19 @@
 
 from fastff import ops
 from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
+from fastff.files import load, save
 from fastff.layers import FFF
 from fastff.tree import TreeConfig
 
 __version__ = "0.1.0"
-__all__ = ["FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"]
+__all__ = [
+    "FFF",
+    "BackendUnavailable",
+    "CheckpointError",
+    "FastffError",
+    "ShapeError",
+    "TreeConfig",
+    "load",
+    "ops",
+    "save",
+]
