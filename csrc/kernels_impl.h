@@ -151,8 +151,7 @@ class Descent {
       T out[kWalkers];
       const int64_t m = std::min<int64_t>(kWalkers, n - i);
       for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[i + k]);
-      if (m == kWalkers) dots_tile<T, kWalkers, 1>(xs, &weight, tree_.in_features, out, 1);
-      else dots(xs, m, &weight, 1, tree_.in_features, out, 1);
+      dots(xs, m, &weight, 1, tree_.in_features, out, 1);
       for (int64_t k = 0; k < m; ++k) score_row(rows[i + k])[level] = out[k] + bias;
     }
     int32_t* side = scratch_.side.data();
@@ -263,7 +262,7 @@ class Descent {
     const T* gate = tree_.gated ? gates(raw, m) : nullptr;
     for (int64_t k = 0; k < m; ++k)
       weigh(raw + k * scores, value + k * scores, gate ? gate + k * scores : nullptr, coef + k * count, count);
-    combine<T>(ys, m, outputs, count, {coef, count, 1}, 0, tree_.out_features, accumulate_);
+    combine(ys, m, outputs, count, {coef, count, 1}, 0, tree_.out_features, accumulate_);
   }
 
   const T* gates(const T* raw, int64_t m) {
@@ -434,7 +433,7 @@ class RowsBackward {
       std::copy_n(dscore, scores, packed + at);
     }
     if (b_.grad_x)
-      combine<T>(grad_xs, m, inputs, scores, {packed, scores, 1}, 0, tree_.in_features, b_.accumulate_x);
+      combine(grad_xs, m, inputs, scores, {packed, scores, 1}, 0, tree_.in_features, b_.accumulate_x);
   }
 
   const Tree& tree_;
@@ -515,7 +514,7 @@ class WeightSums {
         ins[i] = source_ + row * columns_;
         for (int64_t k = 0; k < n; ++k) packed[i * kTile + k] = factors_[row * factor_stride_ + factor + k];
       }
-      combine<T>(outs, n, ins, m, {packed, 1, kTile}, begin_, end_, true);
+      combine(outs, n, ins, m, {packed, 1, kTile}, begin_, end_, true);
     }
   }
 

@@ -1,6 +1,11 @@
 // The two loops that do all arithmetic on rows: dots (scores from rows) and combine (rows from factors).
 // Included by one file per instruction set, after it has defined Vec<float> and Vec<double>:
 //   Reg, width, zero, set, load, load_n, store, store_n, fma, sum; load_n and store_n touch the first n < width elements.
+// Vec<float> also loads bfloat16 and int8 weights (Bf16 and int8_t of kernels.h), widened to fp32; their load_n may read
+// a whole register, since packed rows end in zeros.
+//
+// The order of every sum depends on the features and the instruction set alone, not on how rows are grouped: a row's
+// route and output are the same bits alone and in any batch. Quantised routing relies on it to decide as fp32 does.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +15,10 @@ namespace fastff {
 namespace {
 
 // out[m * out_stride + k] = <x[m], w[k]> over n elements, for M rows and N weight rows kept in registers.
-template <class T, int M, int N>
-inline void dots_tile(const T* const* x, const T* const* w, int64_t n, T* out, int64_t out_stride) {
+template <class T, class W, int M, int N>
+inline void dots_tile(const T* const* x, const W* const* w, int64_t n, T* out, int64_t out_stride) {
   using V = Vec<T>;
-  constexpr int kUnroll = M * N >= 8 ? 1 : M * N >= 4 ? 2 : M * N >= 2 ? 4 : 8;  // enough chains to hide the latency
+  constexpr int kUnroll = N == 1 ? V::registers / 8 : 1;  // of N alone, so that sums do not depend on M
   typename V::Reg acc[M][N][kUnroll];
   for (int m = 0; m < M; ++m)
     for (int k = 0; k < N; ++k)
@@ -44,27 +49,27 @@ inline void dots_tile(const T* const* x, const T* const* w, int64_t n, T* out, i
     }
 }
 
-template <class T>
-inline T dot(const T* x, const T* w, int64_t n) {
+template <class T, class W>
+inline T dot(const T* x, const W* w, int64_t n) {
   T out;
-  dots_tile<T, 1, 1>(&x, &w, n, &out, 1);
+  dots_tile<T, W, 1, 1>(&x, &w, n, &out, 1);
   return out;
 }
 
-template <class T, int M>
-inline void dots_rows(const T* const* x, const T* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
+template <class T, class W, int M>
+inline void dots_rows(const T* const* x, const W* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
   int64_t k = 0;
-  for (; k + 4 <= weights; k += 4) dots_tile<T, M, 4>(x, w + k, n, out + k, out_stride);
-  for (; k < weights; ++k) dots_tile<T, M, 1>(x, w + k, n, out + k, out_stride);
+  for (; k + 4 <= weights; k += 4) dots_tile<T, W, M, 4>(x, w + k, n, out + k, out_stride);
+  for (; k < weights; ++k) dots_tile<T, W, M, 1>(x, w + k, n, out + k, out_stride);
 }
 
 // out[m * out_stride + k] = <x[m], w[k]> for any numbers of rows and weight rows.
-template <class T>
-void dots(const T* const* x, int64_t rows, const T* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
+template <class T, class W>
+void dots(const T* const* x, int64_t rows, const W* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
   int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) dots_rows<T, 4>(x + m, w, weights, n, out + m * out_stride, out_stride);
-  for (; m + 2 <= rows; m += 2) dots_rows<T, 2>(x + m, w, weights, n, out + m * out_stride, out_stride);
-  for (; m < rows; ++m) dots_rows<T, 1>(x + m, w, weights, n, out + m * out_stride, out_stride);
+  for (; m + 4 <= rows; m += 4) dots_rows<T, W, 4>(x + m, w, weights, n, out + m * out_stride, out_stride);
+  for (; m + 2 <= rows; m += 2) dots_rows<T, W, 2>(x + m, w, weights, n, out + m * out_stride, out_stride);
+  for (; m < rows; ++m) dots_rows<T, W, 1>(x + m, w, weights, n, out + m * out_stride, out_stride);
 }
 
 // Factors of a combination: of input k for output m is at data[m * per_output + k * per_input].
@@ -74,11 +79,11 @@ struct Factors {
   int64_t per_output, per_input;
 };
 
-template <class T, int M, int C, bool kPartial>
-inline void combine_tile(T* const* out, const T* const* in, int64_t inputs, Factors<T> f, int64_t at, int64_t last,
+template <class T, class W, int M, int C, bool kPartial>
+inline void combine_tile(T* const* out, const W* const* in, int64_t inputs, Factors<T> f, int64_t at, int64_t last,
                          bool accumulate) {
   using V = Vec<T>;
-  auto load = [&](const T* p, int c) {
+  auto load = [&](const auto* p, int c) {
     return kPartial && c == C - 1 ? V::load_n(p + at + c * V::width, last) : V::load(p + at + c * V::width);
   };
   typename V::Reg acc[M][C];
@@ -100,26 +105,26 @@ inline void combine_tile(T* const* out, const T* const* in, int64_t inputs, Fact
     }
 }
 
-template <class T, int M>
-inline void combine_rows(T* const* out, const T* const* in, int64_t inputs, Factors<T> f, int64_t begin, int64_t end,
+template <class T, class W, int M>
+inline void combine_rows(T* const* out, const W* const* in, int64_t inputs, Factors<T> f, int64_t begin, int64_t end,
                          bool accumulate) {
   constexpr int kWidth = Vec<T>::width;
   constexpr int C = std::max(1, Vec<T>::registers / 2 / M);
   int64_t at = begin;
-  for (; at + C * kWidth <= end; at += C * kWidth) combine_tile<T, M, C, false>(out, in, inputs, f, at, 0, accumulate);
-  for (; at + kWidth <= end; at += kWidth) combine_tile<T, M, 1, false>(out, in, inputs, f, at, 0, accumulate);
-  if (at < end) combine_tile<T, M, 1, true>(out, in, inputs, f, at, end - at, accumulate);
+  for (; at + C * kWidth <= end; at += C * kWidth) combine_tile<T, W, M, C, false>(out, in, inputs, f, at, 0, accumulate);
+  for (; at + kWidth <= end; at += kWidth) combine_tile<T, W, M, 1, false>(out, in, inputs, f, at, 0, accumulate);
+  if (at < end) combine_tile<T, W, M, 1, true>(out, in, inputs, f, at, end - at, accumulate);
 }
 
 // Columns [begin, end) of out[m] (+)= sum_k factor(m, k) * in[k].
-template <class T>
-void combine(T* const* out, int64_t outputs, const T* const* in, int64_t inputs, Factors<T> f, int64_t begin,
+template <class T, class W>
+void combine(T* const* out, int64_t outputs, const W* const* in, int64_t inputs, Factors<T> f, int64_t begin,
              int64_t end, bool accumulate) {
   auto from = [&](int64_t m) { return Factors<T>{f.data + m * f.per_output, f.per_output, f.per_input}; };
   int64_t m = 0;
-  for (; m + 4 <= outputs; m += 4) combine_rows<T, 4>(out + m, in, inputs, from(m), begin, end, accumulate);
-  for (; m + 2 <= outputs; m += 2) combine_rows<T, 2>(out + m, in, inputs, from(m), begin, end, accumulate);
-  for (; m < outputs; ++m) combine_rows<T, 1>(out + m, in, inputs, from(m), begin, end, accumulate);
+  for (; m + 4 <= outputs; m += 4) combine_rows<T, W, 4>(out + m, in, inputs, from(m), begin, end, accumulate);
+  for (; m + 2 <= outputs; m += 2) combine_rows<T, W, 2>(out + m, in, inputs, from(m), begin, end, accumulate);
+  for (; m < outputs; ++m) combine_rows<T, W, 1>(out + m, in, inputs, from(m), begin, end, accumulate);
 }
 
 }  // namespace
