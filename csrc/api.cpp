@@ -14,7 +14,6 @@ namespace {
 thread_local std::string last_error;
 
 constexpr double kAddressable = 140737488355328.0;  // 2^47 bytes, the user space of a process
-constexpr int64_t kRowsAPiece = 16;                 // fewer rows are not worth a second thread
 constexpr int64_t kColumnsAPiece = 64;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -110,7 +109,7 @@ int32_t forward_plain(const fastff_tree* given, const T* w_in, const T* b_in, co
     std::vector<View<T>> views;
     views.reserve(tree.trees);
     for (int64_t t = 0; t < tree.trees; ++t) views.push_back(plain_view(tree, t, w_in, b_in, w_out, b_out));
-    forward_rows(tree, views.data(), x, rows, out, threads);
+    forward_rows(kernels<T>().forward, tree, views.data(), x, rows, out, threads);
   });
 }
 
@@ -267,17 +266,14 @@ template View<float> plain_view(const Tree&, int64_t, const float*, const float*
 template View<double> plain_view(const Tree&, int64_t, const double*, const double*, const double*, const double*);
 
 template <class T>
-void forward_rows(const Tree& tree, const View<T>* views, const T* x, int64_t rows, const Forward<T>& out,
-                  int threads) {
+void check_rows(const Tree& tree, const T* x, int64_t rows, const Forward<T>& out) {
   need_rows(tree, rows);
   if (rows == 0) return;
   need(x && out.y, "x and y must not be NULL");
   need_aligned({array("x", x, 0)});
   need_outputs(tree, rows, out, {array("x", x, rows * tree.in_features)});
-  parallel(rows, kRowsAPiece, threads,
-           [&](int64_t begin, int64_t end) { kernels<T>().forward(tree, views, x, begin, end, out); });
 }
-template void forward_rows(const Tree&, const View<float>*, const float*, int64_t, const Forward<float>&, int);
+template void check_rows(const Tree&, const float*, int64_t, const Forward<float>&);
 
 }  // namespace fastff
 

@@ -37,7 +37,7 @@ extern "C" {
 #define FASTFF_API
 #endif
 
-#define FASTFF_ABI_VERSION 1
+#define FASTFF_ABI_VERSION 2
 
 enum fastff_status { FASTFF_OK = 0, FASTFF_BAD_ARGUMENT = 1, FASTFF_OUT_OF_MEMORY = 2, FASTFF_BAD_ISA = 3, FASTFF_STALE = 4 };
 
@@ -53,6 +53,13 @@ enum fastff_activation {
 enum fastff_gate {
   FASTFF_UNGATED = 0,
   FASTFF_BOUNDARY = 1 /* each ancestor multiplies what hangs below it by tanh(|score| / tau) */
+};
+
+/* How a pack stores weights. */
+enum fastff_weights {
+  FASTFF_F32 = 0,
+  FASTFF_BF16 = 1, /* bfloat16, rounded to nearest even */
+  FASTFF_INT8 = 2  /* 8 bits, one fp32 scale to a row (largest |weight| / 127) */
 };
 
 typedef struct fastff_tree {
@@ -106,9 +113,11 @@ FASTFF_API int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_
                                        const int64_t* leaf, const double* scores, double* grad_x, double* grad_w_in,
                                        double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads);
 
-/* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them. */
+/* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them.
+ * weights: enum fastff_weights. A quantised pack takes every turn that the fp32 layer takes: it also keeps the routing
+ * nodes' w_in in fp32 and computes a score again from it when quantisation could have changed the score's sign. */
 FASTFF_API int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
-                                   const float* b_out, fastff_packed** packed);
+                                   const float* b_out, int32_t weights, fastff_packed** packed);
 
 /* Copy new values into an existing pack of the same tree. */
 FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,

@@ -42,10 +42,20 @@ void need_weights(const Tree& tree, const T* w_in, const T* b_in, const T* w_out
 template <class T>
 View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, const T* w_out, const T* b_out);
 
-// All trees over all rows, split over threads. Throws std::invalid_argument for rows or pointers that do not fit.
+// Throws std::invalid_argument for rows or pointers that do not fit.
 template <class T>
-void forward_rows(const Tree& tree, const View<T>* views, const T* x, int64_t rows, const Forward<T>& out,
-                  int threads);
+void check_rows(const Tree& tree, const T* x, int64_t rows, const Forward<T>& out);
+
+constexpr int64_t kRowsAPiece = 16;  // fewer rows are not worth a second thread
+
+// All trees over all rows, split over threads. kernel: of the chosen instruction set, for these views.
+template <class T, class W, class Kernel>
+void forward_rows(const Kernel& kernel, const Tree& tree, const View<T, W>* views, const T* x, int64_t rows,
+                  const Forward<T>& out, int threads) {
+  check_rows(tree, x, rows, out);
+  parallel(rows, kRowsAPiece, threads,
+           [&](int64_t begin, int64_t end) { kernel(tree, views, x, begin, end, out); });
+}
 
 void clear_error() noexcept;
 int32_t current_exception_status() noexcept;  // keeps its message for fastff_error()

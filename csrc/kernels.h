@@ -26,25 +26,41 @@ struct Tree {
   int64_t path_outputs() const { return (node_output ? depth : 0) + leaf_width; }
 };
 
+// The upper half of an fp32 number.
+struct Bf16 {
+  uint16_t bits;
+};
+
+// What a quantised neuron says of itself, in the cache line after its row of w_in.
+struct Neuron {
+  float scale_in, scale_out;  // a stored weight times its scale is the weight meant
+  float error;                // ||w_in - what was stored||
+  float norm;                 // ||w_in||
+};
+
 // Where the rows of one tree lie: plain tensors and packed buffers differ in strides only (counted in elements).
-template <class T>
+// T is the type of inputs, outputs and biases, W that of the weights: T itself, or Bf16 or int8_t in a quantised pack.
+template <class T, class W = T>
 struct View {
-  const T* node_in;
-  const T* node_out;  // unused unless node_output
-  const T* leaf_in;
-  const T* leaf_out;
+  const W* node_in;
+  const W* node_out;  // unused unless node_output
+  const W* leaf_in;
+  const W* leaf_out;
   int64_t node_in_stride, node_out_stride;
   int64_t leaf_in_stride, leaf_out_stride;          // from leaf to leaf
   int64_t leaf_in_row_stride, leaf_out_row_stride;  // from neuron to neuron within a leaf
   const T* b_in;                                    // [in_rows] or null
   const T* b_out;                                   // [leaves][out_features] or null
+  const T* exact_in;                                // quantised: the routing nodes' rows of w_in in full precision
+  int64_t neuron_at;                                // quantised: from the start of a row of w_in to its Neuron
 
-  const T* in_row(int64_t node) const { return node_in + node * node_in_stride; }
-  const T* out_row(int64_t node) const { return node_out + node * node_out_stride; }
-  const T* leaf_in_row(int64_t leaf, int64_t j) const { return leaf_in + leaf * leaf_in_stride + j * leaf_in_row_stride; }
-  const T* leaf_out_row(int64_t leaf, int64_t j) const {
+  const W* in_row(int64_t node) const { return node_in + node * node_in_stride; }
+  const W* out_row(int64_t node) const { return node_out + node * node_out_stride; }
+  const W* leaf_in_row(int64_t leaf, int64_t j) const { return leaf_in + leaf * leaf_in_stride + j * leaf_in_row_stride; }
+  const W* leaf_out_row(int64_t leaf, int64_t j) const {
     return leaf_out + leaf * leaf_out_stride + j * leaf_out_row_stride;
   }
+  const Neuron& neuron(const W* row) const { return *reinterpret_cast<const Neuron*>(row + neuron_at); }
 };
 
 // Outputs of a forward; all but y may be null.
@@ -86,11 +102,17 @@ struct Kernels {
   void (*backward_w_out)(const Tree&, const Backward<T>&, int64_t rows, int64_t begin, int64_t end);
 };
 
+template <class W>
+using QuantisedForward = void (*)(const Tree&, const View<float, W>* views, const float* x, int64_t begin, int64_t end,
+                                  const Forward<float>&);
+
 struct Isa {
   const char* name;
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;
+  QuantisedForward<Bf16> forward_bf16;
+  QuantisedForward<int8_t> forward_int8;
 };
 
 extern const Isa isa_scalar;

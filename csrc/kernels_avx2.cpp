@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace fastff {
 namespace {
 
@@ -21,7 +23,20 @@ struct Vec<float> {
   static Reg set(float v) { return _mm256_set1_ps(v); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+  static Reg load(const Bf16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Reg load_n(const Bf16* p, int64_t) { return load(p); }
+  static Reg load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Reg load_n(const int8_t* p, int64_t) { return load(p); }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) _mm256_stream_ps(p, v);
+    else store(p, v);
+  }
   static void store_n(float* p, Reg v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
@@ -42,6 +57,7 @@ struct Vec<double> {
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static Reg load_n(const double* p, int64_t n) { return _mm256_maskload_pd(p, first(n)); }
   static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
+  static void stream(double* p, Reg v) { store(p, v); }
   static void store_n(double* p, Reg v, int64_t n) { _mm256_maskstore_pd(p, first(n), v); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
@@ -50,6 +66,8 @@ struct Vec<double> {
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
 };
+
+void fence() { _mm_sfence(); }
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

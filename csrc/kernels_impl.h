@@ -6,12 +6,17 @@
 // lockstep, so that the loads of one row hide the latency of another. At the leaf the path is known and y is built once,
 // rows of one leaf together.
 //
+// Quantised weights (W is Bf16 or int8_t). The route is that of the fp32 layer: |<x, w> - <x, stored w>| is at most
+// ||x|| * ||w - stored w|| (Cauchy and Schwarz), and a score within that bound, plus rounding, is computed again from the
+// fp32 row, in the order in which the fp32 layer sums it.
+//
 // Backward. Rows sorted by leaf make every node's rows one contiguous range, so weight gradients are sums over ranges:
 // no atomics, and a result that does not depend on the number of threads.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #include "activations.h"
 #include "kernels.h"
@@ -21,11 +26,13 @@ namespace fastff {
 namespace {
 
 constexpr int kSplitAtLeast = 4;       // a shorter list of rows walks in lockstep instead of being split
+constexpr int kPairAtLeast = 8;        // from this many rows on, two levels are scored in one pass over x
 constexpr int kWalkers = 8;            // rows that walk in lockstep
 constexpr int kTile = 4;               // rows of one leaf finished together
 constexpr int64_t kBlockRows = 65536;  // rows whose scores are kept at a time
-constexpr int64_t kForestRows = 1024;  // likewise with several trees, which all read x and add to y: keep both in cache
+constexpr int64_t kForestBytes = 3 << 19;  // likewise with several trees, which all read x and add to y: both at a time
 constexpr int64_t kCachedRows = 256;   // rows of x that a core's cache holds beside a subtree
+constexpr int64_t kStreamedBytes = 32 << 20;  // an output this large leaves the cache anyway before somebody reads it
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kFirstLines = 4;     // of a child, fetched before it is known which child is needed
 
@@ -64,9 +71,25 @@ class Buffer {
 // Buffers of one thread, kept between calls. They grow and never shrink.
 template <class T>
 struct Scratch {
-  Buffer<T> scores, raw, value, slope, coef, gate, grad;
+  Buffer<T> scores, raw, value, slope, coef, gate, grad, norm, scale;
   Buffer<int32_t> order, side, mark;
   Buffer<const T*> weights, outputs;
+  Buffer<const Bf16*> bf16_weights, bf16_outputs;
+  Buffer<const int8_t*> int8_weights, int8_outputs;
+
+  // Room for pointers to weight rows of any type.
+  template <class W>
+  Buffer<const W*>& weights_of() {
+    if constexpr (std::is_same_v<W, Bf16>) return bf16_weights;
+    else if constexpr (std::is_same_v<W, int8_t>) return int8_weights;
+    else return weights;
+  }
+  template <class W>
+  Buffer<const W*>& outputs_of() {
+    if constexpr (std::is_same_v<W, Bf16>) return bf16_outputs;
+    else if constexpr (std::is_same_v<W, int8_t>) return int8_outputs;
+    else return outputs;
+  }
 
   static Scratch& local() {
     static thread_local Scratch scratch;
@@ -74,38 +97,64 @@ struct Scratch {
   }
 };
 
-// Weight rows that a path through `leaf` adds to y: nodes from the root (if they are neurons), the leaf's, its bias.
-template <class T>
-int64_t output_rows(const Tree& tree, const View<T>& view, int64_t leaf, const T** rows) {
+// The routing node at `level` on the way to `leaf`.
+inline int64_t ancestor(const Tree& tree, int64_t leaf, int level) {
+  return ((leaf + tree.leaves()) >> (tree.depth - level)) - 1;
+}
+
+// Weight rows that a path through `leaf` adds to y: nodes from the root (if they are neurons), the leaf's, its bias
+// where it has the type of the weights.
+template <class T, class W>
+int64_t output_rows(const Tree& tree, const View<T, W>& view, int64_t leaf, const W** rows) {
   int64_t n = 0;
   if (tree.node_output)
-    for (int level = 0; level < tree.depth; ++level)
-      rows[n++] = view.out_row(((leaf + tree.leaves()) >> (tree.depth - level)) - 1);
+    for (int level = 0; level < tree.depth; ++level) rows[n++] = view.out_row(ancestor(tree, leaf, level));
   for (int64_t j = 0; j < tree.leaf_width; ++j) rows[n++] = view.leaf_out_row(leaf, j);
-  if (view.b_out) rows[n++] = view.b_out + leaf * tree.out_features;
+  if constexpr (std::is_same_v<T, W>)
+    if (view.b_out) rows[n++] = view.b_out + leaf * tree.out_features;
   return n;
+}
+
+// Scales of those rows.
+template <class W>
+void output_scales(const Tree& tree, const View<float, W>& view, int64_t leaf, float* scale) {
+  if (tree.node_output)
+    for (int level = 0; level < tree.depth; ++level)
+      *scale++ = view.neuron(view.in_row(ancestor(tree, leaf, level))).scale_out;
+  for (int64_t j = 0; j < tree.leaf_width; ++j) *scale++ = view.neuron(view.leaf_in_row(leaf, j)).scale_out;
+}
+
+inline float norm(const float* x, int64_t n) {
+  const float squares = dot(x, x, n);
+  if (squares > 1e-30f && squares < 1e37f) return std::sqrt(squares);
+  double wide = 0;  // fp32 squares overflow or vanish
+  for (int64_t i = 0; i < n; ++i) wide += static_cast<double>(x[i]) * x[i];
+  return static_cast<float>(std::sqrt(wide));
 }
 
 // ---- forward of one tree over one block of rows ----
 
-template <class T>
+template <class T, class W>
 class Descent {
+  static constexpr bool kQuantised = !std::is_same_v<T, W>;
+
  public:
-  Descent(const Tree& tree, const View<T>& view, const T* x, T* y, T* scores, int64_t score_stride, int64_t* leaf,
-          bool accumulate)
-      : tree_(tree), view_(view), x_(x), y_(y), scores_(scores), score_stride_(score_stride), leaf_(leaf),
-        accumulate_(accumulate), scratch_(Scratch<T>::local()) {}
+  Descent(const Tree& tree, const View<T, W>& view, const T* x, T* norm, T* y, T* scores, int64_t score_stride,
+          int64_t* leaf, bool accumulate)
+      : tree_(tree), view_(view), x_(x), norm_(norm), y_(y), scores_(scores), score_stride_(score_stride), leaf_(leaf),
+        accumulate_(accumulate), scratch_(Scratch<T>::local()),
+        row_elements_(kQuantised ? view.neuron_at + sizeof(Neuron) / sizeof(W) : tree.in_features) {}
 
   void run(int64_t rows) {
+    const bool beyond_cache = rows * tree_.out_features * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+    write_ = tree_.trees == 1 && beyond_cache ? Write::kStream : Write::kStore;
     int32_t* order = scratch_.order.at_least(rows);
     scratch_.side.at_least(rows);
     for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(i);
     const int top = top_levels(rows);
-    if (top > 0 && top < tree_.depth) return sort_by_subtree(order, rows, top);
-    const int64_t block = top == 0 ? rows : kCachedRows;  // a tree so shallow for its rows needs no sorting
-    stop_ = tree_.depth;
-    for (int64_t at = 0; at < rows; at += block) descend(0, 0, order + at, std::min(block, rows - at));
-    flush();
+    if (top > 0 && top < tree_.depth) sort_by_subtree(order, rows, top);
+    else in_blocks(order, rows, top == 0 ? rows : kCachedRows, tree_.depth);  // so shallow a tree needs no sorting
+    if (write_ == Write::kStream) fence();
   }
 
  private:
@@ -118,10 +167,7 @@ class Descent {
 
   void sort_by_subtree(int32_t* order, int64_t rows, int top) {
     int32_t* mark = scratch_.mark.at_least(rows);
-    stop_ = top;
-    for (int64_t at = 0; at < rows; at += kCachedRows / 2)
-      descend(0, 0, order + at, std::min(kCachedRows / 2, rows - at));
-    flush();
+    in_blocks(order, rows, kCachedRows / 2, top);
     const int64_t subtrees = int64_t{1} << top;
     int64_t start[257] = {};
     for (int64_t i = 0; i < rows; ++i) ++start[mark[i] - (subtrees - 1) + 1];
@@ -131,6 +177,19 @@ class Descent {
     for (int64_t i = 0; i < rows; ++i) order[next[mark[i] - (subtrees - 1)]++] = static_cast<int32_t>(i);
     stop_ = tree_.depth;
     for (int64_t s = 0; s < subtrees; ++s) descend(top, subtrees - 1 + s, order + start[s], start[s + 1] - start[s]);
+    flush();
+  }
+
+  // All rows from the root to level `stop`, so many at a time.
+  void in_blocks(int32_t* order, int64_t rows, int64_t block, int stop) {
+    stop_ = stop;
+    for (int64_t at = 0; at < rows; at += block) {
+      const int64_t n = std::min(block, rows - at);
+      if constexpr (kQuantised)
+        if (!accumulate_)
+          for (int64_t i = at; i < at + n; ++i) norm_[i] = norm(x_row(i), tree_.in_features);
+      descend(0, 0, order + at, n);
+    }
     flush();
   }
 
@@ -144,16 +203,62 @@ class Descent {
       }
       return;
     }
-    const T* weight = view_.in_row(node);
-    const T bias = view_.b_in ? view_.b_in[node] : T(0);
-    for (int64_t i = 0; i < n; i += kWalkers) {
-      const T* xs[kWalkers];
-      T out[kWalkers];
-      const int64_t m = std::min<int64_t>(kWalkers, n - i);
+    if (n < kPairAtLeast || level + 1 == stop_) {
+      score_node(level, node, rows, n);
+      const int64_t left = split(level, rows, n);
+      descend(level + 1, 2 * node + 1, rows, left);
+      descend(level + 1, 2 * node + 2, rows + left, n - left);
+      return;
+    }
+    score_family(level, node, rows, n);
+    const int64_t left = split(level, rows, n);
+    descend_split(level + 1, 2 * node + 1, rows, left);
+    descend_split(level + 1, 2 * node + 2, rows + left, n - left);
+  }
+
+  // As descend, with the node's scores known.
+  void descend_split(int level, int64_t node, int32_t* rows, int64_t n) {
+    const int64_t left = split(level, rows, n);
+    descend(level + 1, 2 * node + 1, rows, left);
+    descend(level + 1, 2 * node + 2, rows + left, n - left);
+  }
+
+  void score_node(int level, int64_t node, const int32_t* rows, int64_t n) {
+    const W* weight = view_.in_row(node);
+    for (int64_t i = 0; i < n; i += kTile) {
+      const T* xs[kTile];
+      T out[kTile];
+      const int64_t m = std::min<int64_t>(kTile, n - i);
       for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[i + k]);
       dots(xs, m, &weight, 1, tree_.in_features, out, 1);
-      for (int64_t k = 0; k < m; ++k) score_row(rows[i + k])[level] = out[k] + bias;
+      for (int64_t k = 0; k < m; ++k) score_row(rows[i + k])[level] = settled(rows[i + k], node, weight, out[k]);
     }
+  }
+
+  // A node and both its children at once: reading x from the second-level cache costs more than the arithmetic, and so
+  // the product that turns out not to be needed is cheaper than another pass over x.
+  void score_family(int level, int64_t node, const int32_t* rows, int64_t n) {
+    const int64_t nodes[3] = {node, 2 * node + 1, 2 * node + 2};
+    const W* weights[3];
+    for (int k = 0; k < 3; ++k) weights[k] = view_.in_row(nodes[k]);
+    constexpr int kRows = tile_rows<T>() / 2;
+    for (int64_t i = 0; i < n; i += kRows) {
+      const int64_t m = std::min<int64_t>(kRows, n - i);
+      const T* xs[2] = {x_row(rows[i]), x_row(rows[i + m - 1])};
+      T out[2][3];
+      if (m == 2) dots_tile<T, W, 2, 3>(xs, weights, tree_.in_features, out[0], 3);
+      else dots_tile<T, W, 1, 3>(xs, weights, tree_.in_features, out[0], 3);
+      for (int64_t k = 0; k < m; ++k) {
+        T* score = score_row(rows[i + k]) + level;
+        score[0] = settled(rows[i + k], node, weights[0], out[k][0]);
+        const int child = 1 + (score[0] > T(0));
+        score[1] = settled(rows[i + k], nodes[child], weights[child], out[k][child]);
+      }
+    }
+  }
+
+  // Rows that turn left at this level first, each side in its old order; returns how many do.
+  int64_t split(int level, int32_t* rows, int64_t n) {
     int32_t* side = scratch_.side.data();
     int64_t left = 0, right = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -165,8 +270,7 @@ class Descent {
       right += turns_right;
     }
     std::copy(side, side + right, rows + left);
-    descend(level + 1, 2 * node + 1, rows, left);
-    descend(level + 1, 2 * node + 2, rows + left, right);
+    return left;
   }
 
   // Take the waiting rows down to stop_, one level of each in turn.
@@ -201,16 +305,29 @@ class Descent {
   void step(Walker& w) {
     const bool more = w.level + 1 < tree_.depth;
     if (more) {
-      prefetch(view_.in_row(2 * w.node + 1), tree_.in_features, 0, kFirstLines);
-      prefetch(view_.in_row(2 * w.node + 2), tree_.in_features, 0, kFirstLines);
+      prefetch(view_.in_row(2 * w.node + 1), row_elements_, 0, kFirstLines);
+      prefetch(view_.in_row(2 * w.node + 2), row_elements_, 0, kFirstLines);
     }
-    T score = dot(x_row(w.row), view_.in_row(w.node), tree_.in_features);
-    if (view_.b_in) score += view_.b_in[w.node];
+    const W* weight = view_.in_row(w.node);
+    const T score = settled(w.row, w.node, weight, dot(x_row(w.row), weight, tree_.in_features));
     score_row(w.row)[w.level] = score;
+    if (kQuantised && tree_.node_output) prefetch(view_.out_row(w.node), tree_.out_features);  // no gain with fp32 rows
     w.node = 2 * w.node + 1 + (score > T(0));
     ++w.level;
-    if (more) prefetch(view_.in_row(w.node), tree_.in_features, kFirstLines);
-    else prefetch(view_.leaf_in_row(w.node - tree_.nodes(), 0), tree_.in_features);
+    if (more) prefetch(view_.in_row(w.node), row_elements_, kFirstLines);
+    else prefetch(view_.leaf_in_row(w.node - tree_.nodes(), 0), row_elements_);
+  }
+
+  // A node's score from its product with a row. In doubt about its sign the product is taken again in full precision.
+  T settled(int32_t row, int64_t node, const W* weight, T product) const {
+    const T bias = view_.b_in ? view_.b_in[node] : T(0);
+    if constexpr (kQuantised) {
+      const Neuron& neuron = view_.neuron(weight);
+      const T score = product * neuron.scale_in + bias;
+      if (std::fabs(score) > norm_[row] * neuron.error) return score;
+      product = dot(x_row(row), view_.exact_in + node * tree_.in_features, tree_.in_features);
+    }
+    return product + bias;
   }
 
   void arrive(int64_t node, const int32_t* rows, int64_t n) {
@@ -220,21 +337,22 @@ class Descent {
     }
     const int64_t leaf = node - tree_.nodes();
     const int64_t neurons = tree_.leaf_in_rows();
-    const T** weights = scratch_.weights.at_least(neurons);
+    const W** weights = scratch_.template weights_of<W>().at_least(neurons);
     for (int64_t j = 0; j < neurons; ++j) weights[j] = view_.leaf_in_row(leaf, j);
-    const int64_t bound = tree_.path_outputs() + 1;
-    const T** outputs = scratch_.outputs.at_least(bound);
+    const W** outputs = scratch_.template outputs_of<W>().at_least(tree_.path_outputs() + 1);
     const int64_t count = output_rows(tree_, view_, leaf, outputs);
+    if constexpr (kQuantised) output_scales(tree_, view_, leaf, scratch_.scale.at_least(count));
+    const T* output_bias = view_.b_out ? view_.b_out + leaf * tree_.out_features : nullptr;
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t m = std::min<int64_t>(kTile, n - i);
       score_leaf(leaf, weights, neurons, rows + i, m);
-      finish(rows + i, m, outputs, count);
+      finish(rows + i, m, outputs, count, output_bias);
     }
     if (leaf_)
       for (int64_t i = 0; i < n; ++i) leaf_[rows[i] * tree_.trees] = leaf;
   }
 
-  void score_leaf(int64_t leaf, const T* const* weights, int64_t neurons, const int32_t* rows, int64_t m) {
+  void score_leaf(int64_t leaf, const W* const* weights, int64_t neurons, const int32_t* rows, int64_t m) {
     const T* xs[kTile];
     for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[k]);
     T* raw = scratch_.raw.at_least(padded(kTile * tree_.path_scores()));
@@ -242,16 +360,20 @@ class Descent {
     const T* bias = view_.b_in ? view_.b_in + tree_.nodes() + leaf * neurons : nullptr;
     for (int64_t k = 0; k < m; ++k) {
       T* score = score_row(rows[k]) + tree_.depth;
-      for (int64_t j = 0; j < neurons; ++j) score[j] = raw[k * neurons + j] + (bias ? bias[j] : T(0));
+      for (int64_t j = 0; j < neurons; ++j) {
+        T product = raw[k * neurons + j];
+        if constexpr (kQuantised) product *= view_.neuron(weights[j]).scale_in;
+        score[j] = product + (bias ? bias[j] : T(0));
+      }
     }
   }
 
   // y of m rows that reached one leaf, from their path's scores.
-  void finish(const int32_t* rows, int64_t m, const T* const* outputs, int64_t count) {
-    const int64_t scores = tree_.path_scores();
+  void finish(const int32_t* rows, int64_t m, const W* const* outputs, int64_t count, const T* output_bias) {
+    const int64_t scores = tree_.path_scores(), factors = tree_.path_outputs() + 1;
     T* raw = scratch_.raw.at_least(padded(kTile * scores));
     T* value = scratch_.value.at_least(padded(kTile * scores));
-    T* coef = scratch_.coef.at_least(kTile * (tree_.path_outputs() + 1));
+    T* coef = scratch_.coef.at_least(kTile * factors);
     T* ys[kTile];
     for (int64_t k = 0; k < m; ++k) {
       std::copy_n(score_row(rows[k]), scores, raw + k * scores);
@@ -261,8 +383,17 @@ class Descent {
     activate(tree_.activation, raw, value, m * scores);
     const T* gate = tree_.gated ? gates(raw, m) : nullptr;
     for (int64_t k = 0; k < m; ++k)
-      weigh(raw + k * scores, value + k * scores, gate ? gate + k * scores : nullptr, coef + k * count, count);
-    combine(ys, m, outputs, count, {coef, count, 1}, 0, tree_.out_features, accumulate_);
+      weigh(raw + k * scores, value + k * scores, gate ? gate + k * scores : nullptr, coef + k * factors);
+    if constexpr (kQuantised) {
+      if (output_bias)
+        combine(ys, m, &output_bias, 1, {coef + factors - 1, factors, 1}, 0, tree_.out_features,
+                accumulate_ ? Write::kAdd : Write::kStore);
+      const T* scale = scratch_.scale.data();
+      for (int64_t k = 0; k < m; ++k)
+        for (int64_t j = 0; j < count; ++j) coef[k * factors + j] *= scale[j];
+    }
+    const bool add = accumulate_ || (kQuantised && output_bias);
+    combine(ys, m, outputs, count, {coef, factors, 1}, 0, tree_.out_features, add ? Write::kAdd : write_);
   }
 
   const T* gates(const T* raw, int64_t m) {
@@ -273,8 +404,8 @@ class Descent {
     return gate;
   }
 
-  // Factors of the output rows of one row: activations times the gates above them.
-  void weigh(const T* score, const T* value, const T* gate, T* coef, int64_t count) {
+  // Factors of the output rows of one row: activations times the gates above them; last the leaf's gate, its bias's.
+  void weigh(const T* score, const T* value, const T* gate, T* coef) const {
     T passed = 1;
     int64_t n = 0;
     for (int level = 0; level < tree_.depth; ++level) {
@@ -284,21 +415,24 @@ class Descent {
     const T* leaf = value + tree_.depth;
     const T* pair = score + tree_.depth + tree_.leaf_width;
     for (int64_t j = 0; j < tree_.leaf_width; ++j) coef[n++] = passed * leaf[j] * (tree_.swiglu() ? pair[j] : T(1));
-    if (n < count) coef[n] = passed;
+    coef[n] = passed;
   }
 
-  const T* x_row(int32_t row) const { return x_ + row * tree_.in_features; }
+  const T* x_row(int64_t row) const { return x_ + row * tree_.in_features; }
   T* score_row(int32_t row) const { return scores_ + row * score_stride_; }
 
   const Tree& tree_;
-  const View<T>& view_;
+  const View<T, W>& view_;
   const T* x_;
+  T* norm_;  // quantised: of each row, filled by the first tree
   T* y_;
   T* scores_;
   int64_t score_stride_;
   int64_t* leaf_;
   bool accumulate_;
   Scratch<T>& scratch_;
+  int64_t row_elements_;  // of a weight row as stored
+  Write write_ = Write::kStore;
   int stop_ = 0;
   int walkers_ = 0;
   Walker walk_[kWalkers];
@@ -313,18 +447,30 @@ void lower_margin(const T* scores, int64_t stride, int64_t rows, int depth, T* m
     }
 }
 
-template <class T>
-void forward(const Tree& tree, const View<T>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
-  const int64_t block = tree.trees > 1 ? kForestRows : kBlockRows;
+// Rows taken through all trees before the next rows. x and y should stay in the second-level cache from tree to tree, but
+// there must be enough of them to pay for reading a tree's weights again.
+template <class T, class W>
+int64_t block_rows(const Tree& tree) {
+  if (tree.trees == 1) return kBlockRows;
+  const int64_t weights = (tree.in_rows() * tree.in_features + tree.out_rows() * tree.out_features) * sizeof(W);
+  const int64_t row = (tree.in_features + tree.out_features) * sizeof(T);
+  return std::clamp<int64_t>(std::max(kForestBytes, 4 * weights) / row, 16, kBlockRows);
+}
+
+template <class T, class W>
+void forward(const Tree& tree, const View<T, W>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
+  const int64_t block = block_rows<T, W>(tree);
   for (int64_t at = begin; at < end; at += block) {
     const int64_t rows = std::min(block, end - at);
+    T* norms = std::is_same_v<T, W> ? nullptr : Scratch<T>::local().norm.at_least(rows);
     if (out.margin) std::fill_n(out.margin + at, rows, std::numeric_limits<T>::infinity());
     for (int64_t t = 0; t < tree.trees; ++t) {
       const int64_t own = tree.path_scores();
       const int64_t stride = out.scores ? tree.trees * own : own;
       T* scores = out.scores ? out.scores + at * stride + t * own : Scratch<T>::local().scores.at_least(rows * own);
       int64_t* leaf = out.leaf ? out.leaf + at * tree.trees + t : nullptr;
-      Descent<T>(tree, views[t], x + at * tree.in_features, out.y + at * tree.out_features, scores, stride, leaf, t > 0)
+      Descent<T, W>(tree, views[t], x + at * tree.in_features, norms, out.y + at * tree.out_features, scores, stride,
+                    leaf, t > 0)
           .run(rows);
       if (out.margin) lower_margin(scores, stride, rows, tree.depth, out.margin + at);
     }
@@ -394,7 +540,7 @@ class RowsBackward {
     const int64_t count = output_rows(tree_, view_, leaf, outputs);
     const T** inputs = scratch_.weights.at_least(tree_.path_scores());
     for (int level = 0; level < tree_.depth; ++level)
-      inputs[level] = view_.in_row(((leaf + tree_.leaves()) >> (tree_.depth - level)) - 1);
+      inputs[level] = view_.in_row(ancestor(tree_, leaf, level));
     for (int64_t j = 0; j < tree_.leaf_in_rows(); ++j) inputs[tree_.depth + j] = view_.leaf_in_row(leaf, j);
     for (int64_t at = begin; at < end; at += kTile)
       tile(b_.order + at, std::min<int64_t>(kTile, end - at), outputs, count, inputs);
@@ -433,7 +579,8 @@ class RowsBackward {
       std::copy_n(dscore, scores, packed + at);
     }
     if (b_.grad_x)
-      combine(grad_xs, m, inputs, scores, {packed, scores, 1}, 0, tree_.in_features, b_.accumulate_x);
+      combine(grad_xs, m, inputs, scores, {packed, scores, 1}, 0, tree_.in_features,
+              b_.accumulate_x ? Write::kAdd : Write::kStore);
   }
 
   const Tree& tree_;
@@ -514,7 +661,7 @@ class WeightSums {
         ins[i] = source_ + row * columns_;
         for (int64_t k = 0; k < n; ++k) packed[i * kTile + k] = factors_[row * factor_stride_ + factor + k];
       }
-      combine(outs, n, ins, m, {packed, 1, kTile}, begin_, end_, true);
+      combine(outs, n, ins, m, {packed, 1, kTile}, begin_, end_, Write::kAdd);
     }
   }
 
@@ -539,7 +686,7 @@ void backward_w_in(const Tree& tree, const Backward<T>& b, int64_t rows, int64_t
       const int64_t row = b.order[at], leaf = b.leaf[row * tree.trees];
       const T* dscore = b.dscore + row * scores;
       for (int level = 0; level < tree.depth; ++level)
-        b.grad_b_in[((leaf + tree.leaves()) >> (tree.depth - level)) - 1] += dscore[level];
+        b.grad_b_in[ancestor(tree, leaf, level)] += dscore[level];
       T* own = b.grad_b_in + tree.nodes() + leaf * tree.leaf_in_rows();
       for (int64_t j = 0; j < tree.leaf_in_rows(); ++j) own[j] += dscore[tree.depth + j];
     }
@@ -559,7 +706,7 @@ void backward_w_out(const Tree& tree, const Backward<T>& b, int64_t rows, int64_
 }
 
 template <class T>
-constexpr Kernels<T> kKernels = {forward<T>, backward_rows<T>, backward_w_in<T>, backward_w_out<T>};
+constexpr Kernels<T> kKernels = {forward<T, T>, backward_rows<T>, backward_w_in<T>, backward_w_out<T>};
 
 }  // namespace
 
@@ -569,6 +716,6 @@ constexpr Kernels<T> kKernels = {forward<T>, backward_rows<T>, backward_w_in<T>,
 #define FASTFF_STR(a) FASTFF_STR_(a)
 extern const Isa FASTFF_CAT(isa_, FASTFF_ISA_NAME);
 const Isa FASTFF_CAT(isa_, FASTFF_ISA_NAME) = {FASTFF_STR(FASTFF_ISA_NAME), supported, kKernels<float>,
-                                               kKernels<double>};
+                                               kKernels<double>, forward<float, Bf16>, forward<float, int8_t>};
 
 }  // namespace fastff

@@ -1,4 +1,6 @@
-// A copy of a layer's weights for inference: the rows of a neuron side by side, in one buffer on huge pages.
+// A copy of a layer's weights for inference: the rows of a neuron side by side, in one buffer on huge pages, in fp32 or
+// quantised.
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -12,11 +14,96 @@ namespace fastff {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{1} << 21;
-constexpr int64_t kLineElements = 16;
+constexpr int64_t kLine = 64;
 
-// Whole cache lines, but not where padding would cost more than an eighth.
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Zeroed memory, aligned to huge pages and on them where the system has them.
+class HugeBuffer {
+ public:
+  explicit HugeBuffer(int64_t bytes) : bytes_(round_up(bytes, kHugePage)) {
+    mapped_ = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+    data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(mapped_), kHugePage));
+#ifdef MADV_HUGEPAGE
+    madvise(data_, bytes_, MADV_HUGEPAGE);  // advice: without it the same code runs on small pages
+#endif
+  }
+  ~HugeBuffer() { munmap(mapped_, bytes_ + kHugePage); }
+  HugeBuffer(const HugeBuffer&) = delete;
+  HugeBuffer& operator=(const HugeBuffer&) = delete;
+
+  char* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_;
+  void* mapped_;
+  char* data_;
+};
+
+// How a row of fp32 weights is stored as W. Each returns the scale: stored times scale is the weight meant.
+float store(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(float));
+  return 1;
+}
+
+float store(Bf16* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const bool nan = from[i] != from[i];
+    to[i].bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even
+  }
+  return 1;
+}
+
+float store(int8_t* to, const float* from, int64_t n) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, std::fabs(from[i]));
+    finite &= std::isfinite(from[i]);
+  }
+  if (!finite) return NAN;  // the row then counts as NaN
+  const float scale = largest / 127;
+  if (!(scale > 0)) return 0;
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = static_cast<int8_t>(std::nearbyint(std::max(-127.0f, std::min(127.0f, from[i] / scale))));
+  return scale;
+}
+
+double loaded(Bf16 w) {
+  const uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+double loaded(int8_t w) { return w; }
+
+// What the score of a row x may differ from its fp32 score by, as a multiple of ||x||: the weights' own error, and the
+// rounding of two sums, each of at most n / 16 + 8 additions one after the other in any kernel (linear.h).
+template <class W>
+float error_bound(const W* stored, float scale, const float* exact, int64_t n) {
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double difference = loaded(stored[i]) * scale - exact[i];
+    error += difference * difference;
+    norm += static_cast<double>(exact[i]) * exact[i];
+  }
+  const double rounding = 2 * (n / 16.0 + 10) * std::ldexp(1.0, -24);
+  return static_cast<float>(1.0001 * (std::sqrt(error) + rounding * (std::sqrt(norm) + std::sqrt(error))));
+}
+
+template <class W>
+constexpr bool kQuantised = !std::is_same_v<W, float>;
+
+// Elements of a row as stored. fp32 rows end with a cache line, unless padding would cost more than an eighth; quantised
+// rows always do, in zeros, because kernels load whole registers of them.
+template <class W>
 int64_t row_elements(int64_t features) {
-  return features >= 8 * kLineElements ? (features + kLineElements - 1) / kLineElements * kLineElements : features;
+  const int64_t line = kLine / sizeof(W);
+  return kQuantised<W> || features >= 8 * line ? round_up(features, line) : features;
 }
 
 }  // namespace
@@ -25,97 +112,148 @@ int64_t row_elements(int64_t features) {
 using namespace fastff;
 
 struct fastff_packed {
-  explicit fastff_packed(const Tree& t) : tree(t) {
-    in_row = row_elements(t.in_features);
-    out_row = row_elements(t.out_features);
-    node_stride = in_row + (t.node_output ? out_row : 0);
-    leaf_stride = t.leaf_in_rows() * in_row + t.leaf_width * out_row;
-    tree_stride = t.nodes() * node_stride + t.leaves() * leaf_stride;
-    const int64_t elements = t.trees * tree_stride;
-    bytes = (elements * static_cast<int64_t>(sizeof(float)) + kHugePage - 1) / kHugePage * kHugePage;
-    void* memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mapped = memory;
-    const auto address = reinterpret_cast<uintptr_t>(memory);
-    data = reinterpret_cast<float*>((address + kHugePage - 1) / kHugePage * kHugePage);
-#ifdef MADV_HUGEPAGE
-    madvise(data, bytes, MADV_HUGEPAGE);  // advice: without it the same code runs on small pages
-#endif
-  }
-  ~fastff_packed() { munmap(mapped, bytes + kHugePage); }
+  explicit fastff_packed(const Tree& t) : tree(t) {}
+  virtual ~fastff_packed() = default;
   fastff_packed(const fastff_packed&) = delete;
   fastff_packed& operator=(const fastff_packed&) = delete;
 
-  View<float> view(int64_t t) const {
-    View<float> v{};
-    const float* base = data + t * tree_stride;
-    v.node_in = base;
-    v.node_out = base + in_row;
-    v.node_in_stride = v.node_out_stride = node_stride;
-    v.leaf_in = base + tree.nodes() * node_stride;
-    v.leaf_out = v.leaf_in + tree.leaf_in_rows() * in_row;
-    v.leaf_in_stride = v.leaf_out_stride = leaf_stride;
-    v.leaf_in_row_stride = in_row;
-    v.leaf_out_row_stride = out_row;
-    v.b_in = b_in.empty() ? nullptr : b_in.data() + t * tree.in_rows();
-    v.b_out = b_out.empty() ? nullptr : b_out.data() + t * tree.leaves() * tree.out_features;
-    return v;
-  }
-
-  void fill(const float* w_in, const float* new_b_in, const float* w_out, const float* new_b_out) {
-    for (int64_t t = 0; t < tree.trees; ++t) {
-      const View<float> to = view(t);
-      const View<float> from = plain_view(tree, t, w_in, new_b_in, w_out, new_b_out);
-      for (int64_t n = 0; n < tree.nodes(); ++n) {
-        copy(to.in_row(n), from.in_row(n), tree.in_features);
-        if (tree.node_output) copy(to.out_row(n), from.out_row(n), tree.out_features);
-      }
-      for (int64_t leaf = 0; leaf < tree.leaves(); ++leaf) {
-        for (int64_t j = 0; j < tree.leaf_in_rows(); ++j)
-          copy(to.leaf_in_row(leaf, j), from.leaf_in_row(leaf, j), tree.in_features);
-        for (int64_t j = 0; j < tree.leaf_width; ++j)
-          copy(to.leaf_out_row(leaf, j), from.leaf_out_row(leaf, j), tree.out_features);
-      }
-    }
-    assign(b_in, new_b_in, tree.trees * tree.in_rows());
-    assign(b_out, new_b_out, tree.trees * tree.leaves() * tree.out_features);
-    views.clear();
-    for (int64_t t = 0; t < tree.trees; ++t) views.push_back(view(t));
-  }
+  virtual void fill(const float* w_in, const float* b_in, const float* w_out, const float* b_out) = 0;
+  virtual void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const = 0;
+  virtual int64_t bytes() const = 0;
 
   // The first weight of w_in and the last of w_out: enough for an edit of a whole tensor, and only two cache lines. Four
   // lines of each tensor cost several microseconds where layers take turns and evict each other's page translations.
-  bool matches(const float* w_in, const float* w_out) const {
-    const View<float>& first = views.front();
-    const View<float>& last = views.back();
-    const float own_in = tree.depth ? first.in_row(0)[0] : first.leaf_in_row(0, 0)[0];
-    const float own_out = last.leaf_out_row(tree.leaves() - 1, tree.leaf_width - 1)[tree.out_features - 1];
-    return !differ(own_in, w_in[0]) && !differ(own_out, w_out[tree.trees * tree.out_rows() * tree.out_features - 1]);
+  bool stale() const {
+    return watched_in && watched_out && (differ(first_in, *watched_in) || differ(last_out, *watched_out));
+  }
+  void watch(const float* w_in, const float* w_out) {
+    watched_in = w_in;
+    watched_out = w_out ? w_out + last_weight() : nullptr;
   }
 
-  Tree tree;
-  int64_t in_row, out_row, node_stride, leaf_stride, tree_stride, bytes;
-  void* mapped = nullptr;
-  float* data = nullptr;
-  std::vector<float> b_in, b_out;
-  std::vector<View<float>> views;
-  const float *watched_in = nullptr, *watched_out = nullptr;
+  const Tree tree;
+
+ protected:
+  void remember(const float* w_in, const float* w_out) {
+    first_in = w_in[0];
+    last_out = w_out[last_weight()];
+  }
 
  private:
-  static void copy(const float* to, const float* from, int64_t n) {
-    std::memcpy(const_cast<float*>(to), from, n * sizeof(float));
-  }
-  static void assign(std::vector<float>& to, const float* from, int64_t n) {
-    if (from) to.assign(from, from + n);
-    else to.clear();
-  }
+  int64_t last_weight() const { return tree.trees * tree.out_rows() * tree.out_features - 1; }
   static bool differ(float a, float b) { return std::memcmp(&a, &b, sizeof a) != 0; }
+
+  float first_in = 0, last_out = 0;
+  const float *watched_in = nullptr, *watched_out = nullptr;
 };
 
 namespace {
 
+template <class W>
+class Pack final : public fastff_packed {
+ public:
+  explicit Pack(const Tree& t)
+      : fastff_packed(t),
+        in_row_(row_elements<W>(t.in_features)),
+        in_unit_(in_row_ + (kQuantised<W> ? kLine / static_cast<int64_t>(sizeof(W)) : 0)),
+        out_row_(row_elements<W>(t.out_features)),
+        node_stride_(in_unit_ + (t.node_output ? out_row_ : 0)),
+        leaf_stride_(t.leaf_in_rows() * in_unit_ + t.leaf_width * out_row_),
+        tree_stride_(t.nodes() * node_stride_ + t.leaves() * leaf_stride_),
+        exact_stride_(kQuantised<W> ? t.nodes() * t.in_features : 0),
+        weights_(t.trees * tree_stride_ * static_cast<int64_t>(sizeof(W))),
+        exact_(t.trees * exact_stride_ * static_cast<int64_t>(sizeof(float))) {}
+
+  void fill(const float* w_in, const float* b_in, const float* w_out, const float* b_out) override {
+    assign(b_in_, b_in, tree.trees * tree.in_rows());
+    assign(b_out_, b_out, tree.trees * tree.leaves() * tree.out_features);
+    views_.clear();
+    for (int64_t t = 0; t < tree.trees; ++t) {
+      views_.push_back(view(t));
+      fill_tree(views_.back(), plain_view(tree, t, w_in, b_in, w_out, b_out));
+    }
+    remember(w_in, w_out);
+  }
+
+  void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const override {
+    forward_rows(kernel(), tree, views_.data(), x, rows, out, threads);
+  }
+
+  int64_t bytes() const override { return weights_.bytes() + exact_.bytes(); }
+
+ private:
+  static auto kernel() {
+    if constexpr (std::is_same_v<W, Bf16>) return isa().forward_bf16;
+    else if constexpr (std::is_same_v<W, int8_t>) return isa().forward_int8;
+    else return isa().f32.forward;
+  }
+
+  View<float, W> view(int64_t t) const {
+    View<float, W> v{};
+    v.node_in = reinterpret_cast<const W*>(weights_.data()) + t * tree_stride_;
+    v.node_out = v.node_in + in_unit_;
+    v.node_in_stride = v.node_out_stride = node_stride_;
+    v.leaf_in = v.node_in + tree.nodes() * node_stride_;
+    v.leaf_out = v.leaf_in + tree.leaf_in_rows() * in_unit_;
+    v.leaf_in_stride = v.leaf_out_stride = leaf_stride_;
+    v.leaf_in_row_stride = in_unit_;
+    v.leaf_out_row_stride = out_row_;
+    v.b_in = b_in_.empty() ? nullptr : b_in_.data() + t * tree.in_rows();
+    v.b_out = b_out_.empty() ? nullptr : b_out_.data() + t * tree.leaves() * tree.out_features;
+    v.exact_in = reinterpret_cast<const float*>(exact_.data()) + t * exact_stride_;
+    v.neuron_at = in_row_;
+    return v;
+  }
+
+  void fill_tree(const View<float, W>& to, const View<float>& from) {
+    for (int64_t n = 0; n < tree.nodes(); ++n) {
+      put(to, to.in_row(n), from.in_row(n), tree.node_output ? to.out_row(n) : nullptr,
+          tree.node_output ? from.out_row(n) : nullptr);
+      if constexpr (kQuantised<W>)
+        std::memcpy(const_cast<float*>(to.exact_in) + n * tree.in_features, from.in_row(n),
+                    tree.in_features * sizeof(float));
+    }
+    for (int64_t leaf = 0; leaf < tree.leaves(); ++leaf)
+      for (int64_t j = 0; j < tree.leaf_in_rows(); ++j) {
+        const bool has_output = j < tree.leaf_width;
+        put(to, to.leaf_in_row(leaf, j), from.leaf_in_row(leaf, j), has_output ? to.leaf_out_row(leaf, j) : nullptr,
+            has_output ? from.leaf_out_row(leaf, j) : nullptr);
+      }
+  }
+
+  // One neuron: its row of w_in, and its row of w_out if it has one.
+  void put(const View<float, W>& view, const W* in, const float* from_in, const W* out, const float* from_out) {
+    Neuron neuron{};
+    neuron.scale_in = store(const_cast<W*>(in), from_in, tree.in_features);
+    if (out) neuron.scale_out = store(const_cast<W*>(out), from_out, tree.out_features);
+    if constexpr (kQuantised<W>) {
+      neuron.error = error_bound(in, neuron.scale_in, from_in, tree.in_features);
+      const_cast<Neuron&>(view.neuron(in)) = neuron;
+    }
+  }
+
+  static void assign(std::vector<float>& to, const float* from, int64_t n) {
+    if (from) to.assign(from, from + n);
+    else to.clear();
+  }
+
+  int64_t in_row_, in_unit_, out_row_, node_stride_, leaf_stride_, tree_stride_, exact_stride_;
+  HugeBuffer weights_, exact_;
+  std::vector<float> b_in_, b_out_;
+  std::vector<View<float, W>> views_;
+};
+
 void need_not_null(const void* pointer) {
   if (!pointer) throw std::invalid_argument("packed must not be NULL");
+}
+
+std::unique_ptr<fastff_packed> make_pack(const Tree& tree, int32_t weights) {
+  switch (weights) {
+    case FASTFF_F32: return std::make_unique<Pack<float>>(tree);
+    case FASTFF_BF16: return std::make_unique<Pack<Bf16>>(tree);
+    case FASTFF_INT8: return std::make_unique<Pack<int8_t>>(tree);
+    default: throw std::invalid_argument("weights " + std::to_string(weights) + " is not 0 (f32), 1 (bf16) or 2 (int8)");
+  }
 }
 
 }  // namespace
@@ -123,12 +261,12 @@ void need_not_null(const void* pointer) {
 extern "C" {
 
 int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
-                        const float* b_out, fastff_packed** packed) {
+                        const float* b_out, int32_t weights, fastff_packed** packed) {
   return guarded([&] {
     need_not_null(packed);
     const Tree valid = checked(tree);
     need_weights(valid, w_in, b_in, w_out, b_out);
-    auto fresh = std::make_unique<fastff_packed>(valid);
+    auto fresh = make_pack(valid, weights);
     fresh->fill(w_in, b_in, w_out, b_out);
     *packed = fresh.release();
   });
@@ -143,23 +281,21 @@ int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float*
   });
 }
 
-int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed ? packed->bytes : 0; }
+int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed ? packed->bytes() : 0; }
 
 int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out) {
   return guarded([&] {
     need_not_null(packed);
-    packed->watched_in = w_in;
-    packed->watched_out = w_out;
+    packed->watch(w_in, w_out);
   });
 }
 
 int32_t fastff_forward_packed_f32(const fastff_packed* packed, const float* x, int64_t rows, float* y, int64_t* leaf,
                                   float* margin, int32_t threads) {
-  if (packed && packed->watched_in && packed->watched_out && !packed->matches(packed->watched_in, packed->watched_out))
-    return FASTFF_STALE;
+  if (packed && packed->stale()) return FASTFF_STALE;
   return guarded([&] {
     need_not_null(packed);
-    forward_rows<float>(packed->tree, packed->views.data(), x, rows, {y, leaf, margin, nullptr}, threads);
+    packed->forward(x, rows, {y, leaf, margin, nullptr}, threads);
   });
 }
 

@@ -256,7 +256,7 @@ def test_hostile_sizes_are_refused(hostile, kind):
     if kind == "pack":
         handle = ctypes.c_void_p()
         pointers = [address, None, address, None]
-        status = library.fastff_pack_f32(ctypes.addressof(c_tree), *pointers, ctypes.byref(handle))
+        status = library.fastff_pack_f32(ctypes.addressof(c_tree), *pointers, 0, ctypes.byref(handle))
         assert not handle
     else:
         arguments = [rows if name == "rows" else 1 if name == "threads" else address for name in NAMES[kind]]
@@ -295,11 +295,13 @@ def test_null_trees_packs_and_names_are_refused():
     pointers = [a[name].data_ptr() for name in ("w_in", "b_in", "w_out", "b_out")]
     x, y, handle = a["x"].data_ptr(), a["y"].data_ptr(), ctypes.c_void_p()
     assert refused(library.fastff_forward_f32(None, *pointers, x, 5, y, None, None, None, 1), "tree must not be NULL")
-    assert refused(library.fastff_pack_f32(None, *pointers, ctypes.byref(handle)), "tree must not be NULL")
-    assert refused(library.fastff_pack_f32(tree, *pointers, None), "packed must not be NULL")
+    assert refused(library.fastff_pack_f32(None, *pointers, 0, ctypes.byref(handle)), "tree must not be NULL")
+    assert refused(library.fastff_pack_f32(tree, *pointers, 0, None), "packed must not be NULL")
     for missing in (0, 2):
         holed = [None if i == missing else pointer for i, pointer in enumerate(pointers)]
-        assert refused(library.fastff_pack_f32(tree, *holed, ctypes.byref(handle)), "w_in and w_out must not be NULL")
+        assert refused(
+            library.fastff_pack_f32(tree, *holed, 0, ctypes.byref(handle)), "w_in and w_out must not be NULL"
+        )
     assert not handle
     assert refused(library.fastff_repack_f32(None, *pointers), "packed must not be NULL")
     assert refused(library.fastff_packed_watch_f32(None, *pointers[:2]), "packed must not be NULL")
@@ -360,7 +362,7 @@ def test_a_packed_forward_refuses_overlap_too(output, other):
     a, library, handle = arrays(suffix="f32"), native.library(), ctypes.c_void_p()
     tree = ctypes.addressof(native._c_tree(a.config))
     pointers = [a[name].data_ptr() for name in ("w_in", "b_in", "w_out", "b_out")]
-    assert library.fastff_pack_f32(tree, *pointers, ctypes.byref(handle)) == OK
+    assert library.fastff_pack_f32(tree, *pointers, 0, ctypes.byref(handle)) == OK
     free = {name: a[name].data_ptr() for name in ("x", "y", "leaf", "margin")}
     argument = ctypes.c_void_p
     try:

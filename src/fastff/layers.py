@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastff import ops
-from fastff.errors import CheckpointError, ShapeError
+from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
 from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
+from fastff.ops.native import PackedLayer
 from fastff.ops.reference import Mixed, Routed
 from fastff.tree import Activation, Gate, TreeConfig
 
@@ -30,6 +31,7 @@ _grad_enabled, _compiling, _autocast_enabled = (
 )
 
 Surrogate = Literal["straight_through", "soft"]
+Quantization = Literal["bf16", "int8"]
 
 
 class Usage(NamedTuple):
@@ -76,7 +78,7 @@ class FFF(nn.Module):
                  needs node_output=False and no gate). Evaluation always routes hard.
     region_leak  with surrogate="soft": probability that a node swaps its sides for a row, in [0, 0.5]
     backend      a name of `fastff.ops.available_backends()`, or None to choose by device and dtype
-
+    quantization None, or the weights with which evaluation runs on the CPU: see `quantize`
     Parameters: w_in (trees, in_rows, in_features), w_out (trees, out_rows, out_features); with bias b_in
     (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features).
     """
@@ -84,6 +86,8 @@ class FFF(nn.Module):
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
     _leaf_counts: Tensor
+    # _quantized_forward for torch.compile to leave alone; made when first needed, since making it imports the compiler.
+    _outside_graphs: ClassVar[Callable[[FFF, Tensor], Routed]]
 
     def __init__(
         self,
@@ -101,10 +105,12 @@ class FFF(nn.Module):
         surrogate: Surrogate | None = None,
         region_leak: float = 0.0,
         backend: str | None = None,
+        quantization: Quantization | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_quantization(quantization)
         config = TreeConfig(
             in_features=in_features,
             out_features=in_features if out_features is None else out_features,
@@ -122,6 +128,7 @@ class FFF(nn.Module):
         self.surrogate = surrogate
         self.region_leak = region_leak
         self.backend = backend
+        self.quantization = quantization
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_in = nn.Parameter(torch.empty(config.shape_of_w_in, **make))
         self.w_out = nn.Parameter(torch.empty(config.shape_of_w_out, **make))
@@ -131,6 +138,7 @@ class FFF(nn.Module):
         self.register_buffer("_leaf_counts", counts, persistent=False)
         self._track_in_eval = False
         self._entropy: Tensor | None = None
+        self._packed: PackedLayer | None = None
         self._direct: Callable[[Tensor, Any], Tensor | None] | None = None
         self._find_direct()
         self.reset_parameters()
@@ -159,7 +167,7 @@ class FFF(nn.Module):
                 return y
         if self.surrogate is not None and self.training:
             return self._surrogate_forward(x)
-        routed = ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
+        routed = self.routed(x)
         if self.training or self._track_in_eval:
             self._count(routed.leaf)
         return routed.y
@@ -167,9 +175,12 @@ class FFF(nn.Module):
     def _find_direct(self) -> None:
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
         named = self.backend == "native" or (self.backend is None and self.config.depth > 0)
-        wanted = named and not self._track_in_eval
+        wanted = (named and not self._track_in_eval) or self.quantization is not None
+        if self.quantization is not None and not hasattr(FFF, "_outside_graphs"):
+            FFF._outside_graphs = torch.compiler.disable(FFF._quantized_forward)
         ready = wanted and why_unavailable_cached("native") is None
-        self._direct = kernels("native").PackedLayer(self.config) if ready else None
+        self._packed = kernels("native").PackedLayer(self.config, self.quantization) if ready else None
+        self._direct = None if self._track_in_eval else self._packed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to() may swap a parameter's memory and come back to the same address with the same version.
@@ -178,7 +189,45 @@ class FFF(nn.Module):
 
     def routed(self, x: Tensor) -> Routed:
         """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
+        if self.quantization is not None:
+            return FFF._outside_graphs(self, x)
         return ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
+
+    def quantize(self, quantization: Quantization | None) -> Self:
+        """Evaluate with weights in "bf16", or in "int8" with one scale to a row; None returns to the parameters' fp32.
+
+        Every row takes the leaves that it takes in fp32: scores whose sign quantisation could have changed are computed
+        again from the fp32 row. Only values are rounded. For inference on the CPU: no gradients, no training. The
+        parameters stay fp32, and so do saved files; a model's configuration holds the name.
+        Raises ValueError for another name.
+        """
+        _check_quantization(quantization)
+        self.quantization = quantization
+        self._find_direct()
+        return self
+
+    def _quantized_forward(self, x: Tensor) -> Routed:
+        if self.training:
+            raise RuntimeError(
+                f"a layer quantized to {self.quantization!r} cannot train: call eval() or quantize(None)"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"no gradient flows through a layer quantized to {self.quantization!r}: use no_grad()")
+        backend = self.backend or (forced[-1] if forced else "native")
+        if backend != "native" or self._packed is None:
+            reason = why_unavailable_cached("native") or f"backend {backend!r} has no quantized weights, only 'native'"
+            raise BackendUnavailable(reason)
+        check_shapes(x, *self._weights(), config=self.config)
+        rows = x.detach().reshape(-1, self.config.in_features).float().contiguous()
+        routed = self._packed.routed(rows, self._parameters)
+        if routed is None:
+            raise BackendUnavailable(
+                f"quantized weights need contiguous float32 parameters and rows on the CPU, "
+                f"got {self.w_in.dtype} on {self.w_in.device} and x on {x.device}"
+            )
+        lead = x.shape[:-1]
+        y = routed.y.to(x.dtype).reshape(*lead, -1)
+        return Routed(y, routed.leaf.reshape(*lead, -1), routed.margin.reshape(lead))
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
@@ -312,6 +361,11 @@ class FFF(nn.Module):
             for name, value in weights.items():
                 getattr(layer, name).copy_(value)
         return layer
+
+
+def _check_quantization(quantization: str | None) -> None:
+    if quantization not in (None, "bf16", "int8"):
+        raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
 
 
 def _parameter(shape: tuple[int, ...] | None, make: dict[str, Any]) -> nn.Parameter | None:

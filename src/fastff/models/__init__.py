@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from fastff.models.converted import ConvertedConfig, ConvertedFeedforward, make_converted, register
-from fastff.models.feedforward import DenseFeedforward, build_feedforward
+from fastff.models.feedforward import DenseFeedforward, build_feedforward, quantize
 from fastff.models.ultrafastbert.checkpoint import convert_published
 from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
 from fastff.models.ultrafastbert.modeling import (
@@ -34,6 +34,7 @@ __all__ = [
     "build_feedforward",
     "convert_published",
     "make_converted",
+    "quantize",
 ]
 
 AutoConfig.register(UltraFastBertConfig.model_type, UltraFastBertConfig)

@@ -3,7 +3,7 @@
 A description is a dict with `kind` and the options of that kind:
 
 fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`, `activation`, `gate`, `tau`, `bias`,
-       `surrogate`, `region_leak`, with the meaning and the defaults of `fastff.FFF`
+       `surrogate`, `region_leak`, `quantization`, with the meaning and the defaults of `fastff.FFF`
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the control that shows what attention does alone
 """
@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
-from fastff.layers import FFF
+from fastff.layers import FFF, Quantization
 from fastff.ops.reference import activate
 
 GATED_ACTIVATIONS = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
 DENSE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED_ACTIVATIONS)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _NOT_DESCRIBED = ("self", "in_features", "out_features", "backend", "device", "dtype")
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -112,6 +114,24 @@ def build_feedforward(
     if kind == "dense":
         return DenseFeedforward(hidden_size, **options, device=device)
     return None
+
+
+def quantize(model: Model, quantization: Quantization | None) -> Model:
+    """Evaluate every conditional layer of `model` with weights in "bf16" or "int8"; None: as the parameters are.
+
+    The model's configuration notes it, so that `save_pretrained` and `from_pretrained` keep it. Returns the model.
+    Raises ValueError for another name. See `fastff.FFF.quantize`.
+    """
+    for module in model.modules():
+        if isinstance(module, FFF):
+            module.quantize(quantization)
+    config = getattr(model, "config", None)
+    for name in ("feedforward", "fastff_feedforwards"):  # of UltraFastBERT; of a converted model
+        descriptions = getattr(config, name, None) or []
+        for description in [descriptions] if isinstance(descriptions, dict) else descriptions:
+            if description is not None and description["kind"] == "fff":
+                description["quantization"] = quantization
+    return model
 
 
 def complete(description: Mapping[str, Any]) -> dict[str, Any]:

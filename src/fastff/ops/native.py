@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from fastff.errors import BackendUnavailable, FastffError
+from fastff.ops.reference import Routed
 from fastff.tree import ACTIVATIONS, TreeConfig
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _OK, _STALE = 0, 4
+_WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
 _NAMES = ("w_in", "b_in", "w_out", "b_out")
 _FLOAT32, _empty_like, _get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
@@ -85,11 +87,12 @@ def _declare(library: ctypes.CDLL) -> None:
         forward.argtypes = [pointer] * 6 + [int64] + [pointer] * 4 + [int32]
         backward = getattr(library, f"fastff_backward_{suffix}")
         backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
-    library.fastff_pack_f32.argtypes = [pointer] * 6
+    library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_repack_f32.argtypes = [pointer] * 5
     library.fastff_packed_watch_f32.argtypes = [pointer] * 3
     # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
     library.fastff_infer_f32.argtypes = [pointer] * 5
+    library.fastff_forward_packed_f32.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, int32]
     library.fastff_packed_free.argtypes = [pointer]
     library.fastff_packed_bytes.argtypes = [pointer]
     library.fastff_packed_bytes.restype = int64
@@ -222,11 +225,14 @@ class PackedLayer:
 
     The pack is made at the first call and made again when a parameter was replaced or its version counter moved;
     an edit of a whole tensor that bypasses the counter (through `.data`) is caught by one weight of each.
-    fp32 only. Memory: one copy of the weights beside the parameters.
+    Parameters and inputs are fp32. Memory beside the parameters: one copy of the weights; quantised, the smaller copy
+    and the routing nodes' w_in in fp32, from which scores near zero are computed again.
     """
 
-    def __init__(self, config: TreeConfig) -> None:
+    def __init__(self, config: TreeConfig, quantization: str | None = None) -> None:
         self._config = config
+        self._quantization = quantization
+        self._weights = _WEIGHTS[quantization]
         self._same_width = config.in_features == config.out_features
         self._handle = ctypes.c_void_p()
         self.address = 0  # of the C handle; 0 before the first call
@@ -243,8 +249,8 @@ class PackedLayer:
     def __del__(self) -> None:
         self._free(self._handle)
 
-    def __reduce__(self) -> tuple[type[PackedLayer], tuple[TreeConfig]]:
-        return PackedLayer, (self._config,)  # a copy packs for itself
+    def __reduce__(self) -> tuple[type[PackedLayer], tuple[TreeConfig, str | None]]:
+        return PackedLayer, (self._config, self._quantization)  # a copy packs for itself
 
     @property
     def bytes(self) -> int:
@@ -282,6 +288,23 @@ class PackedLayer:
             raise FastffError(library().fastff_error().decode())
         return y
 
+    def routed(self, rows: Tensor, parameters: Mapping[str, Tensor | None]) -> Routed | None:
+        """Output, leaf and margin of rows (rows, in_features), contiguous fp32 on the CPU; None as for a call."""
+        if self(rows[:0], parameters) is None:  # packs what changed
+            return None
+        y = rows.new_empty(len(rows), self._config.out_features)
+        leaf = torch.empty(len(rows), self._config.trees, dtype=torch.int64)
+        margin = rows.new_empty(len(rows))
+        _call(
+            "fastff_forward_packed_f32",
+            self._handle,
+            _pointer(rows),
+            len(rows),
+            *(_pointer(tensor) for tensor in (y, leaf, margin)),
+            torch.get_num_threads(),
+        )
+        return Routed(y, leaf, margin)
+
     def _pack(self, parameters: Mapping[str, Tensor | None]) -> bool:
         ordered = [parameters[name] for name in _NAMES]
         w_in, _, w_out, _ = ordered
@@ -298,7 +321,7 @@ class PackedLayer:
                 _call("fastff_repack_f32", self._handle, *pointers)
             else:
                 tree = ctypes.addressof(_c_tree(self._config))
-                _call("fastff_pack_f32", tree, *pointers, ctypes.byref(self._handle))
+                _call("fastff_pack_f32", tree, *pointers, self._weights, ctypes.byref(self._handle))
                 self.address = self._handle.value or 0
             _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
             self._state = (w_in._version, w_out._version, w_in.data_ptr(), w_out.data_ptr())
