@@ -32,6 +32,7 @@ def test_defaults_of_the_feedforward_are_written_out():
         "bias": False,
         "surrogate": None,
         "region_leak": 0.0,
+        "quantization": None,
     }
 
 
