@@ -93,7 +93,8 @@ def as_text(x):
 
 def check_output(text, layer, x):
     """The program's lines, leaves and outputs, against Python's."""
-    want = layer.routed(x)
+    with torch.no_grad():
+        want = layer.routed(x)
     trees = layer.config.trees
     lines = [line.split() for line in text.splitlines()]
     assert [[int(leaf) for leaf in line[:trees]] for line in lines] == want.leaf.tolist()
@@ -109,9 +110,11 @@ def saved(tmp_path):
     return layer, tmp_path / "layer.safetensors", make_rows(4, 7, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("quantization", [None, "bf16", "int8"])
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_it_computes_what_python_computes(options, program, tmp_path):
-    layer, x = make_layer(33, 9, dtype=torch.float32, **options), make_rows(300, 33, dtype=torch.float32)
+def test_it_computes_what_python_computes(options, quantization, program, tmp_path):
+    layer, x = make_layer(33, 9, dtype=torch.float32, **options).eval(), make_rows(300, 33, dtype=torch.float32)
+    layer.quantize(quantization)
     fastff.save(layer, tmp_path / "layer.safetensors")
     (tmp_path / "rows.txt").write_text(as_text(x))
     done = execute(program, tmp_path / "layer.safetensors", tmp_path / "rows.txt")
@@ -189,6 +192,7 @@ def change(header, name, **fields):
         (lambda h: change(h, "__metadata__", depth="3 "), "depth: has an impossible value"),
         (lambda h: change(h, "__metadata__", trees="9" * 30), "trees: has an impossible value"),
         (lambda h: change(h, "__metadata__", activation="tanh"), "activation: has an unknown value"),
+        (lambda h: change(h, "__metadata__", quantization="int4"), "quantization: has an unknown value"),
         (lambda h: change(h, "__metadata__", tau="-1"), "tau must be positive and finite"),
         (lambda h: change(h, "__metadata__", tau="?"), "tau: is not a number"),
         (lambda h: change(h, "__metadata__", depth=3), "expected '\"'"),

@@ -19,7 +19,7 @@ FORMS = [
 ]
 METADATA = {"format": "fastff", "version": "1", "in_features": "6", "out_features": "5", "depth": "2", "trees": "1"}
 METADATA |= {"leaf_width": "1", "node_output": "true", "activation": "gelu", "gate": "none", "tau": "0.5"}
-METADATA |= {"bias": "false", "surrogate": "none", "region_leak": "0.0"}
+METADATA |= {"bias": "false", "quantization": "none", "surrogate": "none", "region_leak": "0.0"}
 TENSORS = {"w_in": torch.ones(1, 7, 6), "w_out": torch.ones(1, 7, 5)}
 
 
@@ -41,6 +41,15 @@ def test_what_was_saved_comes_back(options, dtype, tmp_path):
         assert torch.equal(layer.eval()(x), again.eval()(x))
     assert again.usage().counts.sum() == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "layer.safetensors"]
+
+
+def test_a_quantized_layer_comes_back_quantized(tmp_path):
+    layer, x = make_layer(40, depth=4, dtype=torch.float32).eval().quantize("int8"), make_rows(9, 40)
+    fastff.save(layer, tmp_path / "layer")
+    again = fastff.load(tmp_path / "layer").eval()
+    assert again.quantization == "int8"
+    with torch.no_grad():
+        assert torch.equal(again(x.float()), layer(x.float()))
 
 
 def test_a_loaded_layer_runs_where_it_is_told_to(tmp_path):
@@ -73,6 +82,8 @@ def test_the_file_is_what_its_documentation_says(tmp_path):
         ({"tau": "nan"}, {}, "impossible layer: tau nan"),
         ({"activation": "tanh"}, {}, "impossible layer: activation 'tanh'"),
         ({"in_features": str(2**60)}, {}, "impossible layer: a weight of"),
+        ({"quantization": "int4"}, {}, "impossible layer: quantization 'int4'"),
+        ({"surrogate": "magic"}, {}, "impossible layer: surrogate 'magic'"),
         ({"depth": "24"}, {}, r"holds tensors .*expected .*33554431"),
         ({}, {"w_out": None}, "holds tensors .*expected .*w_out"),
         ({}, {"b_in": torch.ones(1, 7)}, "holds tensors .*b_in.*expected"),

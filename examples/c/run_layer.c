@@ -40,10 +40,11 @@ static int read_name(const st_file* file, const char* key, const char* const* na
   return fail(key, "has an unknown value");
 }
 
-static int read_tree(const st_file* file, fastff_tree* tree) {
+static int read_tree(const st_file* file, fastff_tree* tree, int32_t* weights) {
   static const char* const activations[] = {"gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu", NULL};
   static const char* const gates[] = {"none", "boundary", NULL};
   static const char* const truths[] = {"false", "true", NULL};
+  static const char* const quantizations[] = {"none", "bf16", "int8", NULL}; /* enum fastff_weights */
   const char *format = st_metadata(file, "format"), *tau = st_metadata(file, "tau");
   long long version, in, out, trees, leaf_width, depth;
   char* end;
@@ -52,7 +53,8 @@ static int read_tree(const st_file* file, fastff_tree* tree) {
       !read_integer(file, "out_features", 1, INT_MAX, &out) || !read_integer(file, "trees", 1, INT_MAX, &trees) ||
       !read_integer(file, "leaf_width", 1, INT_MAX, &leaf_width) || !read_integer(file, "depth", 0, 24, &depth) ||
       !read_name(file, "node_output", truths, &tree->node_output) ||
-      !read_name(file, "activation", activations, &tree->activation) || !read_name(file, "gate", gates, &tree->gate))
+      !read_name(file, "activation", activations, &tree->activation) || !read_name(file, "gate", gates, &tree->gate) ||
+      !read_name(file, "quantization", quantizations, weights))
     return 0;
   if (!tau) return fail("tau", "missing in the metadata");
   tree->tau = strtod(tau, &end);
@@ -88,8 +90,9 @@ static fastff_packed* load_layer(const char* path, fastff_tree* tree) {
   char error[ST_ERROR_SIZE];
   st_file* file = st_open(path, error);
   fastff_packed* packed = NULL;
+  int32_t weights;
   if (!file) return fail(path, error), NULL;
-  if (read_tree(file, tree)) {
+  if (read_tree(file, tree, &weights)) {
     const int64_t leaves = INT64_C(1) << tree->depth, nodes = leaves - 1;
     const int64_t neurons = leaves * tree->leaf_width, pair = tree->activation == FASTFF_SWIGLU ? 2 : 1;
     const int64_t in_rows = nodes + neurons * pair, out_rows = (tree->node_output ? nodes : 0) + neurons;
@@ -100,7 +103,7 @@ static fastff_packed* load_layer(const char* path, fastff_tree* tree) {
     const float* b_out =
         w_out && has_b_out ? read_weights(file, "b_out", tree->trees, leaves, tree->out_features) : NULL;
     if (w_out && (b_in || !has_b_in) && (b_out || !has_b_out) &&
-        fastff_pack_f32(tree, w_in, b_in, w_out, b_out, &packed) != FASTFF_OK)
+        fastff_pack_f32(tree, w_in, b_in, w_out, b_out, weights, &packed) != FASTFF_OK)
       fail(path, fastff_error());
   }
   st_close(file); /* the pack is a copy */

@@ -1,8 +1,8 @@
 """One layer alone in a file: safetensors, with the layer's configuration in the metadata.
 
 The tensors have the parameters' names, shapes and dtype. The metadata are strings: `format` is "fastff",
-`version` is "1", and every field of TreeConfig and the training surrogate stand under their own names, as in
-`{"depth": "11", "gate": "none", "bias": "false"}`. examples/c reads the same file without Python.
+`version` is "1", and every field of TreeConfig, the quantization and the training surrogate stand under their own
+names, as in `{"depth": "11", "gate": "none", "bias": "false"}`. examples/c reads the same file without Python.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from fastff.errors import CheckpointError, ShapeError
+from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.tree import TreeConfig
 
 _FORMAT, _VERSION = "fastff", "1"
-_DTYPES = {"F64", "F32", "F16", "BF16"}
-_TYPES = {field.name: str(field.type) for field in fields(TreeConfig)} | {
-    "surrogate": "str | None",
-    "region_leak": "float",
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OPTIONS = {"quantization": "str | None", "surrogate": "str | None", "region_leak": "float"}  # beside TreeConfig
+_TYPES = {field.name: str(field.type) for field in fields(TreeConfig)} | _OPTIONS
 
 
 def save(layer: FFF, path: str | os.PathLike[str]) -> None:
@@ -34,7 +32,7 @@ def save(layer: FFF, path: str | os.PathLike[str]) -> None:
 
     if not isinstance(layer, FFF):
         raise TypeError(f"layer is {type(layer).__name__}, expected FFF: save a model with its own save_pretrained")
-    values = {**asdict(layer.config), "surrogate": layer.surrogate, "region_leak": layer.region_leak}
+    values = asdict(layer.config) | {name: getattr(layer, name) for name in _OPTIONS}
     metadata = {"format": _FORMAT, "version": _VERSION, **{name: _text(value) for name, value in values.items()}}
     tensors = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
     part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
@@ -56,15 +54,19 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     try:
         with safe_open(path, "pt") as file:
             arguments = _arguments(path, file.metadata() or {})
-            shapes = _shapes(path, arguments)
             stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            dtype = _dtype(path, {part.get_dtype() for part in stored.values()})
+            layer = _blueprint(path, {**arguments, "backend": backend, "dtype": dtype})
+            expected = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
             found = {name: tuple(part.get_shape()) for name, part in stored.items()}
-            if found != shapes:
-                raise CheckpointError(f"{path} holds tensors {found}, expected {shapes}")
-            dtypes = {part.get_dtype() for part in stored.values()}
-            if len(dtypes) > 1 or not dtypes <= _DTYPES:
-                raise CheckpointError(f"{path} holds {', '.join(sorted(dtypes))}, expected one of {sorted(_DTYPES)}")
-            return _build(file, arguments, list(shapes), device, backend)
+            if found != expected:
+                raise CheckpointError(f"{path} holds tensors {found}, expected {expected}")
+            layer = layer.to_empty(device=device or "cpu")
+            layer.reset_usage()
+            with torch.no_grad():
+                for name in expected:
+                    getattr(layer, name).copy_(file.get_tensor(name))
+            return layer
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
@@ -100,23 +102,15 @@ def _value(path: object, name: str, kind: str, text: str) -> int | float | bool 
     return None if text == "none" else text
 
 
-def _shapes(path: object, arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of each tensor by name, from the configuration."""
+def _dtype(path: object, stored: set[str]) -> torch.dtype:
+    if len(stored) != 1 or not stored <= set(_DTYPES):
+        raise CheckpointError(f"{path} holds {', '.join(sorted(stored))}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored.pop()]
+
+
+def _blueprint(path: object, arguments: dict[str, Any]) -> FFF:
+    """The layer without memory."""
     try:
-        config = TreeConfig(**{field.name: arguments[field.name] for field in fields(TreeConfig)})
-    except ShapeError as error:
+        return FFF(**arguments, device="meta")
+    except ValueError as error:
         raise CheckpointError(f"{path} describes an impossible layer: {error}") from error
-    named = {name: getattr(config, f"shape_of_{name}") for name in ("w_in", "b_in", "w_out", "b_out")}
-    return {name: shape for name, shape in named.items() if shape is not None}
-
-
-def _build(
-    file: Any, arguments: dict[str, Any], names: list[str], device: torch.device | str | None, backend: str | None
-) -> FFF:
-    first = file.get_tensor(names[0])
-    layer = FFF(**arguments, backend=backend, device="meta", dtype=first.dtype).to_empty(device=device or first.device)
-    layer.reset_usage()
-    with torch.no_grad():
-        for name in names:
-            getattr(layer, name).copy_(file.get_tensor(name))
-    return layer
