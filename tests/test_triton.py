@@ -4,6 +4,7 @@ The interpreter has to be chosen before Triton is imported, so without a device 
 its own. It has no bf16 arithmetic: float32 and float16 are tested there, bfloat16 on a device.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ runs_kernels = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, scout, sort
+    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, scout, sort, tuned, tuning
 
 
 def config(**changes):
@@ -344,9 +345,9 @@ class TestFitting:
             return "done"
 
         chosen = plan.blocked_plan(config(depth=11, in_features=64), 65536, 2)
-        assert triton_kernels._fitting(chosen, run) == "done"
+        assert triton_kernels.fitting(chosen, run) == "done"
         count = len(tried)
-        assert triton_kernels._fitting(chosen, run) == "done"
+        assert triton_kernels.fitting(chosen, run) == "done"
         assert len(tried) == count + 1  # what fitted is remembered
 
     def test_the_smallest_tiles_that_do_not_fit_are_an_error(self):
@@ -356,7 +357,98 @@ class TestFitting:
             raise OutOfResources(300000, 1, "shared memory")
 
         with pytest.raises(OutOfResources):
-            triton_kernels._fitting(plan.blocked_plan(config(depth=9), 4096, 2), run)
+            triton_kernels.fitting(plan.blocked_plan(config(depth=9), 4096, 2), run)
+
+
+class TestTuning:
+    pytestmark = runs_kernels
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        tuned._loaded.clear()
+        tuned._found.cache_clear()
+        yield
+        tuned._loaded.clear()
+        tuned._found.cache_clear()
+
+    def test_the_fastest_of_what_gives_the_same_result_is_kept(self, monkeypatch):
+        shape = config(depth=3)
+        monkeypatch.setattr(tuning, "_TRIED", {"ahead": (1, 3), "warps": (2,), "chunk": (64,)})
+        monkeypatch.setattr(tuning, "_TRIED_TILES", {"stages": (2,)})
+        args = make_inputs(shape, 2)
+        times = iter([9.0, 7.0, 8.0, *[10.0] * 99])
+        found = tuning.tune(*args, config=shape, time_us=lambda run: (run(), next(times))[1], training=True)
+        best, least, first = found["forward"]
+        assert (least, first) == (7.0, 9.0)
+        assert best != plan.forward_plan(shape, 2, 4)
+        name = triton_kernels.device_name(args[0]) or tuning.INTERPRETER
+        assert tuned.forward_plan(shape, 2, torch.float32, name) == best
+        tuned._loaded.clear()  # as another process would
+        tuned._found.cache_clear()
+        assert tuned.forward_plan(shape, 2, torch.float32, name) == best
+        assert tuned.backward_plan(shape, 2, torch.float32, name) == found["backward"][0]
+        assert tuned.forward_plan(shape, 3, torch.float32, name) == plan.forward_plan(shape, 3, 4)
+
+    def test_what_gives_another_result_is_not_taken(self):
+        args = make_inputs(config(), 2)
+        timed = tuning._Timed(lambda chosen: (args[0] * chosen,), (args[0],), lambda run: 1.0)
+        assert [timed(1.0), timed(1.001), timed(0.5), timed(float("nan"))] == [1.0, 1.0, float("inf"), float("inf")]
+
+    @pytest.mark.parametrize("chosen", ["rows", "scout", "blocked", "backward"])
+    def test_every_plan_survives_the_file(self, chosen):
+        shape = TreeConfig(in_features=768, out_features=768, depth=11)
+        made = {
+            "rows": plan.rows_plan(shape, 100),
+            "scout": plan.scout_plan(shape),
+            "blocked": plan.blocked_plan(shape, 65536, 2),
+            "backward": plan.backward_plan(shape, 65536, 2),
+        }[chosen]
+        direction = "backward" if chosen == "backward" else "forward"
+        tuned.keep(direction, shape, 1000, torch.bfloat16, "a gpu", made)
+        tuned._loaded.clear()
+        tuned._found.cache_clear()
+        look_up = tuned.backward_plan if chosen == "backward" else tuned.forward_plan
+        assert look_up(shape, 1024, torch.bfloat16, "a gpu") == made
+        shipped = (plan.backward_plan if chosen == "backward" else plan.forward_plan)(shape, 1024, 2)
+        assert look_up(shape, 1024, torch.bfloat16, "another gpu") == shipped
+        assert look_up(shape, 1024, torch.float16, "a gpu") == shipped
+        assert look_up(shape, 1024, torch.bfloat16, None) == shipped
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 1, "plans": []}'])
+    def test_a_corrupt_file_is_told_and_the_shipped_plans_serve(self, text):
+        tuned.cache_file().parent.mkdir(parents=True)
+        tuned.cache_file().write_text(text)
+        shape = config(depth=3)
+        with pytest.warns(RuntimeWarning, match="cannot be read"):
+            assert tuned.forward_plan(shape, 2, torch.float32, "a gpu") == plan.forward_plan(shape, 2, 4)
+        assert tuned.forward_plan(shape, 3, torch.float32, "a gpu") == plan.forward_plan(shape, 3, 4)  # told once
+
+    def test_a_plan_of_other_fields_is_told_and_the_shipped_one_serves(self):
+        shape = config(depth=3)
+        tuned.keep("forward", shape, 2, torch.float32, "a gpu", plan.rows_plan(shape, 2))
+        document = json.loads(tuned.cache_file().read_text())
+        next(iter(document["plans"].values()))["colour"] = "red"
+        tuned.cache_file().write_text(json.dumps(document))
+        tuned._loaded.clear()
+        tuned._found.cache_clear()
+        with pytest.warns(RuntimeWarning, match="not one of this version"):
+            assert tuned.forward_plan(shape, 2, torch.float32, "a gpu") == plan.forward_plan(shape, 2, 4)
+
+    def test_a_cache_that_cannot_be_written_is_told_and_serves_this_process(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        shape = config(depth=3)
+        chosen = replace(plan.rows_plan(shape, 2), warps=16)
+        with pytest.warns(RuntimeWarning, match="cannot be"):
+            tuned.keep("forward", shape, 2, torch.float32, "a gpu", chosen)
+        assert tuned.forward_plan(shape, 2, torch.float32, "a gpu") == chosen
+
+    def test_the_cache_lies_where_the_platform_wants_it(self, tmp_path, monkeypatch):
+        assert tuned.cache_file() == tmp_path / "fastff" / "triton-plans.json"
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert tuned.cache_file() == tmp_path / "home" / ".cache" / "fastff" / "triton-plans.json"
 
 
 class TestAvailability:

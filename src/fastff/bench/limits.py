@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fastff.bench.cases import weights_of
 from fastff.bench.machine import cache_bytes
 from fastff.tree import TreeConfig
 
@@ -63,22 +63,32 @@ def _least_seconds(call: Callable[[], object], repeats: int) -> float:
 
 def least_us(config: TreeConfig, limits: Limits, *, rows: int, layers: int, precision: str) -> float:
     """Microseconds a row that the limits allow: all products at the peak of fp32, or every weight that the rows are
-    expected to visit read once a call (from memory if the layers exceed the last-level cache) with the row itself,
-    whichever takes longer. Rows are taken to spread evenly over the leaves."""
-    total = weights_of(config) * BYTES[precision] * layers
-    bandwidth = limits.memory_bytes_per_s if total > limits.last_level_bytes else limits.cache_bytes_per_s
-    moved = visited_weights(config, rows) * BYTES[precision] / rows + 4 * (config.in_features + config.out_features)
-    return 1e6 * max(config.flops_per_row / limits.flops_per_s, moved / bandwidth)
+    expected to visit read once a call, and the row itself read and written; whichever takes longer.
+
+    The levels next to the root that fit the last-level cache, all layers together, are read from there; what lies
+    below them, from memory. Rows are taken to spread evenly over the leaves."""
+    seconds = 4 * rows * (config.in_features + config.out_features) / limits.cache_bytes_per_s
+    stored = 0
+    for there, size in _levels(config):
+        stored += there * size * config.trees * BYTES[precision] * layers
+        cached = stored <= limits.last_level_bytes
+        bandwidth = limits.cache_bytes_per_s if cached else limits.memory_bytes_per_s
+        seconds += _visited(there, rows) * size * config.trees * BYTES[precision] / bandwidth
+    return 1e6 * max(config.flops_per_row / limits.flops_per_s, seconds / rows)
 
 
 def visited_weights(config: TreeConfig, rows: int) -> float:
     """Expected number of different weights that so many rows read, when they spread evenly over the leaves."""
+    return config.trees * sum(_visited(there, rows) * size for there, size in _levels(config))
 
-    def visited(level: int) -> float:
-        there = float(2**level)
-        return there * -float(torch.expm1(rows * torch.log1p(torch.tensor(-1 / there, dtype=torch.float64))))
 
+def _levels(config: TreeConfig) -> list[tuple[int, int]]:
+    """Nodes of a tree on each level and weights of one, root first and leaves last."""
     node = config.in_features + (config.out_features if config.node_output else 0)
     leaf = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
-    nodes = sum(visited(level) for level in range(config.depth))
-    return config.trees * (nodes * node + visited(config.depth) * leaf)
+    return [*((2**level, node) for level in range(config.depth)), (config.leaves, leaf)]
+
+
+def _visited(there: int, rows: int) -> float:
+    """Expected number of different nodes, of so many, that rows reach."""
+    return float(there) if there == 1 else -there * math.expm1(rows * math.log1p(-1 / there))

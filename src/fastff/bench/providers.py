@@ -29,8 +29,9 @@ Call = Callable[[Any], Any]
 Make = Callable[[Sequence[Any], int], list[Call]]  # layers and rows a call to a function a layer
 
 CHUNK_BYTES = 2**26  # of weights gathered, or scores masked, at once
-# Relative, against float64. torch's dynamic int8 errs by 0.05 on a gated layer, whose hidden values have long tails.
-ERROR_LIMITS = {"fp32": 1e-5, "bf16": 1e-2, "int8": 8e-2}
+# Relative, against float64; something wrong errs by 1 and more. torch's dynamic int8 has one scale for all rows of a
+# call and errs by 0.09 where hidden values have long tails (swiglu).
+ERROR_LIMITS = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-1}
 
 
 def _same(x: Tensor) -> Any:

@@ -6,6 +6,7 @@ imported on first use. With `TRITON_INTERPRET=1` in the environment they run on 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def forward(
 
     Shapes as in ops.reference; all tensors share one dtype and device. Products are summed in float32.
     """
-    from fastff.ops.triton_kernels import blocks, plan, rows, scout
+    from fastff.ops.triton_kernels import tuned
 
     rows_count = x.shape[0]
     if rows_count == 0:
@@ -65,15 +66,22 @@ def forward(
             x.new_empty(0),
             x.new_empty(0, config.trees, config.path_scores),
         )
-    x, w_in, b_in, w_out, b_out = _contiguous(x, w_in, b_in, w_out, b_out)
-    chosen = plan.forward_plan(config, rows_count, x.element_size())
-    with _device(x):
+    x, w_in, b_in, w_out, b_out = contiguous(x, w_in, b_in, w_out, b_out)
+    chosen = tuned.forward_plan(config, rows_count, x.dtype, device_name(x))
+    return run_forward(chosen, x, w_in, b_in, w_out, b_out, config)
+
+
+def run_forward(chosen: Any, x: Tensor, *weights_and_config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` of contiguous tensors with a given plan."""
+    from fastff.ops.triton_kernels import blocks, plan, rows, scout
+
+    *weights, config = weights_and_config
+    with on_device(x):
         if isinstance(chosen, plan.ScoutPlan):
-            return scout.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
+            return scout.forward(x, *weights, config=config, plan=chosen)
         if isinstance(chosen, plan.RowsPlan):
-            return rows.forward(x, w_in, b_in, w_out, b_out, config=config, plan=chosen)
-        weights = (w_in, b_in, w_out, b_out)
-        return _fitting(chosen, lambda fitted: blocks.forward(x, *weights, config=config, plan=fitted))
+            return rows.forward(x, *weights, config=config, plan=chosen)
+        return fitting(chosen, lambda fitted: blocks.forward(x, *weights, config=config, plan=fitted))
 
 
 def backward(
@@ -92,27 +100,28 @@ def backward(
 
     Deterministic: sums run in a fixed order, in float32, whatever the dtype.
     """
-    from fastff.ops.triton_kernels import gradients, plan
+    from fastff.ops.triton_kernels import gradients, tuned
 
     if x.shape[0] == 0:
         given = (x, w_in, b_in, w_out, b_out)
         gx, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
         return gx, gw_in, gb_in, gw_out, gb_out
-    grad_y, x, w_in, b_in = _contiguous(grad_y, x, w_in, b_in)
-    w_out, b_out, leaf, scores = _contiguous(w_out, b_out, leaf, scores)
-    chosen = plan.backward_plan(config, x.shape[0], x.element_size())
-    with _device(x):
+    grad_y, x, w_in, b_in = contiguous(grad_y, x, w_in, b_in)
+    w_out, b_out, leaf, scores = contiguous(w_out, b_out, leaf, scores)
+    chosen = tuned.backward_plan(config, x.shape[0], x.dtype, device_name(x))
+    with on_device(x):
         operands = (grad_y, x, w_in, b_in, w_out, b_out, leaf, scores)
-        return _fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
+        return fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
 
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
     """The kernels and tiles of a call with so many rows; needs no device. `threads` is of no concern here."""
-    from fastff.ops.triton_kernels import plan
+    from fastff.ops.triton_kernels import plan, tuned
 
     if dtype not in _DTYPES:
         raise BackendUnavailable(_wrong_dtype(dtype))
-    return plan.explain(config, rows, dtype)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return plan.explain(config, rows, dtype, tuned.forward_plan(config, rows, dtype, device))
 
 
 def _wrong_dtype(dtype: torch.dtype) -> str:
@@ -123,7 +132,7 @@ _Result = TypeVar("_Result")
 _fitted: dict[Any, Any] = {}
 
 
-def _fitting(chosen: Any, run: Callable[[Any], _Result]) -> _Result:
+def fitting(chosen: Any, run: Callable[[Any], _Result]) -> _Result:
     """Run with a plan whose tiles fit this device's shared memory: plans are made for one with 227 KiB a block."""
     from triton.runtime.errors import OutOfResources
 
@@ -146,10 +155,20 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def _device(x: Tensor) -> AbstractContextManager[object]:
+@functools.cache
+def _name_of(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def device_name(x: Tensor) -> str | None:
+    """Of the tensor's GPU; None on the CPU, where kernels are interpreted."""
+    return _name_of(x.device.index) if x.device.type == "cuda" else None
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make that the tensors' own."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

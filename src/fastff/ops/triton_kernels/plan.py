@@ -252,11 +252,15 @@ def _forward_choice(config: TreeConfig, rows: int, itemsize: int) -> tuple[Forwa
     return blocked, f"{rows} rows of {neurons} neurons are enough to sort by node and use matrix products"
 
 
-def explain(config: TreeConfig, rows: int, dtype: torch.dtype) -> Explanation:
-    """The kernels and tiles of a call with so many rows; those of its backward pass are prefixed `backward.`."""
-    chosen, reason = _forward_choice(config, rows, dtype.itemsize)
-    choices = _sizes(chosen) | _sizes(backward_plan(config, rows, dtype.itemsize), "backward.")
-    return Explanation("triton", type(chosen).__name__.removesuffix("Plan").lower(), reason, choices)
+def explain(config: TreeConfig, rows: int, dtype: torch.dtype, used: ForwardPlan) -> Explanation:
+    """The kernels and tiles of a call with so many rows; those of its backward pass are prefixed `backward.`.
+
+    used: the plan that serves the call, which differs from this module's where it was tuned."""
+    shipped, reason = _forward_choice(config, rows, dtype.itemsize)
+    if used != shipped:
+        reason += "; its sizes were tuned on this machine"
+    choices = _sizes(used) | _sizes(backward_plan(config, rows, dtype.itemsize), "backward.")
+    return Explanation("triton", type(used).__name__.removesuffix("Plan").lower(), reason, choices)
 
 
 def _sizes(value: Any, prefix: str = "") -> dict[str, int | float | str]:
