@@ -33,7 +33,13 @@ def bench(
             help="Measure only KIND=VALUE[,VALUE]: layer, provider, rows, visits or threads; may be repeated."
         ),
     ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.01, help="Timed seconds of each provider and case.")] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="On a CPU, timed seconds of each provider and case; on a GPU, of the whole run."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="With cuda: processes that compile kernels ahead.")] = 1,
+    tune: Annotated[bool, typer.Option(help="With cuda: search faster block sizes first, and keep them.")] = False,
 ) -> None:
     """Time conditional layers beside the fastest dense layers that this machine can run.
 
@@ -41,6 +47,14 @@ def bench(
     """
     from fastff.bench.command import bench_cpu, settings_of
 
+    if device == "cuda":
+        from fastff.bench.gpu.command import bench_gpu
+        from fastff.bench.gpu.run import Settings
+
+        chosen = Settings(seconds=seconds, jobs=jobs, tune=tune, only=tuple(only or ()))
+        raise typer.Exit(bench_gpu(chosen, out or Path("results/gpu"), console))
+    if device != "cpu":
+        raise typer.BadParameter(f"{device!r} is not cpu or cuda", param_hint="--device")
     try:
         settings = settings_of(quick=quick, only=only or (), seconds=seconds)
     except ValueError as error:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import fastff
 from fastff.bench.cases import DenseConfig, Subject, label
 from fastff.ops import reference
+from fastff.ops.reference import Routed
 from fastff.tree import TreeConfig
 
-CLEAR = 1e-4  # of a margin: rounding in fp32 does not turn such a row elsewhere
 _BLOCK = 2**24 + 1  # weights drawn at once; larger matrices repeat them, shifted, because drawing takes seconds
 
 
@@ -88,16 +88,16 @@ class _Exact:
         return self.weight[index].double()
 
 
-def expected(layer: DenseLayer | fastff.FFF, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the layer should give for x (rows, features), in float64, and which rows route clearly in fp32."""
+def expected(layer: DenseLayer | fastff.FFF, x: Tensor) -> Routed:
+    """What the layer should give for x (rows, features), in float64. A dense layer has no leaves and never turns."""
     x = x.double()
     if isinstance(layer, DenseLayer):
-        return _dense_in_float64(layer, x), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        no_leaf = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        return Routed(_dense_in_float64(layer, x), no_leaf, x.new_full((len(x),), float("inf")))
     w_in, w_out = (cast(Tensor, _Exact(weight)) for weight in (layer.w_in, layer.w_out))
     if layer.config.depth == 0:
         w_in, w_out = layer.w_in.double(), layer.w_out.double()
-    routed = reference.forward(x, w_in, None, w_out, None, config=layer.config)
-    return routed.y, routed.margin > CLEAR
+    return reference.forward(x, w_in, None, w_out, None, config=layer.config)
 
 
 def _dense_in_float64(layer: DenseLayer, x: Tensor, step: int = 4096) -> Tensor:

@@ -27,6 +27,7 @@ from fastff.bench.providers import ERROR_LIMITS, PROVIDERS, Call
 
 INPUT_BYTES = 2**26  # inputs rotate over more than a core's private caches hold
 CHECKED_ROWS = 64
+CLEAR = 1e-4  # of a margin: rounding in fp32 does not turn such a row elsewhere
 WRONG, FAILED = "wrong output:", "failed:"  # how such a reason begins
 SHORTEST_SAMPLE = 200e-6  # seconds; a clock reading costs as much as a few microseconds
 LONGEST_CYCLE = 5e-3  # a sample visits all layers if that takes no longer
@@ -137,10 +138,10 @@ class Station:
         if key not in self._wanted:
             rows = self._inputs(cell)[: 1 + min(15, CHECKED_ROWS // cell.rows)]
             exact = torch.cat([x[:CHECKED_ROWS] for x in rows]).requires_grad_(cell.training)
-            y, clear = expected(self._layers[cell.subject][0], exact)  # type: ignore[arg-type]
+            y, _, margin = expected(self._layers[cell.subject][0], exact)  # type: ignore[arg-type]
             if cell.training:
                 (y,) = torch.autograd.grad(y.sum(), exact)
-            self._wanted[key] = rows, y.detach().double(), clear
+            self._wanted[key] = rows, y.detach().double(), margin > CLEAR
         return self._wanted[key]
 
     def _check(self, cell: Cell, call: Call, rows: list[Tensor], longest_call: float) -> Checked:

@@ -1,0 +1,1 @@
+"""The same comparison on a GPU: `fastff bench --device cuda`."""
