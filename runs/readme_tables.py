@@ -26,20 +26,19 @@ def layer_cpu() -> str:
     """The published layer on one thread beside the fastest dense layer: latency, error, and what bf16 and int8 give."""
     found = record()
     lines = [
-        "| us a row (median; error against float64) | fastest dense fp32 | fastff fp32 | faster | C function alone "
-        "| fastff bf16 | fastff int8 | int8 over the fastest int8 dense |",
+        "| us a row (median; error against float64) | fastest dense fp32 | fastff fp32 | faster "
+        "| C function alone, fp32 / bf16 / int8 | fastff bf16 | fastff int8 | int8 over the fastest int8 dense |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for best in found["best"]:
         if best["layer"] != PLAIN or best["threads"] != 1:
             continue
-        alone = next((t for t in found["timings"] if t["provider"] == "fastff C" and _scene(t) == _scene(best)), None)
         cells = (
             _case(best),
             _dense(best, "fp32"),
             _ours(best, "fp32"),
             f"**{_times(best, 'fp32', 'fp32')}**",
-            figure(alone["latency_us_p50"]) if alone else ABSENT,
+            _alone(found, best),
             *(_ours(best, p, ratio=True) for p in ("bf16", "int8")),
             _against_int8(best),
         )
@@ -69,6 +68,12 @@ def layers_cpu() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "(not in the last run)"
+
+
+def _alone(found: dict[str, Any], best: dict[str, Any]) -> str:
+    """The C function without Python around it, in fp32, bf16 and int8."""
+    here = {t["provider"]: figure(t["latency_us_p50"]) for t in found["timings"] if _scene(t) == _scene(best)}
+    return " / ".join(here[name] for name in ("fastff C", "fastff C bf16", "fastff C int8") if name in here) or ABSENT
 
 
 def _scene(entry: dict[str, Any]) -> tuple[Any, ...]:

@@ -177,6 +177,13 @@ def test_dense_providers_compute_the_dense_layer(name, subject):
     assert checked.relative_error > 0
 
 
+@pytest.mark.parametrize("subject", [TREE, FOREST], ids=label)
+@pytest.mark.parametrize("name", [name for name, p in PROVIDERS.items() if p.family == "fastff"])
+def test_fastff_computes_its_tree_in_every_precision(name, subject):
+    checked = Station(1, 0).prepare(cell(name, subject, rows=40), 10.0)
+    assert checked.relative_error < {"fp32": 1e-6, "bf16": 5e-3, "int8": 5e-2}[PROVIDERS[name].precision]
+
+
 def test_a_station_in_another_process_answers_and_its_end_is_noticed():
     remote = Remote(threads=1, seed=0)
     try:
@@ -210,7 +217,7 @@ def test_layers_that_do_not_fit_memory_are_seated_apart_or_left_out():
     assert one > 4 * weights_of(wide)
     assert two == one + 4 * weights_of(wide) + 4 * 3 * 1024  # the fp32 weights of a process are there once
     left_out = {}
-    assert seatings(cells, None, left_out) == [cells]
+    assert seatings(cells, 10**12, left_out) == [cells]
     assert seatings(cells, int(two * 1.2), left_out) == [cells[:2], cells[2:]]
     assert left_out == {}
     assert seatings(cells, int(one * 0.9), left_out) == [cells[2:]]

@@ -10,6 +10,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import fastff
 from fastff.ops import native
 
@@ -58,13 +60,9 @@ def cache_bytes() -> tuple[int, int]:
     return sizes[2], sizes[max(sizes)]
 
 
-def available_bytes() -> int | None:
-    """Memory that a new process can use without swapping; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def available_bytes() -> int:
+    """Memory that a new process can use without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def commit() -> str | None:

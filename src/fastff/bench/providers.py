@@ -23,6 +23,7 @@ import fastff
 from fastff.bench import onnx_models
 from fastff.bench.cases import DenseConfig, Subject, weights_of
 from fastff.bench.layers import DenseLayer, activate, dense, train_step
+from fastff.layers import Quantization
 from fastff.ops import native, reference
 
 Call = Callable[[Any], Any]
@@ -62,8 +63,6 @@ class Provider:
                 return f"{package} is not installed"
         if self.needs and weights_of(subject) * 4 > onnx_models.MOST_BYTES:
             return f"{weights_of(subject) * 4} bytes of weights are more than one ONNX model holds"
-        if self.name in _QUANTISED and not hasattr(fastff.FFF, "quantize"):
-            return "this version of fastff has no quantised weights"
         if self.name == "torch packed" and not torch.backends.mkl.is_available():
             return "this build of torch has no MKL"
         if self.name == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -177,30 +176,32 @@ def _openvino(model: Callable[[DenseLayer], bytes]) -> Make:
     return make
 
 
-def fastff_kernel(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
+def _fastff_kernel(quantization: str | None) -> Make:
     """The C function on packed weights, its output preallocated: what an embedder of the C core pays, plus ctypes."""
-    infer, threads = native.library().fastff_infer_f32, torch.get_num_threads()
-    y = torch.empty(rows, layers[0].out_features)
-    address = y.data_ptr()
 
-    def call(layer: fastff.FFF) -> Call:
-        pack = native.PackedLayer(layer.config)
-        pack(torch.zeros(1, layer.in_features), layer._parameters)
-
-        def run(x: Tensor) -> Tensor:
-            infer(pack.address, x.data_ptr(), address, rows, threads)
-            return y
-
-        return run
-
-    return [call(layer) for layer in layers]
-
-
-def _quantised(precision: str) -> Make:
     def make(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
-        return [cast(Any, copy.deepcopy(layer)).quantize(precision) for layer in layers]
+        infer, threads = native.library().fastff_infer_f32, torch.get_num_threads()
+        y = torch.empty(rows, layers[0].out_features)
+        address = y.data_ptr()
+
+        def call(layer: fastff.FFF) -> Call:
+            pack = native.PackedLayer(layer.config, quantization)
+            pack(torch.zeros(1, layer.in_features), layer._parameters)
+
+            def run(x: Tensor) -> Tensor:
+                infer(pack.address, x.data_ptr(), address, rows, threads)
+                return y
+
+            return run
+
+        return [call(layer) for layer in layers]
 
     return make
+
+
+def _quantised(precision: Quantization) -> Make:
+    """The module with quantised weights; its parameters are those of the fp32 module."""
+    return lambda layers, rows: [copy.copy(layer).quantize(precision) for layer in layers]
 
 
 def _in_chunks(call: Callable[[Tensor], Tensor], rows: int) -> Call:
@@ -238,7 +239,6 @@ def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16()
 
 
-_QUANTISED = ("fastff bf16", "fastff int8")
 _ONNX: dict[str, Any] = {"inputs": _numpy, "output": torch.from_numpy}
 _RUNTIME, _VINO = ("onnxruntime", "onnx"), ("openvino", "onnx")
 _STATIC = (*_VINO, "onnxruntime")  # whose tool writes the quantised model
@@ -261,9 +261,11 @@ PROVIDERS: dict[str, Provider] = {
             "openvino int8", "openvino", True, "int8", _openvino(onnx_models.static_int8), 1, needs=_STATIC, **_ONNX
         ),
         Provider("fastff", "fastff", False, "fp32", modules, 1, trains=True),
-        Provider("fastff C", "fastff", False, "fp32", fastff_kernel, 1, per_rows=True),
-        Provider("fastff bf16", "fastff", False, "bf16", _quantised("bf16"), 2),
-        Provider("fastff int8", "fastff", False, "int8", _quantised("int8"), 2),
+        Provider("fastff bf16", "fastff", False, "bf16", _quantised("bf16"), 0.8),
+        Provider("fastff int8", "fastff", False, "int8", _quantised("int8"), 0.55),
+        Provider("fastff C", "fastff", False, "fp32", _fastff_kernel(None), 1, per_rows=True),
+        Provider("fastff C bf16", "fastff", False, "bf16", _fastff_kernel("bf16"), 0.8, per_rows=True),
+        Provider("fastff C int8", "fastff", False, "int8", _fastff_kernel("int8"), 0.55, per_rows=True),
         Provider("torch gather+bmm", "torch", False, "fp32", gather_bmm, 0),
         Provider("torch masked", "torch", False, "fp32", masked_dense, 0),
     )

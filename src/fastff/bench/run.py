@@ -196,10 +196,10 @@ def _measure(scene: Scene, settings: Settings, crew: _Crew, record: Record, cloc
         _take_turns(scene, together, settings, crew, record, clock)
 
 
-def seatings(cells: Sequence[Cell], available: int | None, left_out: dict[str, str]) -> list[list[Cell]]:
+def seatings(cells: Sequence[Cell], available: int, left_out: dict[str, str]) -> list[list[Cell]]:
     """Groups of cells whose weights fit the available memory together. What does not fit alone is left out."""
     groups: list[list[Cell]] = []
-    most = float("inf") if available is None else MEMORY_SHARE * available
+    most = MEMORY_SHARE * available
     for cell in cells:
         alone = resident_bytes([cell])
         if alone > most:
