@@ -275,6 +275,8 @@ def test_choices_are_parsed_and_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Only.parse([bad])
+    with pytest.raises(ValueError, match="'numpy' is not one of torch eager"):
+        settings_of(quick=True, only=["provider=numpy"], seconds=None)
 
 
 def test_the_whole_table_has_the_scenes_it_promises():

@@ -10,21 +10,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastff.bench.cases import Grid, Only
 from fastff.bench.machine import cores
+from fastff.bench.providers import PROVIDERS
 from fastff.bench.report import notes, save, tables
-from fastff.bench.run import Record, Settings, run_grid
+from fastff.bench.run import PARTIAL, Record, Settings, begun, run_grid
 
 
 def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> Settings:
     """The whole grid with one thread and all cores, or a small part of it. Raises ValueError for an unknown choice."""
     chosen = Only.parse(only)
+    unknown = [name for name in chosen.provider if name not in PROVIDERS]
+    if unknown:
+        raise ValueError(f"provider {unknown[0]!r} is not one of {', '.join(PROVIDERS)}")
     if quick:
         grid = Grid(threads=(1,), rows=(1, 128, 1024), layers=(16,), gpt3_rows=(), train_rows=(), only=chosen)
         return Settings(grid, seconds=seconds or 0.25, longest_call=2.0)
-    return Settings(Grid(threads=tuple(dict.fromkeys((1, cores()))), only=chosen), seconds=seconds or 0.8)
+    grid = Grid(threads=tuple(dict.fromkeys((1, cores()))), only=chosen)
+    return Settings(grid, seconds=seconds or Settings.seconds)
 
 
 def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
     """Run, print and, with `out`, save. Returns the exit code: 1 if an output was wrong, 130 if interrupted."""
+    if out is not None and (out / PARTIAL).is_file() and begun(settings, out) is None:
+        console.print(f"{out / PARTIAL} was left by other settings, versions or commit: beginning again", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         task = bars.add_task("starting", total=None)

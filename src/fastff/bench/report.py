@@ -186,7 +186,9 @@ def _short(value: Any) -> Any:
 
 
 def chart(record: Record, path: Path) -> None:
-    """Times faster than the fastest dense fp32 layer, over rows: a panel a tree, a line a precision and threads."""
+    """Times faster than the fastest dense fp32 layer, over rows: a panel a tree, a line a precision and threads.
+
+    Of the scenes that visit most layers."""
     from matplotlib.figure import Figure as Drawing
 
     found = [best for best in best_of(record.timings) if not best.training]
@@ -195,8 +197,9 @@ def chart(record: Record, path: Path) -> None:
     panels = drawing.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         here = [best for best in found if best.layer == name]
-        _panel(axes, here)
-        axes.set_title(name)
+        most = max((best.layers for best in here), default=1)
+        _panel(axes, [best for best in here if best.layers == most])
+        axes.set_title(f"{name}, {visits(most, False)}")
         axes.set_xlabel("rows a call")
     panels[0].set_ylabel("times faster than the fastest dense fp32 layer")
     panels[0].legend(fontsize=7)
@@ -205,13 +208,12 @@ def chart(record: Record, path: Path) -> None:
 
 def _panel(axes: Any, here: Sequence[Best]) -> None:
     colours = dict(zip(PRECISIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    most = max((best.layers for best in here), default=1)
     for threads in dict.fromkeys(best.threads for best in here):
         for precision in PRECISIONS:
             points = sorted(
                 (best.rows, ratio)
                 for best in here
-                if best.threads == threads and best.layers == most and (ratio := best.ratio(precision)) is not None
+                if best.threads == threads and (ratio := best.ratio(precision)) is not None
             )
             if points:
                 style: dict[str, Any] = {"color": colours[precision], "linestyle": "-" if threads == 1 else "--"}

@@ -58,8 +58,8 @@ class Settings:
     limits: measure the machine's limits first, and compare with them."""
 
     grid: Grid
-    seconds: float = 0.8
-    longest_call: float = 12.0
+    seconds: float = 0.5
+    longest_call: float = 6.0
     seed: int = 0
     separate: bool = True
     limits: bool = True
@@ -96,9 +96,7 @@ Progress = Callable[[str, float, float], None]  # what is done now, seconds of w
 
 def run_grid(settings: Settings, out: Path | None = None, progress: Progress = lambda *_: None) -> Record:
     """Measure the table. With `out`, what is finished is kept there, and a run of the same settings goes on from it."""
-    record = Record({**machine(), "commit": commit()}, asdict(settings))
-    if out is not None:
-        _resume(record, out / PARTIAL)
+    record = (begun(settings, out) if out is not None else None) or _fresh(settings)
     todo = [scene for scene in settings.grid.scenes() if _key(scene) not in record.finished]
     total = sum(_expected_seconds(cell, settings) for scene in todo for cell in _cells(scene, settings))
     clock = _Clock(progress, total)
@@ -302,19 +300,23 @@ def _expected_seconds(cell: Cell, settings: Settings) -> float:
     build = cell.layers * weights_of(cell.subject) / 1e9
     if call > settings.longest_call:
         return build + 2 * call
-    return build + 3 * call + max(settings.seconds, LEAST_SLOW_SAMPLES * call)
+    return build + 2 * call + max(settings.seconds, LEAST_SLOW_SAMPLES * call)
 
 
-def _resume(record: Record, path: Path) -> None:
-    """Take over what an interrupted run of the same settings, machine and versions left."""
-    if not path.is_file():
-        return
-    kept = json.loads(path.read_text())
-    if [kept["machine"], kept["settings"]] != json.loads(json.dumps([record.machine, record.settings])):
-        return
-    record.limits = {int(threads): Limits(**found) for threads, found in kept["limits"].items()}
-    record.timings = [Timing(**timing) for timing in kept["timings"]]
-    record.left_out, record.finished = kept["left_out"], kept["finished"]
+def begun(settings: Settings, out: Path) -> Record | None:
+    """What an interrupted run of the same settings, machine, versions and commit left in a folder."""
+    path, fresh = out / PARTIAL, _fresh(settings)
+    kept = json.loads(path.read_text()) if path.is_file() else None
+    if kept is None or [kept["machine"], kept["settings"]] != json.loads(json.dumps([fresh.machine, fresh.settings])):
+        return None
+    fresh.limits = {int(threads): Limits(**found) for threads, found in kept["limits"].items()}
+    fresh.timings = [Timing(**timing) for timing in kept["timings"]]
+    fresh.left_out, fresh.finished = kept["left_out"], kept["finished"]
+    return fresh
+
+
+def _fresh(settings: Settings) -> Record:
+    return Record({**machine(), "commit": commit()}, asdict(settings))
 
 
 def _keep(record: Record, path: Path) -> None:

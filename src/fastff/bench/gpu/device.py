@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -90,6 +91,7 @@ class Cuda:
         return [1e3 * before.elapsed_time(after) for before, after in events]
 
     def settle(self) -> None:
+        gc.collect()  # compiled functions and graphs hold each other
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

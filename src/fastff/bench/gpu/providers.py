@@ -12,7 +12,7 @@ import fastff
 from fastff import ops
 from fastff.bench.gpu.cases import Cell
 from fastff.bench.gpu.device import Device, Run
-from fastff.bench.layers import DenseLayer, make_layer
+from fastff.bench.layers import DenseLayer, dense, make_layer
 from fastff.ops import reference
 from fastff.ops.reference import Routed
 
@@ -51,7 +51,11 @@ def routed(cell: Cell, layer: Layer, device: Device) -> Callable[[Tensor], Route
 def call_of(cell: Cell, layer: Layer, device: Device) -> Call:
     """One layer as a function of its rows."""
     if isinstance(layer, DenseLayer):
-        return cast(Call, torch.compile(layer, dynamic=False)) if "compiled" in cell.provider else layer
+        if "compiled" not in cell.provider:
+            return layer
+        # A function of the weights: the layers of a chain share what is compiled.
+        compiled, up, down = torch.compile(dense, dynamic=False), layer.up.weight, layer.down.weight
+        return lambda x: compiled(x, up, down, layer.config.activation)
     conditional = routed(cell, layer, device)
     return lambda x: conditional(x).y
 
