@@ -313,6 +313,21 @@ int32_t fastff_forward_f64(const fastff_tree* tree, const double* w_in, const do
   return forward_plain<double>(tree, w_in, b_in, w_out, b_out, x, rows, {y, leaf, margin, scores}, threads);
 }
 
+int32_t fastff_plan_forward(const fastff_tree* given, int32_t weights, int64_t rows, int32_t threads,
+                            fastff_plan* plan) {
+  return guarded([&] {
+    const Tree tree = checked(given);
+    need_rows(tree, rows);
+    need_in("weights", weights, FASTFF_F32, FASTFF_INT8);
+    need(plan != nullptr, "plan must not be NULL");
+    const int64_t sizes[] = {sizeof(float), sizeof(Bf16), sizeof(int8_t)};
+    const int64_t pieces = pieces_of(rows, kRowsAPiece, threads);
+    const int64_t block = block_rows(tree, sizes[weights], sizeof(float));
+    const int top = top_levels(tree, std::min(block, (rows + pieces - 1) / pieces));
+    *plan = {static_cast<int32_t>(pieces), top < tree.depth ? top : 0, block, kPairAtLeast, kSplitAtLeast};
+  });
+}
+
 int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out,
                             const float* x, const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores,
                             float* grad_x, float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out,

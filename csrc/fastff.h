@@ -113,6 +113,19 @@ FASTFF_API int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_
                                        const int64_t* leaf, const double* scores, double* grad_x, double* grad_w_in,
                                        double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads);
 
+/* How a forward would cut its work. */
+typedef struct fastff_plan {
+  int32_t threads;         /* pieces of rows worked on at once */
+  int32_t sorted_levels;   /* levels passed before rows are sorted by the subtree they reached; 0: not sorted */
+  int64_t block_rows;      /* rows taken through all trees before the next rows */
+  int32_t pair_at_least;   /* rows of a node from which two levels are scored in one pass */
+  int32_t lockstep_below;  /* rows of a node below which its rows walk down together */
+} fastff_plan;
+
+/* The plan of a forward of so many rows. weights: enum fastff_weights. */
+FASTFF_API int32_t fastff_plan_forward(const fastff_tree* tree, int32_t weights, int64_t rows, int32_t threads,
+                                       fastff_plan* plan);
+
 /* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them.
  * weights: enum fastff_weights. A quantised pack takes every turn that the fp32 layer takes: it also keeps the routing
  * nodes' w_in in fp32 and computes a score again from it when quantisation could have changed the score's sign. */

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "plan.h"
 
 namespace fastff {
 
@@ -22,11 +23,14 @@ const Kernels<T>& kernels();
 void run_pieces(int64_t n, int64_t pieces, int threads, const std::function<void(int64_t, int64_t)>& piece);
 int resolved_threads(int threads);  // a positive number as it is, else the processor's
 
-// Cut [0, n) into at most `threads` contiguous pieces of at least `grain`; they depend on n, threads and grain only.
+// At most `threads` contiguous pieces of [0, n), of at least `grain` each; they depend on these numbers only.
+inline int64_t pieces_of(int64_t n, int64_t grain, int threads) {
+  return threads == 1 ? 1 : std::max<int64_t>(1, std::min<int64_t>(resolved_threads(threads), n / grain));
+}
 template <class F>
 void parallel(int64_t n, int64_t grain, int threads, const F& piece) {
   if (n <= 0) return;
-  const int64_t pieces = threads == 1 ? 1 : std::min<int64_t>(resolved_threads(threads), n / grain);
+  const int64_t pieces = pieces_of(n, grain, threads);
   if (pieces <= 1) piece(int64_t{0}, n);
   else run_pieces(n, pieces, static_cast<int>(pieces), piece);
 }
@@ -45,8 +49,6 @@ View<T> plain_view(const Tree& tree, int64_t t, const T* w_in, const T* b_in, co
 // Throws std::invalid_argument for rows or pointers that do not fit.
 template <class T>
 void check_rows(const Tree& tree, const T* x, int64_t rows, const Forward<T>& out);
-
-constexpr int64_t kRowsAPiece = 16;  // fewer rows are not worth a second thread
 
 // All trees over all rows, split over threads. kernel: of the chosen instruction set, for these views.
 template <class T, class W, class Kernel>

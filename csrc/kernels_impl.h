@@ -21,17 +21,12 @@
 #include "activations.h"
 #include "kernels.h"
 #include "linear.h"
+#include "plan.h"
 
 namespace fastff {
 namespace {
 
-constexpr int kSplitAtLeast = 4;       // a shorter list of rows walks in lockstep instead of being split
-constexpr int kPairAtLeast = 8;        // from this many rows on, two levels are scored in one pass over x
-constexpr int kWalkers = 8;            // rows that walk in lockstep
-constexpr int kTile = 4;               // rows of one leaf finished together
-constexpr int64_t kBlockRows = 65536;  // rows whose scores are kept at a time
-constexpr int64_t kForestBytes = 3 << 19;  // likewise with several trees, which all read x and add to y: both at a time
-constexpr int64_t kCachedRows = 256;   // rows of x that a core's cache holds beside a subtree
+constexpr int kTile = 4;  // rows of one leaf finished together
 constexpr int64_t kStreamedBytes = 32 << 20;  // an output this large leaves the cache anyway before somebody reads it
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kFirstLines = 4;     // of a child, fetched before it is known which child is needed
@@ -151,20 +146,13 @@ class Descent {
     int32_t* order = scratch_.order.at_least(rows);
     scratch_.side.at_least(rows);
     for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<int32_t>(i);
-    const int top = top_levels(rows);
+    const int top = top_levels(tree_, rows);
     if (top > 0 && top < tree_.depth) sort_by_subtree(order, rows, top);
     else in_blocks(order, rows, top == 0 ? rows : kCachedRows, tree_.depth);  // so shallow a tree needs no sorting
     if (write_ == Write::kStream) fence();
   }
 
  private:
-  // Levels to pass in small blocks of rows, so that each subtree below has about as many rows as fit the cache.
-  int top_levels(int64_t rows) const {
-    int levels = 0;
-    while (levels < tree_.depth && levels < 8 && (rows >> levels) > kCachedRows) ++levels;
-    return levels;
-  }
-
   void sort_by_subtree(int32_t* order, int64_t rows, int top) {
     int32_t* mark = scratch_.mark.at_least(rows);
     in_blocks(order, rows, kCachedRows / 2, top);
@@ -447,19 +435,9 @@ void lower_margin(const T* scores, int64_t stride, int64_t rows, int depth, T* m
     }
 }
 
-// Rows taken through all trees before the next rows. x and y should stay in the second-level cache from tree to tree, but
-// there must be enough of them to pay for reading a tree's weights again.
-template <class T, class W>
-int64_t block_rows(const Tree& tree) {
-  if (tree.trees == 1) return kBlockRows;
-  const int64_t weights = (tree.in_rows() * tree.in_features + tree.out_rows() * tree.out_features) * sizeof(W);
-  const int64_t row = (tree.in_features + tree.out_features) * sizeof(T);
-  return std::clamp<int64_t>(std::max(kForestBytes, 4 * weights) / row, 16, kBlockRows);
-}
-
 template <class T, class W>
 void forward(const Tree& tree, const View<T, W>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
-  const int64_t block = block_rows<T, W>(tree);
+  const int64_t block = block_rows(tree, sizeof(W), sizeof(T));
   for (int64_t at = begin; at < end; at += block) {
     const int64_t rows = std::min(block, end - at);
     T* norms = std::is_same_v<T, W> ? nullptr : Scratch<T>::local().norm.at_least(rows);

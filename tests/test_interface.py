@@ -252,6 +252,32 @@ def test_explain_names_what_the_reference_would_do():
     assert "active_neurons = 12" in str(explained)
 
 
+def test_explain_names_the_native_forms():
+    forms = [fastff.ops.explain(PLAIN, rows, threads=1, backend="native").form for rows in (1, 64, 16384)]
+    assert forms == ["lockstep", "grouped", "sorted"]
+    single = fastff.ops.explain(PLAIN, 1, threads=2, backend="native")
+    assert single.choices["threads"] == 1
+    assert single.choices["isa"] == fastff.ops.native.isa()
+    assert 0 < single.predicted_us < single.dense_us
+    forest = fastff.TreeConfig(in_features=768, out_features=768, depth=4, trees=64)
+    assert fastff.ops.explain(forest, 5000, backend="native").choices["block_rows"] < 5000
+
+
+def test_a_layer_that_uses_most_neurons_takes_the_masked_form():
+    wide = fastff.TreeConfig(in_features=768, out_features=768, depth=1, trees=16)
+    layer = make_layer(768, dtype=torch.float32, depth=1, trees=16).eval()
+    x = make_rows(256, 768, dtype=torch.float32)
+    explained = fastff.ops.explain(wide, len(x), threads=1)
+    assert (explained.backend, explained.form) == ("reference", "masked")
+    assert fastff.ops.explain(wide, 1, threads=1).form == "lockstep"
+    assert fastff.ops.explain(wide, len(x), threads=1, backend="native").form == "grouped"
+    with torch.no_grad():
+        masked, native = layer.routed(x), fastff.ops.forward(x, *weights_of(layer), config=wide, backend="native")
+    assert torch.equal(masked.leaf, native.leaf)
+    assert not torch.equal(masked.y, native.y), "two forms do not round alike"
+    assert (masked.y - native.y).abs().max() < 1e-4
+
+
 def test_explain_describes_the_gpu_kernels_without_a_gpu():
     explained = fastff.ops.explain(PLAIN, 65536, dtype=torch.bfloat16, backend="triton")
     assert explained.form == "blocked"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastff import ops
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
+from fastff.ops.cost import mostly_active
 from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
 from fastff.ops.native import PackedLayer
 from fastff.ops.reference import Mixed, Routed
@@ -174,7 +175,8 @@ class FFF(nn.Module):
 
     def _find_direct(self) -> None:
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
-        named = self.backend == "native" or (self.backend is None and self.config.depth > 0)
+        free = self.backend is None and self.config.depth > 0 and not mostly_active(self.config)
+        named = self.backend == "native" or free
         wanted = (named and not self._track_in_eval) or self.quantization is not None
         if self.quantization is not None and not hasattr(FFF, "_outside_graphs"):
             FFF._outside_graphs = torch.compiler.disable(FFF._quantized_forward)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import reference
+from fastff.ops import cost, reference
 from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
 from fastff.tree import TreeConfig
@@ -97,9 +98,11 @@ def forward(
         out_dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, b_in, w_out, b_out = _autocast(x, w_in, b_in, w_out, b_out)
     check_dtypes(x, w_in, b_in, w_out, b_out)
-    name = resolve(name, x, config)
+    free, name = name is None, resolve(name, x, config)
     rows = x.reshape(-1, config.in_features)
-    if name == "reference":
+    if free and name == "native" and cost.mostly_active(config) and _masked_wins(config, rows):
+        y, leaf, margin = reference.forward_masked(rows, w_in, b_in, w_out, b_out, config=config)
+    elif name == "reference":
         y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)
     else:
         y, leaf, margin, _ = torch.ops.fastff.forward(rows, w_in, b_in, w_out, b_out, *_flat(config), name)
@@ -107,6 +110,10 @@ def forward(
     return Routed(
         y.to(out_dtype).reshape(*lead, config.out_features), leaf.reshape(*lead, config.trees), margin.reshape(lead)
     )
+
+
+def _masked_wins(config: TreeConfig, rows: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and cost.masked_wins(config, rows.shape[0], torch.get_num_threads())
 
 
 def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
@@ -141,6 +148,7 @@ def explain(
     this machine, on its GPU if there is one.
     Raises BackendUnavailable for an unknown name or a dtype that the backend does not compute; ShapeError for rows < 0.
     """
+    free = backend is None and not forced
     if rows < 0:
         raise ShapeError(f"rows {rows} is not at least 0")
     if backend is not None and backend not in BACKENDS:
@@ -151,6 +159,11 @@ def explain(
     if backend == "reference":
         return reference.explain(config, rows)
     found: Explanation = kernels(backend).explain(config, rows, dtype, threads)
+    threads = threads or torch.get_num_threads()
+    if free and backend == "native" and cost.masked_wins(config, rows, threads):
+        reason = "a row uses so many of the neurons that matrix products over all of them, masked, are faster"
+        masked = cost.masked_us(config, rows, threads)
+        return replace(found, backend="reference", form="masked", reason=reason, choices={}, predicted_us=masked)
     return found
 
 

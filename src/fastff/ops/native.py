@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from fastff.errors import BackendUnavailable, FastffError
+from fastff.ops.cost import conditional_us, dense_us
+from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
 from fastff.tree import ACTIVATIONS, TreeConfig
 
@@ -88,6 +90,7 @@ def _declare(library: ctypes.CDLL) -> None:
         backward = getattr(library, f"fastff_backward_{suffix}")
         backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
+    library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
     library.fastff_repack_f32.argtypes = [pointer] * 5
     library.fastff_packed_watch_f32.argtypes = [pointer] * 3
     # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
@@ -218,6 +221,36 @@ def backward(
         torch.get_num_threads(),
     )
     return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+class _Plan(ctypes.Structure):
+    """fastff_plan of csrc/fastff.h."""
+
+    _fields_ = (
+        ("threads", ctypes.c_int32),
+        ("sorted_levels", ctypes.c_int32),
+        ("block_rows", ctypes.c_int64),
+        ("pair_at_least", ctypes.c_int32),
+        ("lockstep_below", ctypes.c_int32),
+    )
+
+
+def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
+    """How the kernels would cut the work, and what it is expected to cost. Raises BackendUnavailable for the dtype."""
+    if dtype not in _DTYPES:
+        raise BackendUnavailable(f"backend 'native' takes float32 and float64, not {dtype}")
+    plan = _Plan()
+    asked = threads or torch.get_num_threads()
+    _call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
+    if plan.sorted_levels:
+        form, reason = "sorted", "many rows: sorted by subtree, so that a subtree's rows and weights stay in the cache"
+    elif rows >= plan.lockstep_below:
+        form, reason = "grouped", "the rows of a node are scored together, so that its weights are read once"
+    else:
+        form, reason = "lockstep", "few rows walk down side by side, so that loads of one hide the latency of another"
+    choices = {name: getattr(plan, name) for name, _ in _Plan._fields_} | {"isa": isa()}
+    predicted = conditional_us(config, rows, plan.threads, dtype.itemsize)
+    return Explanation("native", form, reason, choices, predicted, dense_us(config, rows, asked))
 
 
 class PackedLayer:
