@@ -3,8 +3,8 @@
 `python runs/check_quantized_routing.py MODEL_DIR TEXT --rows 1000000 --out results/cpu/quantized-routing.json`
 
 Every feedforward input of an encoder (its activations, layer by layer) goes through 1x11 trees with three kinds of
-routing directions: random ones, differences of two activations with the threshold halfway between them, and the same with
-the threshold at an activation, which puts scores as near to zero as data can.
+routing directions: random ones, differences of two activations with the threshold halfway between them, and the same
+with the threshold at an activation, which puts scores as near to zero as data can.
 """
 
 from __future__ import annotations

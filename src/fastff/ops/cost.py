@@ -1,9 +1,9 @@
 """What a call costs on a CPU core: a model with four measured constants, for choosing a form and for `explain`.
 
 A conditional layer pays for reading the neurons that some row visits, once, and for the arithmetic of every row's
-path, which runs below the speed of matrix products because rows are gathered. The masked form of the same layer computes
-every neuron by matrix products and pays for masking the scores. The model is good to about a third; what it decides is
-when the masked form wins, which happens only where a row uses a large share of all neurons.
+path, which runs below the speed of matrix products because rows are gathered. The masked form of the same layer
+computes every neuron by matrix products and pays for masking the scores. The model is good to about a third; what it
+decides is when the masked form wins: only where a row uses a large share of all neurons.
 """
 
 from __future__ import annotations
