@@ -41,7 +41,8 @@ def _same(x: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Provider:
-    """dense: computes a DenseConfig, else a tree. copies: memory beside the fp32 weights, in their bytes.
+    """dense: computes a DenseConfig, else a tree. copies: memory beside the fp32 weights, in their bytes,
+    with what building needs for a moment.
     per_rows: made for one number of rows. trains: has a backward. needs: packages."""
 
     name: str
@@ -249,7 +250,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("torch eager", "torch", True, "fp32", modules, 0, trains=True),
         Provider("torch.compile", "torch", True, "fp32", torch_compile, 0, per_rows=True, trains=True),
         Provider("torch packed", "torch", True, "fp32", torch_packed, 1, per_rows=True),
-        Provider("torch bf16", "torch", True, "bf16", torch_bf16, 0.5, _bf16, Tensor.float, per_rows=True),
+        Provider("torch bf16", "torch", True, "bf16", torch_bf16, 0.75, _bf16, Tensor.float, per_rows=True),
         Provider("torch int8", "torch", True, "int8", torch_int8, 1.25),
         Provider("onnxruntime", "onnxruntime", True, "fp32", _onnxruntime(_FP32), 2, needs=_RUNTIME, **_ONNX),
         Provider(

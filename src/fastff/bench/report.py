@@ -202,7 +202,8 @@ def chart(record: Record, path: Path) -> None:
         axes.set_title(f"{name}, {visits(most, False)}")
         axes.set_xlabel("rows a call")
     panels[0].set_ylabel("times faster than the fastest dense fp32 layer")
-    panels[0].legend(fontsize=7)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(fontsize=7)
     drawing.savefig(path, dpi=110)
 
 

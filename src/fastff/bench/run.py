@@ -25,7 +25,7 @@ TURN_SECONDS = 0.12
 REST_SECONDS = 0.005  # between turns: a pool of threads that spins after its work has fallen asleep by then
 LEAST_SAMPLES = 5
 LEAST_SLOW_SAMPLES = 3  # of calls that take longer than a turn
-MEMORY_SHARE = 0.9  # of what is available
+MEMORY_SHARE = 0.85  # of what is available
 
 
 @dataclass(frozen=True)
