@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -186,16 +186,57 @@ def pretrain(
     from fastff.training.pretrain import pretrain as run
     from fastff.training.routing import layer_training
 
-    options = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
-    with _errors_as_messages(), _training_progress("pretrain") as (report, progress):
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
+    with _errors_as_messages(), _bar("pretrain") as move:
         options |= {"text": tuple(text), "valid": tuple(valid or ()), "layer": layer_training(layer or [])}
-        record = run(Settings(**options), report=report, progress=progress)
+        record = run(
+            Settings(**options),
+            report=lambda step, loss, progress: move(progress, f"step {step}, loss {loss:.3f}"),
+            progress=lambda what, count: move(None, f"reading, {count:,} {what}"),
+        )
     cost = record["cost"]
     neurons = f"{cost['active_neurons']} of {cost['neurons']} neurons"
     console.print(f"{cost['layer']}: {neurons}, {cost['flops']} FLOP a token and layer")
     done = "finished" if record["finished"] else "stopped; the same command goes on"
     loss = f"held-out loss {record['valid_loss']:.4f} after {record['steps']} steps and {record['tokens']} tokens"
     console.print(f"{done}: {loss}, {record['seconds']} s; {out}", markup=False)
+
+
+@app.command()
+def glue(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of a model with its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder of scores and predictions; a second run adds what is missing.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with TASK/*.parquet; default: the hub.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated; default: all nine.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each task.")] = 5,
+    epochs: Annotated[int | None, typer.Option(help="Passes; default: 5, CoLA 15.")] = None,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-5,
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Use the first rows only, for a trial.")] = None,
+    cpu: Annotated[bool, typer.Option(help="Use the CPU even if there is a GPU.")] = False,
+) -> None:
+    """Fine-tune a model on GLUE and score it: median and spread over seeds."""
+    from fastff.training.glue import GlueSettings
+    from fastff.training.glue import glue as run
+
+    options: dict[str, Any] = {
+        name: value for name, value in locals().items() if name in GlueSettings.__dataclass_fields__
+    }
+    with _errors_as_messages(), _bar("glue") as move:
+        if task:
+            options["tasks"] = tuple(task)
+        summary = run(
+            GlueSettings(**options), report=lambda name, seed, progress: move(progress, f"{name}, seed {seed}")
+        )
+    table = Table("task", "metrics", "median", "least - greatest", "note")
+    for name, found in summary["tasks"].items():
+        score = ["undefined"] * 2
+        if found["median"] is not None:
+            score = [f"{found['median']:.2f}", f"{found['least']:.2f} - {found['greatest']:.2f}"]
+        table.add_row(name, ", ".join(found["metrics"]), *score, found["note"])
+    console.print(table)
+    if not summary["comparable_with_published"]:
+        console.print("not comparable with published GLUE scores: see the notes")
 
 
 @app.command()
@@ -227,19 +268,14 @@ def _errors_as_messages() -> Iterator[None]:
 
 
 @contextmanager
-def _training_progress(what: str) -> Iterator[tuple[Callable[[int, float, float], None], Callable[[str, int], None]]]:
-    """report(step, loss, progress) and progress(what, count), which move a bar; only the first process shows it."""
+def _bar(what: str) -> Iterator[Callable[[float | None, str], None]]:
+    """move(done, words): a bar at `done` of 1, None for where it is; only the first of several processes shows it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:40}"), BarColumn(), TimeRemainingColumn())
-    first = os.environ.get("RANK", "0") == "0"
-    with Progress(*columns, console=console, disable=not first) as bars:
-        task = bars.add_task(what, total=1.0)
-
-        def report(step: int, loss: float, progress: float) -> None:
-            bars.update(task, completed=progress, description=f"{what}: step {step}, loss {loss:.3f}")
-
-        yield report, lambda kind, count: bars.update(task, description=f"reading: {count:,} {kind}")
+    with Progress(*columns, console=console, disable=os.environ.get("RANK", "0") != "0") as bars:
+        bar = bars.add_task(what, total=1.0)
+        yield lambda done, words: bars.update(bar, completed=done, description=f"{what}: {words}")
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ def pretrain(
     if report is not None:
         trainer.plan.report = report
     watching = trainer.plan.stop.watching() if _may_watch() else nullcontext()
-    with _without_bars(), watching, trainer.plan.stop.deferred():
+    with quietly(), watching, trainer.plan.stop.deferred():
         _run(trainer)
         trainer.evaluate()
         record = _record(settings, trainer, text)
@@ -185,13 +185,16 @@ def pretrain(
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Transformers shows a bar for every file it writes."""
+def quietly() -> Iterator[None]:
+    """Without the bar that Transformers shows for every file, and its report of a head that starts anew."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.enable_progress_bar()
+        logging.set_verbosity(before)
 
 
 def _may_watch() -> bool:

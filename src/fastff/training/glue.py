@@ -1,0 +1,237 @@
+"""Fine-tuning on GLUE and scoring: several seeds a task, each a file, so that a second run goes on where one stopped.
+
+Recipe of the paper (arXiv:2311.10770): rate 4e-5, 5 epochs (CoLA 15), batch 16, cosine, dropout 0.1, median of 5 seeds.
+"""
+
+# Transformers' own methods are not typed.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from fastff import models
+from fastff.errors import TrainingError
+from fastff.training import tasks
+from fastff.training.checkpoint import check_identity
+from fastff.training.files import read_json, write_json
+from fastff.training.pretrain import machine, quietly
+from fastff.training.tasks import TASKS, Rows, Task
+from fastff.training.tokens import load_tokenizer
+
+RESULT = "glue.json"
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "classifier_dropout")
+Report = Callable[[str, int, float], None]  # task, seed, progress
+
+
+@dataclass(frozen=True)
+class GlueSettings:
+    """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
+
+    limit: use the first rows only, for a trial; it shows in every note.
+    """
+
+    model: str
+    out: Path
+    data: Path | None = None
+    tasks: tuple[str, ...] = tuple(TASKS)
+    seeds: int = 5
+    epochs: int | None = None
+    rate: float = 4e-5
+    batch: int = 16
+    dropout: float = 0.1
+    limit: int | None = None
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown or not self.tasks:
+            raise TrainingError(f"tasks {', '.join(unknown) or 'none'}: expected some of {', '.join(TASKS)}")
+        for name in ("seeds", "rate", "batch", "epochs", "limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrainingError(f"{name} {value} is not above 0")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a second run to go on; more tasks and more seeds may be asked for."""
+        free = ("out", "tasks", "seeds", "cpu")
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+            if name not in free
+        }
+
+
+def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress: None) -> dict[str, Any]:
+    """Fine-tune and score every task and seed that has no file yet; returns the summary, also in `out`/glue.json.
+
+    `out`/TASK/seed-N.json holds the scores, the predictions and the notes of one. Raises TrainingError for data that is
+    not there or a tokenizer that does not fit the model, CheckpointError for a model that cannot be read.
+    """
+    check_identity(settings.out, settings.identity)
+    for name in settings.tasks:
+        path = settings.out / name
+        missing = [seed for seed in range(settings.seeds) if not (path / f"seed-{seed}.json").is_file()]
+        if not missing:
+            continue
+        task = tasks.with_epochs(TASKS[name], settings.epochs)
+        train, dev = tasks.load(task, settings.data, limit=settings.limit)
+        for seed in missing:
+            with quietly():
+                record = fine_tune(settings, task, train, dev, seed, lambda done, n=name, s=seed: report(n, s, done))
+            write_json(path / f"seed-{seed}.json", record)
+    summary = summarise(settings)
+    write_json(settings.out / RESULT, summary)
+    return summary
+
+
+def fine_tune(
+    settings: GlueSettings, task: Task, train: Rows, dev: dict[str, Rows], seed: int, report: Callable[[float], None]
+) -> dict[str, Any]:
+    """One seed of one task: scores and predictions by dev split."""
+    set_seed(seed)
+    model, tokenizer = load_model(settings, task)
+    longest = model.config.max_position_embeddings
+    encoded, cut = encode(tokenizer, train, longest)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(settings, task, seed, folder),
+            train_dataset=_items(encoded, train, task),  # type: ignore[arg-type]
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[_Progress(report)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        found: dict[str, Any] = {}
+        for name, rows in dev.items():
+            encoded, _ = encode(tokenizer, rows, longest)
+            logits: Any = trainer.predict(_items(encoded, rows, task)).predictions  # type: ignore[arg-type]
+            predicted = logits[:, 0].astype(float) if task.labels == 1 else logits.argmax(1)
+            if not np.isfinite(logits).all():
+                raise TrainingError(f"{task.name}, seed {seed}: the predictions are not finite")
+            measures = tasks.scores(task, predicted, rows.labels)
+            found[name] = {**measures, "note": rows.note, "predictions": [round(float(p), 5) for p in predicted]}
+    return {
+        "task": task.name,
+        "seed": seed,
+        "score": tasks.mean({f"{n}-{m}": found[n][m] for n in found for m in task.metrics}),
+        "train_note": train.note,
+        "train_rows": len(train),
+        "rows_cut": cut,
+        "epochs": task.epochs,
+        "dev": found,
+        "machine": machine(),
+    }
+
+
+def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
+    """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together."""
+    config = AutoConfig.from_pretrained(settings.model, num_labels=task.labels)
+    if isinstance(config, models.UltraFastBertConfig):
+        for name in DROPOUTS:
+            setattr(config, name, settings.dropout)
+    tokenizer = load_tokenizer(settings.model)
+    if len(tokenizer) > config.vocab_size:
+        raise TrainingError(
+            f"the tokenizer of {settings.model} has {len(tokenizer)} entries, its model {config.vocab_size}"
+        )
+    if tokenizer.pad_token_id != config.pad_token_id:
+        pads = f"pads with {tokenizer.pad_token_id}, its model with {config.pad_token_id}"
+        raise TrainingError(f"the tokenizer of {settings.model} {pads}")
+    return AutoModelForSequenceClassification.from_pretrained(settings.model, config=config), tokenizer
+
+
+def encode(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], int]:
+    """Token ids of every row, cut to the model's positions, and how many rows were cut."""
+    columns = [list(column) for column in zip(*rows.texts, strict=True)]
+    ids = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
+    cut = sum(len(row) > longest for row in ids)
+    if cut:
+        ids = tokenizer(*columns, truncation="longest_first", max_length=longest)["input_ids"]
+    return ids, cut
+
+
+def _items(encoded: list[list[int]], rows: Rows, task: Task) -> list[dict[str, Any]]:
+    kind = float if task.labels == 1 else int
+    return [{"input_ids": ids, "label": kind(label)} for ids, label in zip(encoded, rows.labels, strict=True)]
+
+
+def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> TrainingArguments:
+    cpu = settings.cpu or not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=task.epochs,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=64,
+        learning_rate=settings.rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+class _Progress(TrainerCallback):
+    """Says how far the fine-tuning is."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.report(state.global_step / state.max_steps)
+
+
+def summarise(settings: GlueSettings) -> dict[str, Any]:
+    """Median, least and greatest score of each task over its seeds, and the mean of the medians.
+
+    A score that does not exist for one seed (all predictions equal) leaves the task, and the mean, without one.
+    """
+    found: dict[str, Any] = {}
+    for name in settings.tasks:
+        records = [read_json(settings.out / name / f"seed-{seed}.json") for seed in range(settings.seeds)]
+        values = [record["score"] for record in records]
+        known = all(value is not None for value in values)
+        notes = [f"train {records[0]['train_note']}" if records[0]["train_note"] else ""]
+        notes += [f"{split} {dev['note']}" for split, dev in records[0]["dev"].items() if dev["note"]]
+        found[name] = {
+            "metrics": list(TASKS[name].metrics),
+            "median": statistics.median(values) if known else None,
+            "least": min(values) if known else None,
+            "greatest": max(values) if known else None,
+            "scores": values,
+            "note": "; ".join(note for note in notes if note),
+        }
+    medians = [task["median"] for task in found.values()]
+    whole = all(median is not None for median in medians)
+    return {
+        "settings": {**settings.identity, "seeds": settings.seeds},
+        "tasks": found,
+        "mean": sum(medians) / len(medians) if whole else None,
+        "comparable_with_published": not any(task["note"] for task in found.values()),
+    }
