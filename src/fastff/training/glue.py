@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress
         train, dev = tasks.load(task, settings.data, limit=settings.limit)
         for seed in missing:
             with quietly():
-                record = fine_tune(settings, task, train, dev, seed, lambda done, n=name, s=seed: report(n, s, done))
+                record = fine_tune(settings, task, train, dev, seed, partial(report, name, seed))
             write_json(path / f"seed-{seed}.json", record)
     summary = summarise(settings)
     write_json(settings.out / RESULT, summary)
@@ -116,7 +117,7 @@ def fine_tune(
         trainer = Trainer(
             model=model,
             args=_arguments(settings, task, seed, folder),
-            train_dataset=_items(encoded, train, task),  # type: ignore[arg-type]
+            train_dataset=_items(encoded, train, task),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[_Progress(report)],
         )
