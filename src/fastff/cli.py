@@ -179,6 +179,7 @@ def pretrain(
     piece_seconds: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs.")] = False,
     cpu: Annotated[bool, typer.Option(help="Use the CPU even if there is a GPU.")] = False,
+    sharded: Annotated[bool, typer.Option(help="On several GPUs: FSDP2 instead of DDP.")] = False,
     layer: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of LayerTraining; may be repeated.")] = None,
 ) -> None:
     """Pretrain a model on your text; Ctrl-C leaves a checkpoint, the same command goes on."""

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -57,7 +58,7 @@ class Settings:
     max_tokens     read no more of the text
     precision      "fp32" or "bf16" (mixed)
     piece_seconds  end after so long, with a checkpoint; the same settings then go on
-    processes      how many take part; found out by `pretrain`, not chosen
+    sharded        on several GPUs: weights, gradients and optimiser in shards (FSDP2) instead of copies (DDP)
     """
 
     out: Path
@@ -90,6 +91,7 @@ class Settings:
     piece_seconds: float | None = None
     tensorboard: bool = False
     cpu: bool = False
+    sharded: bool = False
     layer: LayerTraining = field(default_factory=LayerTraining)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainingError(f"{name} {value} is not above 0")
+        if self.sharded and (self.layer.paces or self.layer.balance):
+            raise TrainingError("level_rate, freeze_after and balance are not made for sharded weights")
         for name in ("warm_up", "ramp"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise TrainingError(f"{name} {getattr(self, name)} is not in [0, 1)")
@@ -141,6 +145,7 @@ class Settings:
             "piece_seconds",
             "tensorboard",
             "cpu",
+            "sharded",
             "text",
             "valid",
             "tokenizer",
@@ -186,12 +191,15 @@ def pretrain(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the bar that Transformers shows for every file, and its report of a head that starts anew."""
+    """Without the bar that Transformers shows for every file, its report of a head that starts anew, and the warning of
+    an argument that Accelerate still passes to torch."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            yield
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(before)
@@ -205,11 +213,10 @@ def prepare(
     settings: Settings, state: PartialState, progress: tokens.Progress
 ) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
     """Tokenizer and tokens; the first process makes them, the others open them. Raises TrainingError."""
-    preset, folder = settings.model, settings.data or settings.out / "data"
     failed = ""
     if state.is_main_process:
         try:
-            _prepare(settings, preset, folder, progress)
+            read_text(settings, progress)
         except (TrainingError, OSError) as error:
             failed = str(error)
             if state.num_processes == 1:
@@ -219,12 +226,14 @@ def prepare(
         torch.distributed.broadcast_object_list(shared)
         if shared[0]:
             raise TrainingError(shared[0])
-    return _prepare(settings, preset, folder, lambda what, count: None)
+    return read_text(settings)
 
 
-def _prepare(
-    settings: Settings, preset: Preset, folder: Path, progress: tokens.Progress
+def read_text(
+    settings: Settings, progress: tokens.Progress = lambda what, count: None
 ) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
+    """Tokenizer, tokens and held-out tokens of a run, made or, if they are there, opened. Raises TrainingError."""
+    preset, folder = settings.model, settings.data or settings.out / "data"
     if settings.tokenizer is None:
         progress("tokenizer", 0)
         tokenizer = tokens.make_tokenizer(
@@ -320,6 +329,8 @@ def _held_out(settings: Settings, batches: Batches, valid: tokens.Tokens | None)
 def _arguments(settings: Settings) -> TrainingArguments:
     cpu = settings.cpu or not torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun says
+    if settings.sharded and (cpu or not several):
+        raise TrainingError("sharded needs several processes with a GPU each: run it under torchrun")
     return TrainingArguments(
         output_dir=str(settings.out),
         max_steps=10**9 if settings.seconds else settings.model.steps,
@@ -336,6 +347,8 @@ def _arguments(settings: Settings) -> TrainingArguments:
         disable_tqdm=True,
         seed=settings.seed,
         use_cpu=cpu,
+        fsdp="full_shard" if settings.sharded else None,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["Layer"], "state_dict_type": "SHARDED_STATE_DICT"},
         ddp_backend="gloo" if cpu and several else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # each process counts its own leaves

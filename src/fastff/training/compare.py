@@ -1,0 +1,119 @@
+"""What several runs of pretraining say about their feedforwards: losses, costs and the recovered gap.
+
+The recovered gap of a tree is (narrow - tree) / (narrow - wide): 0, it is worth no more than a dense layer with its
+arithmetic, routing included; 1, it is as good as the full width. Wide is `dense-swiglu`, narrow `narrow:TREE`: both of
+the better dense kind.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fastff.training.presets import NARROW
+
+WIDE = "dense-swiglu"
+
+
+def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
+    """The recovered gap of three losses, None if the wide layer is no better than the narrow one."""
+    return (narrow - tree) / (narrow - wide) if wide < narrow else None
+
+
+def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a feedforward from records of finished runs (`fastff.training.pretrain`), most arithmetic first.
+
+    Losses are means over seeds, with each seed's beside. recovered_gap is there for a tree whose narrow control and the
+    wide layer were run. Raises ValueError for runs that differ in more than the feedforward and the seed.
+    """
+    _check_alike(records)
+    losses: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        losses.setdefault(record["settings"]["feedforward"], {})[record["settings"]["seed"]] = record
+    found = []
+    for runs in losses.values():
+        first = next(iter(runs.values()))
+        seconds, tokens = sum(run["seconds"] for run in runs.values()), sum(run["tokens"] for run in runs.values())
+        found.append(
+            {
+                **first["cost"],
+                "parameters": first["parameters"],
+                "tokens": first["tokens"],
+                "loss": _loss(runs),
+                "losses": {str(seed): run["valid_loss"] for seed, run in sorted(runs.items())},
+                "tokens_per_second": round(tokens / seconds) if seconds else None,
+                "routing": first["routing"],
+            }
+        )
+    by_name = {entry["name"]: entry["loss"] for entry in found}
+    for entry in found:
+        narrow, wide = by_name.get(f"{NARROW}{entry['name']}"), by_name.get(WIDE)
+        entry["recovered_gap"] = entry["narrow_minus_wide"] = None
+        if narrow is not None and wide is not None:
+            entry["recovered_gap"] = recovered_gap(narrow, entry["loss"], wide)
+            entry["narrow_minus_wide"] = narrow - wide
+    return sorted(found, key=lambda entry: -entry["flops"])
+
+
+def _loss(runs: dict[int, dict[str, Any]]) -> float:
+    return statistics.fmean(run["valid_loss"] for run in runs.values())
+
+
+def _check_alike(records: Sequence[dict[str, Any]]) -> None:
+    if not records:
+        raise ValueError("no finished run to compare")
+    alike = [{k: v for k, v in r["settings"].items() if k not in ("feedforward", "seed")} for r in records]
+    for record, settings in zip(records, alike, strict=True):
+        differing = [key for key in settings if settings[key] != alike[0].get(key)]
+        if differing:
+            name = record["settings"]["feedforward"]
+            raise ValueError(f"{name} was run with another {', '.join(differing)}: these runs do not compare")
+
+
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """The entries as a Markdown table."""
+    lines = [
+        "| feedforward | layer | active / stored neurons | FLOP a token and layer | held-out loss | recovered gap |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        losses = list(entry["losses"].values())
+        spread = f" ({min(losses):.3f}-{max(losses):.3f})" if len(losses) > 1 else ""
+        gap = "" if entry["recovered_gap"] is None else f"{entry['recovered_gap']:.2f}"
+        lines.append(
+            f"| {entry['name']} | {entry['layer']} | {entry['active_neurons']} / {entry['neurons']} "
+            f"| {entry['flops']:,} | {entry['loss']:.3f}{spread} | {gap} |"
+        )
+    return "\n".join(lines)
+
+
+def chart(entries: Sequence[dict[str, Any]]) -> str:
+    """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
+    trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
+    others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastff"}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for kind, style, points in (("dense swiglu", "o-", dense), ("trees", "s", trees), ("dense gelu", "^", others)):
+            if points:
+                axes.plot([e["flops"] for e in points], [e["loss"] for e in points], style, label=kind)
+        for entry in (*dense, *trees, *others):
+            axes.annotate(
+                entry["layer"], (entry["flops"], entry["loss"]), (4, 4), textcoords="offset points", fontsize=8
+            )
+        for entry in entries:
+            if not entry["flops"]:
+                axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
+        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="held-out loss, nats a token")
+        axes.legend(frameon=False)
+        out = io.StringIO()
+        FigureCanvasSVG(figure)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

@@ -1,0 +1,67 @@
+"""What the test of several processes runs under torchrun: `distributed_case.py OUT TEXT`.
+
+Twenty steps of pretraining, copies of the weights on each process; then two steps with the weights in shards, written
+as a sharded checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fastff.models import UltraFastBertForMaskedLM
+from fastff.training.pretrain import pretrain
+from model_cases import small_batch, small_config
+from training_cases import small
+
+
+def two_steps(model, optimizer, rank=0, processes=1):
+    """Losses of two steps on this process's part of each of two batches, rows shared out evenly."""
+    losses = []
+    for seed in range(2):
+        rows = small_batch(seed)[0]
+        rows = torch.cat((rows, rows.flip(1)))[rank::processes].contiguous()
+        loss = model(rows, labels=rows).loss  # as many labels on each process: the mean of means is the mean
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = UltraFastBertForMaskedLM(small_config())
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def sharded(out: Path) -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    model, _ = make()
+    mesh = init_device_mesh("cpu", (processes,))
+    for layer in model.encoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = torch.tensor(two_steps(model, optimizer, rank, processes))
+    dist.all_reduce(losses)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=out / "sharded")
+    if rank == 0:
+        torch.save(losses / processes, out / "sharded-losses.pt")
+
+
+def main() -> None:
+    out, text = (Path(argument) for argument in sys.argv[1:])
+    pretrain(small(out / "run", text, steps=20, batch=8, save_every=100))
+    sharded(out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Two processes on the CPU do what one does: the loss curve, the leaf counts, a sharded checkpoint on one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from distributed_case import make, two_steps
+from fastff.errors import TrainingError
+from fastff.training.pretrain import pretrain
+from fastff.training.routing import LayerTraining
+from training_cases import small, write_text
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def two(text, tmp_path_factory):
+    """The folder that two processes left."""
+    out = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(HERE / "distributed_case.py"), str(out), str(text)]
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_the_loss_of_two_processes_is_that_of_one(two, text, tmp_path):
+    ours = json.loads((two / "run" / "result.json").read_text())
+    alone = pretrain(small(tmp_path / "run", text, steps=20, batch=8, save_every=100))
+    assert (ours["processes"], alone["processes"]) == (2, 1)
+    assert len(ours["curve"]) == 20
+    for (step, loss), (_, want) in zip(ours["curve"], alone["curve"], strict=True):
+        assert abs(loss - want) < 1e-5, step
+    assert abs(ours["valid_loss"] - alone["valid_loss"]) < 1e-5
+    assert ours["rows"] == alone["rows"]
+    assert ours["routing"] == alone["routing"]  # the leaf counts of both processes, summed
+
+
+def test_one_process_goes_on_where_two_stopped(two, text):
+    """The same settings on another number of processes: the run is found finished, its checkpoint fits."""
+    settings = small(two / "run", text, steps=20, batch=8, save_every=100)
+    record = pretrain(settings)
+    (two / "run" / "result.json").unlink()
+    again = pretrain(settings)
+    assert (again["processes"], again["valid_loss"]) == (1, pytest.approx(record["valid_loss"], abs=1e-6))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it should be here
+def test_a_sharded_checkpoint_of_two_processes_loads_on_one(two):
+    model, optimizer = make()
+    losses = two_steps(model, optimizer)
+    torch.testing.assert_close(torch.load(two / "sharded-losses.pt"), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    fresh, fresh_optimizer = make(seed=1)
+    weights, moments = get_state_dict(fresh, fresh_optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=two / "sharded")
+    set_state_dict(fresh, fresh_optimizer, model_state_dict=weights, optim_state_dict=moments)
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], want, rtol=1e-4, atol=1e-5)
+    two_steps(fresh, fresh_optimizer)
+
+
+def test_sharding_where_it_cannot_be(text, tmp_path):
+    with pytest.raises(TrainingError, match="several processes with a GPU each"):
+        pretrain(small(tmp_path, text, sharded=True))
+    with pytest.raises(TrainingError, match="not made for sharded weights"):
+        small(tmp_path, text, sharded=True, layer=LayerTraining(level_rate=0.5))
