@@ -1,0 +1,108 @@
+"""Comparing runs: the recovered gap by hand, what does not compare, and the script of the experiments at toy size."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastff.cli import app
+from fastff.training.compare import chart, compare, recovered_gap, table
+from fastff.training.presets import PRESETS, cost_of
+from training_cases import write_text
+
+ROOT = Path(__file__).parents[1]
+
+
+def record(name, loss, seed=0, **settings):
+    return {
+        "settings": {"feedforward": name, "seed": seed, "steps": 9, **settings},
+        "cost": asdict(cost_of(name, PRESETS["small"])),
+        "parameters": 7,
+        "tokens": 100,
+        "seconds": 2.0,
+        "valid_loss": loss,
+        "routing": {},
+    }
+
+
+def test_recovered_gap():
+    assert recovered_gap(4.0, 4.0, 3.0) == 0.0
+    assert recovered_gap(4.0, 3.0, 3.0) == 1.0
+    assert recovered_gap(4.0, 4.1, 3.0) == pytest.approx(-0.1)
+    assert recovered_gap(3.0, 3.0, 3.0) is None
+
+
+def test_arms_are_compared_over_seeds():
+    records = [
+        record("dense-swiglu", 3.0),
+        record("16x7-gate", 3.7, seed=0),
+        record("16x7-gate", 3.9, seed=1),
+        record("narrow:16x7-gate", 4.0),
+        record("1x11", 4.2),
+        record("none", 5.0),
+    ]
+    entries = {entry["name"]: entry for entry in compare(records)}
+    assert list(entries) == ["dense-swiglu", "narrow:16x7-gate", "16x7-gate", "1x11", "none"]
+    tree = entries["16x7-gate"]
+    assert (tree["loss"], tree["recovered_gap"]) == (pytest.approx(3.8), pytest.approx(0.2))
+    assert tree["losses"] == {"0": 3.7, "1": 3.9}
+    assert tree["tokens_per_second"] == 50
+    assert entries["1x11"]["recovered_gap"] is None, "its narrow control was not run"
+    lines = table(list(entries.values())).splitlines()
+    assert "| 3.800 (3.700-3.900) | 0.20 |" in lines[4]
+    drawing = chart(list(entries.values()))
+    assert drawing == chart(list(entries.values()))
+    assert "11x7-gate" in drawing
+    assert "no feedforward" in drawing
+
+
+def test_runs_that_differ_otherwise_do_not_compare():
+    with pytest.raises(ValueError, match="none was run with another steps"):
+        compare([record("dense-swiglu", 3.0), record("none", 3.0, steps=10)])
+    with pytest.raises(ValueError, match="no finished run"):
+        compare([])
+
+
+def test_the_script_runs_in_pieces_and_goes_on(tmp_path, monkeypatch, capsys):
+    text = write_text(tmp_path)
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "runs" / "pretrain_arms.py"), str(text), "--runs", str(tmp_path / "runs")]
+    command += ["--out", str(out), "--arms", "none", "--steps", "2"]
+    sizes = {"batch": 2, "micro-batch": 1, "length": 16, "vocab-size": 200, "valid-windows": 2, "piece-seconds": 1e-9}
+    command += [word for name, value in sizes.items() for word in ("--option", f"{name}={value}")]
+
+    class Process:
+        """A run in this process: importing Transformers in another takes longer than the run."""
+
+        def __init__(self, words):
+            done = CliRunner().invoke(app, words[3:])
+            assert done.exit_code == 0, done.output
+            self.returncode = done.exit_code
+
+        def poll(self):
+            return self.returncode
+
+    start = subprocess.Popen
+
+    def run():
+        ours = [sys.executable, "-m", "fastff.cli"]
+        monkeypatch.setattr(
+            subprocess, "Popen", lambda words, **o: Process(words) if words[:3] == ours else start(words, **o)
+        )
+        monkeypatch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert run() == "0 of 1 runs are finished: the same command goes on"
+    assert run() == "1 of 1 runs are finished"
+    found = json.loads((out / "comparison.json").read_text())
+    assert [entry["name"] for entry in found["arms"]] == ["none"]
+    assert (out / "table.md").read_text() == table(found["arms"]) + "\n"
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "curves.json", "loss.svg", "table.md"}
