@@ -170,7 +170,7 @@ def test_results_are_saved_whole(tmp_path):
 @pytest.mark.parametrize("subject", [DENSE, GATED], ids=label)
 @pytest.mark.parametrize("name", [name for name, p in PROVIDERS.items() if p.dense and name != "torch.compile"])
 def test_dense_providers_compute_the_dense_layer(name, subject):
-    why = PROVIDERS[name].why_not(subject, False)
+    why = PROVIDERS[name].why_not(subject)
     if why is not None:
         pytest.skip(why)
     checked = Station(1, 0).prepare(cell(name, subject, rows=5), 10.0)  # raises Refused if it is wrong

@@ -39,11 +39,28 @@ def _same(x: Tensor) -> Any:
     return x
 
 
+def _nothing() -> str | None:
+    return None
+
+
+def _no_compiler() -> str | None:
+    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "no C++ compiler"
+
+
+def _no_mkl() -> str | None:
+    return None if torch.backends.mkl.is_available() else "this build of torch has no MKL"
+
+
+def _no_onednn() -> str | None:
+    return None if torch.backends.mkldnn.is_available() else "this build of torch has no oneDNN"
+
+
 @dataclass(frozen=True)
 class Provider:
     """dense: computes a DenseConfig, else a tree. copies: memory beside the fp32 weights, in their bytes,
     with what building needs for a moment.
-    per_rows: made for one number of rows. trains: has a backward. needs: packages."""
+    per_rows: made for one number of rows. trains: has a backward. needs: packages. missing: what else
+    is not there, if anything."""
 
     name: str
     family: str
@@ -56,19 +73,16 @@ class Provider:
     per_rows: bool = False
     trains: bool = False
     needs: tuple[str, ...] = ()
+    missing: Callable[[], str | None] = _nothing
 
-    def why_not(self, subject: Subject, training: bool) -> str | None:
+    def why_not(self, subject: Subject) -> str | None:
         """The reason why this provider cannot compute this layer here, None if it can."""
         for package in self.needs:
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
         if self.needs and weights_of(subject) * 4 > onnx_models.MOST_BYTES:
             return f"{weights_of(subject) * 4} bytes of weights are more than one ONNX model holds"
-        if self.name == "torch packed" and not torch.backends.mkl.is_available():
-            return "this build of torch has no MKL"
-        if self.name == "torch.compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            return "no C++ compiler"
-        return None
+        return self.missing()
 
     def computes(self, subject: Subject, training: bool) -> bool:
         """Whether this is a provider of such a layer at all."""
@@ -248,9 +262,15 @@ PROVIDERS: dict[str, Provider] = {
     p.name: p
     for p in (
         Provider("torch eager", "torch", True, "fp32", modules, 0, trains=True),
-        Provider("torch.compile", "torch", True, "fp32", torch_compile, 0, per_rows=True, trains=True),
-        Provider("torch packed", "torch", True, "fp32", torch_packed, 1, per_rows=True),
-        Provider("torch bf16", "torch", True, "bf16", torch_bf16, 0.75, _bf16, Tensor.float, per_rows=True),
+        Provider(
+            "torch.compile", "torch", True, "fp32", torch_compile, 0,
+            per_rows=True, trains=True, missing=_no_compiler,
+        ),
+        Provider("torch packed", "torch", True, "fp32", torch_packed, 1, per_rows=True, missing=_no_mkl),
+        Provider(
+            "torch bf16", "torch", True, "bf16", torch_bf16, 0.75, _bf16, Tensor.float,
+            per_rows=True, missing=_no_onednn,
+        ),
         Provider("torch int8", "torch", True, "int8", torch_int8, 1.25),
         Provider("onnxruntime", "onnxruntime", True, "fp32", _onnxruntime(_FP32), 2, needs=_RUNTIME, **_ONNX),
         Provider(

@@ -182,7 +182,7 @@ def _cells(scene: Scene, settings: Settings) -> list[Cell]:
 def _measure(scene: Scene, settings: Settings, crew: _Crew, record: Record, clock: _Clock) -> None:
     cells = []
     for cell in _cells(scene, settings):
-        why = PROVIDERS[cell.provider].why_not(cell.subject, cell.training)
+        why = PROVIDERS[cell.provider].why_not(cell.subject)
         if why is None:
             cells.append(cell)
         else:
