@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 
-.PHONY: demo test sanitize test-c check format bench setup install-c wheel clean
+.PHONY: demo test sanitize test-c test-arm check format bench setup install-c wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
@@ -22,7 +22,7 @@ sanitize: setup
 	FASTFF_LIBRARY=$(CURDIR)/build/sanitize/libfastff.so OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py
+	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -48,6 +48,15 @@ test-c: setup
 	rm -rf build/c-root
 	$(MAKE) install-c DESTDIR=$(CURDIR)/build/c-root
 	FASTFF_C_ROOT=$(CURDIR)/build/c-root CMAKE=$(CMAKE) $(BIN)/python -m pytest tests/test_c_example.py
+
+# The core for AArch64, cross-compiled with g++-aarch64-linux-gnu and run by qemu-user, against plain loops in C.
+test-arm:
+	$(CMAKE) -S . -B build/arm -DFASTFF_C=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	$(CMAKE) --build build/arm --parallel $$(nproc)
+	aarch64-linux-gnu-gcc -std=c99 -O1 -static -Icsrc tests/c/check_core.c build/arm/libfastff.a \
+	-lstdc++ -lm -lpthread -o build/arm/check_core
+	qemu-aarch64 build/arm/check_core kernels
+	qemu-aarch64 build/arm/check_core threads
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -11,6 +11,8 @@ namespace {
 const Isa* const kByPreference[] = {
 #if defined(__x86_64__)
     &isa_avx512, &isa_avx2,
+#elif defined(__aarch64__)
+    &isa_neon,
 #endif
     &isa_scalar};
 

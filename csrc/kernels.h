@@ -119,6 +119,8 @@ extern const Isa isa_scalar;
 #if defined(__x86_64__)
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+#elif defined(__aarch64__)
+extern const Isa isa_neon;
 #endif
 
 }  // namespace fastff

@@ -35,7 +35,7 @@ def weights_of(layer: fastff.FFF) -> tuple[Tensor, Tensor | None, Tensor, Tensor
 def supported_isas() -> list[str]:
     names = []
     before = native.isa()
-    for name in ("scalar", "avx2", "avx512"):
+    for name in ("scalar", "avx2", "avx512", "neon"):
         try:
             native.set_isa(name)
             names.append(name)

@@ -2,8 +2,8 @@
  *
  *   run_layer LAYER.safetensors [ROWS.txt]
  *
- * ROWS (or standard input) holds numbers in text, in_features to a row. Prints the leaf that a row reaches in each tree,
- * then its out_features outputs, a line to a row. */
+ * ROWS (or standard input) holds numbers in text, in_features to a row. Prints the leaf that a row reaches in each
+ * tree, then its out_features outputs, a line to a row. */
 #include <errno.h>
 #include <fastff.h>
 #include <limits.h>
@@ -78,8 +78,8 @@ static const float* read_weights(const st_file* file, const char* name, int64_t 
   }
   if (t->dimensions != (columns ? 3 : 2) || t->shape[0] != trees || t->shape[1] != rows ||
       (columns && t->shape[2] != columns)) {
-    const char* format = columns ? "does not have the shape (%lld, %lld, %lld)" : "does not have the shape (%lld, %lld)";
-    snprintf(text, sizeof text, format, (long long)trees, (long long)rows, (long long)columns);
+    snprintf(text, sizeof text, columns ? "is not of shape (%lld, %lld, %lld)" : "is not of shape (%lld, %lld)",
+             (long long)trees, (long long)rows, (long long)columns);
     return fail(name, text), NULL;
   }
   return t->data;

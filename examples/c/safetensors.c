@@ -134,8 +134,8 @@ static int parse_integers(parser* p, int64_t* values, int most, int* count) {
   return expect(p, ']');
 }
 
-/* Room for one more element, zeroed; NULL with an error if there is none. A list is full whenever its length is zero or a
- * power of two. */
+/* Room for one more element, zeroed; NULL with an error if there is none. A list is full whenever its length is zero or
+ * a power of two. */
 static void* one_more(parser* p, void* list, size_t count, size_t size) {
   char* grown = list;
   if (count == MOST_ENTRIES) {

@@ -135,7 +135,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """Name of the instruction set in use: scalar, avx2 or avx512."""
+    """Name of the instruction set in use: scalar, avx2, avx512 or neon."""
     name: bytes = library().fastff_isa()
     return name.decode()
 
