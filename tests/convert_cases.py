@@ -47,17 +47,20 @@ def few_shapes(monkeypatch):
     monkeypatch.setattr(plan, "DEPTHS", (3,))
 
 
-def tiny(model_type="bert", **extra):
-    torch.manual_seed(0)
+def tiny(model_type="bert", seed=0, **extra):
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     if model_type == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 128, "bos_token_id": 1, "eos_token_id": 1}
     if model_type == "llama":
         sizes["num_key_value_heads"] = 2
+    if model_type == "ultrafastbert":
+        del sizes["intermediate_size"]
+        extra |= {"is_decoder": True, "feedforward": {"kind": "dense", "intermediate_size": 128}}
     if model_type == "modernbert":
         extra |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
     config = AutoConfig.for_model(model_type, vocab_size=62, initializer_range=0.3, **sizes, **extra)
-    auto = AutoModelForCausalLM if model_type in ("gpt2", "llama") else AutoModel
+    auto = AutoModelForCausalLM if model_type in ("gpt2", "llama", "ultrafastbert") else AutoModel
     if "num_labels" in extra:
         auto = AutoModelForSequenceClassification
     return auto.from_config(config).eval()

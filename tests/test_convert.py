@@ -16,14 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conftest import make_rows
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import convert
+from fastff.convert import convert, pipeline
 from fastff.convert.capture import capture
 from fastff.convert.distil import chunks_of, missed
-from fastff.convert.evaluate import perplexity, rank, read_table, spearman
+from fastff.convert.evaluate import accuracy, perplexity, rank, read_table, spearman
 from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, prune, solve_outputs
 from fastff.convert.load import load_dense
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
@@ -268,6 +268,34 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
     assert not (settings.out / "work").exists()
 
 
+def test_a_classifier_is_converted_and_its_accuracy_measured(tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer, num_labels=3)
+    table = tmp_path / "sentences.tsv"
+    rows = [f"{WORDS[k]} {WORDS[2 * k]}\t{k % 3}" for k in range(30)]
+    table.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    settings = settings_for(tmp_path, model, text, table=table, controls=("narrow",))
+    record = convert(settings)
+    assert (record["kind"], record["metric"]) == ("classifier", "accuracy, percent")
+    found = [record["dense"]["quality"], *(arm["after"] for arm in record["arms"].values())]
+    assert all(0 <= percent <= 100 and abs(percent * 30 / 100 - round(percent * 30 / 100)) < 1e-9 for percent in found)
+    loaded = AutoModelForSequenceClassification.from_pretrained(settings.out).eval()
+    assert accuracy(loaded, tokenizer, read_table(table)) == pytest.approx(record["arms"]["tree"]["after"])
+    assert "AutoModelForSequenceClassification" in (settings.out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "ultrafastbert"])
+def test_a_decoder_is_converted_and_its_perplexity_measured(model_type, tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer, model_type)
+    settings = settings_for(tmp_path, model, text, controls=())
+    record = convert(settings)
+    assert (record["kind"], record["metric"]) == ("causal", "perplexity")
+    loaded = AutoModelForCausalLM.from_pretrained(settings.out).eval()
+    every = tokenise(tokenizer, text, tmp_path / "text", max_length=16, max_tokens=10**6, whole_blocks=True)
+    held_out = every.slice(len(every) - int(pipeline.HELD_OUT * len(every)), len(every))
+    assert perplexity(loaded, held_out) == pytest.approx(record["arms"]["tree"]["after"], rel=1e-4)
+    assert perplexity(tiny(model_type), held_out) == pytest.approx(record["dense"]["quality"], rel=1e-4)
+
+
 KILLED = """
 import os, pathlib, pickle, signal, sys
 from fastff.convert import arms, convert, plan
@@ -283,7 +311,7 @@ convert(settings, progress=progress)
 
 def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer)
-    settings = settings_for(tmp_path, model, text, controls=(), shared=0)
+    settings = settings_for(tmp_path, model, text, controls=(), shared=0, mild=0.9, average=0.9, rate_routing=0.3)
     (tmp_path / "settings").write_bytes(pickle.dumps(settings))
     child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "settings")], capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()

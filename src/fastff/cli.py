@@ -100,6 +100,9 @@ def convert(
     steps: Annotated[int, typer.Option(min=1, help="Steps of all layers together.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="Tokens captured a block.")] = 200_000,
+    mild: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the steps that fade dense layers out.")
+    ] = 0.0,
     controls: Annotated[str, typer.Option(help="Also taught alike, any of narrow,pruned,none.")] = "narrow,pruned,none",
     keep_slow: Annotated[bool, typer.Option(help="Convert layers that a tree makes slower here, too.")] = False,
 ) -> None:
@@ -134,6 +137,7 @@ def convert(
                 steps=steps,
                 batch=batch,
                 rows=rows,
+                mild=mild,
                 controls=tuple(filter(None, controls.split(","))),
                 keep_slow=keep_slow,
             )

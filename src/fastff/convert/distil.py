@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
+from fastff.convert.schedule import Average, Fade, SlowTurns
 from fastff.convert.text import Examples
 from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of
@@ -140,17 +142,40 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
     return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How all layers are taught together.
+
+    rate, rate_others  learning rates of the new layers and of everything else; embeddings are frozen
+    rate_routing       factor on `rate` for what decides turns: rows of w_in and b_in that belong to nodes
+    mild               share of the steps in which the dense layers' outputs are faded out: at first a block gives
+                       what its dense layer gave, after that what its new layer gives
+    average            decay of the average of all weights that is kept in the end, per step; 0 keeps the last weights
+    """
+
+    steps: int
+    batch: int
+    rate: float = 1e-3
+    rate_others: float = 1e-4
+    rate_routing: float = 1.0
+    mild: float = 0.0
+    average: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.mild < 1.0:
+            raise ValueError(f"mild {self.mild} is not in [0, 1)")
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average {self.average} is not in [0, 1)")
+
+
 def distil(
     student: Any,
     teacher: Any,
     examples: Examples,
+    recipe: Recipe,
     *,
     kind: Kind,
-    steps: int,
-    batch: int,
-    rate: float = 1e-3,
-    rate_others: float = 1e-4,
-    seed: int = 0,
     progress: Progress = lambda *_: None,
     start: int = 0,
     state: dict[str, Any] | None = None,
@@ -159,30 +184,40 @@ def distil(
 ) -> None:
     """Train the whole student but its embeddings to give what the teacher gives, on unlabelled text.
 
-    rate is for the new layers, rate_others for everything else. start, state and checkpoint serve resuming: state
-    holds "optimiser" and "schedule" as `checkpoint(step, state)` was given them.
-    """
+    start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given."""
     new, others = parameter_groups(student)
     optimiser = torch.optim.AdamW(
-        [{"params": new, "lr": rate}, {"params": others, "lr": rate_others}], weight_decay=0.0, betas=(0.9, 0.98)
+        [{"params": new, "lr": recipe.rate}, {"params": others, "lr": recipe.rate_others}],
+        weight_decay=0.0,
+        betas=(0.9, 0.98),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, recipe.steps))
+    average = Average([*new, *others], recipe.average)
     if state is not None:
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
-    batches = skip(examples.shuffled(batch, seed), start)
+        average.restore(state["average"])
+    batches = skip(examples.shuffled(recipe.batch, recipe.seed), start)
     learn_without_dropout(student)
     teacher.eval()
-    for step in range(start, steps):
-        loss = distillation_loss(student, teacher, examples.batch(next(batches), student.device), kind)
+    fade, turns = Fade(student, teacher), SlowTurns(student, recipe.rate_routing)
+    for step in range(start, recipe.steps):
+        fade.share = 0.0 if recipe.mild == 0 else max(0.0, 1 - step / (recipe.mild * recipe.steps))
+        with fade:
+            loss = distillation_loss(student, teacher, examples.batch(next(batches), student.device), kind)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*new, *others], CLIP)
+        turns.remember()
         optimiser.step()
+        turns.shorten()
         schedule.step()
-        progress("distil", step + 1, steps)
-        if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-            checkpoint(step + 1, {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()})
+        average.add()
+        progress("distil", step + 1, recipe.steps)
+        if (step + 1) % checkpoint_every == 0 and step + 1 < recipe.steps:
+            kept = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+            checkpoint(step + 1, {**kept, "average": average.state})
+    average.put()
     student.eval()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from fastff.convert.distil import Recipe
 
 DEFAULT_ACTIVE = 0.1
 CONTROLS = ("narrow", "pruned", "none")
@@ -32,7 +34,7 @@ class Settings:
     max_length   tokens an example            max_tokens   tokens read from the text
     probe_rows   tokens of each measurement before the choice of layers
     timing_s     seconds of timing a layer; whole models get six times as long
-    rate         learning rate of the new layers; rate_others of all else but the embeddings
+    rate, rate_others, rate_routing, mild, average   see `distil.Recipe`
     controls     also distil alike, and report beside the tree: "narrow" dense layers of equal work, the dense layers
                  "pruned" to it, "none" at all
     keep_slow    convert layers whose tree is measured to be slower than the dense layer, too
@@ -58,6 +60,9 @@ class Settings:
     timing_s: float = 0.15
     rate: float = 1e-3
     rate_others: float = 1e-4
+    rate_routing: float = 1.0
+    mild: float = 0.0
+    average: float = 0.0
     seed: int = 0
     controls: tuple[str, ...] = CONTROLS
     keep_slow: bool = False
@@ -77,11 +82,17 @@ class Settings:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
+        _ = self.recipe  # checks its own values
         for control in self.controls:
             if control not in CONTROLS:
                 raise ValueError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
         if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
             raise ValueError(f"shapes {self.shapes} are not pairs of at least 1")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The joint distillation's part of this."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
     @property
     def share(self) -> float:

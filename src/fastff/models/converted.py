@@ -146,14 +146,20 @@ class _Converted:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As in Transformers, whatever the original class makes of its own checkpoints."""
+        load: Any = PreTrainedModel.from_pretrained
+        return load.__func__(cls, *arguments, **options)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         super().save_pretrained(save_directory, **options)  # type: ignore[misc]
         converted_config(self.config, original_class(self)).save_pretrained(save_directory)
 
 
 def original_class(model: object) -> str:
-    """Name of the Transformers class that a (converted or not) model is."""
-    return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+    """Name of the class, without the layers swapped, that a (converted or not) model is."""
+    return next(c.__name__ for c in type(model).__mro__ if c.__module__ != __name__)
 
 
 def converted_config(config: PreTrainedConfig, architecture: str) -> ConvertedConfig:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fastff.errors import CheckpointError
+from fastff.models.feedforward import GATED_ACTIVATIONS, DenseFeedforward
 
 # Names of activations in Transformers' configurations, and the layer's own. "quick_gelu" and others are not supported.
 ACTIVATION_NAMES = {
@@ -141,6 +142,19 @@ def _read_modernbert(block: Any, config: Any) -> DenseWeights:
     return DenseWeights(w_in, b_in, down.weight.t(), down.bias, activation_name(config), v_in=v_in, v_b=v_b)
 
 
+def _read_ours(block: Any, config: Any) -> DenseWeights:
+    layer = block.feedforward
+    if not isinstance(layer, DenseFeedforward):
+        raise CheckpointError(f"feedforward {type(layer).__name__} is not a dense layer: nothing is to be converted")
+    up, down = layer.linear_in, layer.linear_out
+    if layer.activation not in GATED_ACTIVATIONS:
+        return DenseWeights(up.weight, up.bias, down.weight.t(), down.bias, layer.activation)
+    w_in, v_in = up.weight.chunk(2)
+    b_in, v_b = (None, None) if up.bias is None else up.bias.chunk(2)
+    activation = GATED_ACTIVATIONS[layer.activation]
+    return DenseWeights(w_in, b_in, down.weight.t(), down.bias, activation, v_in=v_in, v_b=v_b)
+
+
 _BERT = Family(blocks="encoder.layer", slot="intermediate", read=_read_bert, norm="output.LayerNorm")
 _LLAMA = Family(blocks="layers", slot="mlp", read=_read_llama)
 
@@ -153,6 +167,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "ultrafastbert": Family(blocks="layers", slot="feedforward", read=_read_ours),
 }
 
 

@@ -1,0 +1,189 @@
+"""Time a converted embedding model beside the dense one: whole calls, and the feedforward layers alone.
+
+python runs/convert_latency.py MODEL STUDENTS OUT [--active 0.1] [--seconds 2]
+
+MODEL     directory of all-MiniLM-L6-v2
+STUDENTS  folder of the models that are timed, made by the first call, which then times nothing: their layers are
+          initialised from the dense ones on rows of random tokens and not distilled. Their quality is worth nothing,
+          their work and memory are those of distilled models.
+One thread. Every model is checked to give finite values, then they take turns call by call; medians are kept, with the
+20th and 80th percentiles. Writes OUT/latency.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+import fastff.models  # noqa: F401
+from fastff.convert.arms import active_share
+from fastff.convert.initialise import initialise
+from fastff.convert.report import layer_name
+from fastff.convert.student import dense_layers, describe_narrow, fit_tree
+from fastff.models.converted import ConvertedFeedforward, make_converted
+from fastff.models.families import family_of
+
+SHAPES = ((1, 128), (32, 128))
+TREES = ((8, 4, 0.0), (2, 3, 0.5), (2, 4, 0.75))  # trees, depth, share of the work in shared neurons
+LEAST = 4  # calls of each model
+ROWS = 4096  # that the trees are initialised on
+
+
+@torch.no_grad()
+def inputs_of(model: Any) -> list[torch.Tensor]:
+    """What each feedforward sees on random tokens: (ROWS, hidden) a block."""
+    family, seen = family_of(model.config.model_type), []
+    blocks = family.blocks_of(model)
+    hooks = [family.slot_of(b).register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for b in blocks]
+    model(input_ids=tokens(model, (ROWS // 128, 128)))
+    for hook in hooks:
+        hook.remove()
+    return [x.reshape(-1, x.shape[-1]) for x in seen]
+
+
+def tokens(model: Any, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(1000, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def student(model: Any, descriptions: list[dict[str, Any]], inputs: list[torch.Tensor]) -> Any:
+    copy, family = make_converted(model, descriptions).eval(), family_of(model.config.model_type)
+    for block, dense, x in zip(family.blocks_of(copy), dense_layers(model), inputs, strict=True):
+        module = family.slot_of(block)
+        assert isinstance(module, ConvertedFeedforward)
+        if module.layer is not None:
+            initialise(module, dense, x, lambda x=x: iter([(x, x)]))
+    return copy
+
+
+def time_all(calls: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of calls that take turns: median and spread."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {"median_ms": statistics.median(taken), "p20_ms": quantile(taken, 0.2), "p80_ms": quantile(taken, 0.8)}
+        for name, taken in samples.items()
+    }
+
+
+def quantile(taken: list[float], at: float) -> float:
+    return sorted(taken)[round(at * (len(taken) - 1))]
+
+
+def layer_of(model: Any, k: int) -> Any:
+    family = family_of(model.config.model_type)
+    block = family.blocks_of(model)[k]
+    slot = family.slot_of(block)
+    return slot if isinstance(slot, ConvertedFeedforward) else family.dense_of(block)
+
+
+def feedforwards(model: Any, inputs: list[torch.Tensor], shape: tuple[int, int]) -> Any:
+    """A call of all feedforward layers, each on its own rows."""
+    xs = [x[: shape[0] * shape[1]].view(*shape, -1) for x in inputs]
+    layers = [layer_of(model, k) for k in range(len(xs))]
+
+    def call() -> None:
+        for layer, x in zip(layers, xs, strict=True):
+            layer(x)
+
+    return call
+
+
+def make(model: Any, active: float, folder: Path) -> bool:
+    """Write a student for every entry of TREES and the controls, each into a folder of its name; False if all exist."""
+    dense, inputs = dense_layers(model), inputs_of(model)
+    narrow = describe_narrow(dense[0], round(active * dense[0].neurons))
+    wanted: dict[str, dict[str, Any]] = {"narrow dense": narrow, "none": {"kind": "none"}}
+    for trees, depth, part in TREES:
+        shared = round(part * active * dense[0].neurons / 8) * 8
+        fitted = fit_tree(dense[0], active, trees=trees, depth=depth, shared=shared)
+        if fitted is None:
+            raise SystemExit(f"{trees}x{depth} does not fit active {active}")
+        wanted[layer_name(fitted)] = fitted
+    missing = [name for name in wanted if not (folder / name).exists()]
+    for name in missing:
+        student(model, [wanted[name]] * len(dense), inputs).save_pretrained(folder / name)
+    return bool(missing)
+
+
+def share_of(model: Any, dense: list[Any]) -> float:
+    """Share of the dense layers' floating-point operations that a model's feedforwards spend."""
+    descriptions = getattr(model.config, "fastff_feedforwards", [None] * len(dense))
+    return active_share(dense, descriptions)
+
+
+def measure(
+    models: dict[str, Any], inputs: list[torch.Tensor], shape: tuple[int, int], seconds: float
+) -> dict[str, Any]:
+    """Times of all models and of their feedforwards at one shape; raises SystemExit for values that are not finite."""
+    ids = tokens(models["dense"], shape)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name, model in models.items():
+        if not bool(model(**given)[0].isfinite().all()):
+            raise SystemExit(f"{name} gives values that are not finite")
+    whole = {name: lambda model=model: model(**given) for name, model in models.items()}
+    layers = {name: feedforwards(model, inputs, shape) for name, model in models.items()}
+    return {"shape": shape, "whole": time_all(whole, seconds), "feedforward": time_all(layers, seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "students", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--active", type=float, default=0.1)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
+    if make(model, args.active, args.students):
+        print(f"wrote {args.students}: call again to time them")
+        return
+    models = {"dense": model}
+    for folder in sorted(args.students.iterdir()):
+        models[folder.name] = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        inputs = inputs_of(model)
+        shapes = [measure(models, inputs, shape, args.seconds) for shape in SHAPES]
+    record = {
+        "threads": 1,
+        "torch": torch.__version__,
+        "cpu": cpu(),
+        "students": "initialised, not distilled: only times mean anything",
+        "active": {name: share_of(other, dense_layers(model)) for name, other in models.items()},
+        "shapes": shapes,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
+    for row in shapes:
+        for name in models:
+            cells = []
+            for what in ("whole", "feedforward"):
+                ms = row[what][name]["median_ms"]
+                cells.append(f"{what} {ms:.2f} ms ({row[what]['dense']['median_ms'] / ms:.2f}x)")
+            print(f"{row['shape']} {name}: {', '.join(cells)}")
+
+
+def cpu() -> str:
+    """Name of the processor, where the system says it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
