@@ -59,7 +59,7 @@ class Settings:
 
     grid: Grid
     seconds: float = 0.5
-    longest_call: float = 6.0
+    longest_call: float = 4.0
     seed: int = 0
     separate: bool = True
     limits: bool = True
