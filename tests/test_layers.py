@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 import fastff
 from conftest import make_layer, make_rows, weights_of
-from fastff.ops import reference
+from fastff.ops import native, reference
 
 
 def expected(layer, x):
@@ -164,6 +165,29 @@ def test_many_python_threads_share_one_layer():
     with ThreadPoolExecutor(8) as pool:
         for got, want in zip(pool.map(answer, inputs), wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_that_meet_at_the_first_call_pack_once(monkeypatch):
+    """A second pack would write what the first thread already reads."""
+    packs, call = [], native._call
+
+    def counted(name, *arguments):
+        packs.append(name)
+        return call(name, *arguments)
+
+    monkeypatch.setattr(native, "_call", counted)
+    layer, x = make_layer(64, depth=9).eval(), make_rows(3, 64, dtype=torch.float32)
+    together = Barrier(8)
+
+    def answer(_):
+        together.wait()
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for y in pool.map(answer, range(8)):
+            torch.testing.assert_close(y, expected(layer, x), rtol=1e-5, atol=1e-5)
+    assert packs == ["fastff_pack_f32", "fastff_packed_watch_f32"]
 
 
 def test_a_forked_child_can_use_the_layer():

@@ -315,7 +315,7 @@ class PackedLayer:
         y = _empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
         status = self._infer(self.address, x.data_ptr(), y.data_ptr(), rows, _get_num_threads())
         if status == _STALE:
-            self._pack(parameters)
+            self._pack(parameters, edited=True)
             return self(x, parameters)
         if status != _OK:
             raise FastffError(library().fastff_error().decode())
@@ -338,7 +338,8 @@ class PackedLayer:
         )
         return Routed(y, leaf, margin)
 
-    def _pack(self, parameters: Mapping[str, Tensor | None]) -> bool:
+    def _pack(self, parameters: Mapping[str, Tensor | None], *, edited: bool = False) -> bool:
+        """Pack unless another thread did so while this one waited, or the values were edited behind the counters."""
         ordered = [parameters[name] for name in _NAMES]
         w_in, _, w_out, _ = ordered
         present = [tensor for tensor in ordered if tensor is not None]
@@ -347,7 +348,12 @@ class PackedLayer:
             return False
         if w_in is None or w_out is None:
             return False
+        state = (w_in._version, w_out._version, w_in.data_ptr(), w_out.data_ptr())
+        biases = _bias_state(parameters) if len(present) > 2 else None
         with self._lock:
+            same = self._w_in is w_in and self._w_out is w_out and self._state == state and self._biases == biases
+            if same and not edited:
+                return True
             self._w_in = self._w_out = None
             pointers = [_pointer(tensor) for tensor in ordered]
             if self._handle:
@@ -357,8 +363,7 @@ class PackedLayer:
                 _call("fastff_pack_f32", tree, *pointers, self._weights, ctypes.byref(self._handle))
                 self.address = self._handle.value or 0
             _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
-            self._state = (w_in._version, w_out._version, w_in.data_ptr(), w_out.data_ptr())
-            self._biases = _bias_state(parameters) if len(present) > 2 else None
+            self._state, self._biases = state, biases
             self._w_in, self._w_out = w_in, w_out
         return True
 
