@@ -33,7 +33,7 @@ from fastff.models.families import family_of
 
 SHAPES = ((1, 128), (32, 128))
 TREES = ((8, 4, 0.0), (2, 3, 0.5), (2, 4, 0.75))  # trees, depth, share of the work in shared neurons
-LEAST = 4  # calls of each model
+LEAST = 5  # calls of each model
 ROWS = 4096  # that the trees are initialised on
 
 
@@ -168,13 +168,20 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
-    for row in shapes:
-        for name in models:
-            cells = []
+    print("\n".join(table(record)))
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """Rows of Markdown: whole call and feedforwards at each shape, milliseconds and times faster than dense."""
+    rows = []
+    for name, share in record["active"].items():
+        cells = [name, f"{100 * share:.1f}"]
+        for row in record["shapes"]:
             for what in ("whole", "feedforward"):
                 ms = row[what][name]["median_ms"]
-                cells.append(f"{what} {ms:.2f} ms ({row[what]['dense']['median_ms'] / ms:.2f}x)")
-            print(f"{row['shape']} {name}: {', '.join(cells)}")
+                cells.append(f"{ms:.1f} ({row[what]['dense']['median_ms'] / ms:.2f}x)")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def cpu() -> str:
