@@ -2,10 +2,12 @@
 
 `python runs/end_to_end.py --out results/cpu/end-to-end.json`
 
-Twelve layers of BERT-base's size with random weights: speed does not depend on their values, except that routing is as
-even as random weights make it. The dense model runs in PyTorch, `torch.compile`, ONNX Runtime and OpenVINO, all in fp32;
-the model with 1x11 trees in PyTorch, with fp32 and with quantised trees; the model without feedforward layers shows what
-no feedforward layer can go below. Engines take turns in one process, each on one thread.
+Twelve layers of BERT-base size with random weights: speed does not depend on their values, except that routing is as
+even as random weights make it. The dense model runs in PyTorch, `torch.compile`, ONNX Runtime and OpenVINO, all in
+fp32; the model with 1x11 trees in PyTorch, with fp32 and with quantised trees; the model without feedforward layers
+shows what no feedforward layer can go below. The three then run with every linear layer in PyTorch's dynamic int8 (of
+the dense model the feedforward too) and under bf16 autocast, the trees in int8. Engines take turns in one process,
+each on one thread.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 
 from fastff import models
 from fastff.bench.machine import machine
@@ -65,7 +68,18 @@ def engines(example: Tensor) -> dict[str, Run]:
         models.quantize(quantised.model, kind)
         runs[f"1x11 {kind}, torch"] = quantised
     runs["no feedforward, torch"] = none
+    for name, module in (("dense", dense), ("1x11", quantised), ("no feedforward", none)):
+        runs[f"{name}, torch, int8 projections"] = quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+        runs[f"{name}, torch, bf16 autocast"] = autocast(module)
     return runs
+
+
+def autocast(module: Hidden) -> Run:
+    def run(ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(ids)
+
+    return run
 
 
 class Hidden(nn.Module):

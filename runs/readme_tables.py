@@ -125,7 +125,23 @@ def _machine(found: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['isa']} kernels; {versions}. Measured limits: {measured}."
 
 
-TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu}
+def end_to_end() -> str:
+    """A whole encoder: every engine's latency, and how many times faster than the fastest fp32 dense one it is."""
+    found = json.loads((ROOT / "results" / "cpu" / "end-to-end.json").read_text())
+    shapes = sorted({cell["shape"] for cell in found["cells"]}, key=lambda shape: int(shape.split("x")[0]))
+    ms = {(cell["shape"], cell["engine"]): cell["ms"] for cell in found["cells"]}
+    engines = list(dict.fromkeys(cell["engine"] for cell in found["cells"]))
+    fp32 = [name for name in engines if name.startswith("dense") and "int8" not in name and "bf16" not in name]
+    best = {shape: min(ms[shape, name] for name in fp32) for shape in shapes}
+    heads = [f"{shape.replace('x', ' x ')} tokens, ms" for shape in shapes]
+    lines = [f"| encoder, engine | {' | '.join(heads)} |", "|---" * (len(shapes) + 1) + "|"]
+    for name in engines:
+        cells = [f"{figure(ms[shape, name])} ({best[shape] / ms[shape, name]:.1f}x)" for shape in shapes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end}
 
 
 def updated(text: str) -> str:
