@@ -180,6 +180,12 @@ def test_another_configuration_is_refused_with_what_differs(whole, text):
         pretrain(small(out, text, length=32))
 
 
+def test_checkpoints_of_an_unknown_run_are_refused(text, tmp_path):
+    checkpoint.checkpoint_path(tmp_path, 5).mkdir()
+    with pytest.raises(TrainingError, match=r"holds checkpoints but no settings.json"):
+        pretrain(small(tmp_path, text))
+
+
 def test_a_damaged_checkpoint_is_named(text, tmp_path):
     out = tmp_path / "run"
     pretrain(small(out, text, piece_seconds=1e-9))

@@ -81,6 +81,8 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     """Write what a run is, or raise TrainingError if `out` holds another one: naming each difference."""
     path = out / SETTINGS
     if not path.is_file():
+        if last_checkpoint(out) is not None:
+            raise TrainingError(f"{out} holds checkpoints but no {SETTINGS} that says of which run")
         write_json(path, identity)
         return
     before = read_json(path)
