@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastff.training.compare import table
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,6 +17,14 @@ def test_tables_match_results():
     command = [sys.executable, str(ROOT / "runs" / "readme_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_comparison_of_trained_feedforwards_is_that_of_results():
+    folder = ROOT / "results" / "training" / "tiny-causal"
+    made = table(json.loads((folder / "comparison.json").read_text())["arms"])
+    assert (folder / "table.md").read_text() == made + "\n"
+    for page in (folder / "README.md", ROOT / "docs" / "training.md"):
+        assert made in page.read_text(), page
 
 
 def test_the_first_example_runs():
