@@ -54,6 +54,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """What a test does to torch's number of threads ends with it: it changes the bits of sums."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

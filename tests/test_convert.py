@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -313,7 +314,9 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path
     model = saved(tmp_path / "model", tokenizer)
     settings = settings_for(tmp_path, model, text, controls=(), shared=0, mild=0.9, average=0.9, rate_routing=0.3)
     (tmp_path / "settings").write_bytes(pickle.dumps(settings))
-    child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "settings")], capture_output=True, check=False)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "settings")]
+    same_bits = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.run(command, env=same_bits, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     with pytest.raises(CheckpointError, match="other settings"):
         convert(replace(settings, steps=9))
