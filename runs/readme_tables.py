@@ -122,7 +122,8 @@ def _machine(found: dict[str, Any]) -> str:
         f"{limit['flops_per_s'] / 1e9:.0f} GFLOP/s"
         for limit in limits
     )
-    return f"{machine['cpu']}, {machine['isa']} kernels; {versions}. Measured limits: {measured}."
+    unfinished = "" if found.get("whole", True) else " The run was stopped: what is absent was not measured."
+    return f"{machine['cpu']}, {machine['isa']} kernels; {versions}. Measured limits: {measured}.{unfinished}"
 
 
 def end_to_end() -> str:

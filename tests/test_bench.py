@@ -16,7 +16,7 @@ import fastff
 from fastff.bench import Grid, Only, Settings, cases, run_grid, station
 from fastff.bench import run as bench_run
 from fastff.bench.cases import Cell, DenseConfig, Scene, label, weights_of
-from fastff.bench.command import conclude, settings_of
+from fastff.bench.command import bench_cpu, conclude, settings_of
 from fastff.bench.layers import expected, make_layer
 from fastff.bench.limits import Limits, least_us, measure, visited_weights
 from fastff.bench.providers import PROVIDERS, Provider
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     prepare = Station.prepare
 
     def interrupting(self, cell, longest_call):
-        if len(prepared) == stop_after:
+        if stop_after is not None and len(prepared) >= stop_after:
             raise KeyboardInterrupt
         prepared.append(cell)
         return prepare(self, cell, longest_call)
@@ -138,6 +138,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         run_grid(settings, tmp_path)
     first = json.loads((tmp_path / PARTIAL).read_text())
     assert {t["rows"] for t in first["timings"]} == {2}
+
+    console = Console(record=True, width=250)
+    assert bench_cpu(settings, tmp_path, console) == 130
+    saved = json.loads((tmp_path / "layer-cpu.json").read_text())
+    assert (saved["whole"], {t["rows"] for t in saved["timings"]}) == (False, {2})
+    assert "goes on" in console.export_text()
+    assert (tmp_path / PARTIAL).is_file()
 
     prepared.clear()
     stop_after = None

@@ -44,18 +44,21 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
         except KeyboardInterrupt:
             kept = "" if out is None else f": the same command goes on from what is in {out}"
             console.print(f"interrupted{kept}", style="yellow", markup=False)
+            found = None if out is None else begun(settings, out)
+            if found is not None:
+                conclude(found, out, console, whole=False)
             return 130
     return conclude(record, out, console)
 
 
-def conclude(record: Record, out: Path | None, console: Console) -> int:
-    """Print and save what was found."""
+def conclude(record: Record, out: Path | None, console: Console, *, whole: bool = True) -> int:
+    """Print and save what was found; of an interrupted run, the finished scenes."""
     for table in tables(record, wide=console.width >= 150):
         console.print(table)
     for line in notes(record):
         console.print(line, markup=False)
     if out is not None:
-        for path in save(record, out):
+        for path in save(record, out, whole=whole):
             console.print(f"wrote {path}", markup=False)
     for name in record.wrong:
         console.print(f"error: {name}: {record.left_out[name]}", style="red", markup=False)

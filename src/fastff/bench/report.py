@@ -132,17 +132,18 @@ def notes(record: Record) -> list[str]:
     return lines
 
 
-def save(record: Record, directory: Path) -> list[Path]:
-    """Write layer-cpu.csv, .json and .png into a directory, whose partial run is then over; returns their paths."""
+def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
+    """Write layer-cpu.csv, .json and .png into a directory; returns their paths. A whole run leaves no partial one."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json", "png")]
     with paths[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(_rounded(t) for t in record.timings)
-    paths[1].write_text(json.dumps(document(record), indent=1) + "\n")
+    paths[1].write_text(json.dumps({**document(record), "whole": whole}, indent=1) + "\n")
     chart(record, paths[2])
-    (directory / PARTIAL).unlink(missing_ok=True)
+    if whole:
+        (directory / PARTIAL).unlink(missing_ok=True)
     return paths
 
 
