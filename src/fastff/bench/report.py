@@ -140,16 +140,17 @@ def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
         writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(_rounded(t) for t in record.timings)
-    paths[1].write_text(json.dumps({**document(record), "whole": whole}, indent=1) + "\n")
+    paths[1].write_text(json.dumps(document(record, whole=whole), indent=1) + "\n")
     chart(record, paths[2])
     if whole:
         (directory / PARTIAL).unlink(missing_ok=True)
     return paths
 
 
-def document(record: Record) -> dict[str, Any]:
-    """The whole run as plain values: what runs/readme_tables.py reads."""
+def document(record: Record, *, whole: bool = True) -> dict[str, Any]:
+    """A run as plain values: what runs/readme_tables.py reads. whole: whether all of its scenes are finished."""
     return {
+        "whole": whole,
         "machine": record.machine,
         "settings": record.settings,
         "limits": [asdict(found) for found in record.limits.values()],
