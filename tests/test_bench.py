@@ -18,12 +18,13 @@ from fastff.bench import run as bench_run
 from fastff.bench.cases import Cell, DenseConfig, Scene, label, weights_of
 from fastff.bench.command import bench_cpu, conclude, settings_of
 from fastff.bench.layers import expected, make_layer
-from fastff.bench.limits import Limits, least_us, measure, visited_weights
+from fastff.bench.limits import Limits, least_us, measure
 from fastff.bench.providers import PROVIDERS, Provider
 from fastff.bench.report import best_of, document, notes
 from fastff.bench.run import PARTIAL, resident_bytes, seatings
 from fastff.bench.station import Refused, Remote, Station
 from fastff.ops import reference
+from fastff.ops.cost import visited_weights
 
 DENSE = DenseConfig(features=32, neurons=64)
 GATED = DenseConfig(features=32, neurons=48, activation="swiglu")

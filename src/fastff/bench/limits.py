@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastff.bench.machine import cache_bytes
+from fastff.ops.cost import levels, visited
 from fastff.tree import TreeConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
@@ -69,26 +69,9 @@ def least_us(config: TreeConfig, limits: Limits, *, rows: int, layers: int, prec
     below them, from memory. Rows are taken to spread evenly over the leaves."""
     seconds = 4 * rows * (config.in_features + config.out_features) / limits.cache_bytes_per_s
     stored = 0
-    for there, size in _levels(config):
+    for there, size in levels(config):
         stored += there * size * config.trees * BYTES[precision] * layers
         cached = stored <= limits.last_level_bytes
         bandwidth = limits.cache_bytes_per_s if cached else limits.memory_bytes_per_s
-        seconds += _visited(there, rows) * size * config.trees * BYTES[precision] / bandwidth
+        seconds += visited(there, rows) * size * config.trees * BYTES[precision] / bandwidth
     return 1e6 * max(config.flops_per_row / limits.flops_per_s, seconds / rows)
-
-
-def visited_weights(config: TreeConfig, rows: int) -> float:
-    """Expected number of different weights that so many rows read, when they spread evenly over the leaves."""
-    return config.trees * sum(_visited(there, rows) * size for there, size in _levels(config))
-
-
-def _levels(config: TreeConfig) -> list[tuple[int, int]]:
-    """Nodes of a tree on each level and weights of one, root first and leaves last."""
-    node = config.in_features + (config.out_features if config.node_output else 0)
-    leaf = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
-    return [*((2**level, node) for level in range(config.depth)), (config.leaves, leaf)]
-
-
-def _visited(there: int, rows: int) -> float:
-    """Expected number of different nodes, of so many, that rows reach."""
-    return float(there) if there == 1 else -there * math.expm1(rows * math.log1p(-1 / there))

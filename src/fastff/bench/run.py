@@ -262,8 +262,13 @@ def _rounds(
     return samples
 
 
+def quartiles(latencies: Sequence[float]) -> list[float]:
+    """The quartiles of what was measured, in its unit."""
+    return statistics.quantiles(latencies, n=4, method="inclusive")
+
+
 def _timing(cell: Cell, checked: Checked, latencies_us: Sequence[float], limits: Limits | None) -> Timing:
-    p25, p50, p75 = statistics.quantiles(latencies_us, n=4, method="inclusive")
+    p25, p50, p75 = quartiles(latencies_us)
     provider = PROVIDERS[cell.provider]
     fraction = None
     if limits and isinstance(cell.subject, TreeConfig) and provider.family == "fastff" and not cell.training:

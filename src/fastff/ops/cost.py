@@ -8,6 +8,7 @@ decides is when the masked form wins: only where a row uses a large share of all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,7 +31,7 @@ CPU = Machine()
 @lru_cache(maxsize=1024)
 def conditional_us(config: TreeConfig, rows: int, threads: int = 1, weight_bytes: int = 4) -> float:
     """Microseconds of the native form for so many rows that spread evenly over the leaves."""
-    reading = _visited_weights(config, rows) * weight_bytes / CPU.reading
+    reading = visited_weights(config, rows) * weight_bytes / CPU.reading
     return 1e6 * (reading + rows * config.flops_per_row / CPU.gathered / threads)
 
 
@@ -58,13 +59,18 @@ def masked_wins(config: TreeConfig, rows: int, threads: int) -> bool:
     return mostly_active(config) and masked_us(config, rows, threads) < conditional_us(config, rows, threads)
 
 
-def _visited_weights(config: TreeConfig, rows: int) -> float:
-    """Weights of the neurons that at least one of `rows` rows visits, each leaf being equally likely."""
+def visited_weights(config: TreeConfig, rows: int) -> float:
+    """Expected number of different weights that so many rows read, when they spread evenly over the leaves."""
+    return config.trees * sum(visited(there, rows) * size for there, size in levels(config))
 
-    def visited(nodes: int) -> float:
-        return nodes * (1 - (1 - 1 / nodes) ** rows) if nodes > 1 else float(min(rows, 1))
 
+def levels(config: TreeConfig) -> list[tuple[int, int]]:
+    """Nodes of a tree on each level and weights of one, root first and leaves last."""
     node = config.in_features + (config.out_features if config.node_output else 0)
     leaf = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
-    total = sum(visited(2**level) for level in range(config.depth)) * node + visited(config.leaves) * leaf
-    return config.trees * total
+    return [*((2**level, node) for level in range(config.depth)), (config.leaves, leaf)]
+
+
+def visited(there: int, rows: int) -> float:
+    """Expected number of different nodes, of so many, that rows reach."""
+    return float(min(rows, 1)) if there == 1 else -there * math.expm1(rows * math.log1p(-1 / there))

@@ -100,7 +100,7 @@ def forward(
     check_dtypes(x, w_in, b_in, w_out, b_out)
     free, name = name is None, resolve(name, x, config)
     rows = x.reshape(-1, config.in_features)
-    if free and name == "native" and cost.mostly_active(config) and _masked_wins(config, rows):
+    if free and name == "native" and _masked_wins(config, rows):
         y, leaf, margin = reference.forward_masked(rows, w_in, b_in, w_out, b_out, config=config)
     elif name == "reference":
         y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)

@@ -19,9 +19,10 @@ from fastff.bench.gpu.check import Errors, check
 from fastff.bench.gpu.device import Cuda, Device, Run
 from fastff.bench.gpu.model import Sizes, training_step
 from fastff.bench.gpu.providers import chain, layers_of, rows_of
-from fastff.bench.limits import visited_weights
 from fastff.bench.machine import commit, machine
+from fastff.bench.run import quartiles
 from fastff.bench.station import FAILED, Refused
+from fastff.ops.cost import visited_weights
 
 LINES = "layer-gpu.jsonl"
 COMPILE_SHARE = 0.4  # of the time, that other processes may take to compile ahead
@@ -137,7 +138,7 @@ def _measure(
         run = training_step(cell.feedforward, settings.sizes, device, settings.seed)
         run()
         device.peak()
-        p25, p50, p75 = (t / 1e3 for t in _quartiles(device.times_us(run, 4 * settings.cell_seconds, cold=False)))
+        p25, p50, p75 = (t / 1e3 for t in quartiles(device.times_us(run, 4 * settings.cell_seconds, cold=False)))
         return Step(cell.key, cell.name, p25, p50, p75, device.peak())
     if settings.tune and cell.provider.startswith("fastff"):
         _tune(cell, settings, device)
@@ -172,7 +173,7 @@ def _memory(forward: Run, run: Run, device: Device) -> tuple[int, int]:
 def _timing(
     cell: Cell, latencies: Sequence[float], errors: Errors, copy_bytes_per_s: float, held: int | None, peak: int | None
 ) -> Timing:
-    case, (p25, p50, p75) = cell.case, _quartiles(latencies)
+    case, (p25, p50, p75) = cell.case, quartiles(latencies)
     tree, subject = case.pair.tree, cell.subject
     dense = cell.provider.startswith("dense")
     flops = case.rows * subject.flops_per_row * (3 if case.training else 1)
@@ -203,10 +204,6 @@ def _timing(
         held_bytes=held,
         peak_bytes=peak,
     )
-
-
-def _quartiles(latencies: Sequence[float]) -> list[float]:
-    return statistics.quantiles(latencies, n=4, method="inclusive")
 
 
 _tuned: set[Any] = set()
