@@ -114,8 +114,7 @@ class Tokens:
         inner = self.length - 2
         ids = np.full((len(which), self.length), self.vocabulary.last, dtype=np.int64)
         ids[:, 0] = self.vocabulary.first
-        for row, number in enumerate(which):
-            ids[row, 1:-1] = self.ids[number * inner : (number + 1) * inner]
+        ids[:, 1:-1] = self.ids[: len(self) * inner].reshape(-1, inner)[np.asarray(which)]
         return torch.from_numpy(ids)
 
 

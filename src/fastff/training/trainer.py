@@ -84,16 +84,22 @@ class PretrainTrainer(Trainer):
         self.last_health: dict[str, dict[str, float]] = {}
         super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[Guide(self)])
         self.remove_callback(PrinterCallback)
-        self.finite = torch.ones((), dtype=torch.bool, device=args.device)
+        # Step of the first loss that is not finite, 0 while there is none; on the device, since reading it waits.
+        self.broken = torch.zeros((), dtype=torch.int64, device=args.device)
 
     def get_train_dataloader(self) -> Any:
-        return self.source
+        return self.source if self.args.device.type == "cpu" else (self._sent(batch) for batch in self.source)
+
+    def _sent(self, batch: Batch) -> Batch:
+        """The batch on the device, copied while the device works on."""
+        return {name: part.pin_memory().to(self.args.device, non_blocking=True) for name, part in batch.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
             groups = parameter_groups(trained, self.plan)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.plan.rate, betas=(0.9, 0.98), eps=1e-12)
+            fused = self.args.device.type == "cuda"
+            self.optimizer = torch.optim.AdamW(groups, lr=self.plan.rate, betas=(0.9, 0.98), eps=1e-12, fused=fused)
             if self.plan.layer.paces:
                 progress = lambda: self.plan.budget.progress(self.state.global_step)  # noqa: E731
                 Pace(trained, self.plan.layer, progress).watch(self.optimizer)
@@ -112,7 +118,8 @@ class PretrainTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.finite &= loss.isfinite()
+        first = (self.broken == 0) & ~loss.isfinite()
+        self.broken += first * (self.state.global_step + 1)
         return loss
 
     @torch.no_grad()
@@ -188,15 +195,7 @@ class Guide(TrainerCallback):
         trainer, plan = self.trainer, self.trainer.plan
         plan.budget.tick()
         over = plan.piece_seconds is not None and time.monotonic() - self.started >= plan.piece_seconds
-        plan.budget.used, stop, broken = agreed(
-            [plan.budget.used, plan.stop.asked or over, not trainer.finite], args.device
-        )
-        if broken:
-            good = checkpoint.last_checkpoint(plan.out)
-            raise TrainingError(
-                f"the loss is not finite in step {state.global_step}; the last good checkpoint is {good or 'none'}. "
-                "A lower rate, or a longer warm-up, usually helps"
-            )
+        plan.budget.used, stop = agreed([plan.budget.used, plan.stop.asked or over], args.device)
         if plan.layer.balance:
             balance(trainer.health.layers, trainer.health.collect(), plan.layer.balance)
         if stop or plan.budget.spent(state.global_step):
@@ -205,6 +204,18 @@ class Guide(TrainerCallback):
             control.should_save = True
         if control.should_save:  # so that the means that are logged begin anew where a resumed run begins
             control.should_log = True
+        if control.should_log:  # not after every step: a GPU would wait for the answer
+            self._check_finite(args.device)
+
+    def _check_finite(self, device: torch.device) -> None:
+        trainer = self.trainer
+        [step] = agreed([int(trainer.broken)], device)
+        if step:
+            good = checkpoint.last_checkpoint(trainer.plan.out)
+            raise TrainingError(
+                f"the loss is not finite in step {int(step)}; the last good checkpoint is {good or 'none'}. "
+                "A lower rate, or a longer warm-up, usually helps"
+            )
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if "loss" in (logs or {}):
