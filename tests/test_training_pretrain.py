@@ -18,7 +18,7 @@ from fastff import FFF
 from fastff.errors import TrainingError
 from fastff.training import checkpoint, files
 from fastff.training.batches import Batches
-from fastff.training.pretrain import Settings, pretrain
+from fastff.training.pretrain import Settings, pretrain, tokens_per_second
 from fastff.training.routing import LayerTraining
 from fastff.training.tokens import Tokens, Vocabulary
 from training_cases import small, write_text
@@ -106,6 +106,12 @@ def test_pieces_make_the_same_run(whole, text, tmp_path):
     assert [piece["steps"] for piece in pieces] == list(range(1, 9))
     assert [piece["finished"] for piece in pieces] == [False] * 7 + [True]
     assert pieces[-1]["curve"] == record["curve"]
+
+
+def test_speed_is_that_of_the_second_half_of_the_curve():
+    points = [{"rows": rows, "seconds": seconds} for rows, seconds in ((1, 10.0), (2, 11.0), (4, 11.5), (8, 12.5))]
+    assert tokens_per_second([*points, {"eval_loss": 3.0}], 100) == 400
+    assert tokens_per_second(points[:1], 100) is None
 
 
 def test_killed_between_the_last_checkpoint_and_the_record(whole, text, tmp_path):

@@ -35,7 +35,7 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for runs in losses.values():
         first = next(iter(runs.values()))
-        seconds, tokens = sum(run["seconds"] for run in runs.values()), sum(run["tokens"] for run in runs.values())
+        speeds = [run["tokens_per_second"] for run in runs.values() if run["tokens_per_second"]]
         found.append(
             {
                 **first["cost"],
@@ -43,7 +43,7 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens": first["tokens"],
                 "loss": _loss(runs),
                 "losses": {str(seed): run["valid_loss"] for seed, run in sorted(runs.items())},
-                "tokens_per_second": round(tokens / seconds) if seconds else None,
+                "tokens_per_second": round(statistics.fmean(speeds)) if speeds else None,
                 "routing": first["routing"],
             }
         )

@@ -382,6 +382,8 @@ def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -
         "rows": trainer.source.position,
         "tokens": trainer.source.position * preset.length,
         "seconds": round(plan.budget.used, 2),
+        "tokens_per_second": tokens_per_second(history, preset.length),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
         "processes": trainer.args.world_size,
         "valid_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
@@ -389,6 +391,16 @@ def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -
         "routing": trainer.last_health,
         "machine": machine(),
     }
+
+
+def tokens_per_second(history: list[dict[str, Any]], length: int) -> int | None:
+    """Speed over the second half of the points of the loss curve, when compiling is over; None for fewer than three."""
+    points = [entry for entry in history if "rows" in entry]
+    points = points[len(points) // 2 :]
+    if len(points) < 2 or points[-1]["seconds"] <= points[0]["seconds"]:
+        return None
+    rows, seconds = (float(points[-1][key] - points[0][key]) for key in ("rows", "seconds"))
+    return round(rows * length / seconds)
 
 
 def machine() -> dict[str, str]:

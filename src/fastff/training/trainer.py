@@ -145,7 +145,7 @@ class PretrainTrainer(Trainer):
             self.last_health = self.health.report()
             for name, health in self.last_health.items():
                 logs.update({f"{name}/{key}": value for key, value in health.items() if value is not None})
-            logs["rows"] = self.source.position
+            logs |= {"rows": self.source.position, "seconds": round(self.plan.budget.used, 3)}
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
