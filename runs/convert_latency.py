@@ -28,8 +28,9 @@ from fastff.convert.arms import active_share
 from fastff.convert.initialise import initialise
 from fastff.convert.report import layer_name
 from fastff.convert.student import dense_layers, describe_narrow, fit_tree
-from fastff.models.converted import ConvertedFeedforward, make_converted
+from fastff.models.converted import make_converted
 from fastff.models.families import family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 SHAPES = ((1, 128), (32, 128))
 TREES = ((8, 4, 0.0), (2, 3, 0.5), (2, 4, 0.75))  # trees, depth, share of the work in shared neurons

@@ -30,8 +30,8 @@ from fastff.convert.load import load_dense
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
 from fastff.convert.text import tokenise
 from fastff.errors import CheckpointError
-from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 
 def pieces(x):

@@ -33,6 +33,8 @@ def test_defaults_of_the_feedforward_are_written_out():
         "surrogate": None,
         "region_leak": 0.0,
         "quantization": None,
+        "shared": None,
+        "shared_activation": None,
     }
 
 

@@ -18,10 +18,11 @@ from fastff import FFF
 from fastff.errors import TrainingError
 from fastff.training import checkpoint, files
 from fastff.training.batches import Batches
+from fastff.training.presets import PRESETS, cost_of
 from fastff.training.pretrain import Settings, pretrain, tokens_per_second
 from fastff.training.routing import LayerTraining
 from fastff.training.tokens import Tokens, Vocabulary
-from training_cases import small, write_text
+from training_cases import FEEDFORWARD, small, write_text
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,30 @@ def test_speed_is_that_of_the_second_half_of_the_curve():
     points = [{"rows": rows, "seconds": seconds} for rows, seconds in ((1, 10.0), (2, 11.0), (4, 11.5), (8, 12.5))]
     assert tokens_per_second([*points, {"eval_loss": 3.0}], 100) == 400
     assert tokens_per_second(points[:1], 100) is None
+
+
+def test_a_warm_start_takes_over_every_weight(whole, text, tmp_path):
+    record, out = whole
+    later = pretrain(small(tmp_path / "later", text, start=out / "model", steps=1, rate=1e-9))
+    assert later["valid_loss"] == pytest.approx(record["valid_loss"], abs=1e-3)
+    with pytest.raises(TrainingError, match=r"do not fit: .*0.feedforward.b_in \(2, 15\) there, absent here"):
+        pretrain(small(tmp_path / "other", text, start=out / "model", feedforward="none"))
+    with pytest.raises(TrainingError, match=r"holds no model"):
+        pretrain(small(tmp_path / "nothing", text, start=tmp_path / "absent"))
+
+
+def test_trees_with_a_shared_part_learn_and_are_counted(text, tmp_path):
+    shared = FEEDFORWARD.replace("}", ', "shared": 6}')
+    record = pretrain(small(tmp_path / "run", text, feedforward=shared))
+    alone = cost_of(FEEDFORWARD, PRESETS["tiny"])
+    assert (record["cost"]["neurons"], record["cost"]["active_neurons"]) == (
+        alone.neurons + 6,
+        alone.active_neurons + 6,
+    )
+    assert record["cost"]["flops"] == alone.flops + 4 * 6 * 128
+    assert record["cost"]["layer"] == "2x3-gate+6"
+    again = pretrain(small(tmp_path / "again", text, feedforward=shared, start=tmp_path / "run" / "model", steps=1))
+    assert again["routing"], "trees beside a shared part are watched, too"
 
 
 def test_killed_between_the_last_checkpoint_and_the_record(whole, text, tmp_path):

@@ -169,6 +169,7 @@ def pretrain(
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     warm_up: Annotated[float, typer.Option(help="Share of the budget in which the rate rises.")] = 0.15,
     ramp: Annotated[float, typer.Option(help="Share of the budget in which the batch grows.")] = 0.3,
+    start: Annotated[Path | None, typer.Option(help="Model directory whose weights are taken over.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Directory, file or hub name; default: train one.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Entries of a tokenizer that is trained.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of tokenizer and tokens, to share between runs.")] = None,

@@ -15,8 +15,9 @@ from fastff.convert.distil import Kind, distil, distillation_loss
 from fastff.convert.settings import Settings
 from fastff.convert.student import build_student, describe_narrow, flops
 from fastff.convert.text import Examples
-from fastff.models.converted import ConvertedFeedforward, make_converted
+from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 Descriptions = Sequence[Mapping[str, Any] | None]
 

@@ -16,8 +16,8 @@ from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.convert.schedule import Average, Fade, SlowTurns
 from fastff.convert.text import Examples
-from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.layers import FFF
-from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights
-from fastff.models.feedforward import DenseFeedforward
+from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward
 from fastff.ops.reference import activate, descend, gates
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # (x, residual) pieces of the captured rows

@@ -17,8 +17,8 @@ from fastff.convert.plan import Clock
 from fastff.convert.student import dense_layers
 from fastff.convert.text import Examples
 from fastff.layers import FFF
-from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import DenseWeights, family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed

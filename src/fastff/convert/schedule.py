@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastff.layers import FFF
-from fastff.models.converted import ConvertedFeedforward
 from fastff.models.families import family_of
+from fastff.models.feedforward import ConvertedFeedforward
 
 
 class Fade:

@@ -9,8 +9,9 @@ import torch
 
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
-from fastff.models.converted import ConvertedFeedforward, make_converted, split_shared
+from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
+from fastff.models.feedforward import ConvertedFeedforward, split_shared
 from fastff.tree import TreeConfig
 
 

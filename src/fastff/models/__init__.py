@@ -11,8 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from fastff.models.converted import ConvertedConfig, ConvertedFeedforward, make_converted, register
-from fastff.models.feedforward import DenseFeedforward, build_feedforward, quantize
+from fastff.models.converted import ConvertedConfig, make_converted, register
+from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, build_feedforward, quantize
 from fastff.models.ultrafastbert.checkpoint import convert_published
 from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
 from fastff.models.ultrafastbert.modeling import (

@@ -16,9 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,72 +30,7 @@ from transformers import (
 from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
-from fastff.models.feedforward import DenseFeedforward, build_feedforward, complete
-from fastff.ops import reference
-
-
-class ConvertedFeedforward(nn.Module):
-    """What stands in a dense layer's place: the described layer plus an output bias, (..., hidden) to (..., hidden).
-
-    The description of a tree may add `shared`: neurons of an ordinary layer beside the trees, computed for every row;
-    their activation is `shared_activation` (default: the trees' own, geglu's kind where the leaves are gated).
-
-    masked_training  compute a tree by dense products and a mask while training: the same function at dense cost,
-                     faster than conditional kernels for small layers on a GPU
-    """
-
-    def __init__(self, description: Mapping[str, Any], hidden_size: int) -> None:
-        super().__init__()
-        main, beside = split_shared(description)
-        self.layer = build_feedforward(main, hidden_size)
-        self.shared: DenseFeedforward | None = None
-        if beside is not None:
-            self.shared = DenseFeedforward(hidden_size, **beside)
-            self.shared.linear_out.register_parameter("bias", None)  # there is one for the sum
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-        self.masked_training = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.layer is None:
-            return self.bias.expand_as(x)
-        if self.masked_training and self.training and isinstance(self.layer, FFF):
-            rows = x.reshape(-1, self.layer.in_features)
-            weights = (self.layer.w_in, self.layer.b_in, self.layer.w_out, self.layer.b_out)
-            y = reference.forward_masked(rows, *weights, config=self.layer.config).y.reshape(x.shape)
-        else:
-            y = self.layer(x)
-        return self._with_shared(x, y)
-
-    def _with_shared(self, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the shared part and the bias, in y's own memory where no gradient needs it as it was."""
-        if self.shared is None:
-            return y + self.bias if y.requires_grad or y.dtype != self.bias.dtype else y.add_(self.bias)
-        value, weight = self.shared.values(x), self.shared.linear_out.weight
-        if y.requires_grad or not y.dtype == value.dtype == weight.dtype:
-            return y + F.linear(value, weight, self.bias)
-        y.view(-1, y.shape[-1]).addmm_(value.view(-1, value.shape[-1]), weight.t())
-        return y.add_(self.bias)
-
-    @property
-    def flops_per_row(self) -> int:
-        """Floating-point operations of one row's matrix work, routing included; 0 without a layer."""
-        return sum(part.flops_per_row for part in (self.layer, self.shared) if part is not None)
-
-
-def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The description without `shared`, and the options of the shared part, None where there is none.
-
-    Raises ValueError for a number of neurons that is not a positive integer, or beside another kind than a tree."""
-    if not isinstance(description, Mapping):
-        raise ValueError(f"feedforward {description!r} is not a dict with 'kind' and options")
-    main = {name: value for name, value in description.items() if name not in ("shared", "shared_activation")}
-    neurons = description.get("shared", 0)
-    if neurons == 0 and not isinstance(neurons, bool):
-        return main, None
-    if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1 or description.get("kind") != "fff":
-        raise ValueError(f"shared {neurons!r} is not a number of neurons beside trees: {dict(description)}")
-    activation = description.get("shared_activation") or main.get("activation", "gelu")
-    return main, {"intermediate_size": neurons, "activation": activation, "bias": True}
+from fastff.models.feedforward import ConvertedFeedforward, complete, split_shared
 
 
 class ConvertedConfig(PreTrainedConfig):

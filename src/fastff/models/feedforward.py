@@ -3,7 +3,9 @@
 A description is a dict with `kind` and the options of that kind:
 
 fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`, `activation`, `gate`, `tau`, `bias`,
-       `surrogate`, `region_leak`, `quantization`, with the meaning and the defaults of `fastff.FFF`
+       `surrogate`, `region_leak`, `quantization`, with the meaning and the defaults of `fastff.FFF`; with `shared` it
+       is a ConvertedFeedforward, trees with so many (or 0) ordinary neurons beside them and an output bias, and
+       `shared_activation` is theirs
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the control that shows what attention does alone
 """
@@ -15,10 +17,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
 from fastff.layers import FFF, Quantization
+from fastff.ops import reference
 from fastff.ops.reference import activate
 
 GATED_ACTIVATIONS = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
@@ -32,7 +36,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         name: parameter.default
         for name, parameter in inspect.signature(FFF.__init__).parameters.items()
         if name not in _NOT_DESCRIBED
-    },
+    }
+    | {"shared": None, "shared_activation": None},
     "dense": {"intermediate_size": inspect.Parameter.empty, "activation": "gelu", "bias": False},
     "none": {},
 }
@@ -100,9 +105,88 @@ class DenseFeedforward(nn.Module):
         return f"activation={self.activation!r}, neurons={self.neurons}"
 
 
+class ConvertedFeedforward(nn.Module):
+    """What stands in a dense layer's place: the described layer plus an output bias, (..., hidden) to (..., hidden).
+
+    The description of a tree may add `shared`: neurons of an ordinary layer beside the trees, computed for every row;
+    their activation is `shared_activation` (default: the trees' own, geglu's kind where the leaves are gated).
+
+    masked_training  compute a tree by dense products and a mask while training: the same function at dense cost,
+                     faster than conditional kernels for small layers on a GPU
+    """
+
+    def __init__(
+        self, description: Mapping[str, Any], hidden_size: int, *, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        main, beside = split_shared(description)
+        layer = build_feedforward(main, hidden_size, device=device)
+        assert not isinstance(layer, ConvertedFeedforward), "the shared part was split off"
+        self.layer = layer
+        self.shared: DenseFeedforward | None = None
+        if beside is not None:
+            self.shared = DenseFeedforward(hidden_size, **beside, device=device)
+            self.shared.linear_out.register_parameter("bias", None)  # there is one for the sum
+        self.bias = nn.Parameter(torch.zeros(hidden_size, device=device))
+        self.masked_training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer is None:
+            return self.bias.expand_as(x)
+        if self.masked_training and self.training and isinstance(self.layer, FFF):
+            rows = x.reshape(-1, self.layer.in_features)
+            weights = (self.layer.w_in, self.layer.b_in, self.layer.w_out, self.layer.b_out)
+            y = reference.forward_masked(rows, *weights, config=self.layer.config).y.reshape(x.shape)
+        else:
+            y = self.layer(x)
+        return self._with_shared(x, y)
+
+    def _with_shared(self, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the shared part and the bias, in y's own memory where no gradient needs it as it was."""
+        if self.shared is None:
+            return y + self.bias if y.requires_grad or y.dtype != self.bias.dtype else y.add_(self.bias)
+        value, weight = self.shared.values(x), self.shared.linear_out.weight
+        if y.requires_grad or not y.dtype == value.dtype == weight.dtype:
+            return y + F.linear(value, weight, self.bias)
+        y.view(-1, y.shape[-1]).addmm_(value.view(-1, value.shape[-1]), weight.t())
+        return y.add_(self.bias)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons stored, those of the shared part too."""
+        return sum(part.neurons for part in (self.layer, self.shared) if part is not None)
+
+    @property
+    def active_neurons(self) -> int:
+        """Neurons evaluated for one row, those of the shared part too."""
+        return sum(part.active_neurons for part in (self.layer, self.shared) if part is not None)
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's matrix work, routing included; 0 without a layer."""
+        return sum(part.flops_per_row for part in (self.layer, self.shared) if part is not None)
+
+
+def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The description without `shared`, and the options of the shared part, None where there is none.
+
+    Raises ValueError for a number of neurons that is not an integer of at least 0, or beside another kind than a tree.
+    """
+    if not isinstance(description, Mapping):
+        raise ValueError(f"feedforward {description!r} is not a dict with 'kind' and options")
+    main = {name: value for name, value in description.items() if name not in ("shared", "shared_activation")}
+    neurons = description.get("shared") or 0
+    if neurons == 0 and not isinstance(description.get("shared"), bool):
+        return main, None
+    if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1 or description.get("kind") != "fff":
+        raise ValueError(f"shared {neurons!r} is not a number of neurons beside trees: {dict(description)}")
+    activation = description.get("shared_activation") or main.get("activation", "gelu")
+    return main, {"intermediate_size": neurons, "activation": activation, "bias": True}
+
+
 def build_feedforward(
     description: Mapping[str, Any], hidden_size: int, *, device: torch.device | str | None = None
-) -> FFF | DenseFeedforward | None:
+) -> FFF | DenseFeedforward | ConvertedFeedforward | None:
     """The layer that `description` describes, for rows of `hidden_size`; None for the kind "none".
 
     Raises ShapeError for a size out of range, ValueError for an unknown kind, option or value.
@@ -110,7 +194,10 @@ def build_feedforward(
     options = complete(description)
     kind = options.pop("kind")
     if kind == "fff":
-        return FFF(hidden_size, **options, device=device)
+        if options["shared"] is not None:
+            return ConvertedFeedforward(description, hidden_size, device=device)
+        own = {name: value for name, value in options.items() if name not in ("shared", "shared_activation")}
+        return FFF(hidden_size, **own, device=device)
     if kind == "dense":
         return DenseFeedforward(hidden_size, **options, device=device)
     return None

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fastff.errors import TrainingError
 from fastff.training.files import read_json, sync, write_json
@@ -93,3 +96,30 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     ]
     if differing:
         raise TrainingError(f"{out} holds another run: {'; '.join(differing)}. Choose another folder to begin anew")
+
+
+@torch.no_grad()
+def take_over(model: torch.nn.Module, source: Path) -> None:
+    """Give a model the weights of a model directory. Raises TrainingError, naming tensors, unless all names and shapes
+    are the same; a tied weight may be absent."""
+    found: dict[str, Tensor] = {}
+    try:
+        for path in sorted(source.glob("*.safetensors")):
+            found |= load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{source} cannot be read: {error}") from error
+    if not found:
+        raise TrainingError(f"{source} holds no model: no *.safetensors")
+    own = dict(model.named_parameters()) | {name: t for name, t in model.state_dict().items() if name in found}
+    shape = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    differing = [
+        f"{name} {there.get(name, 'absent')} there, {shape.get(name, 'absent')} here"
+        for name in sorted({*shape, *there})
+        if shape.get(name) != there.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise TrainingError(f"the weights of {source} do not fit: {'; '.join(differing[:4])}{more}")
+    for name, tensor in own.items():
+        tensor.copy_(found[name])

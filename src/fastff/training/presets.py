@@ -169,7 +169,8 @@ def layer_name(description: Mapping[str, Any], hidden: int) -> str:
         case "dense":
             return f"dense-{options['activation']} {options['intermediate_size']}"
     own = {key: value for key, value in options.items() if key in TreeConfig.__dataclass_fields__}
-    return TreeConfig(in_features=hidden, out_features=hidden, **own).name
+    beside = f"+{options['shared']}" if options["shared"] else ""
+    return TreeConfig(in_features=hidden, out_features=hidden, **own).name + beside
 
 
 def costs(preset: Preset, names: tuple[str, ...] = tuple(VARIANTS)) -> list[Cost]:

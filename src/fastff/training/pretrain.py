@@ -53,6 +53,7 @@ class Settings:
     batch, micro_batch  rows of a step over all processes, and rows of one forward pass
     length         tokens of a window
     rate, warm_up, ramp  peak learning rate; share of the budget in which it rises; share in which the batch grows
+    start          a model directory whose weights are taken over, of the same shapes: every tensor, by name
     tokenizer      a directory, a file or a hub name; without, one is trained on the text, of vocab_size entries
     data           folder of tokenizer and tokens, so that several runs share them; default `out`/data
     max_tokens     read no more of the text
@@ -77,6 +78,7 @@ class Settings:
     rate: float | None = None
     warm_up: float = 0.15
     ramp: float = 0.3
+    start: Path | None = None
     tokenizer: str | None = None
     vocab_size: int | None = None
     data: Path | None = None
@@ -152,7 +154,12 @@ class Settings:
             "save_every",
         )
         asked = {name: value for name, value in asdict(self).items() if name not in free}
-        made = {"text": list(self.text), "valid": list(self.valid), "tokenizer": tokens.fingerprint(tokenizer)}
+        made = {
+            "text": list(self.text),
+            "valid": list(self.valid),
+            "tokenizer": tokens.fingerprint(tokenizer),
+            "start": None if self.start is None else str(self.start),
+        }
         return {**asked, **asdict(self.model), **made}
 
 
@@ -274,6 +281,8 @@ def build(
     with torch.no_grad():
         for layer in conditional_layers(model).values():
             layer.w_out.mul_(settings.layer.output_scale)
+    if settings.start is not None:
+        checkpoint.take_over(model, settings.start)
     last = len(text) if valid else len(text) - min(settings.valid_windows, max(1, len(text) // 20))
     batches = Batches(text, 0, last, seed=settings.seed, causal=causal)
     plan = Plan(

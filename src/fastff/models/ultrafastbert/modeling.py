@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastff.errors import ShapeError
 from fastff.layers import FFF
-from fastff.models.feedforward import build_feedforward
+from fastff.models.feedforward import ConvertedFeedforward, build_feedforward
 from fastff.models.ultrafastbert import checkpoint
 from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
 
@@ -189,6 +189,8 @@ class UltraFastBertPreTrainedModel(PreTrainedModel):
             else:
                 self._init_published(module)
             module.reset_usage()
+        elif isinstance(module, ConvertedFeedforward):
+            initialization.zeros_(module.bias)
         elif isinstance(module, Embeddings):
             initialization.constant_(module.position_scale, self.config.hidden_size**-0.5)
             initialization.copy_(module.position_table, sinusoids(*module.position_table.shape))
