@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastff.cli import app
-from fastff.training.compare import chart, compare, recovered_gap, table
+from fastff.training.compare import chart, compare, compare_plan, narrow_loss, recovered_gap, table
 from fastff.training.presets import PRESETS, cost_of
 from training_cases import write_text
 
@@ -61,6 +62,29 @@ def test_arms_are_compared_over_seeds():
     assert drawing == chart(list(entries.values()))
     assert "11x7-gate" in drawing
     assert "no feedforward" in drawing
+
+
+def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
+    narrow, wide = ({"kind": "dense", "intermediate_size": n, "activation": "swiglu"} for n in (100, 1600))
+    tree = {"kind": "fff", "depth": 3, "leaf_width": 44, "trees": 4, "activation": "silu", "node_output": False}
+    records = [
+        {**record(json.dumps(feedforward), loss), "arm": arm, "group": group}
+        for arm, group, feedforward, loss in (
+            ("narrow", "a", narrow, 4.0),
+            ("wide", "a", wide, 3.0),
+            ("tree", "a", tree, 3.6),
+            ("tree", "b", tree, 3.6),
+            ("none", "a", {"kind": "none"}, 5.0),
+        )
+    ]
+    entries = {(entry["group"], entry["name"]): entry for entry in compare_plan(records)}
+    flops = {name: entries["a", name]["flops"] for name in ("narrow", "tree", "wide")}
+    between = 4.0 - math.log(flops["tree"] / flops["narrow"]) / math.log(16)
+    assert flops["narrow"] < flops["tree"] < flops["wide"]
+    assert entries["a", "tree"]["recovered_gap"] == pytest.approx((between - 3.6) / (between - 3.0))
+    assert [entries[key]["recovered_gap"] for key in (("b", "tree"), ("a", "none"), ("a", "narrow"))] == [None] * 3
+    dense = {10: 4.0, 1000: 3.0}
+    assert [narrow_loss(f, dense) for f in (9, 10, 100, 1000, 1001)] == [None, 4.0, pytest.approx(3.5), 3.0, None]
 
 
 def test_runs_that_differ_otherwise_do_not_compare():

@@ -53,6 +53,14 @@ def test_official_splits_carry_no_note_and_subsets_do(tmp_path):
     assert train.note == "subset: 9 of 2490 rows"
 
 
+def test_a_bound_on_train_rows_draws_the_same_rows_and_says_so():
+    rows = Rows([(str(i),) for i in range(50)], [0.0] * 50, TASKS["SST-2"].train)
+    kept = tasks.at_most(rows, 10, TASKS["SST-2"])
+    assert (len(kept), kept.note) == (10, "subset: 10 of 67349 rows")
+    assert kept.texts == tasks.at_most(rows, 10, TASKS["SST-2"]).texts != rows.texts[:10]
+    assert tasks.at_most(rows, 50, TASKS["SST-2"]) is rows is tasks.at_most(rows, None, TASKS["SST-2"])
+
+
 def test_without_dev_rows_a_part_of_train_is_taken_off(tmp_path):
     pairs(tmp_path / "QNLI", "train_subset", 200)
     train, dev = load(TASKS["QNLI"], tmp_path)

@@ -8,6 +8,7 @@ the better dense kind.
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,39 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             entry["recovered_gap"] = recovered_gap(narrow, entry["loss"], wide)
             entry["narrow_minus_wide"] = narrow - wide
     return sorted(found, key=lambda entry: -entry["flops"])
+
+
+def compare_plan(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a run of a plan (records with "arm" and "group"), most arithmetic first in each group.
+
+    The narrow layer that a tree is compared with is read off the dense swiglu layers of its group, see `narrow_loss`.
+    """
+    found = []
+    for record in records:
+        losses = {str(record["settings"]["seed"]): record["valid_loss"]}
+        entry = {**record["cost"], "name": record["arm"], "group": record["group"], "loss": record["valid_loss"]}
+        found.append({**entry, "losses": losses, "tokens": record["tokens"], "recovered_gap": None})
+    for group in {entry["group"] for entry in found}:
+        mine = [entry for entry in found if entry["group"] == group]
+        dense = {entry["flops"]: entry["loss"] for entry in mine if entry["layer"].startswith(WIDE)}
+        for entry in mine:
+            narrow = narrow_loss(entry["flops"], dense)
+            if not entry["layer"].startswith(("dense", "none")) and narrow is not None:
+                entry["recovered_gap"] = recovered_gap(narrow, entry["loss"], dense[max(dense)])
+    return sorted(found, key=lambda entry: (entry["group"], -entry["flops"]))
+
+
+def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
+    """Loss of a dense layer with so much arithmetic, in a straight line over its logarithm between the two of `dense`
+    (loss by arithmetic) around it; None outside of them."""
+    below, above = ([f for f in dense if f <= flops], [f for f in dense if f >= flops])
+    if not below or not above:
+        return None
+    low, high = max(below), min(above)
+    if low == high:
+        return dense[low]
+    share = math.log(flops / low) / math.log(high / low)
+    return dense[low] + share * (dense[high] - dense[low])
 
 
 def _loss(runs: dict[int, dict[str, Any]]) -> float:

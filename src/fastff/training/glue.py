@@ -47,7 +47,8 @@ Report = Callable[[str, int, float], None]  # task, seed, progress
 class GlueSettings:
     """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
 
-    limit: use the first rows only, for a trial; it shows in every note.
+    limit: use the first rows only, for a trial; max_train_rows: of a longer train split, learn from so many rows drawn
+    once. Both show in every note.
     """
 
     model: str
@@ -60,13 +61,14 @@ class GlueSettings:
     batch: int = 16
     dropout: float = 0.1
     limit: int | None = None
+    max_train_rows: int | None = None
     cpu: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise TrainingError(f"tasks {', '.join(unknown) or 'none'}: expected some of {', '.join(TASKS)}")
-        for name in ("seeds", "rate", "batch", "epochs", "limit"):
+        for name in ("seeds", "rate", "batch", "epochs", "limit", "max_train_rows"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainingError(f"{name} {value} is not above 0")
@@ -96,6 +98,7 @@ def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress
             continue
         task = tasks.with_epochs(TASKS[name], settings.epochs)
         train, dev = tasks.load(task, settings.data, limit=settings.limit)
+        train = tasks.at_most(train, settings.max_train_rows, task)
         for seed in missing:
             with quietly():
                 record = fine_tune(settings, task, train, dev, seed, partial(report, name, seed))

@@ -76,7 +76,7 @@ class Health:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = conditional_layers(model)
-        self.total = {name: torch.zeros_like(layer.usage().counts) for name, layer in self.layers.items()}
+        self.total: dict[str, Tensor] = {}  # made when something is counted: by then the model is on its device
 
     def collect(self) -> dict[str, Usage]:
         """What the layers have counted since the last call, summed over processes; they begin anew."""
@@ -86,7 +86,7 @@ class Health:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(counts)
             layer.reset_usage()
-            self.total[name] += counts
+            self.total[name] = self.total[name] + counts if name in self.total else counts
             new[name] = Usage.of(counts)
         return new
 
@@ -104,7 +104,7 @@ class Health:
                 "dead_leaves": round(float(usage.dead_leaves.double().mean()) / counts.shape[1], 4),
                 "one_sided_nodes": None if math.isnan(one_sided) else round(one_sided, 4),
             }
-            counts.zero_()
+        self.total.clear()
         return found
 
 

@@ -94,6 +94,14 @@ def load(task: Task, data: Path | None, *, limit: int | None = None) -> tuple[Ro
     return train, splits
 
 
+def at_most(rows: Rows, most: int | None, task: Task) -> Rows:
+    """So many rows of a longer train split, the same at every call; None: all."""
+    if most is None or len(rows) <= most:
+        return rows
+    drawn = np.random.default_rng(_DEV_SEED).permutation(len(rows))[:most]
+    return rows.take(np.sort(drawn), task.train)
+
+
 def _from_directory(task: Task, folder: Path) -> dict[str, Rows]:
     from pyarrow import ArrowException, parquet
 

@@ -1,0 +1,200 @@
+"""Fine-tune pretrained arms on GLUE, many processes at once, and say how much of the dense model's scores each keeps.
+
+python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results/training/NAME [options]
+
+DIR holds what `runs/pretrain_plan.py` left. One process an arm and task; after `--seconds` those that run are stopped,
+and the same command goes on with what is missing. A task counts where every arm has all its seeds. Retention is an
+arm's mean score over that of the dense arm of its group; the recovered gap is made of the same means, narrow being the
+group's arm whose name begins so. Splits that are not whole are listed below the table: such scores compare with each
+other, not with published ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastff.training.compare import recovered_gap
+from fastff.training.files import read_json, write_json
+from fastff.training.pretrain import MODEL, RESULT
+from fastff.training.tasks import TASKS
+
+LONGEST_FIRST = ("CoLA", "QQP", "MNLI", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "WNLI")
+
+
+def scores_of(folder: Path, task: str, seeds: int) -> list[dict[str, Any]]:
+    """What is finished of one arm and task."""
+    paths = [folder / task / task / f"seed-{seed}.json" for seed in range(seeds)]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
+def fine_tune(asked: argparse.Namespace, arms: list[str], work: Path) -> None:
+    """Run what is missing, until it is done or the time is over."""
+    began = time.monotonic()
+    gpus = torch.cuda.device_count()
+    waiting = [
+        (arm, task)
+        for task in sorted(asked.tasks.split(","), key=LONGEST_FIRST.index)
+        for arm in arms
+        if len(scores_of(work / arm, task, asked.seeds)) < asked.seeds
+    ]
+    slots: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
+    while waiting or slots:
+        if time.monotonic() - began > asked.seconds:
+            for process, _ in slots.values():
+                process.kill()
+            print(f"the time is over: {len(waiting)} to begin, {len(slots)} stopped; the same command goes on")
+            return
+        for slot in range(asked.at_once):
+            if slot not in slots and waiting:
+                arm, task = waiting.pop(0)
+                folder = work / arm / task
+                folder.mkdir(parents=True, exist_ok=True)
+                words = [sys.executable, "-m", "fastff.cli", "glue", str(asked.runs / arm / MODEL)]
+                words += ["--out", str(folder), "--data", str(asked.data), "--task", task, "--seeds", str(asked.seeds)]
+                words += [w for o in asked.option for w in (f"--{o.partition('=')[0]}", o.partition("=")[2]) if w]
+                visible = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {}
+                log = folder / "log.txt"
+                with log.open("wb") as out:
+                    process = subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, **visible})
+                slots[slot] = process, log
+        for slot, (process, log) in list(slots.items()):
+            if process.poll() is not None:
+                del slots[slot]
+                if process.returncode:
+                    print(f"failed: {log}: {log.read_text(encoding='utf-8', errors='replace')[-500:]}", flush=True)
+        time.sleep(0.2)
+
+
+def summary(asked: argparse.Namespace, arms: list[str], work: Path) -> dict[str, Any]:
+    """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        arm: {task: scores_of(work / arm, task, asked.seeds) for task in asked.tasks.split(",")} for arm in arms
+    }
+    whole = [t for t in asked.tasks.split(",") if all(len(found[arm][t]) == asked.seeds for arm in arms)]
+    notes = {}
+    entries: list[dict[str, Any]] = []
+    for arm in arms:
+        scores = {task: [run["score"] for run in found[arm][task]] for task in whole}
+        # A correlation of constant predictions does not exist; such a model says nothing about the task.
+        medians = {task: statistics.median(0.0 if s is None else s for s in runs) for task, runs in scores.items()}
+        for task in whole:
+            run = found[arm][task][0]
+            parts = [f"train {run['train_note']}" if run["train_note"] else ""]
+            parts += [f"{split} {dev['note']}" if dev["note"] else "" for split, dev in run["dev"].items()]
+            notes[task] = "; ".join(part for part in parts if part)
+        record = read_json(asked.runs / arm / RESULT)
+        group = "from-dense" if arm.endswith("-on") else "scratch"
+        entries.append(
+            {
+                **record["cost"],
+                "name": arm,
+                "group": group,
+                "pretraining_loss": record["valid_loss"],
+                "pretraining_tokens": record["tokens"],
+                "scores": scores,
+                "medians": medians,
+                "mean": statistics.fmean(medians.values()) if medians else None,
+            }
+        )
+    _compare(entries)
+    return {
+        "tasks": whole,
+        "seeds": asked.seeds,
+        "options": asked.option,
+        "notes": {task: note for task, note in notes.items() if note},
+        "arms": entries,
+    }
+
+
+def _compare(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        mine = [e for e in entries if e["group"] == entry["group"] and e["mean"] is not None]
+        dense = next((e["mean"] for e in mine if e["name"].startswith("dense")), None)
+        narrow = next((e["mean"] for e in mine if e["name"].startswith("narrow")), None)
+        known = dense is not None and entry["mean"] is not None
+        entry["retention"] = 100 * entry["mean"] / dense if known else None
+        tree = not entry["name"].startswith(("dense", "narrow", "none"))
+        gap = known and tree and narrow is not None
+        entry["recovered_gap"] = recovered_gap(-narrow, -entry["mean"], -dense) if gap else None
+
+
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table, one arm a row."""
+    head = "| arm | layer | active / stored neurons | FLOP a token and layer | " + " | ".join(found["tasks"])
+    lines = [head + " | mean | % of dense | recovered gap |", "|" + "---|" * (len(found["tasks"]) + 7)]
+    for e in found["arms"]:
+        cells = [e["name"], e["layer"], f"{e['active_neurons']} / {e['neurons']}", f"{e['flops']:,}"]
+        for task in found["tasks"]:
+            runs = [0.0 if s is None else s for s in e["scores"][task]]
+            cells.append(f"{e['medians'][task]:.1f} ({min(runs):.1f}-{max(runs):.1f})")
+        cells += ["" if e[k] is None else f"{e[k]:{f}}" for k, f in (("mean", ".2f"), ("retention", ".1f"))]
+        cells.append("" if e["recovered_gap"] is None else f"{e['recovered_gap']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {task}: {note}" for task, note in found["notes"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def chart(found: dict[str, Any]) -> str:
+    """Mean score against the arithmetic of a layer, as SVG text."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastff"}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for group, style in (("scratch", "o"), ("from-dense", "s")):
+            points = [e for e in found["arms"] if e["group"] == group and e["flops"]]
+            if points:
+                axes.plot([e["flops"] for e in points], [e["mean"] for e in points], style, label=group)
+            for e in points:
+                axes.annotate(e["name"], (e["flops"], e["mean"]), (4, 4), textcoords="offset points", fontsize=8)
+        for e in found["arms"]:
+            if not e["flops"]:
+                axes.axhline(e["mean"], linestyle=":", color="0.5", label="no feedforward")
+        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="mean GLUE score (dev)")
+        axes.legend(frameon=False)
+        out = io.StringIO()
+        FigureCanvasSVG(figure)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--arms", required=True, help="those without a finished model are left out")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="folder of scores and predictions; default RUNS/glue")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--option", action="append", default=[], help="NAME=VALUE passed on to `fastff glue`")
+    asked = parser.parse_args()
+    arms = [arm for arm in asked.arms.split(",") if (asked.runs / arm / MODEL).is_dir()]
+    print("arms:", ", ".join(arms) or "none is finished")
+    work = asked.work or asked.runs / "glue"
+    fine_tune(asked, arms, work)
+    found = summary(asked, arms, work)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_json(asked.out / "glue.json", found)
+    (asked.out / "table.md").write_text(table(found), encoding="utf-8")
+    if found["tasks"]:
+        (asked.out / "glue.svg").write_text(chart(found), encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Pretrain the arms of a plan, each with options of its own, within so many seconds; table, chart and every record.
+
+python runs/pretrain_plan.py PLAN.json --data DATA --runs DIR --out results/training/NAME --steps N [options]
+
+PLAN.json is a list of arms: {"name", "feedforward" (a name or a description)}, and optionally "group" (arms are
+compared within one), "options" (of `fastff pretrain`), "layer" (of its --layer), "steps" (a factor on --steps), "from"
+(the name of a finished arm whose model it starts from) and "convert" (true: whose feedforwards `runs/warm_start.py`
+first turns into this arm's). DATA holds tokens named train and valid, as `runs/pack_tokens.py` unpacks them. Arms start
+in the order of the plan, `--at-once` on each GPU; one that fails with --option compile= is tried again without. After
+`--seconds` no run goes on: each ends in time with a checkpoint, and the same command continues it; finished runs are
+compared, unfinished ones listed with their loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastff.training.compare import chart, compare_plan, table
+from fastff.training.files import read_json, write_json
+from fastff.training.pretrain import MODEL, RESULT
+
+START = "start"  # folder of the converted weights, in that of the run
+SAVING_SECONDS = 25.0  # to start a process, score held-out text and write a checkpoint
+
+
+@dataclass
+class Arm:
+    """One entry of the plan, in a folder of its own."""
+
+    name: str
+    feedforward: Any
+    folder: Path
+    group: str = "scratch"
+    options: dict[str, Any] = field(default_factory=dict)
+    layer: list[str] = field(default_factory=list)
+    steps: float = 1.0
+    source: Path | None = None
+    convert: bool = False
+
+    def record(self) -> dict[str, Any] | None:
+        """What the run left, also if it is not finished."""
+        path = self.folder / RESULT
+        return {**read_json(path), "arm": self.name, "group": self.group} if path.is_file() else None
+
+    @property
+    def finished(self) -> bool:
+        record = self.record()
+        return record is not None and record["finished"]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the run that this one starts from is finished."""
+        return self.source is None or (self.source / MODEL).is_dir()
+
+    def commands(self, asked: argparse.Namespace, left: float) -> list[list[str]]:
+        """What is to be run, one after the other."""
+        feedforward = self.feedforward if isinstance(self.feedforward, str) else json.dumps(self.feedforward)
+        words = [sys.executable, "-m", "fastff.cli", "pretrain", "--out", str(self.folder), "--data", str(asked.data)]
+        words += ["--text", "train", "--valid", "valid", "--feedforward", feedforward]
+        words += [
+            "--steps",
+            str(max(1, round(asked.steps * self.steps))),
+            "--piece-seconds",
+            f"{left - SAVING_SECONDS:.0f}",
+        ]
+        words += [word for option in self.layer for word in ("--layer", option)]
+        shared = dict(option.partition("=")[::2] for option in asked.option)
+        for name, value in {**shared, **self.options}.items():
+            if value is None:  # the plan takes back what all others have
+                continue
+            words += [f"--{name}", *([] if value in ("", True) else [str(value)])]
+        if self.source is None:
+            return [words]
+        model, start = self.source / MODEL, self.folder / START
+        if not self.convert:
+            return [[*words, "--start", str(model)]]
+        convert = [sys.executable, "runs/warm_start.py", str(model), str(asked.data), str(start)]
+        convert += ["--feedforward", feedforward]
+        made = (start / "model.safetensors").is_file()
+        return [*([] if made else [convert]), [*words, "--start", str(start)]]
+
+
+class Running:
+    """The commands of an arm, on one GPU (or none)."""
+
+    def __init__(self, arm: Arm, gpu: int, commands: list[list[str]]) -> None:
+        self.arm, self.gpu, self.commands = arm, gpu, commands
+        self.code = 0
+        arm.folder.mkdir(parents=True, exist_ok=True)
+        self._next()
+
+    def _next(self) -> None:
+        visible = {"CUDA_VISIBLE_DEVICES": str(self.gpu)} if torch.cuda.is_available() else {}
+        with (self.arm.folder / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(self.commands.pop(0), stdout=log, stderr=log, env={**os.environ, **visible})
+
+    def log(self) -> str:
+        """What the commands have said."""
+        return (self.arm.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+
+    def over(self) -> bool:
+        """Whether all commands are done, or one failed."""
+        if self.process.poll() is None:
+            return False
+        self.code = self.process.returncode
+        if self.code == 0 and self.commands:
+            self._next()
+            return False
+        return True
+
+
+def read_plan(asked: argparse.Namespace) -> list[Arm]:
+    """The arms of the plan. Raises KeyError for an arm that starts from one that is not there."""
+    found: dict[str, Arm] = {}
+    for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
+        source = entry.pop("from", None)
+        arm = Arm(**entry, folder=asked.runs / entry["name"])
+        arm.source = None if source is None else found[source].folder
+        found[arm.name] = arm
+    wanted = asked.only.split(",") if asked.only else list(found)
+    return [found[name] for name in wanted]
+
+
+def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
+    """Run what is not finished until the time is over; returns the arms that failed."""
+    began = time.monotonic()
+    gpus = max(1, torch.cuda.device_count())
+    waiting = [arm for arm in arms if not arm.finished]
+    running: list[Running] = []
+    failed: list[str] = []
+    plain: list[str] = []  # arms that are tried again without the compiler
+    while waiting or running:
+        left = asked.seconds - (time.monotonic() - began)
+        if left < max(asked.least, SAVING_SECONDS + 1):
+            waiting = []
+        load = [sum(r.gpu == gpu for r in running) for gpu in range(gpus)]
+        ready = next((arm for arm in waiting if arm.ready), None)
+        if ready is not None and min(load) < asked.at_once:
+            waiting.remove(ready)
+            running.append(Running(ready, load.index(min(load)), ready.commands(asked, left)))
+            continue
+        if ready is None and not running:
+            break  # what is left starts from runs that are not finished
+        for one in [one for one in running if one.over()]:
+            running.remove(one)
+            if one.code and one.arm.name not in plain and "compile" in (o.partition("=")[0] for o in asked.option):
+                plain.append(one.arm.name)
+                print(f"{one.arm.name}: {one.log()[-600:]}", flush=True)
+                shutil.rmtree(one.arm.folder)
+                one.arm.options["compile"] = None
+                waiting.insert(0, one.arm)
+            elif one.code:
+                failed.append(one.arm.name)
+            elif one.arm.finished:
+                for path in one.arm.folder.glob("checkpoint-*"):
+                    shutil.rmtree(path)
+                write(arms, asked.out)
+            print(f"{time.monotonic() - began:5.0f} s: {one.arm.name} ended with {one.code}", flush=True)
+        time.sleep(0.2)
+    for name in plain:
+        print(f"{name} failed with the compiler and was tried again without it")
+    return failed
+
+
+def write(arms: list[Arm], out: Path) -> None:
+    """The files of the comparison, from what is finished by now."""
+    records = [record for arm in arms if (record := arm.record()) is not None]
+    done = [record for record in records if record["finished"]]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "records.json", records)
+    if not done:
+        return
+    entries = compare_plan(done)
+    text = []
+    for group in dict.fromkeys(record["group"] for record in done):
+        mine = [entry for entry in entries if entry["group"] == group]
+        text.append(f"## {group}\n\n{table(mine)}\n")
+        (out / f"loss-{group}.svg").write_text(chart(mine), encoding="utf-8")
+    (out / "table.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
+    parser.add_argument("--least", type=float, default=0.0, help="begin no run with fewer seconds left")
+    parser.add_argument("--at-once", type=int, default=1, help="runs on each GPU")
+    parser.add_argument("--only", help="these arms, in this order")
+    parser.add_argument("--option", action="append", default=[], help="NAME=VALUE passed on to `fastff pretrain`")
+    asked = parser.parse_args()
+    arms = read_plan(asked)
+    failed = run(arms, asked)
+    write(arms, asked.out)
+    if (asked.out / "table.md").is_file():
+        print((asked.out / "table.md").read_text(encoding="utf-8"))
+    for arm in arms:
+        record = arm.record()
+        if record is not None and not record["finished"]:
+            print(f"unfinished: {arm.name}, step {record['steps']}, held-out loss {record['valid_loss']:.4f}")
+        elif record is None:
+            print(f"not run: {arm.name}")
+    for name in failed:
+        log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
+        print(f"failed: {name}: {log[-600:]}")
+
+
+if __name__ == "__main__":
+    main()
