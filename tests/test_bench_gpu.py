@@ -172,7 +172,7 @@ def test_tables_and_files(tmp_path):
         assert [line["key"] for line in csv.DictReader(file)] == [t.key for t in record.timings]
     found = json.loads(document.read_text())
     assert found["best"][0]["ours"] == best[0].ours.key
-    assert found["about"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["about"]["torch"])  # its metadata may leave out the local part
 
 
 def test_tuning_is_asked_for_once_a_case(tmp_path, monkeypatch):

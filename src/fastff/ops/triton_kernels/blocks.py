@@ -1,18 +1,14 @@
 """Many rows: trees cut into blocks of levels, rows sorted between blocks, every product a tensor-core GEMM.
 
-Three linear kernels serve forward and backward; nothing in them knows of activations or gates:
-_route_kernel   x times a block of nodes, then the turns inside the block: scores and leaf
-pick            x times the subtree of each group, of which every row keeps the entries on its path
-spread          entries on the path times the rows of a matrix: the transpose of `pick`
-Rows of a group share their first turns, so their ancestors' rows are shared too: a group multiplies by its ancestors
-and by its subtree, and nothing else. `_values_kernel` turns scores into coefficients.
+`_route_kernel` multiplies x by a block of nodes and takes the turns inside it: scores and leaf. Then either the two
+linear kernels of linear.py, with `_values_kernel` between them to turn scores into coefficients; or, where groups
+share their leaves, one kernel that does all three (leaves.py).
 
 Weights must be finite: a row multiplies the neighbours of its path by zero, and zero times infinity is NaN.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,69 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastff.ops.triton_kernels.common import activate, level_of, locate, prefix_of, subtree_column, tanh
+from fastff.ops.triton_kernels.common import activate, level_of, prefix_of, tanh
+from fastff.ops.triton_kernels.leaves import leaves
+from fastff.ops.triton_kernels.linear import (
+    Matrix,
+    out_entries,
+    pick,
+    precision_of,
+    sort_leaves,
+    sorted_rows,
+    spread,
+    tables,
+    tile_of,
+)
 from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Which rows of a weight matrix belong to a path, and where their entries lie in a list of path entries.
-
-    nodes       whether the matrix begins with the 2**depth - 1 nodes (entry = level)
-    leaf_first  row of the first leaf; leaf_rows: rows of a leaf; leaf_entry: entry of a leaf's first row
-    tree_rows   rows of a tree; entries: length of the list of one row and tree
-    """
-
-    nodes: bool
-    leaf_first: int
-    leaf_rows: int
-    leaf_entry: int
-    tree_rows: int
-    entries: int
-
-    @classmethod
-    def of_w_in(cls, config: TreeConfig, *, nodes: bool = True) -> Matrix:
-        """nodes=False leaves the nodes out: without node_output and gate no gradient reaches them."""
-        return cls(nodes and config.depth > 0, config.nodes, config.leaf_in_rows, config.depth, config.in_rows,
-                   config.path_scores)  # fmt: skip
-
-    @classmethod
-    def of_w_out(cls, config: TreeConfig) -> Matrix:
-        nodes = config.node_output and config.depth > 0
-        first = config.depth if nodes else 0
-        return cls(nodes, config.nodes if nodes else 0, config.leaf_width, first, config.out_rows, out_entries(config))
-
-    @classmethod
-    def of_b_out(cls, config: TreeConfig) -> Matrix:
-        """b_out is a matrix of one row a leaf whose coefficient is the leaf's gate."""
-        return cls(False, 0, 1, out_entries(config) - 1, config.leaves, out_entries(config))
-
-    def shape(self) -> dict[str, Any]:
-        """The compile-time arguments of a kernel."""
-        return {
-            "HAS_NODES": self.nodes,
-            "LEAF_FIRST": self.leaf_first,
-            "LEAF_ROWS": self.leaf_rows,
-            "LEAF_ENTRY": self.leaf_entry,
-            "TREE_ROWS": self.tree_rows,
-            "ENTRIES": self.entries,
-        }
-
-    def columns(self, sub: int) -> int:
-        """Rows of the matrix in a subtree with `sub` turns left."""
-        return int((2**sub - 1 if self.nodes else 0) + 2**sub * self.leaf_rows)
-
-
-def out_entries(config: TreeConfig) -> int:
-    """Coefficients of one row and tree: nodes if they are neurons, leaf neurons, and with b_out the leaf's gate."""
-    return config.depth * config.node_output + config.leaf_width + (config.shape_of_b_out is not None)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 as three TF32 products, which keep its precision, unless torch may use one."""
-    return "tf32x3" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def forward(
@@ -99,8 +48,8 @@ def forward(
     rows, trees = x.shape[0], config.trees
     leaf = torch.empty(rows, trees, dtype=torch.int64, device=x.device)
     scores = x.new_empty(rows, trees, config.path_scores)
-    coefficient = scores.new_empty(rows, trees, out_entries(config))
-    margins = scores.new_empty(rows, trees)
+    margins = scores.new_empty((rows,) if plan.one_pass else (rows, trees))
+    coefficient = None if plan.one_pass else scores.new_empty(rows, trees, out_entries(config))
     groups = None
     for stage in plan.stages:
         if stage.level:
@@ -112,21 +61,20 @@ def forward(
         leaf.zero_()
     if groups is None or (groups.level, groups.joint) != (plan.level, plan.joint):
         groups = sort_leaves(leaf, config=config, level=plan.level, joint=plan.joint, tiles=plan.tiles, chunk=1)
-    if not plan.leaf_routed:
-        leaves = Matrix.of_w_in(config, nodes=False)
-        pick(x, w_in, leaf, groups, scores, config=config, matrix=leaves, tiles=plan.tiles, bias=b_in)
-        _values(scores, coefficient, margins, config=config)
-
-    y = spread(coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles)
-    if b_out is not None:
-        leaf_bias = Matrix.of_b_out(config)
-        spread(coefficient, b_out, leaf, groups, config=config, matrix=leaf_bias, tiles=plan.tiles, into=y)
-    return y, leaf, margins.view(rows) if trees == 1 else margins.amin(1), scores
-
-
-def sort_leaves(leaf: Tensor, *, config: TreeConfig, level: int, joint: int, tiles: Tiles, chunk: int) -> Groups:
-    """Group rows by the first `level` turns in each of `joint` trees, from their leaves."""
-    return group_rows(leaf, shift=config.depth - level, level=level, joint=joint, tile=tiles.rows, chunk=chunk)
+    if coefficient is None:
+        y = leaves(x, w_in, b_in, w_out, b_out, scores, margins, groups, config=config, tiles=plan.tiles)
+    else:
+        if not plan.leaf_routed:
+            matrix = Matrix.of_w_in(config, nodes=False)
+            pick(x, w_in, leaf, groups, scores, config=config, matrix=matrix, tiles=plan.tiles, bias=b_in)
+            _values(scores, coefficient, margins, config=config)
+        y = spread(coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles)
+        if b_out is not None:
+            matrix = Matrix.of_b_out(config)
+            spread(coefficient, b_out, leaf, groups, config=config, matrix=matrix, tiles=plan.tiles, into=y)
+    if margins.dim() == 2:
+        margins = margins.view(rows) if trees == 1 else margins.amin(1)
+    return y, leaf, margins, scores
 
 
 def _route(
@@ -146,7 +94,7 @@ def _route(
     """One stage of routing; with `coefficient` and `margins` the last one, which scores the leaves and fills both."""
     grid = (-(-x.shape[0] // tiles.rows) if groups is None else groups.tiles, -(-config.trees // stage.joint))
     _route_kernel[grid](
-        x, w_in, b_in, leaf, scores, coefficient, margins, *_tables(groups), x.shape[0], config.tau,
+        x, w_in, b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], config.tau,
         D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
         OUT_ENTRIES=out_entries(config), OUT_WIDTH=triton.next_power_of_2(out_entries(config)),
         STEPS=triton.next_power_of_2(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,
@@ -156,56 +104,6 @@ def _route(
         BM=tiles.rows, BK=tiles.inner, PRECISION=precision_of(x.dtype), num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def pick(
-    x: Tensor,
-    w: Tensor,
-    leaf: Tensor,
-    groups: Groups,
-    out: Tensor,
-    *,
-    config: TreeConfig,
-    matrix: Matrix,
-    tiles: Tiles,
-    bias: Tensor | None = None,
-) -> None:
-    """Fill out (rows, trees, entries) with the products of x and the rows of `w` that lie on each row's path."""
-    columns, chunks = _columns(matrix, config, groups, tiles)
-    _pick_kernel[(groups.tiles, triton.cdiv(config.trees, groups.joint), chunks)](
-        x, w, bias, leaf, out, *_tables(groups), x.shape[0],
-        D=x.shape[1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
-        GROUPS=groups.groups, COLUMNS=columns, ANCESTORS=_ancestors(matrix, groups), BM=tiles.rows, BK=tiles.inner,
-        PRECISION=precision_of(x.dtype), **matrix.shape(), num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-
-def spread(
-    entries: Tensor,
-    w: Tensor,
-    leaf: Tensor,
-    groups: Groups,
-    *,
-    config: TreeConfig,
-    matrix: Matrix,
-    tiles: Tiles,
-    into: Tensor | None = None,
-) -> Tensor:
-    """Sum of entries (rows, trees, entries) times the rows of `w` on each row's path: (rows, features of w).
-
-    into: add to this tensor instead of returning a new one. Passes run one after another, each adding to the last.
-    """
-    columns, chunks = _columns(matrix, config, groups, tiles)
-    y = entries.new_empty(entries.shape[0], w.shape[-1]) if into is None else into
-    for turn in range(triton.cdiv(config.trees, groups.joint)):
-        _spread_kernel[(groups.tiles,)](
-            entries, w, leaf, y, *_tables(groups), entries.shape[0], turn,
-            D=w.shape[-1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
-            GROUPS=groups.groups, COLUMNS=columns, CHUNKS=chunks, ANCESTORS=_ancestors(matrix, groups),
-            ACCUMULATE=turn > 0 or into is not None, BM=tiles.rows, BN=tiles.outer, PRECISION=precision_of(w.dtype),
-            **matrix.shape(), num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return y
 
 
 def _values(scores: Tensor, coefficient: Tensor, margins: Tensor, *, config: TreeConfig) -> None:
@@ -232,57 +130,6 @@ def values_shape(config: TreeConfig) -> dict[str, Any]:
         "TILE": VALUES_TILE,
         "BJ": min(32, triton.next_power_of_2(config.leaf_width)),
     }
-
-
-def _tables(groups: Groups | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if groups is None else (groups.order, groups.table)
-
-
-def _columns(matrix: Matrix, config: TreeConfig, groups: Groups, tiles: Tiles) -> tuple[int, int]:
-    """Columns of one tree that a dot takes at once, a power of two (16 or more over all joint trees), and how often."""
-    needed = matrix.columns(config.depth - groups.level)
-    columns = max(16 // groups.joint, min(triton.next_power_of_2(needed), max(1, tiles.columns // groups.joint)), 1)
-    return columns, triton.cdiv(needed, columns)
-
-
-def _ancestors(matrix: Matrix, groups: Groups) -> int:
-    """Width of the ancestors' dot, 0 when there are none."""
-    count = groups.level * groups.joint if matrix.nodes else 0
-    return max(16, triton.next_power_of_2(count)) if count else 0
-
-
-@triton.jit
-def _sorted_rows(
-    tile,
-    turn,
-    order_ptr,
-    table_ptr,
-    rows,
-    GROUPS: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """(group, row numbers (BM,) int64, which exist) of a tile. Rows that do not exist are row 0: safe to load."""
-    place = tl.arange(0, BM)
-    if GROUPS == 0:
-        group = tl.zeros((), tl.int32)
-        row = (tile * BM + place).to(tl.int64)
-        there = row < rows
-    else:
-        table = table_ptr + turn * 4 * (GROUPS + 1)
-        group, begin, end = locate(tile, table, table + GROUPS + 1, GROUPS, BM)
-        there = begin + place < end
-        row = tl.load(order_ptr + turn.to(tl.int64) * rows + begin + place, mask=there, other=0).to(tl.int64)
-    return group, tl.where(there, row, 0), there
-
-
-@triton.jit
-def _tile_of(base, row, start, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns start ... start + WIDTH of rows `row`, zero beyond D: (len(row), WIDTH)."""
-    d = start + tl.arange(0, WIDTH)
-    at = base + row[:, None] * D + d[None, :]
-    if D % WIDTH == 0:
-        return tl.load(at)
-    return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -316,8 +163,8 @@ def _block_scores(
     w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + heap, 0)
     acc = tl.zeros((row.shape[0], JOINT * SPAN), tl.float32)
     for start in range(0, D_IN, BK):
-        x = _tile_of(x_ptr, row, start, D_IN, BK)
-        w = _tile_of(w_ptr, w_row, start, D_IN, BK)
+        x = tile_of(x_ptr, row, start, D_IN, BK)
+        w = tile_of(w_ptr, w_row, start, D_IN, BK)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     if b_ptr is not None:
         acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
@@ -366,7 +213,7 @@ def _route_kernel(
     if GROUPS > 0:
         if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
             return
-    group, row, there = _sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
+    group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
     blocks, _node = _block_scores(
         x_ptr, w_ptr, b_ptr, row, group, turn, D_IN, TREES, TREE_ROWS, LEVEL, LEVELS, JOINT, SPAN, BK, PRECISION
     )
@@ -422,211 +269,6 @@ def _route_kernel(
                 values = tl.where((c == OUT_ENTRIES - 1)[None, :], gate[:, None], values)
             at = coefficient_ptr + item[:, None] * OUT_ENTRIES + c[None, :]
             tl.store(at, values.to(dtype), mask=wanted[:, None] & (c < OUT_ENTRIES)[None, :])
-
-
-@triton.jit
-def ancestor_column(a, group, turn, LEVEL: tl.constexpr, JOINT: tl.constexpr, TREES: tl.constexpr):
-    """What ancestor column `a` is: (tree, row of the tree, path entry, exists)."""
-    joint = tl.minimum(a // LEVEL, JOINT - 1)
-    level = a % LEVEL
-    prefix = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
-    row = ((1 << level) - 1).to(tl.int64) + (prefix >> (LEVEL - level))
-    tree = turn * JOINT + joint
-    return tree, row, level, (a < LEVEL * JOINT) & (tree < TREES)
-
-
-@triton.jit
-def path_mask(
-    leaf_ptr, row, joint, turn, there, shift, place, TREES: tl.constexpr, SUB: tl.constexpr, JOINT: tl.constexpr
-):
-    """(len(row), len(joint)): whether each column, of tree number `joint` in this turn, lies on each row's path."""
-    if SUB == 0:  # all columns of a lone leaf do
-        return there[:, None] & (turn * JOINT + joint < TREES)[None, :]
-    inside = tl.load(leaf_ptr + row * TREES + turn * JOINT, mask=there, other=0).to(tl.int32)[:, None]
-    # One load a tree and a select: a gather by column would load every leaf once for each of its columns.
-    for other in tl.static_range(1, JOINT):
-        wanted = there & (turn * JOINT + other < TREES)
-        leaf = tl.load(leaf_ptr + row * TREES + turn * JOINT + other, mask=wanted, other=0).to(tl.int32)
-        inside = tl.where((joint == other)[None, :], leaf[:, None], inside)
-    on_path = ((inside & ((1 << SUB) - 1)) >> shift[None, :]) == place[None, :]
-    return on_path & there[:, None] & (turn * JOINT + joint < TREES)[None, :]
-
-
-@triton.jit
-def _pick_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    leaf_ptr,
-    out_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ANCESTORS: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    tile, turn = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
-        return
-    group, row, there = _sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
-
-    c = tl.arange(0, COLUMNS * JOINT)
-    joint = c // COLUMNS
-    tree = turn * JOINT + joint
-    prefix = prefix_of(group, joint, LEVEL, JOINT)
-    column = tl.program_id(2) * COLUMNS + c % COLUMNS
-    SUB: tl.constexpr = DEPTH - LEVEL
-    place_row, entry, shift, place, exists = subtree_column(
-        column, prefix, DEPTH, SUB, HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY
-    )
-    exists = exists & (tree < TREES)
-    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
-    acc = tl.zeros((BM, COLUMNS * JOINT), tl.float32)
-    if ANCESTORS > 0:
-        a_tree, a_row, a_entry, a_exists = ancestor_column(tl.arange(0, ANCESTORS), group, turn, LEVEL, JOINT, TREES)
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * TREE_ROWS + a_row, 0)
-        a_acc = tl.zeros((BM, ANCESTORS), tl.float32)
-    for start in range(0, D, BK):
-        x = _tile_of(x_ptr, row, start, D, BK)
-        w = _tile_of(w_ptr, w_row, start, D, BK)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-        if ANCESTORS > 0:
-            w = _tile_of(w_ptr, a_row, start, D, BK)
-            a_acc = tl.dot(x, tl.trans(w), a_acc, input_precision=PRECISION)
-    if b_ptr is not None:
-        acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
-
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
-    at = out_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=on_path)
-    if ANCESTORS > 0:
-        at = out_ptr + (row[:, None] * TREES + a_tree[None, :]) * ENTRIES + a_entry[None, :]
-        tl.store(at, a_acc.to(out_ptr.dtype.element_ty), mask=there[:, None] & a_exists[None, :])
-
-
-@triton.jit
-def _path_entries(
-    entries_ptr,
-    leaf_ptr,
-    row,
-    there,
-    group,
-    turn,
-    chunk,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """A chunk of subtree columns: entries (len(row), columns), zero off each row's path, and the matrix row of each."""
-    c = tl.arange(0, COLUMNS * JOINT)
-    joint = c // COLUMNS
-    tree = turn * JOINT + joint
-    SUB: tl.constexpr = DEPTH - LEVEL
-    place_row, entry, shift, place, exists = subtree_column(
-        chunk * COLUMNS + c % COLUMNS,
-        prefix_of(group, joint, LEVEL, JOINT),
-        DEPTH,
-        SUB,
-        HAS_NODES,
-        LEAF_FIRST,
-        LEAF_ROWS,
-        LEAF_ENTRY,
-    )
-    exists = exists & (tree < TREES)
-    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
-    at = entries_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
-    return tl.load(at, mask=on_path, other=0.0), w_row
-
-
-@triton.jit
-def _spread_kernel(
-    entries_ptr,
-    w_ptr,
-    leaf_ptr,
-    y_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    turn,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ANCESTORS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    turn = tl.zeros((), tl.int32) + turn
-    if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
-        return
-    group, row, there = _sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
-
-    # What does not depend on the output columns is loaded once: ancestors' entries, and a lone chunk of the subtree.
-    if ANCESTORS > 0:
-        a_tree, a_row, a_entry, a_exists = ancestor_column(tl.arange(0, ANCESTORS), group, turn, LEVEL, JOINT, TREES)
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * TREE_ROWS + a_row, 0)
-        a_at = entries_ptr + (row[:, None] * TREES + a_tree[None, :]) * ENTRIES + a_entry[None, :]
-        above = tl.load(a_at, mask=there[:, None] & a_exists[None, :], other=0.0)
-    if CHUNKS == 1:
-        below, w_row = _path_entries(
-            entries_ptr, leaf_ptr, row, there, group, turn, 0, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
-            HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS, ENTRIES,
-        )  # fmt: skip
-
-    for start in range(0, D, BN):
-        d = start + tl.arange(0, BN)
-        at = y_ptr + row[:, None] * D + d[None, :]
-        mask = there[:, None] & (d < D)[None, :]
-        acc = tl.load(at, mask=mask, other=0.0).to(tl.float32) if ACCUMULATE else tl.zeros((BM, BN), tl.float32)
-        if ANCESTORS > 0:
-            acc = tl.dot(above, _tile_of(w_ptr, a_row, start, D, BN), acc, input_precision=PRECISION)
-        if CHUNKS == 1:
-            acc = tl.dot(below, _tile_of(w_ptr, w_row, start, D, BN), acc, input_precision=PRECISION)
-        else:
-            for chunk in range(CHUNKS):
-                part, part_row = _path_entries(
-                    entries_ptr, leaf_ptr, row, there, group, turn, chunk, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
-                    HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS, ENTRIES,
-                )  # fmt: skip
-                acc = tl.dot(part, _tile_of(w_ptr, part_row, start, D, BN), acc, input_precision=PRECISION)
-        tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

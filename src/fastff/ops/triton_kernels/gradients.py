@@ -14,19 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastff.ops.triton_kernels.blocks import (
-    VALUES_TILE,
+from fastff.ops.triton_kernels.blocks import VALUES_TILE, values_shape
+from fastff.ops.triton_kernels.common import activate, locate, slope, subtree_column, tanh
+from fastff.ops.triton_kernels.linear import (
     Matrix,
-    _columns,
+    columns_of,
     out_entries,
     path_mask,
     pick,
     precision_of,
     sort_leaves,
     spread,
-    values_shape,
 )
-from fastff.ops.triton_kernels.common import activate, locate, slope, subtree_column, tanh
 from fastff.ops.triton_kernels.plan import BackwardPlan
 from fastff.ops.triton_kernels.sort import Groups
 from fastff.tree import TreeConfig
@@ -110,7 +109,7 @@ def _outer(
         grad[:, : matrix.leaf_first].zero_()  # nodes that no gradient reaches
     width, tiles = x.shape[1], plan.outer_tiles
     block = min(tiles.outer, max(16, triton.next_power_of_2(width)))
-    columns, chunks = _columns(matrix, config, groups, tiles)
+    columns, chunks = columns_of(matrix, config, groups, tiles)
     level = groups.level if matrix.nodes else 0
     above = max(16, triton.next_power_of_2(level)) if level else 0
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
@@ -123,8 +122,8 @@ def _outer(
     }  # fmt: skip
     _outer_kernel[(groups.chunks, across * chunks, config.trees)](
         entries, x, leaf, grad, partial, partial_above, groups.order, groups.table, x.shape[0], groups.chunks,
-        groups.slots, CHUNK=groups.chunk, ANCESTORS=above, BR=tiles.inner, PRECISION=precision_of(x.dtype), **shape,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        groups.slots, CHUNK=groups.chunk, ANCESTORS=above, BR=tiles.inner, TURNED=plan.outer_turned,
+        PRECISION=precision_of(x.dtype), **shape, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     _gather_subtrees_kernel[(groups.groups, across * chunks, config.trees)](
         grad, partial, groups.table, groups.slots, **shape, num_warps=4
@@ -239,6 +238,7 @@ def _outer_kernel(
     ANCESTORS: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_NODES: tl.constexpr,
     LEAF_FIRST: tl.constexpr,
@@ -248,7 +248,9 @@ def _outer_kernel(
     ENTRIES: tl.constexpr,
 ):
     """A chunk of one group's rows times BN features. The only chunk of a group writes its subtree's gradient at once;
-    several leave partial sums. The ancestors, shared with other groups, always get partial sums."""
+    several leave partial sums. The ancestors, shared with other groups, always get partial sums.
+
+    TURNED: the product is made transposed, for matrix units that take at least 64 rows: features are as many."""
     chunk, tree = tl.program_id(0), tl.program_id(2)
     part = tl.program_id(1) % CHUNKS
     n = (tl.program_id(1) // CHUNKS) * BN + tl.arange(0, BN)
@@ -263,7 +265,7 @@ def _outer_kernel(
     place_row, entry, shift, place, exists = subtree_column(
         c, group, DEPTH, SUB, HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY
     )
-    acc = tl.zeros((COLUMNS, BN), tl.float32)
+    acc = tl.zeros((BN, COLUMNS) if TURNED else (COLUMNS, BN), tl.float32)
     if ANCESTORS > 0:
         a = tl.arange(0, ANCESTORS)
         a_acc = tl.zeros((ANCESTORS, BN), tl.float32)
@@ -276,13 +278,18 @@ def _outer_kernel(
         on_path = path_mask(leaf_ptr, row, c * 0, tree, there, shift, place, TREES, SUB, 1) & exists[None, :]
         item = (row * TREES + tree) * ENTRIES
         value = tl.load(entries_ptr + item[:, None] + entry[None, :], mask=on_path, other=0.0)
-        acc = tl.dot(tl.trans(value), x, acc, input_precision=PRECISION)
+        if TURNED:
+            acc = tl.dot(tl.trans(x), value, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(value), x, acc, input_precision=PRECISION)
         if ANCESTORS > 0:
             a_mask = there[:, None] & (a < LEVEL)[None, :]
             a_value = tl.load(entries_ptr + item[:, None] + a[None, :], mask=a_mask, other=0.0)
             a_acc = tl.dot(tl.trans(a_value), x, a_acc, input_precision=PRECISION)
 
     inside = (n < D)[None, :]
+    if TURNED:
+        acc = tl.trans(acc)
     first = tl.load(table + 2 * (GROUPS + 1) + group)
     if tl.load(table + 2 * (GROUPS + 1) + group + 1) - first == 1:
         grad_at = grad_ptr + (tree.to(tl.int64) * TREE_ROWS + place_row)[:, None] * D + n[None, :]

@@ -60,12 +60,14 @@ class Stage:
 class BlockedPlan:
     """Routing stages, then rows grouped by the first `level` turns in each of `joint` trees for all that follows.
 
-    leaf_routed: the last stage scores the leaves too."""
+    leaf_routed: the last stage scores the leaves too. one_pass: groups share their leaves, and one kernel computes
+    them."""
 
     stages: tuple[Stage, ...]
     level: int
     joint: int
     leaf_routed: bool
+    one_pass: bool
     tiles: Tiles
 
 
@@ -73,7 +75,8 @@ class BlockedPlan:
 class BackwardPlan:
     """Groups of the two linear kernels (`level`, `joint`) and of the weight gradients (`outer_level`, one tree).
 
-    chunk: most rows that one program of a weight gradient sums; outer_tiles: its tile, `inner` being rows."""
+    chunk: most rows that one program of a weight gradient sums; outer_tiles: its tile, `inner` being rows;
+    outer_turned: whether features are the rows of its product."""
 
     level: int
     joint: int
@@ -81,6 +84,7 @@ class BackwardPlan:
     chunk: int
     tiles: Tiles
     outer_tiles: Tiles
+    outer_turned: bool = False
 
 
 ForwardPlan = ScoutPlan | RowsPlan | BlockedPlan
@@ -130,7 +134,17 @@ def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles |
         together = min(_power(config.trees), max(1, 128 >> part)) if at == 0 else 1
         stages.append(Stage(at, part, joint if fused and at == level and at else together))
         at += part
-    return BlockedPlan(tuple(stages), level, joint, fused, tiles or _tiles(config, rows, itemsize, level, joint))
+    one_pass = not fused and level == config.depth and leaf_columns(config, joint) <= 128
+    if tiles is None:
+        tiles = _tiles(config, rows, itemsize, level, joint)
+        if one_pass and itemsize == 2 and tiles.rows > 16:
+            tiles = replace(tiles, inner=64, outer=128, stages=3)
+    return BlockedPlan(tuple(stages), level, joint, fused, one_pass, tiles)
+
+
+def leaf_columns(config: TreeConfig, joint: int) -> int:
+    """Columns of a product with one leaf of each of `joint` trees, every leaf a power of two wide."""
+    return joint * max(_power(config.leaf_width), 16 // joint)
 
 
 def backward_plan(
@@ -145,12 +159,15 @@ def backward_plan(
     outer_level = level if config.trees == 1 else min(_single_level(config, 16), MOST_BITS)
     chunk = min(4096, max(128, _power(2 * rows >> outer_level)))
     narrow = _columns(config, outer_level) <= 64
+    turned = itemsize == 2 and outer_level == config.depth and narrow and not config.node_output
+    if turned and outer_tiles is None:
+        outer_tiles = Tiles(0, 128, 64, 256, 4, 3)
     outer = (256 if narrow else 128) if itemsize == 2 else (64 if narrow else 32)
     outer_tiles = outer_tiles or Tiles(0, 128, 256 // itemsize, outer, 4 if narrow else 8, 3 if narrow else 2)
     return BackwardPlan(
         level, joint, outer_level, chunk,
         tiles or _tiles(config, rows, itemsize, level, joint),
-        outer_tiles,
+        outer_tiles, turned,
     )  # fmt: skip
 
 
@@ -206,6 +223,8 @@ def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int)
     columns = joint * _power(_columns(config, level))
     single = itemsize == 4
     outer = 32 if columns > 128 and single else 64
+    if config.trees > 1 and not single and height > 16 and columns <= 128:  # many passes: long pieces of each row
+        return Tiles(height, 256 if joint > 1 else 128, 128, 128, 4, 2)
     return Tiles(
         rows=height,
         columns=256 if joint > 1 else 128,

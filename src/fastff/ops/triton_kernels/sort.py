@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 SORT_TILE = 64  # ranks within a tile compare all pairs: small tiles, more of them
+SCANNED = 8  # most groups whose counts a program sums over the tiles: a sector of memory
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, c
     rows, trees = leaf.shape
     passes, tiles = triton.cdiv(trees, joint), triton.cdiv(rows, SORT_TILE)
     groups = max(2, 1 << (level * joint))
-    counts = torch.empty(passes, groups, tiles, dtype=torch.int32, device=leaf.device)
+    counts = torch.empty(passes, tiles, groups, dtype=torch.int32, device=leaf.device)
     totals = torch.empty(passes, groups, dtype=torch.int32, device=leaf.device)
     order = torch.empty(passes, rows, dtype=torch.int32, device=leaf.device)
     table = torch.empty(passes, 4, groups + 1, dtype=torch.int32, device=leaf.device)
     key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "GROUPS": groups, "TILE": SORT_TILE}
     _count_kernel[(tiles, passes)](leaf, counts, rows, tiles, **key)
-    _scan_kernel[(groups, passes)](counts, totals, tiles, GROUPS=groups, TILES=min(1024, triton.next_power_of_2(tiles)))
+    width = max(1, min(SCANNED, groups // 32))
+    scan = {"WIDTH": width, "TILES": min(1024, triton.next_power_of_2(tiles))}
+    _scan_kernel[(groups // width, passes)](counts, totals, tiles, GROUPS=groups, **scan, num_warps=8)
     _place_kernel[(tiles, passes)](leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
     return Groups(order, table, groups, level, joint, tile, chunk)
 
@@ -103,19 +106,22 @@ def _count_kernel(
     key = _key(leaf_ptr, row, mask, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
     groups = tl.arange(0, GROUPS)
     count = tl.histogram(key, GROUPS, mask=mask)
-    tl.store(counts_ptr + (turn * GROUPS + groups) * tiles + tile, count)
+    tl.store(counts_ptr + (turn * tiles + tile) * GROUPS + groups, count)
 
 
 @triton.jit
-def _scan_kernel(counts_ptr, totals_ptr, tiles, GROUPS: tl.constexpr, TILES: tl.constexpr):
-    group = tl.program_id(1) * GROUPS + tl.program_id(0)
-    total = 0
+def _scan_kernel(counts_ptr, totals_ptr, tiles, GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
+    turn = tl.program_id(1)
+    group = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.int32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        count = tl.load(counts_ptr + group * tiles + tile, mask=tile < tiles, other=0)
-        tl.store(counts_ptr + group * tiles + tile, total + tl.cumsum(count, 0) - count, mask=tile < tiles)
+        at = counts_ptr + (turn * tiles + tile)[:, None] * GROUPS + group[None, :]
+        mask = (tile < tiles)[:, None]
+        count = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, 0)
-    tl.store(totals_ptr + group, total)
+    tl.store(totals_ptr + turn * GROUPS + group, total)
 
 
 @triton.jit
@@ -165,5 +171,5 @@ def _place_kernel(
     before = (other_key[None, :] == key[:, None]) & (tl.arange(0, TILE)[None, :] < place[:, None])
     rank = tl.sum(before.to(tl.int32), 1)
     first = tl.gather(tl.cumsum(total, 0) - total, tl.where(mask, key, 0), 0)
-    offset = tl.load(counts_ptr + (turn * GROUPS + tl.where(mask, key, 0)) * tiles + tile, mask=mask, other=0)
+    offset = tl.load(counts_ptr + (turn * tiles + tile) * GROUPS + tl.where(mask, key, 0), mask=mask, other=0)
     tl.store(order_ptr + turn.to(tl.int64) * rows + first + offset + rank, row, mask=mask)
