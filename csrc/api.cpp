@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
@@ -133,6 +134,63 @@ struct Gradients {
   T *x, *w_in, *b_in, *w_out, *b_out;
 };
 
+// Rows of w_in, w_out and b_out, counted over all trees, that some row of x visits: in ascending order the visited ones
+// have the slots 0, 1, 2 ...; the others have -1.
+class Visited {
+ public:
+  Visited(const Tree& tree, const int64_t* leaf, int64_t rows) {
+    const int64_t nodes = tree.nodes(), leaves = tree.leaves();
+    std::vector<bool> heap(nodes + leaves);
+    for (int64_t t = 0; t < tree.trees; ++t) {
+      std::fill(heap.begin(), heap.end(), false);
+      for (int64_t i = 0; i < rows; ++i) heap[nodes + leaf[i * tree.trees + t]] = true;
+      for (int64_t n = nodes - 1; n >= 0; --n) heap[n] = heap[2 * n + 1] || heap[2 * n + 2];
+      for (int64_t n = 0; n < nodes + leaves; ++n) {
+        const bool is_leaf = n >= nodes;
+        w_in.add(heap[n], is_leaf ? tree.leaf_in_rows() : 1);
+        w_out.add(heap[n], is_leaf ? tree.leaf_width : tree.node_output ? 1 : 0);
+        b_out.add(heap[n], is_leaf ? 1 : 0);
+      }
+    }
+  }
+
+  struct Slots {
+    std::vector<int64_t> of;
+    int64_t count = 0;
+
+    void add(bool visited, int64_t rows) {
+      for (int64_t i = 0; i < rows; ++i) of.push_back(visited ? count++ : -1);
+    }
+    // Numbers of the visited rows, `count` of them.
+    void list(int64_t* rows) const {
+      if (rows)
+        for (size_t row = 0; row < of.size(); ++row)
+          if (of[row] >= 0) *rows++ = static_cast<int64_t>(row);
+    }
+  };
+  Slots w_in, w_out, b_out;
+};
+
+void need_leaves(const Tree& tree, const int64_t* leaf, int64_t rows) {
+  for (int64_t i = 0; i < rows * tree.trees; ++i) need_in("leaf", leaf[i], 0, tree.leaves() - 1);
+}
+
+// Elements of the gradients of weights, of all rows or of the visited ones.
+struct GradientSizes {
+  GradientSizes(const Tree& tree, const Visited* visited)
+      : w_in((visited ? visited->w_in.count : tree.trees * tree.in_rows()) * tree.in_features),
+        w_out((visited ? visited->w_out.count : tree.trees * tree.out_rows()) * tree.out_features),
+        b_out((visited ? visited->b_out.count : tree.trees * tree.leaves()) * tree.out_features) {}
+  int64_t w_in, w_out, b_out;
+};
+
+// Part of a gradient that belongs to tree t, `rows` rows to a tree; with slots, of visited rows only.
+template <class T>
+GradientRows<T> part(T* data, const Visited::Slots* slots, int64_t t, int64_t rows, int64_t columns) {
+  if (!data || !slots) return {data ? data + t * rows * columns : nullptr, nullptr, columns};
+  return {data, slots->of.data() + t * rows, columns};
+}
+
 template <class T>
 void zero(T* data, int64_t n, int threads) {
   if (data) parallel(n, 1 << 18, threads, [&](int64_t b, int64_t e) { std::fill(data + b, data + e, T(0)); });
@@ -140,12 +198,14 @@ void zero(T* data, int64_t n, int threads) {
 
 template <class T>
 void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_out, const T* x, const T* grad_y,
-                    int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad, int threads) {
+                    int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad, const Visited* visited,
+                    int threads) {
   const int64_t in_rows = tree.in_rows(), out_rows = tree.out_rows();
-  zero(grad.w_in, tree.trees * in_rows * tree.in_features, threads);
-  zero(grad.w_out, tree.trees * out_rows * tree.out_features, threads);
+  const GradientSizes size(tree, visited);
+  zero(grad.w_in, size.w_in, threads);
+  zero(grad.w_out, size.w_out, threads);
   zero(grad.b_in, tree.trees * in_rows, 1);
-  zero(grad.b_out, tree.trees * tree.leaves() * tree.out_features, threads);
+  zero(grad.b_out, size.b_out, threads);
   std::vector<T> dscore(rows * tree.path_scores()), coef(rows * (tree.path_outputs() + 1));
   std::vector<int32_t> order;
   for (int64_t t = 0; t < tree.trees; ++t) {
@@ -160,10 +220,10 @@ void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_
                            coef.data(),
                            grad.x,
                            t > 0,
-                           grad.w_in ? grad.w_in + t * in_rows * tree.in_features : nullptr,
+                           part(grad.w_in, visited ? &visited->w_in : nullptr, t, in_rows, tree.in_features),
                            grad.b_in ? grad.b_in + t * in_rows : nullptr,
-                           grad.w_out ? grad.w_out + t * out_rows * tree.out_features : nullptr,
-                           grad.b_out ? grad.b_out + t * tree.leaves() * tree.out_features : nullptr};
+                           part(grad.w_out, visited ? &visited->w_out : nullptr, t, out_rows, tree.out_features),
+                           part(grad.b_out, visited ? &visited->b_out : nullptr, t, tree.leaves(), tree.out_features)};
     const Kernels<T>& k = kernels<T>();
     parallel(rows, kRowsAPiece, threads, [&](int64_t from, int64_t to) { k.backward_rows(tree, view, b, from, to); });
     parallel(tree.in_features, kColumnsAPiece, threads,
@@ -176,7 +236,7 @@ void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_
 template <class T>
 int32_t backward_plain(const fastff_tree* given, const T* w_in, const T* w_out, const T* b_out, const T* x,
                        const T* grad_y, int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad,
-                       int threads) {
+                       bool only_visited, int threads) {
   return guarded([&] {
     const Tree tree = checked(given);
     need_rows(tree, rows);
@@ -190,14 +250,18 @@ int32_t backward_plain(const fastff_tree* given, const T* w_in, const T* w_out, 
                            array("grad_y", grad_y, rows * tree.out_features),
                            array("leaf", leaf, rows * tree.trees),
                            array("scores", scores, rows * tree.trees * tree.path_scores())};
-    const Arrays outputs = {array("grad_x", grad.x, rows * tree.in_features), w_in_array(tree, "grad_w_in", grad.w_in),
-                            b_in_array(tree, "grad_b_in", grad.b_in), w_out_array(tree, "grad_w_out", grad.w_out),
-                            b_out_array(tree, "grad_b_out", grad.b_out)};
-    need_aligned(outputs);
     need_aligned(inputs);
+    need_leaves(tree, leaf, rows);
+    const std::unique_ptr<Visited> visited(only_visited ? new Visited(tree, leaf, rows) : nullptr);
+    const GradientSizes size(tree, visited.get());
+    const Arrays outputs = {array("grad_x", grad.x, rows * tree.in_features),
+                            array("grad_w_in", grad.w_in, size.w_in),
+                            b_in_array(tree, "grad_b_in", grad.b_in),
+                            array("grad_w_out", grad.w_out, size.w_out),
+                            array("grad_b_out", grad.b_out, size.b_out)};
+    need_aligned(outputs);
     need_disjoint(outputs, inputs);
-    for (int64_t i = 0; i < rows * tree.trees; ++i) need_in("leaf", leaf[i], 0, tree.leaves() - 1);
-    backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, threads);
+    backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, visited.get(), threads);
   });
 }
 
@@ -328,19 +392,54 @@ int32_t fastff_plan_forward(const fastff_tree* given, int32_t weights, int64_t r
   });
 }
 
-int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out,
-                            const float* x, const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores,
-                            float* grad_x, float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out,
-                            int32_t threads) {
+int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out, const float* x,
+                            const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores, float* grad_x,
+                            float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out, int32_t threads) {
   return backward_plain<float>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                               {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, threads);
+                            {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
 }
-int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out,
-                            const double* x, const double* grad_y, int64_t rows, const int64_t* leaf,
-                            const double* scores, double* grad_x, double* grad_w_in, double* grad_b_in,
-                            double* grad_w_out, double* grad_b_out, int32_t threads) {
+int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out, const double* x,
+                            const double* grad_y, int64_t rows, const int64_t* leaf, const double* scores, double* grad_x,
+                            double* grad_w_in, double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads) {
   return backward_plain<double>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                                {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, threads);
+                             {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
+}
+
+int32_t fastff_visited(const fastff_tree* given, const int64_t* leaf, int64_t rows, int64_t* w_in_rows,
+                       int64_t* w_out_rows, int64_t* b_out_rows, int64_t* counts) {
+  return guarded([&] {
+    const Tree tree = checked(given);
+    need_rows(tree, rows);
+    need((rows == 0 || leaf) && counts, "leaf and counts must not be NULL");
+    const Array input = array("leaf", leaf, rows * tree.trees);
+    const Arrays outputs = {array("w_in_rows", w_in_rows, tree.trees * tree.in_rows()),
+                            array("w_out_rows", w_out_rows, tree.trees * tree.out_rows()),
+                            array("b_out_rows", b_out_rows, tree.trees * tree.leaves()), array("counts", counts, 3)};
+    need_aligned({input});
+    need_aligned(outputs);
+    need_disjoint(outputs, {input});
+    need_leaves(tree, leaf, rows);
+    const Visited visited(tree, leaf, rows);
+    visited.w_in.list(w_in_rows);
+    visited.w_out.list(w_out_rows);
+    visited.b_out.list(b_out_rows);
+    counts[0] = visited.w_in.count;
+    counts[1] = visited.w_out.count;
+    counts[2] = visited.b_out.count;
+  });
+}
+
+int32_t fastff_backward_visited_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out, const float* x,
+                                    const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores, float* grad_x,
+                                    float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out, int32_t threads) {
+  return backward_plain<float>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
+                            {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
+}
+int32_t fastff_backward_visited_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out, const double* x,
+                                    const double* grad_y, int64_t rows, const int64_t* leaf, const double* scores, double* grad_x,
+                                    double* grad_w_in, double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads) {
+  return backward_plain<double>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
+                             {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
 }
 
 }  // extern "C"

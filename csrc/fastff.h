@@ -114,6 +114,25 @@ FASTFF_API int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_
                                        const int64_t* leaf, const double* scores, double* grad_x, double* grad_w_in,
                                        double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads);
 
+/* Which rows of w_in, w_out and b_out rows with these leaves visit: their numbers, counted over all trees, in ascending
+ * order. w_in_rows has room for [trees * in_rows], w_out_rows for [trees * out_rows], b_out_rows for [trees * leaves];
+ * NULL is not written. counts[3]: how many of each. */
+FASTFF_API int32_t fastff_visited(const fastff_tree* tree, const int64_t* leaf, int64_t rows, int64_t* w_in_rows,
+                                  int64_t* w_out_rows, int64_t* b_out_rows, int64_t* counts);
+
+/* As fastff_backward, but grad_w_in, grad_w_out and grad_b_out hold only the rows that fastff_visited names, in its order:
+ * nothing is written, or zeroed, for the others. */
+FASTFF_API int32_t fastff_backward_visited_f32(const fastff_tree* tree, const float* w_in, const float* w_out,
+                                               const float* b_out, const float* x, const float* grad_y, int64_t rows,
+                                               const int64_t* leaf, const float* scores, float* grad_x,
+                                               float* grad_w_in, float* grad_b_in, float* grad_w_out,
+                                               float* grad_b_out, int32_t threads);
+FASTFF_API int32_t fastff_backward_visited_f64(const fastff_tree* tree, const double* w_in, const double* w_out,
+                                               const double* b_out, const double* x, const double* grad_y,
+                                               int64_t rows, const int64_t* leaf, const double* scores,
+                                               double* grad_x, double* grad_w_in, double* grad_b_in,
+                                               double* grad_w_out, double* grad_b_out, int32_t threads);
+
 /* How a forward would cut its work. */
 typedef struct fastff_plan {
   int32_t threads;         /* pieces of rows worked on at once */
@@ -154,6 +173,10 @@ FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const 
 
 /* NULL is allowed. */
 FASTFF_API void fastff_packed_free(fastff_packed* packed);
+
+/* Advise the system to use huge pages where they fit wholly into this memory. For a large fresh output before its first
+ * write: faulting in its small pages one by one can take as long as the layer. Advice: changes no content, never fails. */
+FASTFF_API void fastff_advise_huge_pages(void* data, int64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -72,6 +72,17 @@ struct Forward {
   T* scores;
 };
 
+// Rows of a gradient: of a whole matrix, or only those that have a slot.
+template <class T>
+struct GradientRows {
+  T* data;
+  const int64_t* slot;  // of each row of the matrix; null: its own number
+  int64_t columns;
+
+  explicit operator bool() const { return data != nullptr; }
+  T* at(int64_t row) const { return data + (slot ? slot[row] : row) * columns; }
+};
+
 // One tree's part of a backward. `order` sorts the rows by leaf; dscore and coef are indexed by row.
 template <class T>
 struct Backward {
@@ -84,10 +95,10 @@ struct Backward {
   T* coef;    // [rows][path_outputs + 1]: factors of the output rows, then the leaf's gate
   T* grad_x;
   bool accumulate_x;
-  T* grad_w_in;  // this tree's part, zeroed by the caller; likewise below
+  GradientRows<T> grad_w_in;  // this tree's part, zeroed by the caller; likewise below
   T* grad_b_in;
-  T* grad_w_out;
-  T* grad_b_out;
+  GradientRows<T> grad_w_out;
+  GradientRows<T> grad_b_out;
 };
 
 // The kernels of one instruction set for one element type. They trust their caller; `views` has one entry a tree.

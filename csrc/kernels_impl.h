@@ -229,13 +229,15 @@ class Descent {
     const int64_t nodes[3] = {node, 2 * node + 1, 2 * node + 2};
     const W* weights[3];
     for (int k = 0; k < 3; ++k) weights[k] = view_.in_row(nodes[k]);
-    constexpr int kRows = tile_rows<T>() / 2;
+    constexpr int kRows = tile_rows<T>(3);
     for (int64_t i = 0; i < n; i += kRows) {
+      const T* xs[kRows];
+      T out[kRows][3];
       const int64_t m = std::min<int64_t>(kRows, n - i);
-      const T* xs[2] = {x_row(rows[i]), x_row(rows[i + m - 1])};
-      T out[2][3];
-      if (m == 2) dots_tile<T, W, 2, 3>(xs, weights, tree_.in_features, out[0], 3);
-      else dots_tile<T, W, 1, 3>(xs, weights, tree_.in_features, out[0], 3);
+      for (int64_t k = 0; k < m; ++k) xs[k] = x_row(rows[i + k]);
+      if (tree_.trees == 1)  // else x came into the cache with the first tree
+        for (int64_t k = i + kTile; k < std::min(i + kTile + m, n); ++k) prefetch(x_row(rows[k]), tree_.in_features);
+      dots(xs, m, weights, 3, tree_.in_features, out[0], 3);
       for (int64_t k = 0; k < m; ++k) {
         T* score = score_row(rows[i + k]) + level;
         score[0] = settled(rows[i + k], node, weights[0], out[k][0]);
@@ -579,7 +581,7 @@ void backward_rows(const Tree& tree, const View<T>& view, const Backward<T>& b, 
   }
 }
 
-// Sums over the rows of each node: columns [begin, end) of targets += factor * source row.
+// Sums over the rows of each node: columns [begin, end) of a target's rows += factor * source row.
 template <class T>
 class WeightSums {
  public:
@@ -589,27 +591,26 @@ class WeightSums {
         begin_(begin), end_(end) {}
 
   // Four levels at a time: one pass over a row serves up to four nodes of its path.
-  void nodes(T* target, int64_t rows) {
+  void nodes(const GradientRows<T>& target, int64_t rows) {
     for (int top = 0; top < tree_.depth; top += kTile) {
       const int levels = std::min(kTile, tree_.depth - top);
       const int shift = tree_.depth - (top + levels - 1);  // leaf + leaves >> shift names the lowest of these nodes
       for_groups(rows, shift, [&](int64_t lowest, int64_t from, int64_t to) {
         T* outs[kTile];
-        for (int k = 0; k < levels; ++k)
-          outs[k] = target + ((lowest >> (levels - 1 - k)) - 1) * columns_;
+        for (int k = 0; k < levels; ++k) outs[k] = target.at((lowest >> (levels - 1 - k)) - 1);
         sum(outs, levels, from, to, top);
       });
     }
   }
 
-  // `count` rows to a leaf, whose factors start at `factor`.
-  void leaves(T* target, int64_t rows, int64_t count, int64_t factor) {
+  // `count` rows to a leaf, the first leaf's at row `first` of the target; their factors start at `factor`.
+  void leaves(const GradientRows<T>& target, int64_t rows, int64_t first, int64_t count, int64_t factor) {
     for_groups(rows, 0, [&](int64_t lowest, int64_t from, int64_t to) {
-      T* base = target + (lowest - tree_.leaves()) * count * columns_;
+      const int64_t base = first + (lowest - tree_.leaves()) * count;
       for (int64_t j = 0; j < count; j += kTile) {
         T* outs[kTile];
         const int64_t n = std::min<int64_t>(kTile, count - j);
-        for (int64_t k = 0; k < n; ++k) outs[k] = base + (j + k) * columns_;
+        for (int64_t k = 0; k < n; ++k) outs[k] = target.at(base + j + k);
         sum(outs, n, from, to, factor + j);
       }
     });
@@ -657,7 +658,7 @@ void backward_w_in(const Tree& tree, const Backward<T>& b, int64_t rows, int64_t
   if (b.grad_w_in) {
     WeightSums<T> sums(tree, b, b.x, tree.in_features, b.dscore, scores, begin, end);
     sums.nodes(b.grad_w_in, rows);
-    sums.leaves(b.grad_w_in + tree.nodes() * tree.in_features, rows, tree.leaf_in_rows(), tree.depth);
+    sums.leaves(b.grad_w_in, rows, tree.nodes(), tree.leaf_in_rows(), tree.depth);
   }
   if (b.grad_b_in && begin == 0) {
     for (int64_t at = 0; at < rows; ++at) {
@@ -677,10 +678,9 @@ void backward_w_out(const Tree& tree, const Backward<T>& b, int64_t rows, int64_
   WeightSums<T> sums(tree, b, b.grad_y, tree.out_features, b.coef, tree.path_outputs() + 1, begin, end);
   if (b.grad_w_out) {
     if (tree.node_output) sums.nodes(b.grad_w_out, rows);
-    T* leaves = b.grad_w_out + (tree.node_output ? tree.nodes() * tree.out_features : 0);
-    sums.leaves(leaves, rows, tree.leaf_width, first);
+    sums.leaves(b.grad_w_out, rows, tree.node_output ? tree.nodes() : 0, tree.leaf_width, first);
   }
-  if (b.grad_b_out) sums.leaves(b.grad_b_out, rows, 1, first + tree.leaf_width);
+  if (b.grad_b_out) sums.leaves(b.grad_b_out, rows, 0, 1, first + tree.leaf_width);
 }
 
 template <class T>

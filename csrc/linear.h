@@ -19,10 +19,10 @@ namespace {
 // three weight rows, leaves of one or four; it never depends on the number of rows.
 constexpr int chains(int weights) { return weights <= 3 ? 4 : 1; }
 
-// Rows of x in a tile of one weight row: as many as leave registers free beside their partial sums.
+// Rows of x in a tile: as many as leave registers free beside their partial sums, which three weight rows have most of.
 template <class T>
-constexpr int tile_rows() {
-  return Vec<T>::registers / 8;
+constexpr int tile_rows(int64_t weights) {
+  return Vec<T>::registers / (weights == 3 ? 16 : 8);
 }
 
 // out[m * out_stride + k] = <x[m], w[k]> over n elements, for M rows and N weight rows kept in registers.
@@ -71,16 +71,19 @@ template <class T, class W, int M>
 inline void dots_rows(const T* const* x, const W* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
   int64_t k = 0;
   for (; k + 4 <= weights; k += 4) dots_tile<T, W, M, 4>(x, w + k, n, out + k, out_stride);
+  if constexpr (M <= tile_rows<T>(3))
+    if (k + 3 == weights) return dots_tile<T, W, M, 3>(x, w + k, n, out + k, out_stride);
   for (; k < weights; ++k) dots_tile<T, W, M, 1>(x, w + k, n, out + k, out_stride);
 }
 
 // out[m * out_stride + k] = <x[m], w[k]> for any numbers of rows and weight rows.
 template <class T, class W>
 void dots(const T* const* x, int64_t rows, const W* const* w, int64_t weights, int64_t n, T* out, int64_t out_stride) {
+  const int most = tile_rows<T>(weights);
   int64_t m = 0;
-  if constexpr (tile_rows<T>() >= 4)
-    for (; m + 4 <= rows; m += 4) dots_rows<T, W, 4>(x + m, w, weights, n, out + m * out_stride, out_stride);
-  for (; m + 2 <= rows; m += 2) dots_rows<T, W, 2>(x + m, w, weights, n, out + m * out_stride, out_stride);
+  if constexpr (tile_rows<T>(1) >= 4)
+    for (; most >= 4 && m + 4 <= rows; m += 4) dots_rows<T, W, 4>(x + m, w, weights, n, out + m * out_stride, out_stride);
+  for (; most >= 2 && m + 2 <= rows; m += 2) dots_rows<T, W, 2>(x + m, w, weights, n, out + m * out_stride, out_stride);
   for (; m < rows; ++m) dots_rows<T, W, 1>(x + m, w, weights, n, out + m * out_stride, out_stride);
 }
 

@@ -2,6 +2,7 @@
 // quantised.
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -18,6 +19,15 @@ constexpr int64_t kLine = 64;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Where the system has huge pages that programs ask for; elsewhere the same code runs on small ones.
+void advise_huge_pages(char* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(data, bytes, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
+
 // Zeroed memory, aligned to huge pages and on them where the system has them.
 class HugeBuffer {
  public:
@@ -25,9 +35,7 @@ class HugeBuffer {
     mapped_ = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped_ == MAP_FAILED) throw std::bad_alloc();
     data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(mapped_), kHugePage));
-#ifdef MADV_HUGEPAGE
-    madvise(data_, bytes_, MADV_HUGEPAGE);  // advice: without it the same code runs on small pages
-#endif
+    advise_huge_pages(data_, bytes_);
   }
   ~HugeBuffer() { munmap(mapped_, bytes_ + kHugePage); }
   HugeBuffer(const HugeBuffer&) = delete;
@@ -304,5 +312,12 @@ int32_t fastff_infer_f32(const fastff_packed* packed, const float* x, float* y, 
 }
 
 void fastff_packed_free(fastff_packed* packed) { delete packed; }
+
+void fastff_advise_huge_pages(void* data, int64_t bytes) {
+  const auto begin = reinterpret_cast<intptr_t>(data);
+  if (begin <= 0 || bytes <= 0 || bytes > std::numeric_limits<intptr_t>::max() - begin - kHugePage) return;
+  const int64_t first = round_up(begin, kHugePage), end = (begin + bytes) / kHugePage * kHugePage;
+  if (first < end) advise_huge_pages(reinterpret_cast<char*>(first), end - first);
+}
 
 }  // extern "C"

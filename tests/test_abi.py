@@ -309,6 +309,18 @@ def test_null_trees_packs_and_names_are_refused():
     assert refused(library.fastff_set_isa(None), "name must not be NULL")
     assert library.fastff_packed_bytes(None) == 0
     library.fastff_packed_free(None)
+    library.fastff_advise_huge_pages(None, 2**22)
+
+
+def test_advice_about_any_memory_changes_nothing():
+    values = torch.frombuffer(mmap(-1, 2**23), dtype=torch.int64)
+    values.copy_(torch.arange(2**20))
+    start = values.data_ptr()
+    for address in (start, start + 1, 1, 2**47 - 1, 2**63 - 1, 2**64 - 1):
+        for size in (-1, 0, 1, 2**21, 2**22 - 1, values.nbytes, 2**63 - 1):
+            if size <= values.nbytes or not start <= address <= start + 1:  # what follows is other code's memory
+                native.library().fastff_advise_huge_pages(address, size)
+    assert torch.equal(values, torch.arange(2**20))
 
 
 def test_a_bias_that_the_layer_cannot_have_is_refused():
@@ -325,6 +337,31 @@ def test_leaves_that_do_not_exist_are_refused():
         hostile = a["leaf"].clone()
         hostile[3, 1] = leaf
         assert refused(a.call("backward", "f64", leaf=hostile), f"leaf {leaf} is not 0 to 7")
+
+
+def test_visited_rows_are_listed_or_the_call_is_refused():
+    a, library = arrays(), native.library()
+    assert a.call("forward", "f64") == OK
+    c, leaf, counts = a.config, a["leaf"], torch.zeros(3, dtype=torch.int64)
+    rows = torch.full((c.trees * c.in_rows,), -7)
+    named = {"tree": ctypes.addressof(native._c_tree(c)), "leaf": leaf, "rows": rows, "counts": counts}
+
+    def visited(**change):
+        at = {name: getattr(value, "data_ptr", lambda value=value: value)() for name, value in (named | change).items()}
+        return library.fastff_visited(at["tree"], at["leaf"], 5, at["rows"], None, None, at["counts"])
+
+    assert visited() == OK
+    last = {t * c.in_rows + c.nodes + 3 * int(row[t]) + 2 for row in leaf for t in range(c.trees)}
+    assert last < set(rows[: counts[0]].tolist())
+    assert (rows[counts[0] :] == -7).all()
+    assert visited(rows=None) == OK
+    assert refused(visited(tree=None), "tree must not be NULL")
+    for missing in ("leaf", "counts"):
+        assert refused(visited(**{missing: None}), "leaf and counts must not be NULL")
+    assert refused(visited(rows=leaf.data_ptr() + 8), "w_in_rows overlaps leaf")
+    assert refused(visited(counts=leaf), "counts overlaps leaf")
+    assert refused(visited(rows=rows.data_ptr() + 4), "w_in_rows is not aligned")
+    assert refused(visited(leaf=torch.full_like(leaf, 99)), "leaf 99 is not 0 to 7")
 
 
 def pairs(kind):

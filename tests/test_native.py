@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -158,6 +161,59 @@ def test_unvisited_rows_get_exactly_zero_gradient():
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("options", [form for form in FORMS if form["depth"] > 0], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_sparse_gradients_are_the_visited_rows_of_dense_ones(options, rows, threads):
+    layer = make_layer(33, 17, dtype=torch.float64, **options)
+    twin = make_layer(33, 17, dtype=torch.float64, sparse_grad=True, **options)
+    twin.load_state_dict(layer.state_dict())
+    x, twin_x = make_rows(rows, 33).requires_grad_(), make_rows(rows, 33).requires_grad_()
+    grad_y = make_rows(rows, 17, seed=2)
+    fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend="native").y.backward(grad_y)
+    twin(twin_x).backward(grad_y)
+    assert torch.equal(x.grad, twin_x.grad)
+    visits = layer.usage(x.detach()).visits > 0
+    per_leaf = {"w_in": layer.config.leaf_in_rows, "w_out": layer.config.leaf_width, "b_out": 1}
+    for name, sparse in twin.named_parameters():
+        dense = getattr(layer, name).grad
+        assert torch.equal(sparse.grad.to_dense(), dense), name
+        if name == "b_in":
+            continue
+        first = layer.config.nodes if name == "w_in" or (name == "w_out" and layer.config.node_output) else 0
+        leaves = visits[:, layer.config.nodes :].repeat_interleave(per_leaf[name], 1)
+        seen = torch.cat((visits[:, :first], leaves), 1)
+        assert torch.equal(sparse.grad.coalesce().indices(), seen.nonzero().T), name
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.SparseAdam(p, lr=0.1)])
+def test_optimisers_take_sparse_gradients(make):
+    layer = make_layer(24, depth=6, trees=2, sparse_grad=True, dtype=torch.float32)
+    before = [p.detach().clone() for p in layer.parameters()]
+    x = make_rows(3, 24, dtype=torch.float32)
+    visited = layer.usage(x).visits > 0
+    layer(x).sum().backward()
+    layer(x).sum().backward()  # gradients of two batches are added
+    make(layer.parameters()).step()
+    for old, new in zip(before, layer.parameters(), strict=True):
+        assert torch.equal((old != new).any(-1), visited)
+
+
+def test_where_there_are_no_sparse_gradients_it_is_said():
+    x = make_rows(3, 8, dtype=torch.float32)
+    layer = make_layer(8, depth=3, backend="reference", sparse_grad=True)
+    with pytest.raises(fastff.BackendUnavailable, match="'reference' has no sparse gradients"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (3, 8)
+    with pytest.raises(fastff.BackendUnavailable, match="no sparse gradients"):
+        make_layer(8, depth=0, sparse_grad=True)(x)
+    with pytest.raises(ValueError, match="sparse_grad needs surrogate None, got 'straight_through'"):
+        make_layer(8, depth=3, surrogate="straight_through", sparse_grad=True)
+    with pytest.raises(RuntimeError, match="sparse_grad has no compiled form"):
+        torch.compile(make_layer(8, depth=3, sparse_grad=True), backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(
     "options",
     [{"depth": 5}, {"depth": 5, "node_output": False, "activation": "relu", "leaf_width": 2}, {"depth": 0}],
@@ -228,6 +284,26 @@ def test_forward_does_not_read_memory_it_was_not_given():
         assert not torch.isnan(scores).any()
         assert ((leaf >= 0) & (leaf < 16)).all()
         assert (margin > 0).all()
+
+
+def advised_for_huge_pages(tensor: Tensor) -> bool:
+    """Whether the system was asked for huge pages at the tensor's middle."""
+    middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= middle < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="needs Linux with huge pages")
+def test_large_outputs_lie_on_huge_pages():
+    layer = make_layer(4, 1024, depth=3, dtype=torch.float32).eval()
+    x = make_rows(2**25 // 4096, 4, dtype=torch.float32)  # so large that its output is never memory used before
+    with torch.no_grad():
+        assert advised_for_huge_pages(layer(x))
+        assert advised_for_huge_pages(layer.routed(x).y)
 
 
 def test_an_unknown_instruction_set_is_named():

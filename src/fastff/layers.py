@@ -79,6 +79,9 @@ class FFF(nn.Module):
                  needs node_output=False and no gate). Evaluation always routes hard.
     region_leak  with surrogate="soft": probability that a node swaps its sides for a row, in [0, 0.5]
     backend      a name of `fastff.ops.available_backends()`, or None to choose by device and dtype
+    sparse_grad  gradients of w_in, w_out and b_out as sparse tensors of the visited rows, as torch.nn.Embedding's
+                 `sparse`: a step of a large layer then costs what it visits, with an optimiser that takes them (SGD
+                 without momentum or weight decay, SparseAdam). On the CPU, by backend native, in eager mode.
     quantization None, or the weights with which evaluation runs on the CPU: see `quantize`
     Parameters: w_in (trees, in_rows, in_features), w_out (trees, out_rows, out_features); with bias b_in
     (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features).
@@ -106,6 +109,7 @@ class FFF(nn.Module):
         surrogate: Surrogate | None = None,
         region_leak: float = 0.0,
         backend: str | None = None,
+        sparse_grad: bool = False,
         quantization: Quantization | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -125,10 +129,13 @@ class FFF(nn.Module):
             bias=bias,
         )
         _check_surrogate(surrogate, region_leak, config)
+        if sparse_grad and surrogate is not None:
+            raise ValueError(f"sparse_grad needs surrogate None, got {surrogate!r}, whose gradients reach every row")
         self.config = config
         self.surrogate = surrogate
         self.region_leak = region_leak
         self.backend = backend
+        self.sparse_grad = sparse_grad
         self.quantization = quantization
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_in = nn.Parameter(torch.empty(config.shape_of_w_in, **make))
@@ -193,7 +200,9 @@ class FFF(nn.Module):
         """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
         if self.quantization is not None:
             return FFF._outside_graphs(self, x)
-        return ops.forward(x, *self._weights(), config=self.config, backend=self.backend)
+        if self.sparse_grad and _compiling():
+            raise RuntimeError("sparse_grad has no compiled form: leave the layer out with torch.compiler.disable")
+        return ops.forward(x, *self._weights(), config=self.config, backend=self.backend, sparse_grad=self.sparse_grad)
 
     def quantize(self, quantization: Quantization | None) -> Self:
         """Evaluate with weights in "bf16", or in "int8" with one scale to a row; None returns to the parameters' fp32.

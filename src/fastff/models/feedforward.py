@@ -30,7 +30,7 @@ DENSE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED_ACTIVATIONS)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_NOT_DESCRIBED = ("self", "in_features", "out_features", "backend", "device", "dtype")
+_NOT_DESCRIBED = ("self", "in_features", "out_features", "backend", "sparse_grad", "device", "dtype")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "fff": {
         name: parameter.default

@@ -81,14 +81,16 @@ def forward(
     *,
     config: TreeConfig,
     backend: str | None = None,
+    sparse_grad: bool = False,
 ) -> Routed:
     """Conditional feedforward: only the neurons on each row's path are computed.
 
     x: (..., in_features); w_in: (trees, in_rows, in_features); b_in: (trees, in_rows) or None;
     w_out: (trees, out_rows, out_features); b_out: (trees, leaves, out_features) or None.
     backend: a name of `available_backends()`, or None to choose by device and dtype.
+    sparse_grad: gradients of w_in, w_out and b_out as sparse tensors of the visited rows (native only).
     Returns Routed(y (..., out_features), leaf (..., trees) int64, margin (...)); gradients flow through y.
-    Raises ShapeError; BackendUnavailable if `backend` is named and cannot run.
+    Raises ShapeError; BackendUnavailable if `backend` is named and cannot run, or has no sparse gradients.
     Source: Belcak & Wattenhofer 2023, arXiv:2311.10770.
     """
     check_shapes(x, w_in, b_in, w_out, b_out, config=config)
@@ -100,7 +102,11 @@ def forward(
     check_dtypes(x, w_in, b_in, w_out, b_out)
     free, name = name is None, resolve(name, x, config)
     rows = x.reshape(-1, config.in_features)
-    if free and name == "native" and _masked_wins(config, rows):
+    if sparse_grad and torch.is_grad_enabled():
+        if name != "native":
+            raise BackendUnavailable(f"backend {name!r} has no sparse gradients, only 'native': use sparse_grad=False")
+        y, leaf, margin = _SparseGradients.apply(rows, w_in, b_in, w_out, b_out, config)  # type: ignore[no-untyped-call]
+    elif free and name == "native" and _masked_wins(config, rows):
         y, leaf, margin = reference.forward_masked(rows, w_in, b_in, w_out, b_out, config=config)
     elif name == "reference":
         y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)
@@ -212,6 +218,25 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     # On the CPU the kernels work in fp32 and gain nothing from casting 25 MB of weights down; a GPU's matrix units do.
     dtype = torch.float32 if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
+
+
+class _SparseGradients(torch.autograd.Function):
+    """The native kernels with gradients of the visited rows alone. Not a registered op: compiled graphs have no sparse
+    tensors whose size depends on values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, config: TreeConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, leaf, margin, scores = kernels("native").forward(x, w_in, b_in, w_out, b_out, config=config)
+        ctx.mark_non_differentiable(leaf, margin)
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, leaf, scores)
+        ctx.config = config
+        return y, leaf, margin
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+        return (*kernels("native").backward_visited(grad_y, *ctx.saved_tensors, config=ctx.config), None)
 
 
 # The registered op. A schema carries no dataclass, so a config travels as its fields, in this order.
