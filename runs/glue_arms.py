@@ -28,7 +28,7 @@ from fastff.training.files import read_json, write_json
 from fastff.training.pretrain import MODEL, RESULT
 from fastff.training.tasks import TASKS
 
-LONGEST_FIRST = ("CoLA", "QQP", "MNLI", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "WNLI")
+ORDER = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE", "QNLI", "MNLI", "QQP", "WNLI")  # the time may end in the last
 
 
 def scores_of(folder: Path, task: str, seeds: int) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def fine_tune(asked: argparse.Namespace, arms: list[str], work: Path) -> None:
     gpus = torch.cuda.device_count()
     waiting = [
         (arm, task)
-        for task in sorted(asked.tasks.split(","), key=LONGEST_FIRST.index)
+        for task in sorted(asked.tasks.split(","), key=ORDER.index)
         for arm in arms
         if len(scores_of(work / arm, task, asked.seeds)) < asked.seeds
     ]
