@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from fastff.errors import TrainingError
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
+from fastff.ops.interface import BACKENDS, why_unavailable_cached
 from fastff.training import checkpoint, tokens
 from fastff.training.batches import Batch, Batches
 from fastff.training.files import read_json, write_json
@@ -264,6 +265,8 @@ def build(
     settings: Settings, tokenizer: Any, text: tokens.Tokens, valid: tokens.Tokens | None, arguments: TrainingArguments
 ) -> PretrainTrainer:
     """Model, batches and trainer. Raises TrainingError for sizes that do not fit together."""
+    for name in BACKENDS:  # asked before the model is compiled: the compiler cannot trace the question
+        why_unavailable_cached(name)
     preset, causal = settings.model, settings.objective == "causal"
     processes = arguments.world_size
     micro_batches = _micro_batches(preset, processes)
