@@ -168,19 +168,20 @@ class Grid:
     threads: tuple[int, ...]
     rows: tuple[int, ...] = (1, 8, 128, 1024, 16384)
     layers: tuple[int, ...] = (16, 1)
-    gpt3_rows: tuple[int, ...] = (1, 8, 128)
+    gpt3_rows: tuple[int, ...] = (1,)
     train_rows: tuple[int, ...] = (4096,)
     only: Only = field(default_factory=Only)
 
     def scenes(self) -> list[Scene]:
-        """Ordered so that a process with one number of threads serves many scenes."""
+        """The published layer first and by itself: more processes at a time would share the caches. Ordered so that
+        processes with one number of threads and set of layers serve many scenes."""
+        plain = self.only.subjects({BERT_BASE: TREES[BERT_BASE]})
+        others = self.only.subjects({config: twins for config, twins in TREES.items() if config != BERT_BASE})
+        wide = self.only.subjects({GPT3_TREE: (GPT3,)})
         found = []
         for threads in self.threads:
-            trees = self.only.subjects(TREES)
-            found += [Scene(n, layers, threads, False, trees) for layers in self.layers for n in self.rows]
-            plain = self.only.subjects({BERT_BASE: TREES[BERT_BASE]})
+            for trees in (plain, others):
+                found += [Scene(n, layers, threads, False, trees) for layers in self.layers for n in self.rows]
             found += [Scene(n, 1, threads, True, plain) for n in self.train_rows]
-        for threads in self.threads:
-            wide = self.only.subjects({GPT3_TREE: (GPT3,)})
             found += [Scene(n, 1, threads, False, wide) for n in self.gpt3_rows]
         return [scene for scene in found if scene.subjects and self.only.allows(scene)]

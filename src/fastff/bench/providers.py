@@ -8,12 +8,13 @@ one `family` share a process and its pool of threads.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,7 @@ def _no_onednn() -> str | None:
 @dataclass(frozen=True)
 class Provider:
     """dense: computes a DenseConfig, else a tree. copies: memory beside the fp32 weights, in their bytes,
-    with what building needs for a moment.
+    with what building needs for a moment. keeps: matrices of hidden values that each layer holds between calls.
     per_rows: made for one number of rows. trains: has a backward. needs: packages. missing: what else
     is not there, if anything."""
 
@@ -68,6 +69,8 @@ class Provider:
     precision: str
     make: Make
     copies: float
+    keeps: float = 0.0
+    _: KW_ONLY
     inputs: Callable[[Tensor], Any] = _same
     output: Callable[[Any], Tensor] = _same
     per_rows: bool = False
@@ -154,11 +157,22 @@ def torch_int8(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
         return quantised
 
 
+@functools.cache
+def _share_one_arena() -> None:
+    """For all sessions of this process: one each would hold gigabytes of hidden values at thousands of rows."""
+    import onnxruntime as ort
+
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(where, None)
+
+
 def _onnxruntime(model: Callable[[DenseLayer], bytes]) -> Make:
     def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
         import onnxruntime as ort
 
+        _share_one_arena()
         options = ort.SessionOptions()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
 
         def call(layer: DenseLayer) -> Call:
@@ -268,8 +282,8 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("torch packed", "torch", True, "fp32", torch_packed, 1, per_rows=True, missing=_no_mkl),
         Provider(
-            "torch bf16", "torch", True, "bf16", torch_bf16, 0.75, _bf16, Tensor.float,
-            per_rows=True, missing=_no_onednn,
+            "torch bf16", "torch", True, "bf16", torch_bf16, 0.75,
+            inputs=_bf16, output=Tensor.float, per_rows=True, missing=_no_onednn,
         ),
         Provider("torch int8", "torch", True, "int8", torch_int8, 1.25),
         Provider("onnxruntime", "onnxruntime", True, "fp32", _onnxruntime(_FP32), 2, needs=_RUNTIME, **_ONNX),
@@ -277,9 +291,10 @@ PROVIDERS: dict[str, Provider] = {
             "onnxruntime int8", "onnxruntime", True, "int8", _onnxruntime(onnx_models.dynamic_int8), 1,
             needs=_RUNTIME, **_ONNX,
         ),
-        Provider("openvino", "openvino", True, "fp32", _openvino(_FP32), 2, needs=_VINO, **_ONNX),
+        Provider("openvino", "openvino", True, "fp32", _openvino(_FP32), 2, 1.5, needs=_VINO, **_ONNX),
         Provider(
-            "openvino int8", "openvino", True, "int8", _openvino(onnx_models.static_int8), 1, needs=_STATIC, **_ONNX
+            "openvino int8", "openvino", True, "int8", _openvino(onnx_models.static_int8), 1, 1.5,
+            needs=_STATIC, **_ONNX,
         ),
         Provider("fastff", "fastff", False, "fp32", modules, 1, trains=True),
         Provider("fastff bf16", "fastff", False, "bf16", _quantised("bf16"), 0.8),

@@ -44,7 +44,8 @@ class Best:
 
 
 def best_of(timings: Sequence[Timing]) -> list[Best]:
-    """Of every tree in every scene, in the order of the run. The dense layers are those of the tree's twins."""
+    """Of every tree in every scene, in the order of the run. The dense layers are those of the tree's twins, the faster
+    where one was measured in two scenes of the same rows, visits and threads."""
     found = []
     for key in dict.fromkeys(_case(t) for t in timings if t.kind == "conditional"):
         layer, *scene = key

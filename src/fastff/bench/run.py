@@ -26,6 +26,7 @@ REST_SECONDS = 0.005  # between turns: a pool of threads that spins after its wo
 LEAST_SAMPLES = 5
 LEAST_SLOW_SAMPLES = 3  # of calls that take longer than a turn
 MEMORY_SHARE = 0.85  # of what is available
+HIDDEN = 5  # matrices of hidden values that a process may hold while it computes: scores, activations, what was freed
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,19 @@ def seatings(cells: Sequence[Cell], available: int, left_out: dict[str, str]) ->
 
 
 def resident_bytes(cells: Iterable[Cell]) -> int:
-    """Memory that these cells need together: fp32 weights once a process, each provider's copies, and inputs."""
+    """Memory that these cells need together: fp32 weights once a process, each provider's copies, inputs, and hidden
+    values: what a process needs while it computes, and what layers keep."""
     sources: dict[tuple[str, Subject], int] = {}
+    passing: dict[str, int] = {}
     copies = 0.0
     for cell in cells:
         provider, weights = PROVIDERS[cell.provider], 4 * weights_of(cell.subject) * cell.layers
+        hidden = 4 * cell.rows * cell.subject.in_rows if isinstance(cell.subject, DenseConfig) else 0
         sources[provider.family, cell.subject] = weights
-        copies += provider.copies * weights + 4 * cell.rows * features_of(cell.subject)
-    return int(sum(sources.values()) + copies + 2 * INPUT_BYTES * len({family for family, _ in sources}))
+        passing[provider.family] = max(HIDDEN * hidden, passing.get(provider.family, 2 * INPUT_BYTES))
+        copies += provider.copies * weights + provider.keeps * hidden * cell.layers
+        copies += 4 * cell.rows * features_of(cell.subject)
+    return int(sum(sources.values()) + sum(passing.values()) + copies)
 
 
 def _take_turns(
