@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from conftest import make_rows
@@ -55,6 +57,18 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer, text, tmp_path, whole_bloc
         assert torch.equal(batch["attention_mask"], want["attention_mask"])
     again = tokenise(SimpleNamespace(pad_token_id=0), text, tmp_path, **options)  # opened, not read again
     assert np.array_equal(again.ids, examples.ids)
+
+
+def test_blocks_of_a_causal_model_hold_no_special_tokens(tokenizer, text, tmp_path):
+    """A tokenizer that closes every line would put tokens between lines that the model has seen at the ends alone."""
+    closing = copy.deepcopy(tokenizer)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)]
+    )
+    assert closing("w3")["input_ids"] == [0, closing.convert_tokens_to_ids("w3"), 1]
+    examples = tokenise(closing, text, tmp_path, max_length=12, max_tokens=10**6, whole_blocks=True)
+    assert not set(examples.ids.tolist()) & {0, 1}
+
 
 
 def test_shuffled_batches_cover_every_example_once_and_can_be_repeated(tokenizer, text, tmp_path):

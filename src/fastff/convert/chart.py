@@ -5,11 +5,6 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
 # Okabe and Ito's colours, which colour-blind readers tell apart; each series has its own mark and dashes too.
 SERIES = {
     "dense": ("#000000", "D", ""),
@@ -42,6 +37,10 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
 
 def curve(record: dict[str, Any]) -> str:
     """One panel a timed shape: the quality of every model against the time of a whole call."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     shapes = record["shapes"]
     options: Any = {"font.size": 11, "svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "curve"}
     with matplotlib.rc_context(options):
@@ -61,7 +60,7 @@ def curve(record: dict[str, Any]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _panel(axes: Axes, points: dict[str, list[tuple[float, float]]]) -> None:
+def _panel(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
     for name, at in points.items():
         colour, mark, dashes = SERIES[name]
         x, y = zip(*at, strict=True)

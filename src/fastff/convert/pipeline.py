@@ -45,7 +45,7 @@ def convert(settings: Settings, *, progress: Progress = lambda *_: None) -> dict
     if settings.max_loss is not None and quality is None and kind != "causal":
         raise ValueError(f"max_loss {settings.max_loss:.2%} needs an evaluation table")
     _claim(work, settings)
-    examples, held_out = _examples(settings, tokenizer, kind, work)
+    examples, held_out = split_examples(settings, tokenizer, kind, work)
     torch.manual_seed(settings.seed)
     found = None if (work / "plan.json").exists() else survey(teacher, settings, progress)
     resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work)
@@ -82,7 +82,7 @@ def _claim(work: Path, settings: Settings) -> None:
     stamp.write_text(mine)
 
 
-def _examples(settings: Settings, tokenizer: Any, kind: Kind, work: Path) -> tuple[Examples, Examples]:
+def split_examples(settings: Settings, tokenizer: Any, kind: Kind, work: Path) -> tuple[Examples, Examples]:
     """Examples to learn from, and those held out. Raises CheckpointError for too little text."""
     every = tokenise(
         tokenizer,

@@ -86,7 +86,8 @@ def tokenise(
     """Read `text` into `folder`/tokens.bin and offsets.npy, or open those that are there.
 
     One line is one example, cut at max_length; with whole_blocks (causal models) lines are joined and cut into blocks
-    of exactly max_length tokens. Empty lines are skipped. Stops after max_tokens.
+    of exactly max_length tokens, without special tokens: no model has seen those at every line. Empty lines are
+    skipped. Stops after max_tokens.
     """
     ids_path, offsets_path = folder / "tokens.bin", folder / "offsets.npy"
     if not offsets_path.exists():
@@ -114,9 +115,8 @@ def _write_tokens(
         filled = (line for line in stripped if line)
         while total < max_tokens and (some := list(islice(filled, LINES_A_CALL))):
             if whole_blocks:
-                joined = np.fromiter(
-                    (t for ids in tokenizer([s + "\n" for s in some])["input_ids"] for t in ids), dtype=np.uint32
-                )
+                plain = tokenizer([s + "\n" for s in some], add_special_tokens=False, verbose=False)["input_ids"]
+                joined = np.fromiter((t for ids in plain for t in ids), dtype=np.uint32)
                 rest = np.concatenate((rest, joined))
                 count = len(rest) // max_length
                 rows, rest = list(rest[: count * max_length].reshape(count, max_length)), rest[count * max_length :]
