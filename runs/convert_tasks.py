@@ -168,7 +168,7 @@ def run_task(args: Any, task: str, results: Any) -> None:
         "layer_steps": args.layer_steps,
         "max_length": SIZE.length if task == "causal" else 64,
         "batch": args.batch // 4 if task == "causal" else args.batch,
-        "max_tokens": 4_000_000,
+        "max_tokens": args.tokens,
         "rate_routing": args.rate_routing,
     }
     settings = Settings(**options)
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--rate-routing", type=float, default=1.0)
     parser.add_argument("--rows", type=int, default=150_000)
     parser.add_argument("--layer-steps", type=int, default=150)
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="read of the text in converting")
     parser.add_argument("--valid-tokens", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -4,7 +4,7 @@
 
 BOOKS are text files, plain or .xz, of documents: a title line `= Author_Title_Year`, one paragraph a line, an empty
 line between documents; or folders of `Author_Title_Year.txt`, the layout of computationalstylistics/100_english_novels,
-where paragraphs are separated by empty lines. Needs `tokenizers`. Writes four text files, the tokenizer and
+where paragraphs are separated by empty lines. Needs `fastff[train]`. Writes four text files, the tokenizer and
 manifest.json; the same input gives the same bytes.
 """
 
@@ -19,7 +19,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
+
+from fastff.training.tokens import train_tokenizer
 
 # author: (full name, year of death, books to learn from, unseen book)
 AUTHORS = {
@@ -68,7 +70,6 @@ WORDS = (12, 40)  # shortest and longest labelled sentence
 # do better.
 VOCABULARY = 4096
 ALPHABET = 44  # letters, digits and marks; a rarer character is [UNK]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Esq|Capt|Rev|Hon|Sir|No|[A-Z])\.[\"')]*$")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*(?=\s+[\"'(]*[A-Z])|(?<=[.!?][\"')])(?=\s+[\"'(]*[A-Z])")
 
@@ -138,16 +139,9 @@ def pick(paragraphs: list[str], count: int, rng: random.Random, taken: set[str])
     return chosen
 
 
-def train_tokenizer(text: list[str]) -> Tokenizer:
-    """Lower-cased WordPiece with BERT's special tokens."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=VOCABULARY, limit_alphabet=ALPHABET, special_tokens=SPECIAL, show_progress=False
-    )
-    tokenizer.train_from_iterator(text, trainer)
+def make_tokenizer(text: list[str]) -> Tokenizer:
+    """The tokenizer of `fastff pretrain`, for single sentences and with few characters."""
+    tokenizer = train_tokenizer(text, VOCABULARY, alphabet=ALPHABET)
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer
@@ -201,7 +195,7 @@ def build(books: dict[str, list[str]], out: Path) -> dict[str, object]:
         "authors-learn.tsv.xz": write(out / "authors-learn.tsv.xz", labelled(train, rng)),
         "authors-unseen.tsv.xz": write(out / "authors-unseen.tsv.xz", labelled(test, rng)),
     }
-    tokenizer = train_tokenizer([paragraph for paragraphs in parts.values() for paragraph in paragraphs])
+    tokenizer = make_tokenizer([paragraph for paragraphs in parts.values() for paragraph in paragraphs])
     path = out / "tokenizer.json"
     path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     raw = path.read_bytes()

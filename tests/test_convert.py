@@ -70,7 +70,6 @@ def test_blocks_of_a_causal_model_hold_no_special_tokens(tokenizer, text, tmp_pa
     assert not set(examples.ids.tolist()) & {0, 1}
 
 
-
 def test_shuffled_batches_cover_every_example_once_and_can_be_repeated(tokenizer, text, tmp_path):
     examples = tokenise(tokenizer, text, tmp_path, max_length=12, max_tokens=10**6, whole_blocks=False)
     first = [b for b, _ in zip(examples.shuffled(16, seed=1), range(25), strict=False)]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastff.errors import CheckpointError
+from fastff.training.text import open_text
 
 LINES_A_CALL = 4096
 
@@ -71,15 +70,6 @@ class Examples:
                 yield batches[k]
 
 
-def open_text(path: Path) -> IO[str]:
-    """A UTF-8 text file, plain or packed (.xz, .gz). Raises CheckpointError if it is not there."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    stream: IO[str] = opener(path, "rt", encoding="utf-8")
-    return stream
-
-
 def tokenise(
     tokenizer: Any, text: Path, folder: Path, *, max_length: int, max_tokens: int, whole_blocks: bool
 ) -> Examples:
@@ -87,10 +77,12 @@ def tokenise(
 
     One line is one example, cut at max_length; with whole_blocks (causal models) lines are joined and cut into blocks
     of exactly max_length tokens, without special tokens: no model has seen those at every line. Empty lines are
-    skipped. Stops after max_tokens.
+    skipped. Stops after max_tokens. Raises CheckpointError if there is no such file.
     """
     ids_path, offsets_path = folder / "tokens.bin", folder / "offsets.npy"
     if not offsets_path.exists():
+        if not text.is_file():
+            raise CheckpointError(f"{text} is not a file")
         folder.mkdir(parents=True, exist_ok=True)
         lengths = _write_tokens(tokenizer, text, ids_path, max_length, max_tokens, whole_blocks)
         np.save(offsets_path, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))

@@ -6,7 +6,7 @@ import gzip
 import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastff.errors import TrainingError
 
@@ -44,11 +44,17 @@ def files(source: Path) -> list[Path]:
     return found
 
 
+def open_text(path: Path) -> IO[str]:
+    """A text file as UTF-8, plain or packed (.xz, .gz)."""
+    stream: IO[str] = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8")
+    return stream
+
+
 def _from_text(path: Path) -> Iterator[str]:
     block: list[str] = []
     number = 0
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
+        with open_text(path) as stream:
             for line in stream:
                 number += 1
                 if line.strip():

@@ -34,14 +34,17 @@ _DOCUMENTS_A_CALL = 512
 Progress = Callable[[str, int], None]  # what, how many so far
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A lower-casing WordPiece tokenizer with the five special tokens of BERT at the ids 0 to 4."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, alphabet: int | None = None) -> Tokenizer:
+    """A lower-casing WordPiece tokenizer with the five special tokens of BERT at the ids 0 to 4.
+
+    alphabet: how many characters get an entry, most frequent first; None: all."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = list(SPECIALS.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    options: dict[str, Any] = {} if alphabet is None else {"limit_alphabet": alphabet}
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **options)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
