@@ -19,12 +19,12 @@ PACKAGES = ("torch", "triton", "onnxruntime", "openvino")
 
 
 def machine() -> dict[str, Any]:
-    """The machine, instruction set and versions that a result belongs to."""
+    """The machine, instruction set (None without the native core) and versions that a result belongs to."""
     versions = {name: metadata.version(name) for name in PACKAGES if util.find_spec(name) is not None}
     return {
         "cpu": cpu_name(),
         "cores": cores(),
-        "isa": native.isa(),
+        "isa": native.isa() if native.why_unavailable() is None else None,
         "python": platform.python_version(),
         "fastff": fastff.__version__,
         **versions,
