@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 import fastff
 from fastff.ops import native
+
+SANITIZED = "libasan" in os.environ.get(
+    "LD_PRELOAD", ""
+)  # by `make sanitize`, under which the core is ten times slower
 
 
 def make_layer(in_features: int, out_features: int | None = None, *, seed: int = 0, **options: Any) -> fastff.FFF:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fastff
-from conftest import make_layer, make_rows, supported_isas, weights_of
+from conftest import SANITIZED, make_layer, make_rows, supported_isas, weights_of
 from fastff.ops import native, reference
 from fastff.tree import ACTIVATIONS
 
@@ -456,7 +456,7 @@ def test_special_values_take_the_reference_path(options, activation, specials, w
     torch.testing.assert_close(a["margin"], want.margin, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.skipif("libasan" not in os.environ.get("LD_PRELOAD", ""), reason="runs under `make sanitize` only")
+@pytest.mark.skipif(not SANITIZED, reason="runs under `make sanitize` only")
 def test_the_sanitizers_are_at_work():
     """An array of which the caller lies about the size is caught, so that the other tests mean what they say."""
     code = """

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SANITIZED
 from fastff.ops import native
 
 ROOT = Path(__file__).parents[1]
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
 @pytest.fixture(scope="module")
