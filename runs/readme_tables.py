@@ -142,7 +142,44 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end}
+def layer_gpu() -> str:
+    """Every bf16 case with a flushed cache: fastff beside the fastest dense provider; then the steps of a model."""
+    found = json.loads((ROOT / "results" / "gpu" / "layer-gpu.json").read_text())
+    by_key = {timing["key"]: timing for timing in found["timings"]}
+    lines = ["| layer | against dense | rows | | fastest dense, us | fastff, us | faster |", "|---" * 7 + "|"]
+    shown = [(by_key[best["dense"]], by_key[best["ours"]], best["ratio"]) for best in found["best"]]
+    layers = list(dict.fromkeys(ours["layer"] for _, ours, _ in shown))
+    shown.sort(key=lambda entry: (layers.index(entry[1]["layer"]), entry[1]["training"], entry[1]["rows"]))
+    for dense, ours, ratio in shown:
+        if not ours["cold"] or ours["dtype"] != "bf16":
+            continue
+        mode = "forward + backward" if ours["training"] else "forward"
+        chain = f", one of {ours['layers']} layers in turn" if ours["layers"] > 1 else ""
+        cells = (
+            ours["layer"],
+            ours["dense"],
+            f"{ours['rows']}{chain}",
+            mode,
+            f"{figure(dense['latency_us_p50'])}, {dense['provider'].removeprefix('dense ')}",
+            figure(ours["latency_us_p50"]),
+            f"**{ratio:.{1 if ratio >= 2 else 2}f}x**",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| training step of 12 layers, 256 x 128 tokens, eager | ms (quartiles) | peak GiB |",
+        "|---" * 3 + "|",
+    ]
+    for step in found["steps"]:
+        spread = f"{figure(step['step_ms_p50'])} ({figure(step['step_ms_p25'])}-{figure(step['step_ms_p75'])})"
+        lines.append(f"| {step['name']} | {spread} | {figure(step['peak_bytes'] / 2**30)} |")
+    about = found["about"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton"))
+    copy = about["copy_bytes_per_s"] / 1e12
+    return "\n".join([*lines, "", f"{about['device']}, {versions}; a copy reads and writes {copy:.1f} TB/s."])
+
+
+TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu}
 
 
 def updated(text: str) -> str:

@@ -73,9 +73,10 @@ def test_compiled_providers_compile_each_layer(monkeypatch, tmp_path):
 
 
 def test_training_steps_of_whole_models(tmp_path):
-    steps = [StepCell("tree", cpu_cases.tree(2, 16, gate="boundary")), StepCell("dense", DenseConfig(16, 8))]
+    tree = cpu_cases.tree(2, 16, gate="boundary")
+    steps = [StepCell("tree", tree), StepCell("tree", tree, graph=True), StepCell("dense", DenseConfig(16, 8))]
     record = run_gpu(steps, SMALL, DryRun(), tmp_path)
-    assert [step.name for step in record.steps] == ["tree", "dense"]
+    assert [step.name for step in record.steps] == ["tree", "tree, graph", "dense"]
     assert all(0 < s.step_ms_p25 <= s.step_ms_p50 <= s.step_ms_p75 for s in record.steps)
 
 

@@ -67,20 +67,29 @@ class Cell:
 
 @dataclass(frozen=True)
 class StepCell:
-    """A training step of a whole model whose feedforward layers are of one kind."""
+    """A training step of a whole model whose feedforward layers are of one kind, eager or as a CUDA graph."""
 
-    name: str
+    kind: str
     feedforward: Subject
+    graph: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, graph" if self.graph else self.kind
 
     @property
     def key(self) -> str:
         return f"training step: {self.name}"
 
 
-STEPS = (
-    StepCell("1x11-gate", tree(11, gate="boundary")),
-    StepCell("dense-4096", DenseConfig(neurons=4096)),
-    StepCell("dense-3072", DenseConfig(neurons=3072)),
+STEPS = tuple(
+    StepCell(kind, feedforward, graph)
+    for graph in (False, True)
+    for kind, feedforward in (
+        ("1x11-gate", tree(11, gate="boundary")),
+        ("dense-4096", DenseConfig(neurons=4096)),
+        ("dense-3072", DenseConfig(neurons=3072)),
+    )
 )
 # What the figures of the goals come from.
 FIRST = (

@@ -44,13 +44,14 @@ class Block(nn.Module):
 
 
 def training_step(feedforward: Subject, sizes: Sizes, device: Device, seed: int) -> Run:
-    """Forward, backward and AdamW of the model, eager, in bf16."""
+    """Forward, backward and AdamW of the model, in bf16."""
     make: dict[str, Any] = {"device": device.torch_device, "dtype": torch.bfloat16}
     width = features_of(feedforward)
     torch.manual_seed(seed)
     layers = [make_layer(feedforward, index, seed=seed, **make) for index in range(sizes.layers)]
     model = nn.Sequential(*(Block(width, sizes.heads, layer.train(), **make) for layer in layers))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    on_gpu = device.torch_device == "cuda"  # whose optimiser must not ask the host for its step, to be captured
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=on_gpu)
     x = torch.randn(sizes.batch, sizes.sequence, width, **make)
 
     def step() -> None:

@@ -136,6 +136,7 @@ def _measure(
 ) -> Timing | Step:
     if isinstance(cell, StepCell):
         run = training_step(cell.feedforward, settings.sizes, device, settings.seed)
+        run = device.capture(run) if cell.graph else run
         run()
         device.peak()
         p25, p50, p75 = (t / 1e3 for t in quartiles(device.times_us(run, 4 * settings.cell_seconds, cold=False)))
