@@ -8,7 +8,7 @@ compared within one), "options" (of `fastff pretrain`), "layer" (of its --layer)
 first turns into this arm's). DATA holds tokens named train and valid, as `runs/pack_tokens.py` unpacks them. Arms start
 in the order of the plan, `--at-once` on each GPU; one that fails with --option compile= is tried again without. After
 `--seconds` no run goes on: each ends in time with a checkpoint, and the same command continues it; finished runs are
-compared, unfinished ones listed with their loss.
+compared, unfinished ones listed with their loss. `--anew` runs nothing and makes table and charts of OUT/records.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastff.training.compare import chart, compare_plan, table
+from fastff.training.compare import chart, compare_plan, left_out, table
 from fastff.training.files import read_json, write_json
 from fastff.training.pretrain import MODEL, RESULT
 
@@ -125,7 +125,7 @@ def read_plan(asked: argparse.Namespace) -> list[Arm]:
     found: dict[str, Arm] = {}
     for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
         source = entry.pop("from", None)
-        arm = Arm(**entry, folder=asked.runs / entry["name"])
+        arm = Arm(**entry, folder=(asked.runs or asked.out) / entry["name"])
         arm.source = None if source is None else found[source].folder
         found[arm.name] = arm
     wanted = asked.only.split(",") if asked.only else list(found)
@@ -165,7 +165,7 @@ def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
             elif one.arm.finished:
                 for path in one.arm.folder.glob("checkpoint-*"):
                     shutil.rmtree(path)
-                write(arms, asked.out)
+                write(records_of(arms), asked.out)
             print(f"{time.monotonic() - began:5.0f} s: {one.arm.name} ended with {one.code}", flush=True)
         time.sleep(0.2)
     for name in plain:
@@ -173,9 +173,13 @@ def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
     return failed
 
 
-def write(arms: list[Arm], out: Path) -> None:
+def records_of(arms: list[Arm]) -> list[dict[str, Any]]:
+    """What the runs of these arms left, finished or not."""
+    return [record for arm in arms if (record := arm.record()) is not None]
+
+
+def write(records: list[dict[str, Any]], out: Path) -> None:
     """The files of the comparison, from what is finished by now."""
-    records = [record for arm in arms if (record := arm.record()) is not None]
     done = [record for record in records if record["finished"]]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "records.json", records)
@@ -186,34 +190,38 @@ def write(arms: list[Arm], out: Path) -> None:
     for group in dict.fromkeys(record["group"] for record in done):
         mine = [entry for entry in entries if entry["group"] == group]
         text.append(f"## {group}\n\n{table(mine)}\n")
-        (out / f"loss-{group}.svg").write_text(chart(mine), encoding="utf-8")
+        (out / f"loss-{group}.svg").write_text(chart(mine, "name"), encoding="utf-8")
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--data", type=Path, help="folder of the tokens")
+    parser.add_argument("--runs", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
     parser.add_argument("--least", type=float, default=0.0, help="begin no run with fewer seconds left")
     parser.add_argument("--at-once", type=int, default=1, help="runs on each GPU")
     parser.add_argument("--only", help="these arms, in this order")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE passed on to `fastff pretrain`")
+    parser.add_argument("--anew", action="store_true", help="run nothing, write table and charts of OUT/records.json")
     asked = parser.parse_args()
+    if not asked.anew and None in (asked.data, asked.runs, asked.steps):
+        parser.error("--data, --runs and --steps are needed")
+    return asked
+
+
+def main() -> None:
+    asked = arguments()
     arms = read_plan(asked)
-    failed = run(arms, asked)
-    write(arms, asked.out)
+    failed = [] if asked.anew else run(arms, asked)
+    records = read_json(asked.out / "records.json") if asked.anew else records_of(arms)
+    write(records, asked.out)
     if (asked.out / "table.md").is_file():
         print((asked.out / "table.md").read_text(encoding="utf-8"))
-    for arm in arms:
-        record = arm.record()
-        if record is not None and not record["finished"]:
-            print(f"unfinished: {arm.name}, step {record['steps']}, held-out loss {record['valid_loss']:.4f}")
-        elif record is None:
-            print(f"not run: {arm.name}")
+    print("\n".join(left_out([arm.name for arm in arms], records)))
     for name in failed:
         log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
         print(f"failed: {name}: {log[-600:]}")

@@ -1,4 +1,5 @@
-"""Write the tables of README.md from the files under results/. `--check` only says whether they are up to date.
+"""Write the tables of README.md and of the pages on training from the files under results/. `--check` only says
+whether they are up to date.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -8,12 +9,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastff.bench.report import figure
+from fastff.training.compare import compare_plan, health_table, left_out, table
+from fastff.training.presets import feedforward_of, layer_name
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ROOT / "results" / "training"
 PLAIN = "1x11"  # the layer of the first table
 ABSENT = "-"
 
@@ -179,29 +184,82 @@ def layer_gpu() -> str:
     return "\n".join([*lines, "", f"{about['device']}, {versions}; a copy reads and writes {copy:.1f} TB/s."])
 
 
-TABLES = {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu}
+def plan_arms(group: str) -> str:
+    """One group of the pretraining plan: cost, held-out loss and recovered gap of what is finished."""
+    return table([entry for entry in compare_plan([r for r in _plan() if r["finished"]]) if entry["group"] == group])
 
 
-def updated(text: str) -> str:
-    """README text with every table written anew."""
-    for name, table in TABLES.items():
+def plan_routing() -> str:
+    """Where the rows of its trees went."""
+    return health_table(_plan())
+
+
+def plan_left_out() -> str:
+    """Its arms without a result."""
+    arms = [arm["name"] for arm in json.loads((ROOT / "runs" / "plans" / "small-causal.json").read_text())]
+    return "\n".join(f"- {line}" for line in left_out(arms, _plan()))
+
+
+def _plan() -> list[dict[str, Any]]:
+    return json.loads((TRAINING / "small-causal" / "records.json").read_text())
+
+
+def training_gpus() -> str:
+    """Tokens a second of pretraining on one GPU and on several."""
+    runs = [json.loads(path.read_text()) for path in (TRAINING / "gpus").glob("*.json")]
+    alone = {run["settings"]["feedforward"]: run["tokens_per_second"] for run in runs if run["processes"] == 1}
+    lines = [
+        "| feedforward | GPUs | rows a step | tokens/s | times one GPU | memory of a GPU, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=lambda run: (run["settings"]["feedforward"], run["processes"])):
+        settings, speed = run["settings"], run["tokens_per_second"]
+        hidden = settings["hidden"]
+        cells = (
+            layer_name(feedforward_of(settings["feedforward"], hidden), hidden),
+            str(run["processes"]),
+            str(settings["batch"]),
+            f"{speed:,}",
+            f"{speed / alone[settings['feedforward']]:.2f}",
+            f"{run['peak_gpu_bytes'] / 2**30:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PLAN = {
+    "scratch": lambda: plan_arms("scratch"),
+    "from-dense": lambda: plan_arms("from-dense"),
+    "routing": plan_routing,
+}
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
+    "docs/training.md": {**PLAN, "gpus": training_gpus},
+    "results/training/small-causal/README.md": {**PLAN, "left-out": plan_left_out},
+    "results/training/gpus/README.md": {"gpus": training_gpus},
+}
+
+
+def updated(page: str, text: str) -> str:
+    """The text of a page with every table written anew."""
+    for name, made in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        body = table()
+        body = made()
         text, found = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
         if found != 1:
-            raise SystemExit(f"README.md has {found} places for the table {name}, expected 1")
+            raise SystemExit(f"{page} has {found} places for the table {name}, expected 1")
     return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = updated(before)
-    if "--check" in sys.argv[1:]:
-        if after != before:
-            raise SystemExit("README.md does not match results/: run runs/readme_tables.py")
-        return
-    readme.write_text(after)
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text()
+        after = updated(page, before)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after)
+        elif after != before:
+            raise SystemExit(f"{page} does not match results/: run runs/readme_tables.py")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -14,7 +16,16 @@ import pytest
 from typer.testing import CliRunner
 
 from fastff.cli import app
-from fastff.training.compare import chart, compare, compare_plan, narrow_loss, recovered_gap, table
+from fastff.training.compare import (
+    chart,
+    compare,
+    compare_plan,
+    health_table,
+    left_out,
+    narrow_loss,
+    recovered_gap,
+    table,
+)
 from fastff.training.presets import PRESETS, cost_of
 from training_cases import write_text
 
@@ -85,6 +96,29 @@ def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
     assert [entries[key]["recovered_gap"] for key in (("b", "tree"), ("a", "none"), ("a", "narrow"))] == [None] * 3
     dense = {10: 4.0, 1000: 3.0}
     assert [narrow_loss(f, dense) for f in (9, 10, 100, 1000, 1001)] == [None, 4.0, pytest.approx(3.5), 3.0, None]
+    assert narrow_loss(960, {1000: 3.0, 4000: 2.0}) == 3.0, "one with 4 % more arithmetic stands in"
+
+
+def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean_over_layers():
+    layers = [
+        {"leaf_entropy_bits": 1.0, "most_bits": 4, "dead_leaves": 0.5, "one_sided_nodes": None},
+        {"leaf_entropy_bits": 3.0, "most_bits": 4, "dead_leaves": 0.0, "one_sided_nodes": 0.25},
+    ]
+    done = {**record("1x11", 3.0), "arm": "a", "finished": True, "routing": dict(enumerate(layers))}
+    half = {**record("none", 3.5), "arm": "b", "finished": False, "steps": 4}
+    assert left_out(["c", "b", "a"], [done, half]) == [
+        "not run: c",
+        "unfinished: b, step 4 of 9, held-out loss 3.5000",
+    ]
+    assert health_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
+
+
+def test_labels_of_points_that_are_close_do_not_cover_each_other():
+    close = [{"layer": "1x1", "flops": 100, "loss": 3.0 + 1e-4 * n, "name": f"arm-{n}"} for n in range(4)]
+    far = {"layer": "1x1", "flops": 100_000, "loss": 4.0, "name": "far"}
+    places = re.findall(r' y="([\d.]+)"[^>]*>(arm-\d)<', chart([*close, far], "name"))
+    heights = [float(y) for y, _ in sorted(places, key=lambda place: place[1])]
+    assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([9.0] * 3, abs=0.1)
 
 
 def test_runs_that_differ_otherwise_do_not_compare():

@@ -16,6 +16,7 @@ from typing import Any
 from fastff.training.presets import NARROW
 
 WIDE = "dense-swiglu"
+NEARLY = 1.05  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
 
 
 def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
@@ -80,10 +81,12 @@ def compare_plan(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
     """Loss of a dense layer with so much arithmetic, in a straight line over its logarithm between the two of `dense`
-    (loss by arithmetic) around it; None outside of them."""
+    (loss by arithmetic) around it; that of the least one if it is nearly so small; None outside of them."""
     below, above = ([f for f in dense if f <= flops], [f for f in dense if f >= flops])
-    if not below or not above:
+    if not above:
         return None
+    if not below:
+        return dense[min(above)] if min(above) <= NEARLY * flops else None
     low, high = max(below), min(above)
     if low == high:
         return dense[low]
@@ -123,11 +126,43 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def chart(entries: Sequence[dict[str, Any]]) -> str:
-    """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
+def health_table(records: Sequence[dict[str, Any]]) -> str:
+    """Where the rows of the last logged steps went, means over layers, as a Markdown table; runs with trees only."""
+    lines = ["| feedforward | leaf entropy, bits (at most) | dead leaves | one-sided nodes |", "|---|---|---|---|"]
+    for record in records:
+        layers = list(record["routing"].values())
+        if not layers:
+            continue
+        bits, most, dead, sided = (
+            statistics.fmean(layer[key] for layer in layers if layer[key] is not None)
+            for key in ("leaf_entropy_bits", "most_bits", "dead_leaves", "one_sided_nodes")
+        )
+        lines.append(f"| {record['arm']} | {bits:.2f} ({most:g}) | {100 * dead:.0f} % | {100 * sided:.0f} % |")
+    return "\n".join(lines)
+
+
+def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every arm of a plan that is not finished."""
+    found = {record["arm"]: record for record in records}
+    lines = []
+    for arm in arms:
+        if arm not in found:
+            lines.append(f"not run: {arm}")
+        elif not (record := found[arm])["finished"]:
+            of = f"step {record['steps']} of {record['settings']['steps']}"
+            lines.append(f"unfinished: {arm}, {of}, held-out loss {record['valid_loss']:.4f}")
+    return lines
+
+
+def chart(entries: Sequence[dict[str, Any]], label: str = "layer") -> str:
+    """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line.
+
+    label: the key of what stands beside a point.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
     trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
@@ -135,19 +170,33 @@ def chart(entries: Sequence[dict[str, Any]]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastff"}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
+        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="held-out loss, nats a token")
+        axes.margins(x=0.2)  # for the labels
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         for kind, style, points in (("dense swiglu", "o-", dense), ("trees", "s", trees), ("dense gelu", "^", others)):
             if points:
                 axes.plot([e["flops"] for e in points], [e["loss"] for e in points], style, label=kind)
-        for entry in (*dense, *trees, *others):
-            axes.annotate(
-                entry["layer"], (entry["flops"], entry["loss"]), (4, 4), textcoords="offset points", fontsize=8
-            )
         for entry in entries:
             if not entry["flops"]:
                 axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
-        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="held-out loss, nats a token")
         axes.legend(frameon=False)
-        out = io.StringIO()
         FigureCanvasSVG(figure)
+        _label_points(figure, axes, [(e["flops"], e["loss"], e[label]) for e in (*dense, *trees, *others)])
+        out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
+
+
+def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """A label at the right of every point, raised above those that it would cover."""
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    taken: list[tuple[float, float]] = []
+    for x, y, label in sorted(points, key=lambda point: point[1]):
+        across, up = scale * axes.transData.transform((x, y))
+        beside = [place for other, place in taken if abs(other - across) < 100]
+        place = max([up, *(place + 9 for place in beside)])
+        taken.append((across, place))
+        axes.annotate(label, (x, y), (6, place - up), textcoords="offset points", fontsize=8, va="center")
