@@ -5,7 +5,8 @@
 BOOKS are text files, plain or .xz, of documents: a title line `= Author_Title_Year`, one paragraph a line, an empty
 line between documents; or folders of `Author_Title_Year.txt`, the layout of computationalstylistics/100_english_novels,
 where paragraphs are separated by empty lines. Needs `fastff[train]`. Writes four text files, the tokenizer and
-manifest.json; the same input gives the same bytes.
+manifest.json. The same input gives the same text files from the same version of xz; the tokenizer differs from run to
+run, because its training is not deterministic.
 """
 
 from __future__ import annotations
