@@ -59,7 +59,7 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer, text, tmp_path, whole_bloc
     assert np.array_equal(again.ids, examples.ids)
 
 
-def test_blocks_of_a_causal_model_hold_no_special_tokens(tokenizer, text, tmp_path):
+def test_blocks_of_a_causal_model_begin_as_texts_do_and_hold_no_other_special_token(tokenizer, text, tmp_path):
     """A tokenizer that closes every line would put tokens between lines that the model has seen at the ends alone."""
     closing = copy.deepcopy(tokenizer)
     closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -67,7 +67,13 @@ def test_blocks_of_a_causal_model_hold_no_special_tokens(tokenizer, text, tmp_pa
     )
     assert closing("w3")["input_ids"] == [0, closing.convert_tokens_to_ids("w3"), 1]
     examples = tokenise(closing, text, tmp_path, max_length=12, max_tokens=10**6, whole_blocks=True)
-    assert not set(examples.ids.tolist()) & {0, 1}
+    blocks = examples.ids.reshape(-1, 12)
+    assert set(blocks[:, 0]) == {0}
+    assert not set(blocks[:, 1:].flatten().tolist()) & {0, 1}
+    lines = [line for line in text.read_text().splitlines() if line]
+    joined = [t for line in lines for t in tokenizer(line)["input_ids"]]
+    assert blocks[:, 1:].flatten().tolist() == joined[: len(blocks) * 11]
+    assert len(blocks) == len(joined) // 11
 
 
 def test_shuffled_batches_cover_every_example_once_and_can_be_repeated(tokenizer, text, tmp_path):

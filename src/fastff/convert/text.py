@@ -76,8 +76,9 @@ def tokenise(
     """Read `text` into `folder`/tokens.bin and offsets.npy, or open those that are there.
 
     One line is one example, cut at max_length; with whole_blocks (causal models) lines are joined and cut into blocks
-    of exactly max_length tokens, without special tokens: no model has seen those at every line. Empty lines are
-    skipped. Stops after max_tokens. Raises CheckpointError if there is no such file.
+    of exactly max_length tokens, each beginning as the tokenizer begins a text. Other special tokens are left out: no
+    model has seen those at every line. Empty lines are skipped. Stops after max_tokens. Raises CheckpointError if
+    there is no such file or no room in a block.
     """
     ids_path, offsets_path = folder / "tokens.bin", folder / "offsets.npy"
     if not offsets_path.exists():
@@ -102,6 +103,10 @@ def _write_tokens(
 ) -> list[int]:
     lengths: list[int] = []
     total, rest = 0, np.zeros(0, dtype=np.uint32)
+    first = _first_tokens(tokenizer) if whole_blocks else rest
+    inner = max_length - len(first)
+    if inner < 1:
+        raise CheckpointError(f"max_length {max_length} has no room beside {len(first)} special tokens")
     with open_text(text) as lines, ids_path.open("wb") as out:
         stripped = (line.strip() for line in lines)
         filled = (line for line in stripped if line)
@@ -110,8 +115,9 @@ def _write_tokens(
                 plain = tokenizer([s + "\n" for s in some], add_special_tokens=False, verbose=False)["input_ids"]
                 joined = np.fromiter((t for ids in plain for t in ids), dtype=np.uint32)
                 rest = np.concatenate((rest, joined))
-                count = len(rest) // max_length
-                rows, rest = list(rest[: count * max_length].reshape(count, max_length)), rest[count * max_length :]
+                count = len(rest) // inner
+                blocks, rest = rest[: count * inner].reshape(count, inner), rest[count * inner :]
+                rows = [np.concatenate((first, block)) for block in blocks]
             else:
                 encoded = tokenizer(some, truncation=True, max_length=max_length)["input_ids"]
                 rows = [np.asarray(ids, dtype=np.uint32) for ids in encoded]
@@ -120,3 +126,11 @@ def _write_tokens(
                 lengths.append(len(row))
                 total += len(row)
     return lengths
+
+
+def _first_tokens(tokenizer: Any) -> np.ndarray[Any, Any]:
+    """The special tokens that the tokenizer puts before a text, such as [CLS] or <s>: models learned with them."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    before = next((k for k in range(len(whole)) if plain and whole[k : k + len(plain)] == plain), 0)
+    return np.asarray(whole[:before], dtype=np.uint32)
