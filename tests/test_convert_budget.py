@@ -17,7 +17,7 @@ from fastff.convert import arms, convert, probe, resources
 from fastff.convert.plan import Clock, Option, Shape, choose, shapes_of, shares_of, shortlist
 from fastff.convert.probe import survey
 from fastff.convert.settings import Settings, percent, shape, times
-from fastff.convert.student import dense_layers, fit_tree, flops
+from fastff.convert.student import dense_layers, fit_tree, flops, stored_neurons
 from fastff.errors import CheckpointError
 from fastff.models import make_converted
 from fastff.models.families import family_of
@@ -123,6 +123,20 @@ def test_an_impossible_speedup_names_the_best_and_the_ceiling():
 
 def test_the_shortlist_prefers_many_neurons_among_the_fast():
     assert shortlist([Shape(1, 3)] * 4, [1.0, 1.2, 1.25, 2.0], [100, 300, 200, 900]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(("active", "leaf_width", "shared"), [(0.1, 15, 112), (0.03, 6, 24)])
+def test_the_shapes_that_did_best_are_tried(active, leaf_width, shared, monkeypatch):
+    """On all-MiniLM-L6-v2, whose layers have this size; every part of the work has its turn on the short list."""
+    monkeypatch.undo()  # the two shapes that whole conversions try in tests
+    dense = random_dense(neurons=1536, width=384)
+    asked = settings(active=active)
+    shapes = shapes_of(asked, dense)
+    fitted = [s.fit(dense, asked.share) for s in shapes]
+    tried = [fitted[k] for k in shortlist(shapes, [1.0] * len(shapes), [stored_neurons(d) for d in fitted])]
+    best = {"trees": 2, "depth": 5, "leaf_width": leaf_width, "shared": shared}
+    assert any(best.items() <= d.items() for d in tried)
+    assert {"shared" in d for d in tried} == {True, False}
 
 
 def test_shapes_have_the_shared_part_that_was_asked_for():

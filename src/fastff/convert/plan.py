@@ -13,7 +13,7 @@ from fastff.convert.student import fit_tree, stored_neurons
 from fastff.models.families import DenseWeights
 
 TREES, DEPTHS = (8, 4, 2, 1), (3, 4, 5)
-PARTS = (0.0, 0.5, 0.75)  # of a layer's work, for shared neurons
+PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: results/convert/README.md
 LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
 AROUND = (0.5, 1.0, 2.0)  # of the share asked for
 SLOWER = 1.3  # a richer shape may take so much longer than the fastest
@@ -75,7 +75,7 @@ class Clock:
 
 
 def shapes_of(settings: Settings, dense: DenseWeights) -> list[Shape]:
-    """The shapes that fit the budget: with the shared neurons asked for, or none and half of the work."""
+    """The shapes that fit the budget: with the shared neurons asked for, or each of PARTS."""
     parts = PARTS if settings.shared is None else (0.0,)
     shapes = [Shape(t, d, settings.shared or 0, part) for part in parts for t in TREES for d in DEPTHS]
     return [shape for shape in shapes if shape.fit(dense, settings.share) is not None]
@@ -83,9 +83,13 @@ def shapes_of(settings: Settings, dense: DenseWeights) -> list[Shape]:
 
 def shortlist(shapes: Sequence[Shape], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
     """Indices of shapes worth trying: at most SLOWER times as slow as the fastest; of those, the ones that store most
-    neurons. slowness: relative time."""
+    neurons, the parts of the work taking turns, the largest first. slowness: relative time."""
     fast = [k for k, t in enumerate(slowness) if t <= SLOWER * min(slowness)]
-    return sorted(fast, key=lambda k: (-stored[k], slowness[k]))[:TRIED]
+    turns: list[tuple[int, float, int]] = []
+    for part in {shapes[k].part for k in fast}:
+        mine = sorted((k for k in fast if shapes[k].part == part), key=lambda k: (-stored[k], slowness[k]))
+        turns += [(turn, -part, k) for turn, k in enumerate(mine)]
+    return [k for _, _, k in sorted(turns)][:TRIED]
 
 
 def shares_of(settings: Settings) -> list[float]:

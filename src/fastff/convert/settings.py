@@ -27,7 +27,8 @@ class Settings:
                  dense, most harmful first, until it is kept
     curve        further values of `active` to convert to, for the quality against speed in the report
     shapes       (sequences, tokens a sequence) of the timed calls
-    shared       neurons of the part that every row computes beside the trees; None: 0 or half, by measurement
+    shared       neurons of the part that every row computes beside the trees; None: none, half or
+                 three quarters of the work, by measurement
     table        evaluation table: sentence1, sentence2, label for embedding models; sentence, label for classifiers
     rows         tokens captured a block      layer_steps  steps of each layer alone
     steps        steps of all layers together  batch       examples a step
