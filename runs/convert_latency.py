@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModel
 
 import fastff.models  # noqa: F401
+from convert_tables import latency_table
 from fastff.convert.arms import active_share
 from fastff.convert.initialise import initialise
 from fastff.convert.report import layer_name
@@ -169,20 +170,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
-    print("\n".join(table(record)))
-
-
-def table(record: dict[str, Any]) -> list[str]:
-    """Rows of Markdown: whole call and feedforwards at each shape, milliseconds and times faster than dense."""
-    rows = []
-    for name, share in record["active"].items():
-        cells = [name, f"{100 * share:.1f}"]
-        for row in record["shapes"]:
-            for what in ("whole", "feedforward"):
-                ms = row[what][name]["median_ms"]
-                cells.append(f"{ms:.1f} ({row[what]['dense']['median_ms'] / ms:.2f}x)")
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+    print(latency_table(record))
 
 
 def cpu() -> str:

@@ -12,7 +12,6 @@ import json
 import logging
 import queue
 import shutil
-import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import fastff.models  # noqa: F401
 from convert_carry import MAX_LENGTH, restore
+from convert_tables import minilm_table
 from fastff.convert.capture import capture
 from fastff.convert.distil import Recipe, distil
 from fastff.convert.evaluate import read_table, similarity
@@ -183,19 +183,6 @@ def attempt(work: Callable[[], Any]) -> Any:
         return None
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["arm active% seeds | sts-b dev before -> after (spread) | sts-b test | sick test"]
-    for name in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == name]
-        cells = []
-        for table in mine[0]["after"]:
-            values = [row["after"][table] for row in mine]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-        before = statistics.mean(row["before"]["sts-b dev"] for row in mine)
-        lines.append(f"{name} {100 * mine[0]['active']:.1f} {len(mine)} | {before:.2f} -> " + " | ".join(cells))
-    return lines
-
-
 def run(args: Any) -> None:
     began = time.perf_counter()
     shutil.rmtree(args.out / "work", ignore_errors=True)
@@ -233,8 +220,7 @@ def run(args: Any) -> None:
         (args.out / "minilm.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(args.out / "work")
     print(f"{rows[0]['steps']} steps, {time.perf_counter() - began:.0f} s, dense {reference['dense']}")
-    names = [arm.name for arm in ARMS]
-    print("\n".join(summarise(sorted(rows, key=lambda r: names.index(r["arm"])))))
+    print(minilm_table(reference["dense"], rows))
     if len(rows) < len(jobs):
         raise SystemExit(f"{len(jobs) - len(rows)} of {len(jobs)} arms failed")
 

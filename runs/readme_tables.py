@@ -1,5 +1,5 @@
-"""Write the tables of README.md and of the pages on training from the files under results/. `--check` only says
-whether they are up to date.
+"""Write the tables of README.md and of the pages on training and conversion from the files under results/. `--check`
+only says whether they are up to date.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import convert_tables
 from fastff.bench.report import figure
 from fastff.training.compare import compare_plan, health_table, left_out, table
 from fastff.training.presets import feedforward_of, layer_name
@@ -237,6 +238,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/training.md": {**PLAN, "gpus": training_gpus},
     "results/training/small-causal/README.md": {**PLAN, "left-out": plan_left_out},
     "results/training/gpus/README.md": {"gpus": training_gpus},
+    "docs/convert.md": {name: convert_tables.TABLES[name] for name in ("convert-minilm", "convert-latency")},
+    "results/convert/README.md": convert_tables.TABLES,
 }
 
 

@@ -1,0 +1,124 @@
+"""The tables of conversions, from what runs/convert_*.py wrote."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1] / "results" / "convert"
+Row = dict[str, Any]
+
+
+def read(name: str) -> Any:
+    return json.loads((FOLDER / name).read_text())
+
+
+def minilm() -> str:
+    """The embedding model at 10 % and 3 % of the work."""
+    records = [read("minilm-10.json"), read("minilm-3.json")]
+    return minilm_table(records[0]["dense"], [row for record in records for row in record["arms"]])
+
+
+def minilm_earlier() -> str:
+    record = read("minilm-earlier.json")
+    return minilm_table(record["dense"], record["arms"])
+
+
+def minilm_table(dense: dict[str, float], rows: Sequence[Row]) -> str:
+    """One line an arm, most work first: mean (lowest-highest) over its seeds of every evaluated table."""
+    names = list(dense)
+    lines = [
+        f"| feedforward | active, % | seeds, steps | misses alone, % | {names[0]}, alone | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
+        f"| dense (original) | 100 | | | | {' | '.join(f'{dense[name]:.2f}' for name in names)} |",
+    ]
+    for arm in sorted({row["arm"] for row in rows}, key=lambda arm: _order(rows, arm)):
+        mine = [row for row in rows if row["arm"] == arm]
+        cells = [
+            arm,
+            f"{100 * mine[0]['active']:.1f}",
+            f"{len(mine)}, {mine[0]['steps']:,}",
+            f"{100 * statistics.mean(share for row in mine for share in row['missed']):.0f}",
+            f"{statistics.mean(row['before'][names[0]] for row in mine):.2f}",
+            *(_spread([row["after"][name] for row in mine]) for name in names),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _order(rows: Sequence[Row], arm: str) -> tuple[float, str]:
+    return -next(float(row["active"]) for row in rows if row["arm"] == arm), arm
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f})"
+
+
+def oracle() -> str:
+    """What the best neurons of every token would keep, chosen with knowledge of all, untrained."""
+    record = read("minilm-10.json")
+    shares = [f"{100 * float(share):.0f} %" for share in record["oracle"]]
+    scores = [f"{score:.2f}" for score in record["oracle"].values()]
+    head = f"| neurons kept of each token | all | {' | '.join(shares)} |"
+    return "\n".join(
+        [
+            head,
+            "|---" * (2 + len(shares)) + "|",
+            f"| sts-b dev | {record['dense']['sts-b dev']:.2f} | {' | '.join(scores)} |",
+        ]
+    )
+
+
+def tasks() -> str:
+    """The classifier and the causal model, each beside its controls; in brackets against the dense model."""
+    lines = [
+        "| task, metric | feedforward | active, % | misses alone, % | layers taught alone | distilled together |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in read("tasks.json"):
+        dense, name = record["dense"], f"{record['task']}, {record['metric']}"
+        lines.append(f"| {name} | dense | 100 | | | {dense:.2f} |")
+        for arm, facts in record["arms"].items():
+            cells = [
+                name,
+                arm,
+                f"{100 * facts['active']:.1f}",
+                f"{100 * statistics.mean(facts['missed']):.0f}",
+                f"{facts['before']:,.2f}",
+                f"{facts['after']:.2f} ({100 * (facts['after'] / dense - 1):+.1f} %)",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def latency() -> str:
+    return latency_table(read("latency.json"))
+
+
+def latency_table(record: dict[str, Any]) -> str:
+    """Whole call and feedforwards at each shape, milliseconds and times faster than dense."""
+    heads = [
+        f"{a}x{b}, {what}" for a, b in (s["shape"] for s in record["shapes"]) for what in ("whole", "feedforwards")
+    ]
+    lines = [f"| feedforward | active, % | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for name, share in record["active"].items():
+        cells = [name, f"{100 * share:.1f}"]
+        for shape in record["shapes"]:
+            for what in ("whole", "feedforward"):
+                ms = shape[what][name]["median_ms"]
+                cells.append(f"{ms:.1f} ({shape[what]['dense']['median_ms'] / ms:.2f}x)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "convert-minilm": minilm,
+    "convert-minilm-earlier": minilm_earlier,
+    "convert-oracle": oracle,
+    "convert-tasks": tasks,
+    "convert-latency": latency,
+}
