@@ -30,6 +30,7 @@ from fastff.training.compare import chart, compare_plan, left_out, table
 from fastff.training.files import read_json, write_json
 from fastff.training.pretrain import MODEL, RESULT
 
+WARM_START = Path(__file__).resolve().with_name("warm_start.py")
 START = "start"  # folder of the converted weights, in that of the run
 SAVING_SECONDS = 25.0  # to start a process, score held-out text and write a checkpoint
 
@@ -85,7 +86,7 @@ class Arm:
         model, start = self.source / MODEL, self.folder / START
         if not self.convert:
             return [[*words, "--start", str(model)]]
-        convert = [sys.executable, "runs/warm_start.py", str(model), str(asked.data), str(start)]
+        convert = [sys.executable, str(WARM_START), str(model), str(asked.data), str(start)]
         convert += ["--feedforward", feedforward]
         made = (start / "model.safetensors").is_file()
         return [*([] if made else [convert]), [*words, "--start", str(start)]]

@@ -6,16 +6,10 @@ import itertools
 import json
 import math
 import re
-import runpy
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fastff.cli import app
 from fastff.training.compare import (
     chart,
     compare,
@@ -27,9 +21,7 @@ from fastff.training.compare import (
     table,
 )
 from fastff.training.presets import PRESETS, cost_of
-from training_cases import write_text
-
-ROOT = Path(__file__).parents[1]
+from training_cases import run_script, write_text
 
 
 def record(name, loss, seed=0, **settings):
@@ -128,34 +120,15 @@ def test_runs_that_differ_otherwise_do_not_compare():
         compare([])
 
 
-def test_the_script_runs_in_pieces_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_script_runs_in_pieces_and_goes_on(tmp_path, capsys):
     text = write_text(tmp_path)
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "runs" / "pretrain_arms.py"), str(text), "--runs", str(tmp_path / "runs")]
-    command += ["--out", str(out), "--arms", "none", "--steps", "2"]
     sizes = {"batch": 2, "micro-batch": 1, "length": 16, "vocab-size": 200, "valid-windows": 2, "piece-seconds": 1e-9}
-    command += [word for name, value in sizes.items() for word in ("--option", f"{name}={value}")]
-
-    class Process:
-        """A run in this process: importing Transformers in another takes longer than the run."""
-
-        def __init__(self, words):
-            done = CliRunner().invoke(app, words[3:])
-            assert done.exit_code == 0, done.output
-            self.returncode = done.exit_code
-
-        def poll(self):
-            return self.returncode
-
-    start = subprocess.Popen
+    words = [text, "--runs", tmp_path / "runs", "--out", out, "--arms", "none", "--steps", 2]
+    words += [word for name, value in sizes.items() for word in ("--option", f"{name}={value}")]
 
     def run():
-        ours = [sys.executable, "-m", "fastff.cli"]
-        monkeypatch.setattr(
-            subprocess, "Popen", lambda words, **o: Process(words) if words[:3] == ours else start(words, **o)
-        )
-        monkeypatch.setattr(sys, "argv", command[1:])
-        runpy.run_path(command[1], run_name="__main__")
+        run_script("pretrain_arms.py", *words)
         return capsys.readouterr().out.splitlines()[0]
 
     assert run() == "0 of 1 runs are finished: the same command goes on"

@@ -1,11 +1,19 @@
 """Small text and small runs that the tests of `fastff.training` share."""
 
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from typer.testing import CliRunner
+
+from fastff.cli import app
 from fastff.demo.data import documents
 from fastff.training.pretrain import Settings
 
+RUNS = Path(__file__).parents[1] / "runs"
 # For the preset tiny on windows of 16 tokens: a step takes a few hundredths of a second.
 FEEDFORWARD = '{"kind": "fff", "depth": 3, "trees": 2, "gate": "boundary", "bias": true}'
 
@@ -33,3 +41,33 @@ def small(out: Path, text: Path, **changes: Any) -> Settings:
         "cpu": True,
     }
     return Settings(out=out, text=(str(text),), **{**sizes, **changes})
+
+
+class Process:
+    """A `fastff` command, or a script of runs/, run in this process in place of `subprocess.Popen`: importing
+    Transformers in another takes longer than what is run."""
+
+    def __init__(self, words: list[str], stdout: Any = None, **_: Any) -> None:
+        self.returncode = 0
+        if words[1] != "-m":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", words[1:])
+                runpy.run_path(words[1], run_name="__main__")
+            return
+        done = CliRunner().invoke(app, words[3:])
+        self.returncode = done.exit_code
+        if stdout is not None:
+            stdout.write(done.output.encode())
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def run_script(name: str, *words: object, process: type[Any] = Process) -> None:
+    """Run a script of runs/ in this process, and what it starts of Python's as `process`."""
+    start = subprocess.Popen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            subprocess, "Popen", lambda words, **o: (process if words[0] == sys.executable else start)(words, **o)
+        )
+        Process([sys.executable, str(RUNS / name), *map(str, words)])
