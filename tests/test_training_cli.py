@@ -8,8 +8,8 @@ from fastff.cli import app
 from training_cases import write_text
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def run(*arguments, **environment):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **environment})
 
 
 def test_variants_lists_costs_beside_the_narrow_controls():
@@ -36,10 +36,13 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
         "--valid-windows",
         2,
     )
-    done = run("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer", "rate=0.5")
+    words = ("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer", "rate=0.5")
+    done = run(*words)
     assert done.exit_code == 0, done.output
     assert "9 of 511 neurons" in done.output
     assert "finished: held-out loss" in done.output
+    second = run(*words, RANK="1")
+    assert (second.exit_code, second.output) == (0, ""), "only the first of several processes speaks"
     wrong = run("pretrain", "--text", text, "--out", out, *small)
     assert wrong.exit_code == 1
     assert "error:" in wrong.output

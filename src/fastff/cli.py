@@ -188,6 +188,8 @@ def pretrain(
     layer: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of LayerTraining; may be repeated.")] = None,
 ) -> None:
     """Pretrain a model on your text; Ctrl-C leaves a checkpoint, the same command goes on."""
+    from accelerate import PartialState
+
     from fastff.training.pretrain import Settings
     from fastff.training.pretrain import pretrain as run
     from fastff.training.routing import layer_training
@@ -200,6 +202,9 @@ def pretrain(
             report=lambda step, loss, progress: move(progress, f"step {step}, loss {loss:.3f}"),
             progress=lambda what, count: move(None, f"reading, {count:,} {what}"),
         )
+    PartialState().destroy_process_group()  # of torchrun; NCCL warns of a group that is left
+    if not _first_process():
+        return
     cost = record["cost"]
     neurons = f"{cost['active_neurons']} of {cost['neurons']} neurons"
     console.print(f"{cost['layer']}: {neurons}, {cost['flops']} FLOP a token and layer")
@@ -274,13 +279,18 @@ def _errors_as_messages() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def _first_process() -> bool:
+    """Whether this is the one of torchrun's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[float | None, str], None]]:
     """move(done, words): a bar at `done` of 1, None for where it is; only the first of several processes shows it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:40}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=os.environ.get("RANK", "0") != "0") as bars:
+    with Progress(*columns, console=console, disable=not _first_process()) as bars:
         bar = bars.add_task(what, total=1.0)
         yield lambda done, words: bars.update(bar, completed=done, description=f"{what}: {words}")
 
