@@ -1,5 +1,5 @@
-"""Write the tables of README.md and of the pages on training and conversion from the files under results/. `--check`
-only says whether they are up to date.
+"""Write the tables of README.md and of the pages under docs/ and results/ from the files under results/. `--check` only
+says whether they are up to date.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -110,7 +110,11 @@ def _ours(best: dict[str, Any], precision: str, *, ratio: bool = False) -> str:
 
 def _times(best: dict[str, Any], precision: str, against: str) -> str:
     ratio = best["ratios"].get(f"{precision}_over_dense_{against}")
-    return ABSENT if ratio is None else f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+    return ABSENT if ratio is None else _faster(ratio)
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
 def _against_int8(best: dict[str, Any]) -> str:
@@ -146,6 +150,67 @@ def end_to_end() -> str:
         cells = [f"{figure(ms[shape, name])} ({best[shape] / ms[shape, name]:.1f}x)" for shape in shapes]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# What was asked of one thread: layer, rows, layers in turn, training, precision, the dense precision, times faster.
+GOALS = (
+    (PLAIN, 1, 1, False, "fp32", "fp32", 400),
+    (PLAIN, 1, 16, False, "fp32", "fp32", 250),
+    (PLAIN, 1, 16, False, "bf16", "fp32", 400),
+    (PLAIN, 1, 16, False, "int8", "int8", 140),
+    (PLAIN, 8, 16, False, "fp32", "fp32", 40),
+    (PLAIN, 128, 16, False, "fp32", "fp32", 20),
+    (PLAIN, 128, 16, False, "bf16", "fp32", 30),
+    (PLAIN, 1024, 16, False, "fp32", "fp32", 30),
+    (PLAIN, 1024, 16, False, "bf16", "fp32", 45),
+    (PLAIN, 16384, 16, False, "fp32", "fp32", 60),
+    (PLAIN, 4096, 1, True, "fp32", "fp32", 20),
+    ("1x15-d12288", 1, 1, False, "fp32", "fp32", 3000),
+    ("1x15-d12288", 1, 1, False, "bf16", "fp32", 3000),
+    ("32x6", 128, 16, False, "fp32", "fp32", 5),
+    ("32x6", 1024, 16, False, "fp32", "fp32", 5),
+    ("32x6", 16384, 16, False, "fp32", "fp32", 5),
+)
+
+
+def goals_cpu() -> str:
+    """Goals beside what was reached, by the module and by the C function."""
+    found = record()
+    bests = {_scene(best): best for best in found["best"]}
+    us = {(*_scene(t), t["provider"]): t["latency_us_p50"] for t in found["timings"] if t["kind"] == "conditional"}
+    lines = [
+        "| one thread | weights | asked, over the fastest dense | module | C function alone |",
+        "|---|---|---|---|---|",
+    ]
+    for layer, rows, layers, training, ours, dense, asked in GOALS:
+        scene = (layer, rows, layers, 1, training)
+        best = bests.get(scene)
+        fastest = best and best["dense"].get(dense, {}).get("latency_us_p50")
+        name = "" if ours == "fp32" else f" {ours}"
+        reached = [
+            _faster(fastest / us[*scene, provider + name]) if fastest and (*scene, provider + name) in us else ABSENT
+            for provider in ("fastff", "fastff C")
+        ]
+        case = _case(best) if best else f"{rows} rows"
+        lines.append(f"| {layer}, {case} | {ours} | {asked:,}x {dense} | {' | '.join(reached)} |")
+    return "\n".join(lines)
+
+
+def threads_cpu() -> str:
+    """How many times faster than one thread all threads are, module and C function in fp32, from 128 rows on."""
+    us = {(*_scene(t), t["provider"]): t["latency_us_p50"] for t in record()["timings"]}
+    lines = ["| layer | case | threads | module | C function alone |", "|---|---|---|---|---|"]
+    for best in record()["best"]:
+        layer, rows, layers, threads, training = scene = _scene(best)
+        one = (layer, rows, layers, 1, training)
+        if threads == 1 or rows < 128 or (*one, "fastff") not in us:
+            continue
+        times = [
+            f"{us[*one, provider] / us[*scene, provider]:.2f}x" if (*scene, provider) in us else ABSENT
+            for provider in ("fastff", "fastff C")
+        ]
+        lines.append(f"| {layer} | {_case(best)} | {threads} | {' | '.join(times)} |")
+    return "\n".join(lines) if len(lines) > 2 else "(not in the last run)"
 
 
 def layer_gpu() -> str:
@@ -235,6 +300,7 @@ PLAN = {
 }
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
+    "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu},
     "docs/training.md": {**PLAN, "gpus": training_gpus},
     "results/training/small-causal/README.md": {**PLAN, "left-out": plan_left_out},
     "results/training/gpus/README.md": {"gpus": training_gpus},
