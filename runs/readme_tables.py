@@ -238,7 +238,7 @@ def layer_gpu() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "| training step of 12 layers, 256 x 128 tokens, eager | ms (quartiles) | peak GiB |",
+        "| training step of 12 layers, 256 x 128 tokens, eager unless it says graph | ms (quartiles) | peak GiB |",
         "|---" * 3 + "|",
     ]
     for step in found["steps"]:

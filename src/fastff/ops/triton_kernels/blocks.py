@@ -29,7 +29,7 @@ from fastff.ops.triton_kernels.linear import (
     tables,
     tile_of,
 )
-from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles
+from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
 
@@ -96,8 +96,8 @@ def _route(
     _route_kernel[grid](
         x, w_in, b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], config.tau,
         D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
-        OUT_ENTRIES=out_entries(config), OUT_WIDTH=triton.next_power_of_2(out_entries(config)),
-        STEPS=triton.next_power_of_2(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,
+        OUT_ENTRIES=out_entries(config), OUT_WIDTH=power_of_two(out_entries(config)),
+        STEPS=power_of_two(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,
         JOINT=stage.joint, SPAN=max(2**stage.levels, -(-16 // stage.joint)),
         GROUPS=0 if groups is None else groups.groups, LAST=coefficient is not None, NODE_OUTPUT=config.node_output,
         HAS_B_OUT=config.shape_of_b_out is not None, ACTIVATION=config.activation, GATED=config.gate is not None,
@@ -128,7 +128,7 @@ def values_shape(config: TreeConfig) -> dict[str, Any]:
         "ACTIVATION": config.activation,
         "GATED": config.gate is not None,
         "TILE": VALUES_TILE,
-        "BJ": min(32, triton.next_power_of_2(config.leaf_width)),
+        "BJ": min(32, power_of_two(config.leaf_width)),
     }
 
 

@@ -26,7 +26,7 @@ from fastff.ops.triton_kernels.linear import (
     sort_leaves,
     spread,
 )
-from fastff.ops.triton_kernels.plan import BackwardPlan
+from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups
 from fastff.tree import TreeConfig
 
@@ -77,7 +77,7 @@ def _values_backward(scores: Tensor, d_coefficient: Tensor, *, config: TreeConfi
     coefficient = scores.new_empty(rows, trees, out_entries(config))
     gated = config.gate is not None
     gates = torch.empty(rows * trees, config.depth, dtype=torch.float32, device=scores.device) if gated else None
-    grid = (triton.cdiv(rows * trees, VALUES_TILE),)
+    grid = (ceil_div(rows * trees, VALUES_TILE),)
     _values_backward_kernel[grid](
         scores,
         d_coefficient,
@@ -108,14 +108,14 @@ def _outer(
     if config.depth and not matrix.nodes and matrix.leaf_first:
         grad[:, : matrix.leaf_first].zero_()  # nodes that no gradient reaches
     width, tiles = x.shape[1], plan.outer_tiles
-    block = min(tiles.outer, max(16, triton.next_power_of_2(width)))
+    block = min(tiles.outer, max(16, power_of_two(width)))
     columns, chunks = columns_of(matrix, config, groups, tiles)
     level = groups.level if matrix.nodes else 0
-    above = max(16, triton.next_power_of_2(level)) if level else 0
+    above = max(16, power_of_two(level)) if level else 0
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     partial = torch.empty(config.trees, groups.slots, chunks * columns, width, **new)
     partial_above = torch.empty(config.trees, groups.chunks, level, width, **new) if level else None
-    across = triton.cdiv(width, block)
+    across = ceil_div(width, block)
     shape = {
         "D": width, "TREES": config.trees, "DEPTH": config.depth, "LEVEL": groups.level, "GROUPS": groups.groups,
         "COLUMNS": columns, "CHUNKS": chunks, "BN": block, **matrix.shape(),

@@ -20,7 +20,7 @@ from fastff.ops.triton_kernels.linear import (
     tables,
     tile_of,
 )
-from fastff.ops.triton_kernels.plan import Tiles, leaf_columns
+from fastff.ops.triton_kernels.plan import Tiles, ceil_div, leaf_columns
 from fastff.ops.triton_kernels.sort import Groups
 from fastff.tree import TreeConfig
 
@@ -44,7 +44,7 @@ def leaves(
     """
     y = x.new_empty(x.shape[0], config.out_features)
     outputs = Matrix.of_w_out(config)
-    for turn in range(triton.cdiv(config.trees, groups.joint)):
+    for turn in range(ceil_div(config.trees, groups.joint)):
         _leaves_kernel[(groups.tiles,)](
             x, w_in, b_in, w_out, b_out, scores, margins, y, *tables(groups), x.shape[0], turn, config.tau,
             D_IN=config.in_features, D_OUT=config.out_features, TREES=config.trees, DEPTH=config.depth,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import locate, prefix_of, subtree_column
-from fastff.ops.triton_kernels.plan import Tiles
+from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
 
@@ -100,7 +100,7 @@ def pick(
 ) -> None:
     """Fill out (rows, trees, entries) with the products of x and the rows of `w` that lie on each row's path."""
     columns, chunks = columns_of(matrix, config, groups, tiles)
-    _pick_kernel[(groups.tiles, triton.cdiv(config.trees, groups.joint), chunks)](
+    _pick_kernel[(groups.tiles, ceil_div(config.trees, groups.joint), chunks)](
         x, w, bias, leaf, out, *tables(groups), x.shape[0],
         D=x.shape[1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
         GROUPS=groups.groups, COLUMNS=columns, ANCESTORS=ancestors_of(matrix, groups), BM=tiles.rows, BK=tiles.inner,
@@ -125,7 +125,7 @@ def spread(
     """
     columns, chunks = columns_of(matrix, config, groups, tiles)
     y = entries.new_empty(entries.shape[0], w.shape[-1]) if into is None else into
-    for turn in range(triton.cdiv(config.trees, groups.joint)):
+    for turn in range(ceil_div(config.trees, groups.joint)):
         _spread_kernel[(groups.tiles,)](
             entries, w, leaf, y, *tables(groups), entries.shape[0], turn,
             D=w.shape[-1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
@@ -143,14 +143,14 @@ def tables(groups: Groups | None) -> tuple[Tensor | None, Tensor | None]:
 def columns_of(matrix: Matrix, config: TreeConfig, groups: Groups, tiles: Tiles) -> tuple[int, int]:
     """Columns of one tree that a dot takes at once, a power of two (16 or more over all joint trees), and how often."""
     needed = matrix.columns(config.depth - groups.level)
-    columns = max(16 // groups.joint, min(triton.next_power_of_2(needed), max(1, tiles.columns // groups.joint)), 1)
-    return columns, triton.cdiv(needed, columns)
+    columns = max(16 // groups.joint, min(power_of_two(needed), max(1, tiles.columns // groups.joint)), 1)
+    return columns, ceil_div(needed, columns)
 
 
 def ancestors_of(matrix: Matrix, groups: Groups) -> int:
     """Width of the ancestors' dot, 0 when there are none."""
     count = groups.level * groups.joint if matrix.nodes else 0
-    return max(16, triton.next_power_of_2(count)) if count else 0
+    return max(16, power_of_two(count)) if count else 0
 
 
 @triton.jit

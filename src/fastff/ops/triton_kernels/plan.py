@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -102,8 +103,8 @@ def rows_plan(config: TreeConfig, rows: int) -> RowsPlan:
         fused=config.trees == 1 and not wide and config.out_features <= 2048,
         block_in=_block(config.in_features, most_in),
         block_out=_block(config.out_features, 1024 if config.out_features > 2048 else 256),
-        block_leaf=min(_power(config.leaf_width), 4),
-        block_entries=min(_power(entries), 4 if wide else 16),
+        block_leaf=min(power_of_two(config.leaf_width), 4),
+        block_entries=min(power_of_two(entries), 4 if wide else 16),
         warps=(8 if few else 16) if wide else (2 if few else 1),
     )
 
@@ -111,11 +112,17 @@ def rows_plan(config: TreeConfig, rows: int) -> RowsPlan:
 def _block(features: int, most: int) -> int:
     """Step along features: a power of two that divides them when one of 128 or more does, so that nothing is masked."""
     divisor = features & -features
-    return min(most, divisor if divisor >= 128 else _power(features))
+    return min(most, divisor if divisor >= 128 else power_of_two(features))
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least that is n or more. Triton's own function costs the host several microseconds a call."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles | None = None) -> BlockedPlan:
@@ -131,7 +138,7 @@ def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles |
     parts = [*_cut(level), config.depth + 1 - level] if fused else _cut(config.depth)
     stages, at = [], 0
     for part in parts:
-        together = min(_power(config.trees), max(1, 128 >> part)) if at == 0 else 1
+        together = min(power_of_two(config.trees), max(1, 128 >> part)) if at == 0 else 1
         stages.append(Stage(at, part, joint if fused and at == level and at else together))
         at += part
     one_pass = not fused and level == config.depth and leaf_columns(config, joint) <= 128
@@ -144,9 +151,10 @@ def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles |
 
 def leaf_columns(config: TreeConfig, joint: int) -> int:
     """Columns of a product with one leaf of each of `joint` trees, every leaf a power of two wide."""
-    return joint * max(_power(config.leaf_width), 16 // joint)
+    return joint * max(power_of_two(config.leaf_width), 16 // joint)
 
 
+@functools.lru_cache(maxsize=4096)
 def backward_plan(
     config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles | None = None, outer_tiles: Tiles | None = None
 ) -> BackwardPlan:
@@ -157,7 +165,7 @@ def backward_plan(
         level, joint = grouping(config, rows, itemsize)
     level = min(level, MOST_BITS // joint)
     outer_level = level if config.trees == 1 else min(_single_level(config, 16), MOST_BITS)
-    chunk = min(4096, max(128, _power(2 * rows >> outer_level)))
+    chunk = min(4096, max(128, power_of_two(2 * rows >> outer_level)))
     narrow = _columns(config, outer_level) <= 64
     turned = itemsize == 2 and outer_level == config.depth and narrow and not config.node_output
     if turned and outer_tiles is None:
@@ -180,7 +188,7 @@ def grouping(config: TreeConfig, rows: int, itemsize: int) -> tuple[int, int]:
     bits = max(1, (max(rows, 1) // 64).bit_length() - 1)
     for joint in (1, 2, 4):
         for level in range(config.depth + 1):
-            columns = joint * max(_power(_columns(config, level)), 16 // joint)
+            columns = joint * max(power_of_two(_columns(config, level)), 16 // joint)
             if joint > config.trees or level * joint > bits or columns > 256:
                 continue
             passes = -(-config.trees // joint)
@@ -220,7 +228,7 @@ def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int)
     """64 rows where groups have as many; a third stage in flight where shared memory allows it."""
     used = min(1 << (level * joint), rows)
     height = next((tile for tile in (64, 32) if rows >= tile * used), 16)
-    columns = joint * _power(_columns(config, level))
+    columns = joint * power_of_two(_columns(config, level))
     single = itemsize == 4
     outer = 32 if columns > 128 and single else 64
     if config.trees > 1 and not single and height > 16 and columns <= 128:  # many passes: long pieces of each row
@@ -243,11 +251,12 @@ def scout_plan(config: TreeConfig) -> ScoutPlan | None:
     return ScoutPlan(
         levels=min(6, config.depth + 1),
         block_in=_block(config.in_features, 2048 if wide else 256),
-        block_out=min(_power(config.out_features), 128 if wide else 32),
+        block_out=min(power_of_two(config.out_features), 128 if wide else 32),
         warps=16 if wide else 1,
     )
 
 
+@functools.lru_cache(maxsize=4096)  # every call asks
 def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ForwardPlan:
     """The form that was faster where it was measured: on an H200, in bf16 (results/gpu)."""
     return _forward_choice(config, rows, itemsize)[0]

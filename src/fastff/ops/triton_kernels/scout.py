@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
-from fastff.ops.triton_kernels.plan import ScoutPlan
+from fastff.ops.triton_kernels.plan import ScoutPlan, power_of_two
 from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
 from fastff.tree import TreeConfig
 
@@ -47,7 +47,7 @@ def forward(
     _settle_kernel[(rows, across)](
         seen, prefixes, w_out, b_out, scores, leaf, margin, y, rows, config.tau, BLOCKS=blocks, LEVELS=plan.levels,
         D_OUT=config.out_features, DEPTH=config.depth, NODE_ENTRIES=config.depth if config.node_output else 0,
-        ACTIVATION=config.activation, GATED=config.gate is not None, BE=triton.next_power_of_2(levels),
+        ACTIVATION=config.activation, GATED=config.gate is not None, BE=power_of_two(levels),
         BN=plan.block_out, num_warps=4,
     )  # fmt: skip
     return y, leaf, margin, scores

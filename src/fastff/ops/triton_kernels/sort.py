@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
+
 SORT_TILE = 64  # ranks within a tile compare all pairs: small tiles, more of them
 SCANNED = 8  # most groups whose counts a program sums over the tiles: a sector of memory
 
@@ -60,7 +62,7 @@ class Groups:
 def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int) -> Groups:
     """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count."""
     rows, trees = leaf.shape
-    passes, tiles = triton.cdiv(trees, joint), triton.cdiv(rows, SORT_TILE)
+    passes, tiles = ceil_div(trees, joint), ceil_div(rows, SORT_TILE)
     groups = max(2, 1 << (level * joint))
     counts = torch.empty(passes, tiles, groups, dtype=torch.int32, device=leaf.device)
     totals = torch.empty(passes, groups, dtype=torch.int32, device=leaf.device)
@@ -69,7 +71,7 @@ def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, c
     key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "GROUPS": groups, "TILE": SORT_TILE}
     _count_kernel[(tiles, passes)](leaf, counts, rows, tiles, **key)
     width = max(1, min(SCANNED, groups // 32))
-    scan = {"WIDTH": width, "TILES": min(1024, triton.next_power_of_2(tiles))}
+    scan = {"WIDTH": width, "TILES": min(1024, power_of_two(tiles))}
     _scan_kernel[(groups // width, passes)](counts, totals, tiles, GROUPS=groups, **scan, num_warps=8)
     _place_kernel[(tiles, passes)](leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
     return Groups(order, table, groups, level, joint, tile, chunk)
