@@ -12,7 +12,6 @@ other, not with published ones.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastff.drawing import svg
 from fastff.training.compare import recovered_gap
 from fastff.training.files import read_json, write_json
 from fastff.training.pretrain import MODEL, RESULT
@@ -146,12 +146,7 @@ def table(found: dict[str, Any]) -> str:
 
 def chart(found: dict[str, Any]) -> str:
     """Mean score against the arithmetic of a layer, as SVG text."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastff"}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    with svg("glue", 6.4, 4.0) as (figure, out):
         axes = figure.add_subplot()
         for group, style in (("scratch", "o"), ("from-dense", "s")):
             points = [e for e in found["arms"] if e["group"] == group and e["flops"]]
@@ -163,11 +158,8 @@ def chart(found: dict[str, Any]) -> str:
             if not e["flops"]:
                 axes.axhline(e["mean"], linestyle=":", color="0.5", label="no feedforward")
         axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="mean GLUE score (dev)")
-        axes.legend(frameon=False)
-        out = io.StringIO()
-        FigureCanvasSVG(figure)
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+        axes.legend()
+    return out[0]
 
 
 def main() -> None:

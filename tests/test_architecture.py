@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fastff"
 # A module may import from its own layer and from those to its left.
 ORDER = [
     "errors",
+    "drawing",
     "tree",
     "ops",
     "layers",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
+
+from fastff.drawing import svg
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each series has its own mark and dashes too.
 SERIES = {
@@ -37,15 +38,8 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
 
 def curve(record: dict[str, Any]) -> str:
     """One panel a timed shape: the quality of every model against the time of a whole call."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     shapes = record["shapes"]
-    options: Any = {"font.size": 11, "svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "curve"}
-    with matplotlib.rc_context(options):
-        figure = Figure(figsize=(4.8 * len(shapes), 4.2), layout="constrained")
-        FigureCanvasSVG(figure)
+    with svg("curve", 4.8 * len(shapes), 4.2) as (figure, out):
         panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
         for k, (axes, shape) in enumerate(zip(panels, shapes, strict=True)):
             _panel(axes, series(record, k))
@@ -53,11 +47,8 @@ def curve(record: dict[str, Any]) -> str:
             axes.set_xlabel("milliseconds a call (left is better)")
         panels[0].set_ylabel(_label(record))
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
+    return out[0]
 
 
 def _panel(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
@@ -66,9 +57,6 @@ def _panel(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
         x, y = zip(*at, strict=True)
         axes.plot(x, y, mark + dashes, color=colour, markersize=7, linewidth=1.5, label=LABELS[name])
     axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
 
 
 def _label(record: dict[str, Any]) -> str:

@@ -5,19 +5,17 @@ Colours leave here as names of the page's variables, so that one drawing suits l
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from fastff.demo.settings import ARMS
 from fastff.demo.terminal import speed_pair
+from fastff.drawing import svg
 from fastff.inspect.picture import SPREAD, draw_path, draw_tree
 
 INK, FAINT = "#010203", "#040506"  # stand for the page's text and for its thin lines
@@ -31,22 +29,14 @@ SERIES = {
     "none": ("#cc79a7", ":"),
     "start": ("#808080", "-"),
 }
-STYLE: Any = {
-    "font.size": 11,
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
+STYLE: dict[str, Any] = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
     "xtick.color": INK,
     "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
     "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
+    "savefig.transparent": True,
 }
 TITLES = {arm.name: arm.title for arm in ARMS} | {"start": "shared start"}
 
@@ -190,28 +180,21 @@ def paths(arm: dict[str, Any]) -> str:
 def drawing(name: str, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure of so many inches; when the block ends, the list holds its SVG."""
     out: list[str] = []
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
+    with svg(name, width, height, STYLE) as (figure, drawn):
         yield figure, out
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    out.append(_inline(buffer.getvalue(), name))
+    out.append(_inline(drawn[0], name))
 
 
-def _inline(svg: str, name: str) -> str:
-    """Strip what only a file needs, let the width follow the page, and name colours by the page's variables."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%" role="img"', svg, count=1)
+def _inline(text: str, name: str) -> str:
+    """Let the width follow the page, and name colours by the page's variables."""
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%" role="img"', text, count=1)
     # Ids are unique within a drawing; the page holds several.
-    svg = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'(xlink:href=")#([^"]+)"', rf'\1#{name}-\2"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(xlink:href=")#([^"]+)"', rf'\1#{name}-\2"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     for colour, variable in ((INK, "ink"), (FAINT, "faint")):
-        svg = svg.replace(colour, f"var(--{variable})")
+        text = text.replace(colour, f"var(--{variable})")
     for key, (colour, _) in SERIES.items():
-        svg = svg.replace(colour, f"var(--{key})")
-    return svg
+        text = text.replace(colour, f"var(--{key})")
+    return text

@@ -7,12 +7,12 @@ the better dense kind.
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from fastff.drawing import svg
 from fastff.training.presets import NARROW
 
 WIDE = "dense-swiglu"
@@ -159,16 +159,12 @@ def chart(entries: Sequence[dict[str, Any]], label: str = "layer") -> str:
 
     label: the key of what stands beside a point.
     """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
     trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
     others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastff"}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    with svg("loss", 6.4, 4.0) as (figure, out):
         axes = figure.add_subplot()
         axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="held-out loss, nats a token")
         axes.margins(x=0.2)  # for the labels
@@ -181,12 +177,9 @@ def chart(entries: Sequence[dict[str, Any]], label: str = "layer") -> str:
         for entry in entries:
             if not entry["flops"]:
                 axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
-        axes.legend(frameon=False)
-        FigureCanvasSVG(figure)
+        axes.legend()
         _label_points(figure, axes, [(e["flops"], e["loss"], e[label]) for e in (*dense, *trees, *others)])
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return out[0]
 
 
 def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
