@@ -293,6 +293,7 @@ class _WithDecoder(UltraFastBertPreTrainedModel):
     """The encoder with a decoder tied to the word embedding, without head transform."""
 
     _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _output: type[MaskedLMOutput | CausalLMOutput]
 
     def __init__(self, config: UltraFastBertConfig) -> None:
         super().__init__(config)
@@ -306,15 +307,6 @@ class _WithDecoder(UltraFastBertPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
-
-class UltraFastBertForMaskedLM(_WithDecoder):
-    """The encoder with a decoder that fills in masked words. Raises ValueError for `config.is_decoder`."""
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        if config.is_decoder:
-            raise ValueError("is_decoder True is for UltraFastBertForCausalLM; a masked-word model needs False")
-        super().__init__(config)
-
     @can_return_tuple
     def forward(
         self,
@@ -326,15 +318,16 @@ class UltraFastBertForMaskedLM(_WithDecoder):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **loss_options: Any,
-    ) -> MaskedLMOutput:
-        """Logits and, with labels, the mean cross-entropy (nats) over the labelled positions.
+    ) -> MaskedLMOutput | CausalLMOutput:
+        """Logits and, with labels, the mean cross-entropy (nats) over what they name.
 
-        labels        (batch, length) int64, -100 where nothing is to be predicted
+        labels        (batch, length) int64, -100 where nothing counts. A masked-word model predicts each at its
+                      place; a causal one shifts by one here, so that labels are usually input_ids themselves
         loss_options  as Transformers' loss functions take them, such as num_items_in_batch
         Other arguments as for UltraFastBertModel.
 
-        logits are (batch, length, vocab_size); with config.sparse_prediction, in training mode and with labels, they
-        are (labelled positions, vocab_size), in the order of the flattened labels.
+        logits are (batch, length, vocab_size); of a masked-word model with config.sparse_prediction, in training mode
+        and with labels, they are (labelled positions, vocab_size), in the order of the flattened labels.
         """
         encoded = self.encoder(
             input_ids=input_ids,
@@ -345,16 +338,27 @@ class UltraFastBertForMaskedLM(_WithDecoder):
             return_dict=True,
         )
         hidden = encoded.last_hidden_state
-        if labels is not None and self.training and self.config.sparse_prediction:
+        if labels is not None and self.training and self.config.sparse_prediction and not self.config.is_decoder:
             chosen = labels != -100
             hidden, labels = hidden[chosen], labels[chosen]
         logits = self.decoder(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
-        return MaskedLMOutput(
+        return self._output(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
+
+
+class UltraFastBertForMaskedLM(_WithDecoder):
+    """The encoder with a decoder that fills in masked words. Raises ValueError for `config.is_decoder`."""
+
+    _output = MaskedLMOutput
+
+    def __init__(self, config: UltraFastBertConfig) -> None:
+        if config.is_decoder:
+            raise ValueError("is_decoder True is for UltraFastBertForCausalLM; a masked-word model needs False")
+        super().__init__(config)
 
 
 class UltraFastBertForCausalLM(_WithDecoder):
@@ -363,43 +367,12 @@ class UltraFastBertForCausalLM(_WithDecoder):
     It keeps no cache of keys and values and does not generate: it is here to train and to score.
     """
 
+    _output = CausalLMOutput
+
     def __init__(self, config: UltraFastBertConfig) -> None:
         if not config.is_decoder:
             raise ValueError("is_decoder False is for a masked-word model; UltraFastBertForCausalLM needs True")
         super().__init__(config)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **loss_options: Any,
-    ) -> CausalLMOutput:
-        """Logits (batch, length, vocab_size) and, with labels, the mean cross-entropy (nats) of each next token.
-
-        labels  (batch, length) int64, usually input_ids themselves: the shift by one is made here; -100 counts nothing
-        Other arguments as for UltraFastBertForMaskedLM.
-        """
-        encoded = self.encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        logits = self.decoder(encoded.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
-        return CausalLMOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
 
 
 class UltraFastBertForSequenceClassification(UltraFastBertPreTrainedModel):
