@@ -1,6 +1,6 @@
 """Time a converted embedding model beside the dense one: whole calls, and the feedforward layers alone.
 
-python runs/convert_latency.py MODEL STUDENTS OUT [--active 0.1] [--seconds 2]
+python runs/convert_latency.py MODEL STUDENTS OUT [--seconds 2]
 
 MODEL     directory of all-MiniLM-L6-v2
 STUDENTS  folder of the models that are timed, made by the first call, which then times nothing: their layers are
@@ -25,16 +25,21 @@ from transformers import AutoModel
 
 import fastff.models  # noqa: F401
 from convert_tables import latency_table
-from fastff.convert.arms import active_share
+from fastff.convert.arms import active_share, control
 from fastff.convert.initialise import initialise
+from fastff.convert.plan import Shape
 from fastff.convert.report import layer_name
-from fastff.convert.student import dense_layers, describe_narrow, fit_tree
+from fastff.convert.student import dense_layers
 from fastff.models.converted import make_converted
-from fastff.models.families import family_of
+from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 
 SHAPES = ((1, 128), (32, 128))
-TREES = ((8, 4, 0.0), (2, 3, 0.5), (2, 4, 0.75))  # trees, depth, share of the work in shared neurons
+TREES = (  # shapes, and the share of the dense layer's work: those whose quality was measured, and trees alone
+    (Shape(2, 5, part=0.75), 0.1),
+    (Shape(2, 5, part=0.5), 0.03),
+    (Shape(8, 4), 0.1),
+)
 LEAST = 5  # calls of each model
 ROWS = 4096  # that the trees are initialised on
 
@@ -105,20 +110,25 @@ def feedforwards(model: Any, inputs: list[torch.Tensor], shape: tuple[int, int])
     return call
 
 
-def make(model: Any, active: float, folder: Path) -> bool:
-    """Write a student for every entry of TREES and the controls, each into a folder of its name; False if all exist."""
-    dense, inputs = dense_layers(model), inputs_of(model)
-    narrow = describe_narrow(dense[0], round(active * dense[0].neurons))
-    wanted: dict[str, dict[str, Any]] = {"narrow dense": narrow, "none": {"kind": "none"}}
-    for trees, depth, part in TREES:
-        shared = round(part * active * dense[0].neurons / 8) * 8
-        fitted = fit_tree(dense[0], active, trees=trees, depth=depth, shared=shared)
+def wanted(dense: DenseWeights) -> dict[str, dict[str, Any]]:
+    """Descriptions by name: every entry of TREES, narrow layers of equal work, none."""
+    out: dict[str, dict[str, Any]] = {}
+    for shape, active in TREES:
+        fitted = shape.fit(dense, active)
         if fitted is None:
-            raise SystemExit(f"{trees}x{depth} does not fit active {active}")
-        wanted[layer_name(fitted)] = fitted
-    missing = [name for name in wanted if not (folder / name).exists()]
-    for name in missing:
-        student(model, [wanted[name]] * len(dense), inputs).save_pretrained(folder / name)
+            raise SystemExit(f"{shape} does not fit active {active}")
+        (narrow,) = control("narrow", [dense], [fitted])
+        assert narrow is not None
+        out |= {layer_name(fitted): fitted, f"narrow, {narrow['intermediate_size']}": narrow}
+    return out | {"none": {"kind": "none"}}
+
+
+def make(model: Any, folder: Path) -> bool:
+    """Write a student for every description, each into a folder of its name; False if all exist."""
+    dense, inputs = dense_layers(model), inputs_of(model)
+    missing = {name: d for name, d in wanted(dense[0]).items() if not (folder / name).exists()}
+    for name, description in missing.items():
+        student(model, [description] * len(dense), inputs).save_pretrained(folder / name)
     return bool(missing)
 
 
@@ -146,12 +156,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "students", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--active", type=float, default=0.1)
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
-    if make(model, args.active, args.students):
+    if make(model, args.students):
         print(f"wrote {args.students}: call again to time them")
         return
     models = {"dense": model}
