@@ -68,7 +68,8 @@ void need_rows(const Tree& tree, int64_t rows) {
   need_in("rows", rows, 0, kMaxRows);
   const double widest = std::max({static_cast<double>(tree.in_features), static_cast<double>(tree.out_features),
                                   static_cast<double>(tree.trees) * static_cast<double>(tree.path_scores() + 1)});
-  need(static_cast<double>(rows) * widest * sizeof(double) < kAddressable, "rows need more memory than can be addressed");
+  need(static_cast<double>(rows) * widest * sizeof(double) < kAddressable,
+       "rows need more memory than can be addressed");
 }
 
 template <class T>
@@ -99,8 +100,8 @@ void need_outputs(const Tree& tree, int64_t rows, const Forward<T>& out, Arrays 
 }
 
 template <class T>
-int32_t forward_plain(const fastff_tree* given, const T* w_in, const T* b_in, const T* w_out, const T* b_out, const T* x,
-                      int64_t rows, const Forward<T>& out, int threads) {
+int32_t forward_plain(const fastff_tree* given, const T* w_in, const T* b_in, const T* w_out, const T* b_out,
+                      const T* x, int64_t rows, const Forward<T>& out, int threads) {
   return guarded([&] {
     const Tree tree = checked(given);
     need_rows(tree, rows);
@@ -198,8 +199,8 @@ void zero(T* data, int64_t n, int threads) {
 
 template <class T>
 void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_out, const T* x, const T* grad_y,
-                    int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad, const Visited* visited,
-                    int threads) {
+                    int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad,
+                    const Visited* visited, int threads) {
   const int64_t in_rows = tree.in_rows(), out_rows = tree.out_rows();
   const GradientSizes size(tree, visited);
   zero(grad.w_in, size.w_in, threads);
@@ -392,17 +393,19 @@ int32_t fastff_plan_forward(const fastff_tree* given, int32_t weights, int64_t r
   });
 }
 
-int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out, const float* x,
-                            const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores, float* grad_x,
-                            float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out, int32_t threads) {
+int32_t fastff_backward_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out,
+                            const float* x, const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores,
+                            float* grad_x, float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out,
+                            int32_t threads) {
   return backward_plain<float>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                            {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
+                               {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
 }
-int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out, const double* x,
-                            const double* grad_y, int64_t rows, const int64_t* leaf, const double* scores, double* grad_x,
-                            double* grad_w_in, double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads) {
+int32_t fastff_backward_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out,
+                            const double* x, const double* grad_y, int64_t rows, const int64_t* leaf,
+                            const double* scores, double* grad_x, double* grad_w_in, double* grad_b_in,
+                            double* grad_w_out, double* grad_b_out, int32_t threads) {
   return backward_plain<double>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                             {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
+                                {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, false, threads);
 }
 
 int32_t fastff_visited(const fastff_tree* given, const int64_t* leaf, int64_t rows, int64_t* w_in_rows,
@@ -429,17 +432,19 @@ int32_t fastff_visited(const fastff_tree* given, const int64_t* leaf, int64_t ro
   });
 }
 
-int32_t fastff_backward_visited_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out, const float* x,
-                                    const float* grad_y, int64_t rows, const int64_t* leaf, const float* scores, float* grad_x,
-                                    float* grad_w_in, float* grad_b_in, float* grad_w_out, float* grad_b_out, int32_t threads) {
+int32_t fastff_backward_visited_f32(const fastff_tree* tree, const float* w_in, const float* w_out, const float* b_out,
+                                    const float* x, const float* grad_y, int64_t rows, const int64_t* leaf,
+                                    const float* scores, float* grad_x, float* grad_w_in, float* grad_b_in,
+                                    float* grad_w_out, float* grad_b_out, int32_t threads) {
   return backward_plain<float>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                            {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
+                               {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
 }
-int32_t fastff_backward_visited_f64(const fastff_tree* tree, const double* w_in, const double* w_out, const double* b_out, const double* x,
-                                    const double* grad_y, int64_t rows, const int64_t* leaf, const double* scores, double* grad_x,
-                                    double* grad_w_in, double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads) {
+int32_t fastff_backward_visited_f64(const fastff_tree* tree, const double* w_in, const double* w_out,
+                                    const double* b_out, const double* x, const double* grad_y, int64_t rows,
+                                    const int64_t* leaf, const double* scores, double* grad_x, double* grad_w_in,
+                                    double* grad_b_in, double* grad_w_out, double* grad_b_out, int32_t threads) {
   return backward_plain<double>(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores,
-                             {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
+                                {grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out}, true, threads);
 }
 
 }  // extern "C"
