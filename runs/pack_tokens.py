@@ -16,6 +16,7 @@ import lzma
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,9 @@ def pack(data: Path, target: Path, most: int | None) -> None:
 def unpack(source: Path, data: Path) -> None:
     """Make DATA of the tar file. The tokenizer's fingerprint is taken anew: it hangs on the version of `tokenizers`."""
     with tarfile.open(source) as archive:
-        archive.extractall(data, filter="data")
+        # Python 3.11 has the filter since 3.11.4 only; later versions warn without it.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(data, **safe)
     tokenizer = fingerprint(load_tokenizer(data / "tokenizer"))
     for part in PARTS:
         packed = sorted((data / part).glob("*.xz"))
