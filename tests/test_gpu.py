@@ -84,6 +84,7 @@ def test_compiled_without_graph_breaks(shape):
         y = call(x)
         y.square().sum().backward()
         grads.append([p.grad.clone() for p in layer.parameters()])
+    # The kernels are the same; the compiler may order what surrounds them otherwise. Sums over 3000 rows in fp32.
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*grads, strict=True))
 
 

@@ -29,7 +29,7 @@ from fastff.ops.triton_kernels.linear import (
     tables,
     tile_of,
 )
-from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles, power_of_two
+from fastff.ops.triton_kernels.plan import BlockedPlan, Stage, Tiles, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
 
@@ -92,13 +92,13 @@ def _route(
     margins: Tensor | None = None,
 ) -> None:
     """One stage of routing; with `coefficient` and `margins` the last one, which scores the leaves and fills both."""
-    grid = (-(-x.shape[0] // tiles.rows) if groups is None else groups.tiles, -(-config.trees // stage.joint))
+    grid = (ceil_div(x.shape[0], tiles.rows) if groups is None else groups.tiles, ceil_div(config.trees, stage.joint))
     _route_kernel[grid](
         x, w_in, b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], config.tau,
         D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
         OUT_ENTRIES=out_entries(config), OUT_WIDTH=power_of_two(out_entries(config)),
         STEPS=power_of_two(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,
-        JOINT=stage.joint, SPAN=max(2**stage.levels, -(-16 // stage.joint)),
+        JOINT=stage.joint, SPAN=max(2**stage.levels, ceil_div(16, stage.joint)),
         GROUPS=0 if groups is None else groups.groups, LAST=coefficient is not None, NODE_OUTPUT=config.node_output,
         HAS_B_OUT=config.shape_of_b_out is not None, ACTIVATION=config.activation, GATED=config.gate is not None,
         BM=tiles.rows, BK=tiles.inner, PRECISION=precision_of(x.dtype), num_warps=tiles.warps,
@@ -109,7 +109,7 @@ def _route(
 def _values(scores: Tensor, coefficient: Tensor, margins: Tensor, *, config: TreeConfig) -> None:
     """Fill coefficient (rows, trees, out_entries) and margins (rows, trees) from path scores."""
     items = margins.numel()
-    grid = (-(-items // VALUES_TILE),)
+    grid = (ceil_div(items, VALUES_TILE),)
     _values_kernel[grid](scores, coefficient, margins, items, config.tau, **values_shape(config), num_warps=2)
 
 

@@ -191,7 +191,7 @@ def grouping(config: TreeConfig, rows: int, itemsize: int) -> tuple[int, int]:
             columns = joint * max(power_of_two(_columns(config, level)), 16 // joint)
             if joint > config.trees or level * joint > bits or columns > 256:
                 continue
-            passes = -(-config.trees // joint)
+            passes = ceil_div(config.trees, joint)
             features = config.in_features + config.out_features
             moved = passes * 3 * features / 2 * itemsize / BANDWIDTH
             cost = max(moved, passes * columns * features * 2 / PRODUCTS) + passes * level * 1e-12
@@ -220,7 +220,7 @@ def _cut(levels: int) -> list[int]:
     """Levels in balanced blocks of at most six, larger ones first."""
     if levels == 0:
         return []
-    blocks = -(-levels // 6)
+    blocks = ceil_div(levels, 6)
     return [levels // blocks + (block < levels % blocks) for block in range(blocks)]
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
-from fastff.ops.triton_kernels.plan import RowsPlan
+from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div
 from fastff.tree import TreeConfig
 
 
@@ -69,7 +69,7 @@ def forward(
         num_warps=plan.warps,
     )
     if not fused:
-        blocks = -(-config.out_features // plan.block_out)
+        blocks = ceil_div(config.out_features, plan.block_out)
         _collect_kernel[(rows * blocks,)](*out, BLOCKS=blocks, **shape, num_warps=4)
     return y, leaf, margin, scores
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
-from fastff.ops.triton_kernels.plan import ScoutPlan, power_of_two
+from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
 from fastff.tree import TreeConfig
 
@@ -34,7 +34,7 @@ def forward(
     leaf = torch.empty(rows, 1, dtype=torch.int64, device=x.device)
     margin = x.new_empty(rows)
     scores = x.new_empty(rows, 1, levels)
-    blocks = -(-levels // plan.levels)
+    blocks = ceil_div(levels, plan.levels)
     seen = torch.empty(blocks, rows, 2**plan.levels, dtype=torch.float32, device=x.device)
     prefixes = torch.empty(blocks, rows, dtype=torch.int64, device=x.device)
     for block in range(blocks):
@@ -43,7 +43,7 @@ def forward(
             x, w_in, b_in, seen, prefixes, rows, BLOCK=block, D_IN=config.in_features, LEVELS=plan.levels,
             BD=plan.block_in, num_warps=plan.warps,
         )  # fmt: skip
-    across = -(-config.out_features // plan.block_out)
+    across = ceil_div(config.out_features, plan.block_out)
     _settle_kernel[(rows, across)](
         seen, prefixes, w_out, b_out, scores, leaf, margin, y, rows, config.tau, BLOCKS=blocks, LEVELS=plan.levels,
         D_OUT=config.out_features, DEPTH=config.depth, NODE_ENTRIES=config.depth if config.node_output else 0,

@@ -52,7 +52,7 @@ class Groups:
         return 2 * self._blocks(self.chunk)
 
     def _blocks(self, size: int) -> int:
-        return -(-self.order.shape[1] // size)
+        return ceil_div(self.order.shape[1], size)
 
     @property
     def _used(self) -> int:
