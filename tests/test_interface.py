@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastff
 from conftest import make_layer, make_rows, weights_of
@@ -98,6 +100,38 @@ def test_export_keeps_the_op():
     assert "fastff.forward" in str(program.graph)
     other = make_rows(4, 6, seed=3, dtype=torch.float32)
     assert torch.equal(program.module()(other), layer(other))
+
+
+class Watcher(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_registered_op_and_its_backward():
+    layer, x = make_layer(6, 5, **GATED), make_rows(4, 6, dtype=torch.float32)
+    want = torch.autograd.grad(run(layer, x).y.sum(), list(layer.parameters()))
+    with Watcher() as watcher:
+        got = torch.autograd.grad(run(layer, x).y.sum(), list(layer.parameters()))
+    assert {"fastff.forward.default", "fastff.backward.default"} <= set(watcher.seen)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_fake_tensors_take_their_shape_from_the_op():
+    with FakeTensorMode():
+        layer = make_layer(6, 5, **GATED)
+        assert run(layer, torch.empty(3, 2, 6)).y.shape == (3, 2, 5)
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = make_layer(6, 5, **PUBLISHED), make_rows(4, 6, dtype=torch.float32).requires_grad_()
+    (first,) = torch.autograd.grad(run(layer, x).y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():

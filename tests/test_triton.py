@@ -297,6 +297,40 @@ class TestThroughTheOp:
             ops.forward(*make_inputs(shape, 1, torch.float64), config=shape, backend="triton")
 
 
+class TestReplay:
+    """Passes run from their recording, the second time; test_launch.py holds the recorder apart from the kernels."""
+
+    pytestmark = runs_kernels
+
+    @pytest.mark.parametrize("form", ["scout", "rows", "blocked", "one pass"])
+    def test_a_forward_computes_on_the_tensors_it_is_given(self, form):
+        shape = config(gate="boundary") if form == "scout" else SHAPES[3]
+        chosen = {
+            "scout": plan.ScoutPlan(levels=3, block_in=16, block_out=32, warps=1),
+            "rows": plan.rows_plan(shape, 6),
+            "blocked": plan.blocked_plan(shape, 65536, 4, tiles=small_tiles()),
+            "one pass": plan.BlockedPlan((plan.Stage(0, 2, 1),), 2, 2, False, True, small_tiles()),
+        }[form]
+        for seed in (0, 1):
+            args = make_inputs(shape, 6, seed=seed)
+            want = reference.forward(*in_float64(args), config=shape)
+            y, leaf, margin, _ = triton_kernels.run_forward(chosen, *args, config=shape)
+            assert torch.equal(leaf, want.leaf)
+            assert max_error(y, want.y) <= 3e-6
+            assert max_error(margin, want.margin) <= 2e-6
+
+    def test_a_backward_computes_on_the_tensors_it_is_given(self):
+        shape = config(depth=1, bias=True, node_output=False)
+        chosen = plan.backward_plan(shape, 65536, 4, tiles=small_tiles(), outer_tiles=small_tiles())
+        for seed in (0, 1):
+            args = make_inputs(shape, 6, seed=seed)
+            _, leaf, _, scores = run("rows", args, shape)
+            given = (args[0][:, :1] + torch.linspace(-1, 1, 36, device=DEVICE), *args, leaf, scores)
+            got = triton_kernels.run_backward(chosen, *given, config=shape)
+            want = gradients.backward(*given, config=shape, plan=chosen)
+            assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 class TestSort:
     pytestmark = runs_kernels
 
@@ -315,76 +349,6 @@ class TestSort:
             wanted = (size, (size + 15) // 16, chunks, torch.where(chunks > 1, chunks, 0))
             for row, value in zip(groups.table[turn].long(), wanted, strict=True):
                 assert torch.equal(row, torch.cat((value.new_zeros(1), value.cumsum(0))))
-
-
-class TestPlan:
-    pytestmark = runs_kernels
-
-    @pytest.mark.parametrize("count", [1, 100, 65536])
-    def test_stages_cover_every_level_once(self, count):
-        for depth in range(25):
-            for trees in (1, 2, 3, 16):
-                for leaf_width in (1, 16):
-                    shape = TreeConfig(in_features=8, out_features=8, depth=depth, trees=trees, leaf_width=leaf_width)
-                    chosen = plan.blocked_plan(shape, count, 2)
-                    levels = [stage.level + i for stage in chosen.stages for i in range(stage.levels)]
-                    assert levels == list(range(depth + chosen.leaf_routed))
-                    assert chosen.level * chosen.joint <= 24
-                    if chosen.leaf_routed:
-                        assert chosen.stages[-1].level == chosen.level
-
-    @pytest.mark.parametrize("depth", range(0, 25, 3))
-    def test_groups_stay_few_however_deep_the_tree(self, depth):
-        for trees in (1, 4):
-            shape = TreeConfig(in_features=8, out_features=8, depth=depth, trees=trees)
-            chosen = plan.forward_plan(shape, 2**20, 2)
-            if isinstance(chosen, plan.BlockedPlan):
-                assert all(stage.level * stage.joint <= 12 for stage in chosen.stages)
-                assert chosen.level * chosen.joint <= 12
-            back = plan.backward_plan(shape, 2**20, 2)
-            assert back.level * back.joint <= 12
-            assert back.outer_level <= 12
-
-    def test_a_handful_a_few_and_many_rows_take_different_forms(self):
-        shape = TreeConfig(in_features=768, out_features=768, depth=11)
-        forms = [type(plan.forward_plan(shape, count, 2)) for count in (1, 100, 65536)]
-        assert forms == [plan.ScoutPlan, plan.RowsPlan, plan.BlockedPlan]
-        explained = [ops.explain(shape, count, dtype=torch.bfloat16, backend="triton") for count in (1, 100, 65536)]
-        assert [e.form for e in explained] == ["scout", "rows", "blocked"]
-        tiles = plan.blocked_plan(shape, 65536, 2).tiles
-        assert explained[2].choices["tiles.rows"] == tiles.rows
-        assert explained[2].choices["stages.1.level"] == 6
-        assert "backward.chunk" in explained[0].choices
-
-
-class TestFitting:
-    pytestmark = runs_kernels
-
-    def test_tiles_shrink_until_they_fit(self):
-        from triton.runtime.errors import OutOfResources
-
-        tried = []
-
-        def run(chosen):
-            tried.append(chosen.tiles)
-            if chosen.tiles.stages > 1 or chosen.tiles.outer > 32:
-                raise OutOfResources(300000, 232448, "shared memory")
-            return "done"
-
-        chosen = plan.blocked_plan(config(depth=11, in_features=64), 65536, 2)
-        assert triton_kernels.fitting(chosen, run) == "done"
-        count = len(tried)
-        assert triton_kernels.fitting(chosen, run) == "done"
-        assert len(tried) == count + 1  # what fitted is remembered
-
-    def test_the_smallest_tiles_that_do_not_fit_are_an_error(self):
-        from triton.runtime.errors import OutOfResources
-
-        def run(chosen):
-            raise OutOfResources(300000, 1, "shared memory")
-
-        with pytest.raises(OutOfResources):
-            triton_kernels.fitting(plan.blocked_plan(config(depth=9), 4096, 2), run)
 
 
 class TestTuning:

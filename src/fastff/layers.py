@@ -395,9 +395,8 @@ def _check_surrogate(surrogate: str | None, region_leak: float, config: TreeConf
 
 
 def _add_counts(counts: Tensor, leaf: Tensor) -> None:
-    trees, leaves = counts.shape
-    index = (leaf.reshape(-1, trees) + torch.arange(trees, device=leaf.device) * leaves).flatten()
-    counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
+    index = leaf.reshape(-1, len(counts)).t()
+    counts.scatter_add_(1, index, counts.new_ones(()).expand(index.shape))
 
 
 def _read_ultrafastbert(state: Mapping[str, Tensor], depth: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

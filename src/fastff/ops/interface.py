@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import cost, reference
@@ -102,14 +103,20 @@ def forward(
     check_dtypes(x, w_in, b_in, w_out, b_out)
     free, name = name is None, resolve(name, x, config)
     rows = x.reshape(-1, config.in_features)
-    if sparse_grad and torch.is_grad_enabled():
-        if name != "native":
-            raise BackendUnavailable(f"backend {name!r} has no sparse gradients, only 'native': use sparse_grad=False")
-        y, leaf, margin = _SparseGradients.apply(rows, w_in, b_in, w_out, b_out, config)  # type: ignore[no-untyped-call]
+    sparse = sparse_grad and torch.is_grad_enabled()
+    if sparse and name != "native":
+        raise BackendUnavailable(f"backend {name!r} has no sparse gradients, only 'native': use sparse_grad=False")
+    if sparse:
+        y, leaf, margin = _apply(rows, w_in, b_in, w_out, b_out, config, name, sparse)
     elif free and name == "native" and _masked_wins(config, rows):
         y, leaf, margin = reference.forward_masked(rows, w_in, b_in, w_out, b_out, config=config)
     elif name == "reference":
         y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)
+    elif _eager(rows, w_in, b_in, w_out, b_out):
+        if torch.is_grad_enabled():
+            y, leaf, margin = _apply(rows, w_in, b_in, w_out, b_out, config, name, sparse)
+        else:
+            y, leaf, margin, _ = kernels(name).forward(rows, w_in, b_in, w_out, b_out, config=config)
     else:
         y, leaf, margin, _ = torch.ops.fastff.forward(rows, w_in, b_in, w_out, b_out, *_flat(config), name)
     lead = x.shape[:-1]
@@ -125,7 +132,7 @@ def _masked_wins(config: TreeConfig, rows: Tensor) -> bool:
 def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
     """The backend that will run: the one named, or the first kernel that can take this input, or the reference."""
     if name is not None:
-        reason = why_unavailable(name)
+        reason = None if why_unavailable_cached(name) is None else why_unavailable(name)
         if reason is None and name != "reference":
             reason = kernels(name).why_not(x, config)
         if reason is not None:
@@ -220,23 +227,60 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
 
 
-class _SparseGradients(torch.autograd.Function):
-    """The native kernels with gradients of the visited rows alone. Not a registered op: compiled graphs have no sparse
-    tensors whose size depends on values."""
+def _eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches or transforms the call, so that the registered op, which costs the host several times as
+    much as the kernels' launches, has nothing to add."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ) and all(tensor is None or tensor.__class__ in _PLAIN for tensor in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Kernels(torch.autograd.Function):
+    """A backend's kernels called at once, by eager code. sparse: gradients of the visited rows alone, of which compiled
+    graphs know nothing: they have no tensors whose size depends on values."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, config: TreeConfig
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+        config: TreeConfig,
+        backend: str,
+        sparse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, leaf, margin, scores = kernels("native").forward(x, w_in, b_in, w_out, b_out, config=config)
+        y, leaf, margin, scores = kernels(backend).forward(x, w_in, b_in, w_out, b_out, config=config)
         ctx.mark_non_differentiable(leaf, margin)
         ctx.save_for_backward(x, w_in, b_in, w_out, b_out, leaf, scores)
-        ctx.config = config
+        ctx.chosen = config, backend, sparse
+        ctx.set_materialize_grads(False)  # zeros for leaf and margin are launches too
         return y, leaf, margin
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
-        return (*kernels("native").backward_visited(grad_y, *ctx.saved_tensors, config=ctx.config), None)
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 8
+        config, backend, sparse = ctx.chosen
+        compute = kernels(backend).backward_visited if sparse else kernels(backend).backward
+        x, w_in, b_in, w_out, b_out, leaf, scores = ctx.saved_tensors
+        grads = compute(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config)
+        return *_of_given((x, w_in, b_in, w_out, b_out), grads), None, None, None
+
+
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Kernels.apply
+
+
+def _of_given(given: tuple[Tensor | None, ...], grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The gradients, None for an absent bias, whose gradient the kernels give as an empty tensor."""
+    return tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
 
 
 # The registered op. A schema carries no dataclass, so a config travels as its fields, in this order.
@@ -332,9 +376,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd_backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     x, w_in, b_in, w_out, b_out, leaf, scores = ctx.saved_tensors
     grads = torch.ops.fastff.backward(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, *ctx.flat_and_backend)
-    given = (x, w_in, b_in, w_out, b_out)
-    kept = tuple(None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True))
-    return (*kept, *(None for _ in ctx.flat_and_backend))
+    return (*_of_given((x, w_in, b_in, w_out, b_out), grads), *(None for _ in ctx.flat_and_backend))
 
 
 for _device in ("CPU", "CUDA"):

@@ -68,20 +68,23 @@ def forward(
         )
     x, w_in, b_in, w_out, b_out = contiguous(x, w_in, b_in, w_out, b_out)
     chosen = tuned.forward_plan(config, rows_count, x.dtype, device_name(x))
-    return run_forward(chosen, x, w_in, b_in, w_out, b_out, config)
+    return run_forward(chosen, x, w_in, b_in, w_out, b_out, config=config)
 
 
-def run_forward(chosen: Any, x: Tensor, *weights_and_config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_forward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` of contiguous tensors with a given plan."""
+    y, leaf, margin, scores = _run(chosen, _forward_with, operands, config)
+    return y, leaf, margin, scores
+
+
+def _forward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) -> tuple[Tensor, ...]:
     from fastff.ops.triton_kernels import blocks, plan, rows, scout
 
-    *weights, config = weights_and_config
-    with on_device(x):
-        if isinstance(chosen, plan.ScoutPlan):
-            return scout.forward(x, *weights, config=config, plan=chosen)
-        if isinstance(chosen, plan.RowsPlan):
-            return rows.forward(x, *weights, config=config, plan=chosen)
-        return fitting(chosen, lambda fitted: blocks.forward(x, *weights, config=config, plan=fitted))
+    if isinstance(chosen, plan.ScoutPlan):
+        return scout.forward(*operands, config=config, plan=chosen)
+    if isinstance(chosen, plan.RowsPlan):
+        return rows.forward(*operands, config=config, plan=chosen)
+    return fitting(chosen, lambda fitted: blocks.forward(*operands, config=config, plan=fitted))
 
 
 def backward(
@@ -100,7 +103,7 @@ def backward(
 
     Deterministic: sums run in a fixed order, in float32, whatever the dtype.
     """
-    from fastff.ops.triton_kernels import gradients, tuned
+    from fastff.ops.triton_kernels import tuned
 
     if x.shape[0] == 0:
         given = (x, w_in, b_in, w_out, b_out)
@@ -109,9 +112,31 @@ def backward(
     grad_y, x, w_in, b_in = contiguous(grad_y, x, w_in, b_in)
     w_out, b_out, leaf, scores = contiguous(w_out, b_out, leaf, scores)
     chosen = tuned.backward_plan(config, x.shape[0], x.dtype, device_name(x))
+    return run_backward(chosen, grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config)
+
+
+def run_backward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`backward` of contiguous tensors with a given plan."""
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _run(chosen, _backward_with, operands, config)
+    return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+def _backward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) -> tuple[Tensor, ...]:
+    from fastff.ops.triton_kernels import gradients
+
+    return fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
+
+
+def _run(
+    chosen: Any, function: Callable[..., tuple[Tensor, ...]], operands: tuple[Any, ...], config: TreeConfig
+) -> tuple[Tensor, ...]:
+    """One pass, recorded by all that decides what it allocates and launches."""
+    from fastff.ops.triton_kernels.launch import replay
+
+    x = operands[0]
+    key = (function, chosen, config, x.shape[0], x.dtype, x.device, torch.get_float32_matmul_precision())
     with on_device(x):
-        operands = (grad_y, x, w_in, b_in, w_out, b_out, leaf, scores)
-        return fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
+        return replay(key, lambda *given: function(chosen, given, config), *operands)
 
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
@@ -171,4 +196,6 @@ def device_name(x: Tensor) -> str | None:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make that the tensors' own."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

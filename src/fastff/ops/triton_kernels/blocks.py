@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, prefix_of, tanh
+from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.leaves import leaves
 from fastff.ops.triton_kernels.linear import (
     Matrix,
@@ -46,10 +47,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
     rows, trees = x.shape[0], config.trees
-    leaf = torch.empty(rows, trees, dtype=torch.int64, device=x.device)
-    scores = x.new_empty(rows, trees, config.path_scores)
-    margins = scores.new_empty((rows,) if plan.one_pass else (rows, trees))
-    coefficient = None if plan.one_pass else scores.new_empty(rows, trees, out_entries(config))
+    leaf = new(x, rows, trees, dtype=torch.int64)
+    scores = new(x, rows, trees, config.path_scores)
+    apart = trees > 1 and not plan.one_pass
+    margins = new(x, rows, trees) if apart else new(x, rows)
+    coefficient = None if plan.one_pass else new(x, rows, trees, out_entries(config))
     groups = None
     for stage in plan.stages:
         if stage.level:
@@ -58,7 +60,7 @@ def forward(
         _route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles,
                coefficient=last[0], margins=last[1])  # fmt: skip
     if not plan.stages:
-        leaf.zero_()
+        apply(Tensor.zero_, leaf)
     if groups is None or (groups.level, groups.joint) != (plan.level, plan.joint):
         groups = sort_leaves(leaf, config=config, level=plan.level, joint=plan.joint, tiles=plan.tiles, chunk=1)
     if coefficient is None:
@@ -72,9 +74,15 @@ def forward(
         if b_out is not None:
             matrix = Matrix.of_b_out(config)
             spread(coefficient, b_out, leaf, groups, config=config, matrix=matrix, tiles=plan.tiles, into=y)
-    if margins.dim() == 2:
-        margins = margins.view(rows) if trees == 1 else margins.amin(1)
-    return y, leaf, margins, scores
+    margin = margins
+    if apart:
+        margin = new(x, rows)
+        apply(_least, margins, margin)
+    return y, leaf, margin, scores
+
+
+def _least(margins: Tensor, margin: Tensor) -> None:
+    torch.amin(margins, 1, out=margin)
 
 
 def _route(
@@ -93,7 +101,8 @@ def _route(
 ) -> None:
     """One stage of routing; with `coefficient` and `margins` the last one, which scores the leaves and fills both."""
     grid = (ceil_div(x.shape[0], tiles.rows) if groups is None else groups.tiles, ceil_div(config.trees, stage.joint))
-    _route_kernel[grid](
+    launch(
+        _route_kernel, grid,
         x, w_in, b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], config.tau,
         D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
         OUT_ENTRIES=out_entries(config), OUT_WIDTH=power_of_two(out_entries(config)),
@@ -110,7 +119,7 @@ def _values(scores: Tensor, coefficient: Tensor, margins: Tensor, *, config: Tre
     """Fill coefficient (rows, trees, out_entries) and margins (rows, trees) from path scores."""
     items = margins.numel()
     grid = (ceil_div(items, VALUES_TILE),)
-    _values_kernel[grid](scores, coefficient, margins, items, config.tau, **values_shape(config), num_warps=2)
+    launch(_values_kernel, grid, scores, coefficient, margins, items, config.tau, **values_shape(config), num_warps=2)
 
 
 VALUES_TILE = 64

@@ -7,7 +7,7 @@ Sums run over sorted rows in a fixed order, in float32: the result does not depe
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastff.ops.triton_kernels.blocks import VALUES_TILE, values_shape
 from fastff.ops.triton_kernels.common import activate, locate, slope, subtree_column, tanh
+from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import (
     Matrix,
     columns_of,
@@ -50,7 +51,7 @@ def backward(
     if (plan.level, plan.joint) != (plan.outer_level, 1):
         single = sort_leaves(leaf, config=config, level=plan.outer_level, joint=1, tiles=plan.tiles, chunk=plan.chunk)
     out, into = Matrix.of_w_out(config), Matrix.of_w_in(config, nodes=config.node_output or config.gate is not None)
-    d_coefficient = torch.empty(*leaf.shape, out_entries(config), dtype=torch.float32, device=x.device)
+    d_coefficient = new(x, *leaf.shape, out_entries(config), dtype=torch.float32)
     pick(grad_y, w_out, leaf, joint, d_coefficient, config=config, matrix=out, tiles=plan.tiles)
     if b_out is not None:
         leaves = Matrix.of_b_out(config)
@@ -60,9 +61,10 @@ def backward(
     grad_x = spread(d_scores, w_in, leaf, joint, config=config, matrix=into, tiles=plan.tiles)
     grad_w_in = _outer(d_scores, x, leaf, single, w_in, config=config, matrix=into, plan=plan)
     grad_w_out = _outer(coefficient, grad_y, leaf, single, w_out, config=config, matrix=out, plan=plan)
-    grad_b_in = grad_b_out = x.new_empty(0)
+    grad_b_in, grad_b_out = new(x, 0), new(x, 0)
     if b_in is not None:
-        ones = x.new_ones(x.shape[0], 1)
+        ones = new(x, x.shape[0], 1)
+        apply(_fill_with_one, ones)
         grad_b_in = _outer(d_scores, ones, leaf, single, b_in, config=config, matrix=into, plan=plan)
     if b_out is not None:
         matrix = Matrix.of_b_out(config)
@@ -73,22 +75,13 @@ def backward(
 def _values_backward(scores: Tensor, d_coefficient: Tensor, *, config: TreeConfig) -> tuple[Tensor, Tensor]:
     """d scores (rows, trees, path_scores) and the forward's coefficients (rows, trees, out_entries)."""
     rows, trees, _ = scores.shape
-    d_scores = torch.empty_like(scores)
-    coefficient = scores.new_empty(rows, trees, out_entries(config))
+    d_scores = new(scores, *scores.shape)
+    coefficient = new(scores, rows, trees, out_entries(config))
     gated = config.gate is not None
-    gates = torch.empty(rows * trees, config.depth, dtype=torch.float32, device=scores.device) if gated else None
+    gates = new(scores, rows * trees, config.depth, dtype=torch.float32) if gated else None
     grid = (ceil_div(rows * trees, VALUES_TILE),)
-    _values_backward_kernel[grid](
-        scores,
-        d_coefficient,
-        d_scores,
-        coefficient,
-        gates,
-        rows * trees,
-        config.tau,
-        **values_shape(config),
-        num_warps=2,
-    )
+    operands = (scores, d_coefficient, d_scores, coefficient, gates)
+    launch(_values_backward_kernel, grid, *operands, rows * trees, config.tau, **values_shape(config), num_warps=2)
     return d_scores, coefficient
 
 
@@ -104,36 +97,46 @@ def _outer(
     plan: BackwardPlan,
 ) -> Tensor:
     """Sum over rows of entries times x, for every row of the matrix: the gradient of a weight shaped as `like`."""
-    grad = torch.empty_like(like)
+    grad = new(like, *like.shape)
     if config.depth and not matrix.nodes and matrix.leaf_first:
-        grad[:, : matrix.leaf_first].zero_()  # nodes that no gradient reaches
+        apply(functools.partial(_clear_rows, matrix.leaf_first), grad)  # nodes that no gradient reaches
     width, tiles = x.shape[1], plan.outer_tiles
     block = min(tiles.outer, max(16, power_of_two(width)))
     columns, chunks = columns_of(matrix, config, groups, tiles)
     level = groups.level if matrix.nodes else 0
     above = max(16, power_of_two(level)) if level else 0
-    new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    partial = torch.empty(config.trees, groups.slots, chunks * columns, width, **new)
-    partial_above = torch.empty(config.trees, groups.chunks, level, width, **new) if level else None
+    partial = new(x, config.trees, groups.slots, chunks * columns, width, dtype=torch.float32)
+    partial_above = new(x, config.trees, groups.chunks, level, width, dtype=torch.float32) if level else None
     across = ceil_div(width, block)
     shape = {
         "D": width, "TREES": config.trees, "DEPTH": config.depth, "LEVEL": groups.level, "GROUPS": groups.groups,
         "COLUMNS": columns, "CHUNKS": chunks, "BN": block, **matrix.shape(),
     }  # fmt: skip
-    _outer_kernel[(groups.chunks, across * chunks, config.trees)](
+    launch(
+        _outer_kernel, (groups.chunks, across * chunks, config.trees),
         entries, x, leaf, grad, partial, partial_above, groups.order, groups.table, x.shape[0], groups.chunks,
         groups.slots, CHUNK=groups.chunk, ANCESTORS=above, BR=tiles.inner, TURNED=plan.outer_turned,
         PRECISION=precision_of(x.dtype), **shape, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    _gather_subtrees_kernel[(groups.groups, across * chunks, config.trees)](
-        grad, partial, groups.table, groups.slots, **shape, num_warps=4
-    )
+    launch(
+        _gather_subtrees_kernel, (groups.groups, across * chunks, config.trees),
+        grad, partial, groups.table, groups.slots, **shape, num_warps=4,
+    )  # fmt: skip
     if level:
-        _gather_ancestors_kernel[(2**level - 1, across, config.trees)](
+        launch(
+            _gather_ancestors_kernel, (2**level - 1, across, config.trees),
             grad, partial_above, groups.table, groups.chunks, D=width, LEVEL=level, GROUPS=groups.groups,
             TREE_ROWS=matrix.tree_rows, BN=block, num_warps=4,
         )  # fmt: skip
     return grad
+
+
+def _clear_rows(count: int, grad: Tensor) -> None:
+    grad[:, :count].zero_()
+
+
+def _fill_with_one(ones: Tensor) -> None:
+    ones.fill_(1)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, prefix_of, tanh
+from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.linear import (
     Matrix,
     ancestor_column,
@@ -42,10 +43,11 @@ def leaves(
 
     groups: by all turns of `groups.joint` trees. Passes run one after another, each adding to the last.
     """
-    y = x.new_empty(x.shape[0], config.out_features)
+    y = new(x, x.shape[0], config.out_features)
     outputs = Matrix.of_w_out(config)
     for turn in range(ceil_div(config.trees, groups.joint)):
-        _leaves_kernel[(groups.tiles,)](
+        launch(
+            _leaves_kernel, (groups.tiles,),
             x, w_in, b_in, w_out, b_out, scores, margins, y, *tables(groups), x.shape[0], turn, config.tau,
             D_IN=config.in_features, D_OUT=config.out_features, TREES=config.trees, DEPTH=config.depth,
             JOINT=groups.joint, GROUPS=groups.groups, LEAF_WIDTH=config.leaf_width,

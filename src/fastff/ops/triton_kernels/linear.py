@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import locate, prefix_of, subtree_column
+from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
 from fastff.tree import TreeConfig
@@ -100,7 +101,8 @@ def pick(
 ) -> None:
     """Fill out (rows, trees, entries) with the products of x and the rows of `w` that lie on each row's path."""
     columns, chunks = columns_of(matrix, config, groups, tiles)
-    _pick_kernel[(groups.tiles, ceil_div(config.trees, groups.joint), chunks)](
+    launch(
+        _pick_kernel, (groups.tiles, ceil_div(config.trees, groups.joint), chunks),
         x, w, bias, leaf, out, *tables(groups), x.shape[0],
         D=x.shape[1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
         GROUPS=groups.groups, COLUMNS=columns, ANCESTORS=ancestors_of(matrix, groups), BM=tiles.rows, BK=tiles.inner,
@@ -124,9 +126,10 @@ def spread(
     into: add to this tensor instead of returning a new one. Passes run one after another, each adding to the last.
     """
     columns, chunks = columns_of(matrix, config, groups, tiles)
-    y = entries.new_empty(entries.shape[0], w.shape[-1]) if into is None else into
+    y = new(entries, entries.shape[0], w.shape[-1]) if into is None else into
     for turn in range(ceil_div(config.trees, groups.joint)):
-        _spread_kernel[(groups.tiles,)](
+        launch(
+            _spread_kernel, (groups.tiles,),
             entries, w, leaf, y, *tables(groups), entries.shape[0], turn,
             D=w.shape[-1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
             GROUPS=groups.groups, COLUMNS=columns, CHUNKS=chunks, ANCESTORS=ancestors_of(matrix, groups),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
+from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div
 from fastff.tree import TreeConfig
 
@@ -29,14 +30,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
     rows, trees = x.shape[0], config.trees
-    y = x.new_empty(rows, config.out_features)
-    leaf = torch.empty(rows, trees, dtype=torch.int64, device=x.device)
-    margin = x.new_empty(rows)
-    scores = x.new_empty(rows, trees, config.path_scores)
+    y = new(x, rows, config.out_features)
+    leaf = new(x, rows, trees, dtype=torch.int64)
+    margin = new(x, rows)
+    scores = new(x, rows, trees, config.path_scores)
     node_entries = config.depth if config.node_output else 0
     entries = node_entries + config.leaf_width + 1
-    coefficient = torch.empty(rows, trees, entries, dtype=torch.float32, device=x.device)
-    margins = torch.empty(rows, trees, dtype=torch.float32, device=x.device)
+    coefficient = new(x, rows, trees, entries, dtype=torch.float32)
+    margins = new(x, rows, trees, dtype=torch.float32)
     shape = {
         "D_OUT": config.out_features,
         "TREES": trees,
@@ -49,7 +50,9 @@ def forward(
     }
     fused = plan.fused and trees == 1 and config.leaf_in_rows == 1 and entries - 1 <= plan.block_entries
     out = (w_out, b_out, coefficient, margins, leaf, y, margin)
-    _descend_kernel[(rows, trees)](
+    launch(
+        _descend_kernel,
+        (rows, trees),
         x,
         w_in,
         b_in,
@@ -70,7 +73,7 @@ def forward(
     )
     if not fused:
         blocks = ceil_div(config.out_features, plan.block_out)
-        _collect_kernel[(rows * blocks,)](*out, BLOCKS=blocks, **shape, num_warps=4)
+        launch(_collect_kernel, (rows * blocks,), *out, BLOCKS=blocks, **shape, num_warps=4)
     return y, leaf, margin, scores
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
+from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
 from fastff.tree import TreeConfig
@@ -30,21 +31,23 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features), for one tree whose leaves are single rows."""
     rows, levels = x.shape[0], config.depth + 1
-    y = x.new_empty(rows, config.out_features)
-    leaf = torch.empty(rows, 1, dtype=torch.int64, device=x.device)
-    margin = x.new_empty(rows)
-    scores = x.new_empty(rows, 1, levels)
+    y = new(x, rows, config.out_features)
+    leaf = new(x, rows, 1, dtype=torch.int64)
+    margin = new(x, rows)
+    scores = new(x, rows, 1, levels)
     blocks = ceil_div(levels, plan.levels)
-    seen = torch.empty(blocks, rows, 2**plan.levels, dtype=torch.float32, device=x.device)
-    prefixes = torch.empty(blocks, rows, dtype=torch.int64, device=x.device)
+    seen = new(x, blocks, rows, 2**plan.levels, dtype=torch.float32)
+    prefixes = new(x, blocks, rows, dtype=torch.int64)
     for block in range(blocks):
         count = 2 ** min(plan.levels, levels - block * plan.levels) - 1
-        _scout_kernel[(rows, count)](
+        launch(
+            _scout_kernel, (rows, count),
             x, w_in, b_in, seen, prefixes, rows, BLOCK=block, D_IN=config.in_features, LEVELS=plan.levels,
             BD=plan.block_in, num_warps=plan.warps,
         )  # fmt: skip
     across = ceil_div(config.out_features, plan.block_out)
-    _settle_kernel[(rows, across)](
+    launch(
+        _settle_kernel, (rows, across),
         seen, prefixes, w_out, b_out, scores, leaf, margin, y, rows, config.tau, BLOCKS=blocks, LEVELS=plan.levels,
         D_OUT=config.out_features, DEPTH=config.depth, NODE_ENTRIES=config.depth if config.node_output else 0,
         ACTIVATION=config.activation, GATED=config.gate is not None, BE=power_of_two(levels),

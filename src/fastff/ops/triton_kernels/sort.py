@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 
 SORT_TILE = 64  # ranks within a tile compare all pairs: small tiles, more of them
@@ -64,16 +65,16 @@ def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, c
     rows, trees = leaf.shape
     passes, tiles = ceil_div(trees, joint), ceil_div(rows, SORT_TILE)
     groups = max(2, 1 << (level * joint))
-    counts = torch.empty(passes, tiles, groups, dtype=torch.int32, device=leaf.device)
-    totals = torch.empty(passes, groups, dtype=torch.int32, device=leaf.device)
-    order = torch.empty(passes, rows, dtype=torch.int32, device=leaf.device)
-    table = torch.empty(passes, 4, groups + 1, dtype=torch.int32, device=leaf.device)
+    counts = new(leaf, passes, tiles, groups, dtype=torch.int32)
+    totals = new(leaf, passes, groups, dtype=torch.int32)
+    order = new(leaf, passes, rows, dtype=torch.int32)
+    table = new(leaf, passes, 4, groups + 1, dtype=torch.int32)
     key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "GROUPS": groups, "TILE": SORT_TILE}
-    _count_kernel[(tiles, passes)](leaf, counts, rows, tiles, **key)
+    launch(_count_kernel, (tiles, passes), leaf, counts, rows, tiles, **key)
     width = max(1, min(SCANNED, groups // 32))
     scan = {"WIDTH": width, "TILES": min(1024, power_of_two(tiles))}
-    _scan_kernel[(groups // width, passes)](counts, totals, tiles, GROUPS=groups, **scan, num_warps=8)
-    _place_kernel[(tiles, passes)](leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
+    launch(_scan_kernel, (groups // width, passes), counts, totals, tiles, GROUPS=groups, **scan, num_warps=8)
+    launch(_place_kernel, (tiles, passes), leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
     return Groups(order, table, groups, level, joint, tile, chunk)
 
 

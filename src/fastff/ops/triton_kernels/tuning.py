@@ -14,9 +14,8 @@ from fastff.errors import BackendUnavailable
 from fastff.ops.triton_kernels import (
     contiguous,
     device_name,
-    fitting,
-    on_device,
     plan,
+    run_backward,
     run_forward,
     tuned,
     why_not,
@@ -62,26 +61,19 @@ def tune(
     more than rounding is not taken. Returns, by direction, the plan and the microseconds after and before.
     Raises BackendUnavailable where the kernels cannot run.
     """
-    from fastff.ops.triton_kernels import gradients
-
     reason, rows = why_unavailable() or why_not(x, config), x.shape[0]
     if reason is not None:
         raise BackendUnavailable(reason)
     operands = contiguous(x, w_in, b_in, w_out, b_out)
     shipped: Any = plan.forward_plan(config, rows, x.element_size())
-    y, leaf, _, scores = run_forward(shipped, *operands, config)
+    y, leaf, _, scores = run_forward(shipped, *operands, config=config)
     searched: dict[Direction, tuple[Any, Callable[[Any], Any]]] = {
-        "forward": (shipped, lambda chosen: run_forward(chosen, *operands, config)[:1])
+        "forward": (shipped, lambda chosen: run_forward(chosen, *operands, config=config)[:1])
     }
     if training:
         given = (torch.ones_like(y), *operands, leaf, scores)
-
-        def backward_with(chosen: Any) -> Any:
-            with on_device(x):
-                return fitting(chosen, lambda fitted: gradients.backward(*given, config=config, plan=fitted))
-
         shipped = plan.backward_plan(config, rows, x.element_size())
-        searched["backward"] = shipped, backward_with
+        searched["backward"] = shipped, lambda chosen: run_backward(chosen, *given, config=config)
     found: dict[Direction, tuple[Any, float, float]] = {}
     for direction, (start, run) in searched.items():
         timed = _Timed(run, run(start), time_us)
