@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,24 +251,23 @@ def layer_gpu() -> str:
     return "\n".join([*lines, "", f"{about['device']}, {versions}; a copy reads and writes {copy:.1f} TB/s."])
 
 
-def plan_arms(group: str) -> str:
-    """One group of the pretraining plan: cost, held-out loss and recovered gap of what is finished."""
-    return table([entry for entry in compare_plan([r for r in _plan() if r["finished"]]) if entry["group"] == group])
+def plan_tables(plan: str, **groups: str) -> dict[str, Callable[[], str]]:
+    """Tables of a pretraining plan's records. groups: the marker of each group's table; beside those `PLAN-routing`,
+    where the rows of the trees went, and `PLAN-left-out`, the arms without a result."""
 
+    def records() -> list[dict[str, Any]]:
+        return json.loads((TRAINING / plan / "records.json").read_text())
 
-def plan_routing() -> str:
-    """Where the rows of its trees went."""
-    return health_table(_plan())
+    def arms(group: str) -> str:
+        found = compare_plan([record for record in records() if record["finished"]])
+        return table([entry for entry in found if entry["group"] == group])
 
+    def missing() -> str:
+        names = [arm["name"] for arm in json.loads((ROOT / "runs" / "plans" / f"{plan}.json").read_text())]
+        return "\n".join(f"- {line}" for line in left_out(names, records()))
 
-def plan_left_out() -> str:
-    """Its arms without a result."""
-    arms = [arm["name"] for arm in json.loads((ROOT / "runs" / "plans" / "small-causal.json").read_text())]
-    return "\n".join(f"- {line}" for line in left_out(arms, _plan()))
-
-
-def _plan() -> list[dict[str, Any]]:
-    return json.loads((TRAINING / "small-causal" / "records.json").read_text())
+    made = {f"{plan}-routing": lambda: health_table(records()), f"{plan}-left-out": missing}
+    return {**made, **{marker: partial(arms, group) for marker, group in groups.items()}}
 
 
 def training_gpus() -> str:
@@ -293,16 +293,18 @@ def training_gpus() -> str:
     return "\n".join(lines)
 
 
-PLAN = {
-    "scratch": lambda: plan_arms("scratch"),
-    "from-dense": lambda: plan_arms("from-dense"),
-    "routing": plan_routing,
-}
+CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-dense"})
+RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
     "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu},
-    "docs/training.md": {**PLAN, "gpus": training_gpus},
-    "results/training/small-causal/README.md": {**PLAN, "left-out": plan_left_out},
+    "docs/training.md": {
+        "gpus": training_gpus,
+        "from-dense": CAUSAL["from-dense"],
+        "rate-0.002": RATES["rate-0.002"],
+    },
+    "results/training/small-causal/README.md": CAUSAL,
+    "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
     "results/training/gpus/README.md": {"gpus": training_gpus},
     "docs/convert.md": {name: convert_tables.TABLES[name] for name in ("convert-minilm", "convert-latency")},
     "results/convert/README.md": convert_tables.TABLES,

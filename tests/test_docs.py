@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fastff.training.compare import table
 
 ROOT = Path(__file__).parents[1]
@@ -29,14 +31,15 @@ def test_the_comparison_of_trained_feedforwards_is_that_of_results():
     assert made in (folder / "README.md").read_text()
 
 
-def test_the_comparison_of_a_plan_is_that_of_its_records(monkeypatch, tmp_path):
-    script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "results" / "training" / "small-causal"
+@pytest.mark.parametrize("name", ["small-causal", "small-causal-rates"])
+def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_path):
+    script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "results" / "training" / name
     shutil.copy(folder / "records.json", tmp_path)
-    plan = str(ROOT / "runs" / "plans" / "small-causal.json")
+    plan = str(ROOT / "runs" / "plans" / f"{name}.json")
     monkeypatch.setattr(sys, "argv", [script, plan, "--out", str(tmp_path), "--anew"])
     runpy.run_path(script, run_name="__main__")
-    for name in ("table.md", "records.json"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    for made in ("table.md", "records.json"):
+        assert (tmp_path / made).read_bytes() == (folder / made).read_bytes()
 
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():

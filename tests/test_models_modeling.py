@@ -233,12 +233,11 @@ def test_the_model_compiles_in_one_graph(kind):
 
 
 def test_initialisation():
-    scaled = build(hidden_size=64, feedforward={"kind": "fff", "depth": 7, "bias": True})
+    tree = {"kind": "fff", "depth": 7, "bias": True}
+    scaled = build(hidden_size=64, feedforward=tree, feedforward_init="fan_in")
     assert scaled.encoder.layers[0].feedforward.w_in.std().item() == pytest.approx(64**-0.5, rel=0.05)
     assert scaled.encoder.layers[0].feedforward.w_out.std().item() == pytest.approx(8**-0.5, rel=0.05)
-    published = build(
-        hidden_size=64, feedforward={"kind": "fff", "depth": 7, "bias": True}, feedforward_init="published"
-    )
+    published = build(hidden_size=64, feedforward=tree)
     layer = published.encoder.layers[0]
     for weight in (layer.feedforward.w_in, layer.feedforward.w_out, layer.attention.qkv.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)

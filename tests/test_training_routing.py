@@ -104,5 +104,5 @@ def test_options_out_of_range(options, message):
 
 
 def test_options_by_name():
-    want = LayerTraining(rate=0.5, feedforward_init="published")
-    assert layer_training(["rate=0.5", "feedforward_init=published"]) == want
+    want = LayerTraining(rate=0.5, feedforward_init="fan_in")
+    assert layer_training(["rate=0.5", "feedforward_init=fan_in"]) == want

@@ -100,7 +100,8 @@ def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, 
     assert missed(tmp_path / "whole", whole, 0) == [0.0, 0.0]
     for description in (NARROW, TREE):
         begun, taught = (missed(tmp_path / "other", description, steps) for steps in (0, 20))
-        assert all(0.01 < after < before < 1.0 for before, after in zip(begun, taught, strict=True))
+        for before, after in zip(begun, taught, strict=True):
+            assert 0.01 < after < before < 1.0
     sizes = {"steps": 1, "batch": 16, "micro_batch": 16, "data": data, "valid": ("valid",)}
     asked = small(tmp_path / "run", Path("train"), feedforward=json.dumps(whole), start=tmp_path / "whole", **sizes)
     record = pretrain(replace(asked, rate=1e-12))

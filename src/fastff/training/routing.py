@@ -25,7 +25,7 @@ class LayerTraining:
                    regions; with node_output=True those rows are neurons too, which then stop learning their inputs
     balance        with bias=True: after every step a node's bias moves by this much to the side that got fewer rows
     output_scale   factor on the initial output weights
-    feedforward_init  "fan_in" or "published", as in UltraFastBertConfig
+    feedforward_init  "published" or "fan_in", as in UltraFastBertConfig
     """
 
     rate: float = 1.0
@@ -33,7 +33,7 @@ class LayerTraining:
     freeze_after: float = 1.0
     balance: float = 0.0
     output_scale: float = 1.0
-    feedforward_init: str = "fan_in"
+    feedforward_init: str = "published"
 
     def __post_init__(self) -> None:
         for name in ("rate", "level_rate", "output_scale"):
