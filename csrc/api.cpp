@@ -200,9 +200,8 @@ void zero(T* data, int64_t n, int threads) {
 template <class T>
 void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_out, const T* x, const T* grad_y,
                     int64_t rows, const int64_t* leaf, const T* scores, const Gradients<T>& grad,
-                    const Visited* visited, int threads) {
+                    const Visited* visited, const GradientSizes& size, int threads) {
   const int64_t in_rows = tree.in_rows(), out_rows = tree.out_rows();
-  const GradientSizes size(tree, visited);
   zero(grad.w_in, size.w_in, threads);
   zero(grad.w_out, size.w_out, threads);
   zero(grad.b_in, tree.trees * in_rows, 1);
@@ -262,7 +261,7 @@ int32_t backward_plain(const fastff_tree* given, const T* w_in, const T* w_out, 
                             array("grad_b_out", grad.b_out, size.b_out)};
     need_aligned(outputs);
     need_disjoint(outputs, inputs);
-    backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, visited.get(), threads);
+    backward_trees(tree, w_in, w_out, b_out, x, grad_y, rows, leaf, scores, grad, visited.get(), size, threads);
   });
 }
 

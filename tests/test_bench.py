@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -112,6 +114,23 @@ def test_a_provider_that_raises_is_told_and_the_others_go_on(monkeypatch):
 def test_a_slow_provider_is_left_out():
     with pytest.raises(Refused, match=r"takes 0\.0 s, more than the 0\.0 s"):
         Station(1, 0).prepare(cell("fastff"), 0.0)
+
+
+@pytest.mark.parametrize("slow_calls", [1, 2])
+def test_a_provider_that_is_slow_at_first_stays(monkeypatch, slow_calls):
+    def slow_at_first(layers, rows):
+        calls = []
+
+        def call(layer, x):
+            calls.append(x)
+            if len(calls) <= slow_calls:
+                time.sleep(0.3)
+            return layer(x)
+
+        return [functools.partial(call, layer) for layer in layers]
+
+    monkeypatch.setitem(PROVIDERS, "fastff", dataclasses.replace(PROVIDERS["fastff"], make=slow_at_first))
+    assert Station(1, 0).prepare(cell("fastff"), 0.25).seconds < 0.25
 
 
 def test_missing_packages_are_told(monkeypatch):

@@ -12,6 +12,7 @@ from threading import Barrier
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastff
 from conftest import make_layer, make_rows, weights_of
@@ -99,6 +100,73 @@ def test_the_next_call_uses_the_new_weights(edit):
         after = layer(x)
     torch.testing.assert_close(after, expected(layer, x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-4)
+
+
+def doubled_by_a_hook(layer):
+    layer.register_forward_hook(lambda module, inputs, y: 2 * y)
+
+
+def doubled_by_a_pre_hook(layer):
+    layer.w_in.data.div_(2)
+    layer.w_out.data.mul_(2)
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def doubled_by_a_wrapper(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)  # as accelerate does
+
+
+def doubled_by_a_subclass(layer):
+    class Doubled(fastff.FFF):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.__class__ = Doubled
+
+
+def doubled_by_a_compiled_form(layer):
+    layer._compiled_call_impl = lambda x: 2 * layer._call_impl(x)  # what layer.compile() sets
+
+
+@pytest.mark.parametrize(
+    "double",
+    [
+        doubled_by_a_hook,
+        doubled_by_a_pre_hook,
+        doubled_by_a_wrapper,
+        doubled_by_a_subclass,
+        doubled_by_a_compiled_form,
+    ],
+)
+def test_inference_leaves_out_nothing_that_surrounds_forward(double):
+    layer = make_layer(24, depth=4).eval()
+    x = make_rows(3, 24, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)
+        double(layer)
+        torch.testing.assert_close(layer(x), 2 * want)
+
+
+def test_hooks_of_all_modules_see_the_layer():
+    layer, seen = make_layer(24, depth=4).eval(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append(module))
+    try:
+        with torch.no_grad():
+            layer(make_rows(3, 24, dtype=torch.float32))
+    finally:
+        hook.remove()
+    assert seen == [layer]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_and_traces_of_inference_use_the_registered_op():
+    layer = make_layer(24, depth=4).eval()
+    x, other = (make_rows(3, 24, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+        graph = make_fx(layer)(x)
+        assert torch.equal(graph(other), layer(other))
 
 
 def test_nothing_is_packed_again_when_nothing_changed(monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_calls
 
 from fastff import ops
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
@@ -30,6 +31,10 @@ _grad_enabled, _compiling, _autocast_enabled = (
     torch.compiler.is_compiling,
     torch.is_autocast_enabled,
 )
+_any_global_hook = cast(Callable[[], bool], module_calls._has_any_global_hook)
+_tracing = torch._C._get_tracing_state  # None outside torch.jit.trace
+_transformed = torch._C._functorch.maybe_current_level  # None outside vmap, jvp, ...
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees each operation, as make_fx's does
 
 Surrogate = Literal["straight_through", "soft"]
 Quantization = Literal["bf16", "int8"]
@@ -159,18 +164,30 @@ class FFF(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """As nn.Module's, which takes longer to find that nothing surrounds `forward` than a row takes."""
+        if not (
+            self.training
+            or _grad_enabled()
+            or _compiling()
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _any_global_hook()
+            or "forward" in self.__dict__  # put there by libraries that wrap a module
+            or self.__class__.forward is not _forward
+            or self._compiled_call_impl is not None
+        ):
+            y = self._shortcut(x)
+            if y is not None:
+                return y
+        return cast(Tensor, super().__call__(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features). Raises ShapeError."""
-        if (
-            self._direct is not None
-            and not self.training
-            and not _grad_enabled()
-            and not _compiling()
-            and x.__class__ is Tensor
-            and not forced
-            and not _autocast_enabled("cpu")
-        ):
-            y = self._direct(x, self._parameters)
+        if not self.training and not _grad_enabled() and not _compiling():
+            y = self._shortcut(x)
             if y is not None:
                 return y
         if self.surrogate is not None and self.training:
@@ -179,6 +196,20 @@ class FFF(nn.Module):
         if self.training or self._track_in_eval:
             self._count(routed.leaf)
         return routed.y
+
+    def _shortcut(self, x: Tensor) -> Tensor | None:
+        """Plain inference by the packed C++ layer; None where this call or this x needs what `routed` can do."""
+        if (
+            self._direct is None
+            or x.__class__ is not Tensor
+            or forced
+            or _transformed() is not None
+            or _tracing() is not None
+            or _dispatch_modes()
+            or _autocast_enabled("cpu")
+        ):
+            return None
+        return self._direct(x, self._parameters)
 
     def _find_direct(self) -> None:
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
@@ -372,6 +403,9 @@ class FFF(nn.Module):
             for name, value in weights.items():
                 getattr(layer, name).copy_(value)
         return layer
+
+
+_forward = FFF.forward
 
 
 def _check_quantization(quantization: str | None) -> None:
