@@ -4,15 +4,14 @@ python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results
 
 DIR holds what `runs/pretrain_plan.py` left. One process an arm and task; after `--seconds` those that run are stopped,
 and the same command goes on with what is missing. A task counts where every arm has all its seeds. Retention is an
-arm's mean score over that of the dense arm of its group; the recovered gap is made of the same means, narrow being the
-group's arm whose name begins so. Splits that are not whole are listed below the table: such scores compare with each
+arm's mean score over that of the dense arm of its group; the recovered gap is made of the same means, as that of losses
+in `fastff.training.compare`. Splits that are not whole are listed below the table: such scores compare with each
 other, not with published ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -20,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastff.drawing import svg
-from fastff.training.compare import recovered_gap
+from fastff.training.compare import set_gaps
 from fastff.training.files import read_json, write_json
+from fastff.training.placement import environments
 from fastff.training.pretrain import MODEL, RESULT
 from fastff.training.tasks import TASKS
 
@@ -40,7 +38,7 @@ def scores_of(folder: Path, task: str, seeds: int) -> list[dict[str, Any]]:
 def fine_tune(asked: argparse.Namespace, arms: list[str], work: Path) -> None:
     """Run what is missing, until it is done or the time is over."""
     began = time.monotonic()
-    gpus = torch.cuda.device_count()
+    places = environments()
     waiting = [
         (arm, task)
         for task in sorted(asked.tasks.split(","), key=ORDER.index)
@@ -62,10 +60,9 @@ def fine_tune(asked: argparse.Namespace, arms: list[str], work: Path) -> None:
                 words = [sys.executable, "-m", "fastff.cli", "glue", str(asked.runs / arm / MODEL)]
                 words += ["--out", str(folder), "--data", str(asked.data), "--task", task, "--seeds", str(asked.seeds)]
                 words += [w for o in asked.option for w in (f"--{o.partition('=')[0]}", o.partition("=")[2]) if w]
-                visible = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {}
                 log = folder / "log.txt"
                 with log.open("wb") as out:
-                    process = subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, **visible})
+                    process = subprocess.Popen(words, stdout=out, stderr=out, env=places[slot % len(places)])
                 slots[slot] = process, log
         for slot, (process, log) in list(slots.items()):
             if process.poll() is not None:
@@ -118,14 +115,14 @@ def summary(asked: argparse.Namespace, arms: list[str], work: Path) -> dict[str,
 
 def _compare(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
-        mine = [e for e in entries if e["group"] == entry["group"] and e["mean"] is not None]
-        dense = next((e["mean"] for e in mine if e["name"].startswith("dense")), None)
-        narrow = next((e["mean"] for e in mine if e["name"].startswith("narrow")), None)
-        known = dense is not None and entry["mean"] is not None
-        entry["retention"] = 100 * entry["mean"] / dense if known else None
-        tree = not entry["name"].startswith(("dense", "narrow", "none"))
-        gap = known and tree and narrow is not None
-        entry["recovered_gap"] = recovered_gap(-narrow, -entry["mean"], -dense) if gap else None
+        entry |= {"retention": None, "recovered_gap": None}
+    scored = [{**entry, "loss": -entry["mean"]} for entry in entries if entry["mean"] is not None]
+    set_gaps(scored)
+    gaps = {entry["name"]: entry["recovered_gap"] for entry in scored}
+    for entry in entries:
+        dense = [e["mean"] for e in scored if e["group"] == entry["group"] and e["name"].startswith("dense")]
+        if dense and entry["mean"] is not None:
+            entry |= {"retention": 100 * entry["mean"] / dense[0], "recovered_gap": gaps[entry["name"]]}
 
 
 def table(found: dict[str, Any]) -> str:

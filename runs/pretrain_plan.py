@@ -1,12 +1,14 @@
 """Pretrain the arms of a plan, each with options of its own, within so many seconds; table, chart and every record.
 
 python runs/pretrain_plan.py PLAN.json --data DATA --runs DIR --out results/training/NAME --steps N [options]
+python runs/pretrain_plan.py PLAN.json --text FILES --valid FILE --data DATA ...
 
 PLAN.json is a list of arms: {"name", "feedforward" (a name or a description)}, and optionally "group" (arms are
 compared within one), "options" (of `fastff pretrain`), "layer" (of its --layer), "steps" (a factor on --steps), "from"
 (the name of a finished arm whose model it starts from) and "convert" (true: whose feedforwards `runs/warm_start.py`
-first turns into this arm's). DATA holds tokens named train and valid, as `runs/pack_tokens.py` unpacks them. Arms start
-in the order of the plan, `--at-once` on each GPU; one that fails with --option compile= is tried again without. After
+first turns into this arm's). DATA holds tokens named train and valid, as `runs/pack_tokens.py` unpacks them, or gets
+those of `--text` and `--valid`. Arms start in the order of the plan, with `--seeds` all of a seed before those of the
+next, `--at-once` on each GPU; one that fails with --option compile= is tried again without. After
 `--seconds` no run goes on: each ends in time with a checkpoint, and the same command continues it; finished runs are
 compared, unfinished ones listed with their loss. `--anew` runs nothing and makes table and charts of OUT/records.json.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastff.training.compare import chart, compare_plan, left_out, table
+from fastff.training.compare import chart, compare, left_out, table
 from fastff.training.files import read_json, write_json
-from fastff.training.pretrain import MODEL, RESULT
+from fastff.training.placement import environments
+from fastff.training.pretrain import MODEL, RESULT, Settings, read_text
 
 WARM_START = Path(__file__).resolve().with_name("warm_start.py")
 START = "start"  # folder of the converted weights, in that of the run
@@ -48,6 +48,7 @@ class Arm:
     steps: float = 1.0
     source: Path | None = None
     convert: bool = False
+    seed: int = 0
 
     def record(self) -> dict[str, Any] | None:
         """What the run left, also if it is not finished."""
@@ -68,7 +69,9 @@ class Arm:
         """What is to be run, one after the other."""
         feedforward = self.feedforward if isinstance(self.feedforward, str) else json.dumps(self.feedforward)
         words = [sys.executable, "-m", "fastff.cli", "pretrain", "--out", str(self.folder), "--data", str(asked.data)]
-        words += ["--text", "train", "--valid", "valid", "--feedforward", feedforward]
+        words += [word for text in asked.text for word in ("--text", text)]
+        words += [word for text in asked.valid for word in ("--valid", text)]
+        words += ["--feedforward", feedforward, "--seed", str(self.seed)]
         words += [
             "--steps",
             str(max(1, round(asked.steps * self.steps))),
@@ -95,16 +98,15 @@ class Arm:
 class Running:
     """The commands of an arm, on one GPU (or none)."""
 
-    def __init__(self, arm: Arm, gpu: int, commands: list[list[str]]) -> None:
-        self.arm, self.gpu, self.commands = arm, gpu, commands
+    def __init__(self, arm: Arm, gpu: int, environment: dict[str, str], commands: list[list[str]]) -> None:
+        self.arm, self.gpu, self.environment, self.commands = arm, gpu, environment, commands
         self.code = 0
         arm.folder.mkdir(parents=True, exist_ok=True)
         self._next()
 
     def _next(self) -> None:
-        visible = {"CUDA_VISIBLE_DEVICES": str(self.gpu)} if torch.cuda.is_available() else {}
         with (self.arm.folder / "log.txt").open("ab") as log:
-            self.process = subprocess.Popen(self.commands.pop(0), stdout=log, stderr=log, env={**os.environ, **visible})
+            self.process = subprocess.Popen(self.commands.pop(0), stdout=log, stderr=log, env=self.environment)
 
     def log(self) -> str:
         """What the commands have said."""
@@ -122,56 +124,68 @@ class Running:
 
 
 def read_plan(asked: argparse.Namespace) -> list[Arm]:
-    """The arms of the plan. Raises KeyError for an arm that starts from one that is not there."""
-    found: dict[str, Arm] = {}
-    for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
-        source = entry.pop("from", None)
-        arm = Arm(**entry, folder=(asked.runs or asked.out) / entry["name"])
-        arm.source = None if source is None else found[source].folder
-        found[arm.name] = arm
-    wanted = asked.only.split(",") if asked.only else list(found)
-    return [found[name] for name in wanted]
+    """The arms of the plan, once for each seed. Raises KeyError for an arm that starts from one that is not there."""
+    wanted = []
+    for seed in range(asked.seeds):
+        found: dict[str, Arm] = {}
+        for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
+            source = entry.pop("from", None)
+            folder = entry["name"] + (f"-seed-{seed}" if seed else "")
+            arm = Arm(**entry, folder=(asked.runs or asked.out) / folder, seed=seed)
+            arm.source = None if source is None else found[source].folder
+            found[arm.name] = arm
+        wanted += [found[name] for name in (asked.only.split(",") if asked.only else found)]
+    return wanted
 
 
 def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
     """Run what is not finished until the time is over; returns the arms that failed."""
     began = time.monotonic()
-    gpus = max(1, torch.cuda.device_count())
+    places = environments()
     waiting = [arm for arm in arms if not arm.finished]
     running: list[Running] = []
     failed: list[str] = []
-    plain: list[str] = []  # arms that are tried again without the compiler
+    plain: list[Path] = []  # folders of arms that are tried again without the compiler
     while waiting or running:
         left = asked.seconds - (time.monotonic() - began)
         if left < max(asked.least, SAVING_SECONDS + 1):
             waiting = []
-        load = [sum(r.gpu == gpu for r in running) for gpu in range(gpus)]
+        load = [sum(r.gpu == gpu for r in running) for gpu in range(len(places))]
         ready = next((arm for arm in waiting if arm.ready), None)
         if ready is not None and min(load) < asked.at_once:
             waiting.remove(ready)
-            running.append(Running(ready, load.index(min(load)), ready.commands(asked, left)))
+            gpu = load.index(min(load))
+            running.append(Running(ready, gpu, places[gpu], ready.commands(asked, left)))
             continue
         if ready is None and not running:
             break  # what is left starts from runs that are not finished
         for one in [one for one in running if one.over()]:
             running.remove(one)
-            if one.code and one.arm.name not in plain and "compile" in (o.partition("=")[0] for o in asked.option):
-                plain.append(one.arm.name)
+            if one.code and one.arm.folder not in plain and "compile" in (o.partition("=")[0] for o in asked.option):
+                plain.append(one.arm.folder)
                 print(f"{one.arm.name}: {one.log()[-600:]}", flush=True)
                 shutil.rmtree(one.arm.folder)
                 one.arm.options["compile"] = None
                 waiting.insert(0, one.arm)
             elif one.code:
-                failed.append(one.arm.name)
+                failed.append(one.arm.folder.name)
             elif one.arm.finished:
                 for path in one.arm.folder.glob("checkpoint-*"):
                     shutil.rmtree(path)
                 write(records_of(arms), asked.out)
-            print(f"{time.monotonic() - began:5.0f} s: {one.arm.name} ended with {one.code}", flush=True)
+            print(f"{time.monotonic() - began:5.0f} s: {one.arm.folder.name} ended with {one.code}", flush=True)
         time.sleep(0.2)
-    for name in plain:
-        print(f"{name} failed with the compiler and was tried again without it")
+    for folder in plain:
+        print(f"{folder.name} failed with the compiler and was tried again without it")
     return failed
+
+
+def tokenise(asked: argparse.Namespace) -> None:
+    """Read the text once, before the arms that share it start. Raises TrainingError."""
+    given = dict(option.partition("=")[::2] for option in asked.option)
+    known = {"preset": str, "length": int, "vocab-size": int, "max-tokens": int, "column": str, "tokenizer": str}
+    options = {name.replace("-", "_"): kind(given[name]) for name, kind in known.items() if name in given}
+    read_text(Settings(out=asked.data, text=tuple(asked.text), valid=tuple(asked.valid), data=asked.data, **options))
 
 
 def records_of(arms: list[Arm]) -> list[dict[str, Any]]:
@@ -186,12 +200,12 @@ def write(records: list[dict[str, Any]], out: Path) -> None:
     write_json(out / "records.json", records)
     if not done:
         return
-    entries = compare_plan(done)
+    entries = compare(done)
     text = []
     for group in dict.fromkeys(record["group"] for record in done):
         mine = [entry for entry in entries if entry["group"] == group]
         text.append(f"## {group}\n\n{table(mine)}\n")
-        (out / f"loss-{group}.svg").write_text(chart(mine, "name"), encoding="utf-8")
+        (out / f"loss-{group}.svg").write_text(chart(mine), encoding="utf-8")
     (out / "table.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -199,9 +213,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the tokens")
+    parser.add_argument("--text", action="append", help="text of `fastff pretrain`; without, DATA has the tokens")
+    parser.add_argument("--valid", action="append", default=[])
     parser.add_argument("--runs", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
     parser.add_argument("--least", type=float, default=0.0, help="begin no run with fewer seconds left")
     parser.add_argument("--at-once", type=int, default=1, help="runs on each GPU")
@@ -216,13 +233,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = arguments()
+    if asked.text:
+        tokenise(asked)
+    else:
+        asked.text, asked.valid = ["train"], ["valid"]
     arms = read_plan(asked)
     failed = [] if asked.anew else run(arms, asked)
     records = read_json(asked.out / "records.json") if asked.anew else records_of(arms)
     write(records, asked.out)
     if (asked.out / "table.md").is_file():
         print((asked.out / "table.md").read_text(encoding="utf-8"))
-    print("\n".join(left_out([arm.name for arm in arms], records)))
+    print("\n".join(left_out(list(dict.fromkeys(arm.name for arm in arms)), records, asked.seeds)))
     for name in failed:
         log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
         print(f"failed: {name}: {log[-600:]}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import convert_tables
 from fastff.bench.report import figure
-from fastff.training.compare import compare_plan, health_table, left_out, table
+from fastff.training.compare import compare, health_table, left_out, table
 from fastff.training.presets import feedforward_of, layer_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,7 +259,7 @@ def plan_tables(plan: str, **groups: str) -> dict[str, Callable[[], str]]:
         return json.loads((TRAINING / plan / "records.json").read_text())
 
     def arms(group: str) -> str:
-        found = compare_plan([record for record in records() if record["finished"]])
+        found = compare([record for record in records() if record["finished"]])
         return table([entry for entry in found if entry["group"] == group])
 
     def missing() -> str:

@@ -13,7 +13,6 @@ import pytest
 from fastff.training.compare import (
     chart,
     compare,
-    compare_plan,
     health_table,
     left_out,
     narrow_loss,
@@ -21,7 +20,6 @@ from fastff.training.compare import (
     table,
 )
 from fastff.training.presets import PRESETS, cost_of
-from training_cases import run_script, write_text
 
 
 def record(name, loss, seed=0, **settings):
@@ -45,25 +43,27 @@ def test_recovered_gap():
 
 def test_arms_are_compared_over_seeds():
     records = [
-        record("dense-swiglu", 3.0),
-        record("16x7-gate", 3.7, seed=0),
-        record("16x7-gate", 3.9, seed=1),
-        record("narrow:16x7-gate", 4.0),
-        record("1x11", 4.2),
-        record("none", 5.0),
+        {**record(feedforward, loss, seed), "arm": feedforward, "group": "a"}
+        for feedforward, seed, loss in (
+            ("dense-swiglu", 0, 3.0),
+            ("16x7-gate", 0, 3.7),
+            ("16x7-gate", 1, 3.9),
+            ("narrow:16x7-gate", 0, 4.0),
+            ("1x11", 0, 4.2),
+            ("none", 0, 5.0),
+        )
     ]
     entries = {entry["name"]: entry for entry in compare(records)}
     assert list(entries) == ["dense-swiglu", "narrow:16x7-gate", "16x7-gate", "1x11", "none"]
     tree = entries["16x7-gate"]
-    assert (tree["loss"], tree["recovered_gap"]) == (pytest.approx(3.8), pytest.approx(0.2))
+    assert (tree["loss"], tree["recovered_gap"]) == (pytest.approx(3.8), pytest.approx(0.2, abs=0.01))
     assert tree["losses"] == {"0": 3.7, "1": 3.9}
-    assert tree["tokens_per_second"] == 51
-    assert entries["1x11"]["recovered_gap"] is None, "its narrow control was not run"
+    assert entries["1x11"]["recovered_gap"] is None, "no narrow layer has as little arithmetic"
     lines = table(list(entries.values())).splitlines()
     assert "| 3.800 (3.700-3.900) | 0.20 |" in lines[4]
     drawing = chart(list(entries.values()))
     assert drawing == chart(list(entries.values()))
-    assert "11x7-gate" in drawing
+    assert "16x7-gate" in drawing
     assert "no feedforward" in drawing
 
 
@@ -80,7 +80,7 @@ def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
             ("none", "a", {"kind": "none"}, 5.0),
         )
     ]
-    entries = {(entry["group"], entry["name"]): entry for entry in compare_plan(records)}
+    entries = {(entry["group"], entry["name"]): entry for entry in compare(records)}
     flops = {name: entries["a", name]["flops"] for name in ("narrow", "tree", "wide")}
     between = 4.0 - math.log(flops["tree"] / flops["narrow"]) / math.log(16)
     assert flops["narrow"] < flops["tree"] < flops["wide"]
@@ -102,38 +102,13 @@ def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean_over_layers
         "not run: c",
         "unfinished: b, step 4 of 9, held-out loss 3.5000",
     ]
+    assert left_out(["a"], [done], seeds=2) == ["not run: a, seed 1"]
     assert health_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
 
 
 def test_labels_of_points_that_are_close_do_not_cover_each_other():
     close = [{"layer": "1x1", "flops": 100, "loss": 3.0 + 1e-4 * n, "name": f"arm-{n}"} for n in range(4)]
     far = {"layer": "1x1", "flops": 100_000, "loss": 4.0, "name": "far"}
-    places = re.findall(r' y="([\d.]+)"[^>]*>(arm-\d)<', chart([*close, far], "name"))
+    places = re.findall(r' y="([\d.]+)"[^>]*>(arm-\d)<', chart([*close, far]))
     heights = [float(y) for y, _ in sorted(places, key=lambda place: place[1])]
     assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([9.0] * 3, abs=0.1)
-
-
-def test_runs_that_differ_otherwise_do_not_compare():
-    with pytest.raises(ValueError, match="none was run with another steps"):
-        compare([record("dense-swiglu", 3.0), record("none", 3.0, steps=10)])
-    with pytest.raises(ValueError, match="no finished run"):
-        compare([])
-
-
-def test_the_script_runs_in_pieces_and_goes_on(tmp_path, capsys):
-    text = write_text(tmp_path)
-    out = tmp_path / "out"
-    sizes = {"batch": 2, "micro-batch": 1, "length": 16, "vocab-size": 200, "valid-windows": 2, "piece-seconds": 1e-9}
-    words = [text, "--runs", tmp_path / "runs", "--out", out, "--arms", "none", "--steps", 2]
-    words += [word for name, value in sizes.items() for word in ("--option", f"{name}={value}")]
-
-    def run():
-        run_script("pretrain_arms.py", *words)
-        return capsys.readouterr().out.splitlines()[0]
-
-    assert run() == "0 of 1 runs are finished: the same command goes on"
-    assert run() == "1 of 1 runs are finished"
-    found = json.loads((out / "comparison.json").read_text())
-    assert [entry["name"] for entry in found["arms"]] == ["none"]
-    assert (out / "table.md").read_text() == table(found["arms"]) + "\n"
-    assert {path.name for path in out.iterdir()} == {"comparison.json", "curves.json", "loss.svg", "table.md"}

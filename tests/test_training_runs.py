@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 
 from fastff.demo.data import labelled
 from fastff.training.files import read_json
+from fastff.training.placement import environments
 from fastff.training.pretrain import pretrain, read_text
 from training_cases import Process, run_script, small, write_text
 
@@ -92,14 +95,14 @@ def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, 
     dense = planned[0] / "runs" / "dense"
 
     def missed(out, description, steps):
-        words = ["--feedforward", json.dumps(description), "--rows", 512, "--steps", steps]
+        words = ["--feedforward", json.dumps(description), "--rows", 2048, "--steps", steps]
         run_script("warm_start.py", dense / "model", data, out, *words)
         return [float(word) for word in capsys.readouterr().out.split("missed")[1].split()]
 
     whole = {**NARROW, "intermediate_size": 341}
     assert missed(tmp_path / "whole", whole, 0) == [0.0, 0.0]
     for description in (NARROW, TREE):
-        begun, taught = (missed(tmp_path / "other", description, steps) for steps in (0, 20))
+        begun, taught = (missed(tmp_path / "other", description, steps) for steps in (0, 40))
         for before, after in zip(begun, taught, strict=True):
             assert 0.01 < after < before < 1.0
     sizes = {"steps": 1, "batch": 16, "micro_batch": 16, "data": data, "valid": ("valid",)}
@@ -143,6 +146,33 @@ def test_arms_wait_for_their_source_and_are_tried_again_without_the_compiler(tmp
     assert Fake.ran[-1][-2:] == ["--start", str(tmp_path / "runs" / "first" / "model")]
     assert "first: the compiler failed" in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/checkpoint-*")), "a finished run needs none"
+
+
+def test_seeds_and_text_in_pieces(tmp_path, capsys):
+    text = write_text(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps([{"name": "a", "feedforward": "none"}]))
+    words = [tmp_path / "plan.json", "--text", text, "--data", tmp_path / "data", "--runs", tmp_path / "runs"]
+    words += ["--out", tmp_path / "out", "--steps", 2, "--seeds", 2]
+    words += options(**{"vocab-size": 200, "valid-windows": 2, "log-every": 1})
+
+    run_script("pretrain_plan.py", *words, "--seconds", 26.1)
+    assert "unfinished: a, seed 0, step 1 of 2" in capsys.readouterr().out
+    run_script("pretrain_plan.py", *words)
+    records = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert [(record["settings"]["seed"], record["steps"]) for record in records] == [(0, 2), (1, 2)]
+    losses = sorted(record["valid_loss"] for record in records)
+    assert losses[0] < losses[1]
+    assert f"({losses[0]:.3f}-{losses[1]:.3f})" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_every_gpu_that_is_seen_has_its_environment(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments()] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments()] == ["5", "3"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert environments() == [dict(os.environ)]
 
 
 def test_an_arm_that_fails_is_named_with_its_last_words(tmp_path, capsys):

@@ -1,19 +1,19 @@
 """What several runs of pretraining say about their feedforwards: losses, costs and the recovered gap.
 
 The recovered gap of a tree is (narrow - tree) / (narrow - wide): 0, it is worth no more than a dense layer with its
-arithmetic, routing included; 1, it is as good as the full width. Wide is `dense-swiglu`, narrow `narrow:TREE`: both of
-the better dense kind.
+arithmetic, routing included; 1, it is as good as the full width. Wide and narrow are dense swiglu layers, the better
+kind.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from fastff.drawing import svg
-from fastff.training.presets import NARROW
 
 WIDE = "dense-swiglu"
 NEARLY = 1.05  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
@@ -25,58 +25,35 @@ def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
 
 
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a feedforward from records of finished runs (`fastff.training.pretrain`), most arithmetic first.
+    """One entry an arm from records of finished runs, group by group, most arithmetic first.
 
-    Losses are means over seeds, with each seed's beside. recovered_gap is there for a tree whose narrow control and the
-    wide layer were run. Raises ValueError for runs that differ in more than the feedforward and the seed.
+    records: those of `fastff.training.pretrain`, and "arm" and "group" beside. A loss is the mean over an arm's seeds,
+    with each seed's beside it in losses.
     """
-    _check_alike(records)
-    losses: dict[str, dict[int, dict[str, Any]]] = {}
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        losses.setdefault(record["settings"]["feedforward"], {})[record["settings"]["seed"]] = record
+        runs.setdefault((record["group"], record["arm"]), []).append(record)
     found = []
-    for runs in losses.values():
-        first = next(iter(runs.values()))
-        speeds = [run["tokens_per_second"] for run in runs.values() if run["tokens_per_second"]]
-        found.append(
-            {
-                **first["cost"],
-                "parameters": first["parameters"],
-                "tokens": first["tokens"],
-                "loss": _loss(runs),
-                "losses": {str(seed): run["valid_loss"] for seed, run in sorted(runs.items())},
-                "tokens_per_second": round(statistics.fmean(speeds)) if speeds else None,
-                "routing": first["routing"],
-            }
-        )
-    by_name = {entry["name"]: entry["loss"] for entry in found}
-    for entry in found:
-        narrow, wide = by_name.get(f"{NARROW}{entry['name']}"), by_name.get(WIDE)
-        entry["recovered_gap"] = entry["narrow_minus_wide"] = None
-        if narrow is not None and wide is not None:
-            entry["recovered_gap"] = recovered_gap(narrow, entry["loss"], wide)
-            entry["narrow_minus_wide"] = narrow - wide
-    return sorted(found, key=lambda entry: -entry["flops"])
-
-
-def compare_plan(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a run of a plan (records with "arm" and "group"), most arithmetic first in each group.
-
-    The narrow layer that a tree is compared with is read off the dense swiglu layers of its group, see `narrow_loss`.
-    """
-    found = []
-    for record in records:
-        losses = {str(record["settings"]["seed"]): record["valid_loss"]}
-        entry = {**record["cost"], "name": record["arm"], "group": record["group"], "loss": record["valid_loss"]}
-        found.append({**entry, "losses": losses, "tokens": record["tokens"], "recovered_gap": None})
-    for group in {entry["group"] for entry in found}:
-        mine = [entry for entry in found if entry["group"] == group]
-        dense = {entry["flops"]: entry["loss"] for entry in mine if entry["layer"].startswith(WIDE)}
-        for entry in mine:
-            narrow = narrow_loss(entry["flops"], dense)
-            if not entry["layer"].startswith(("dense", "none")) and narrow is not None:
-                entry["recovered_gap"] = recovered_gap(narrow, entry["loss"], dense[max(dense)])
+    for (group, name), of in runs.items():
+        losses = {str(run["settings"]["seed"]): run["valid_loss"] for run in of}
+        entry = {**of[0]["cost"], "name": name, "group": group, "loss": statistics.fmean(losses.values())}
+        found.append({**entry, "losses": losses, "tokens": of[0]["tokens"]})
+    set_gaps(found)
     return sorted(found, key=lambda entry: (entry["group"], -entry["flops"]))
+
+
+def set_gaps(entries: Sequence[dict[str, Any]]) -> None:
+    """Give every entry its recovered_gap: None but for trees whose group has a wide layer and narrow ones around them.
+
+    entries: group, layer, flops and loss, lower being better. The narrow layer that a tree is compared with is read off
+    the dense swiglu layers of its group, see `narrow_loss`.
+    """
+    for entry in entries:
+        mine = [other for other in entries if other["group"] == entry["group"]]
+        dense = {other["flops"]: other["loss"] for other in mine if other["layer"].startswith(WIDE)}
+        narrow = None if entry["layer"].startswith(("dense", "none")) else narrow_loss(entry["flops"], dense)
+        gap = None if narrow is None else recovered_gap(narrow, entry["loss"], dense[max(dense)])
+        entry["recovered_gap"] = gap
 
 
 def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
@@ -92,21 +69,6 @@ def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
         return dense[low]
     share = math.log(flops / low) / math.log(high / low)
     return dense[low] + share * (dense[high] - dense[low])
-
-
-def _loss(runs: dict[int, dict[str, Any]]) -> float:
-    return statistics.fmean(run["valid_loss"] for run in runs.values())
-
-
-def _check_alike(records: Sequence[dict[str, Any]]) -> None:
-    if not records:
-        raise ValueError("no finished run to compare")
-    alike = [{k: v for k, v in r["settings"].items() if k not in ("feedforward", "seed")} for r in records]
-    for record, settings in zip(records, alike, strict=True):
-        differing = [key for key in settings if settings[key] != alike[0].get(key)]
-        if differing:
-            name = record["settings"]["feedforward"]
-            raise ValueError(f"{name} was run with another {', '.join(differing)}: these runs do not compare")
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
@@ -141,24 +103,22 @@ def health_table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for every arm of a plan that is not finished."""
-    found = {record["arm"]: record for record in records}
+def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: int = 1) -> list[str]:
+    """A line for every arm of a plan, and every seed if there are several, that is not finished."""
+    found = {(record["arm"], record["settings"]["seed"]): record for record in records}
     lines = []
-    for arm in arms:
-        if arm not in found:
-            lines.append(f"not run: {arm}")
-        elif not (record := found[arm])["finished"]:
+    for arm, seed in itertools.product(arms, range(seeds)):
+        name = arm if seeds == 1 else f"{arm}, seed {seed}"
+        if (arm, seed) not in found:
+            lines.append(f"not run: {name}")
+        elif not (record := found[arm, seed])["finished"]:
             of = f"step {record['steps']} of {record['settings']['steps']}"
-            lines.append(f"unfinished: {arm}, {of}, held-out loss {record['valid_loss']:.4f}")
+            lines.append(f"unfinished: {name}, {of}, held-out loss {record['valid_loss']:.4f}")
     return lines
 
 
-def chart(entries: Sequence[dict[str, Any]], label: str = "layer") -> str:
-    """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line.
-
-    label: the key of what stands beside a point.
-    """
+def chart(entries: Sequence[dict[str, Any]]) -> str:
+    """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
@@ -178,7 +138,7 @@ def chart(entries: Sequence[dict[str, Any]], label: str = "layer") -> str:
             if not entry["flops"]:
                 axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
         axes.legend()
-        _label_points(figure, axes, [(e["flops"], e["loss"], e[label]) for e in (*dense, *trees, *others)])
+        _label_points(figure, axes, [(e["flops"], e["loss"], e["name"]) for e in (*dense, *trees, *others)])
     return out[0]
 
 
