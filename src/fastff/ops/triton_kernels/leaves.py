@@ -16,6 +16,7 @@ from fastff.ops.triton_kernels.linear import (
     Matrix,
     ancestor_column,
     ancestors_of,
+    beyond,
     precision_of,
     sorted_rows,
     tables,
@@ -101,7 +102,7 @@ def _leaves_kernel(
     """One tile of rows that share their leaves in JOINT trees; WIDTH columns for the LEAF_WIDTH neurons of each."""
     tile = tl.program_id(0)
     turn = tl.zeros((), tl.int32) + turn
-    if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
+    if beyond(tile, turn, table_ptr, GROUPS):
         return
     group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
 

@@ -157,6 +157,12 @@ def ancestors_of(matrix: Matrix, groups: Groups) -> int:
 
 
 @triton.jit
+def beyond(tile, turn, table_ptr, GROUPS: tl.constexpr):
+    """Whether a tile lies beyond the last one of its turn: the launch grid is an upper bound."""
+    return tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS)
+
+
+@triton.jit
 def sorted_rows(
     tile,
     turn,
@@ -247,7 +253,7 @@ def _pick_kernel(
     ENTRIES: tl.constexpr,
 ):
     tile, turn = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
+    if beyond(tile, turn, table_ptr, GROUPS):
         return
     group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
 
@@ -360,7 +366,7 @@ def _spread_kernel(
 ):
     tile = tl.program_id(0)
     turn = tl.zeros((), tl.int32) + turn
-    if tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS):
+    if beyond(tile, turn, table_ptr, GROUPS):
         return
     group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
 
