@@ -268,10 +268,11 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         table = tmp_path / "pairs.tsv"
         rows = [f"{WORDS[k]} {WORDS[k + 1]}\t{WORDS[k % 7]} {WORDS[3]}\t{k % 5}" for k in range(20)]
         table.write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
-        settings = replace(settings, table=table)
+        settings = replace(settings, tables=(table,))
     seen = []
     record = convert(settings, progress=lambda what, done, of: seen.append((what, done, of)))
-    assert {what for what, _, _ in seen} == {"timing", "capture", "probe", "layers", "distil"}
+    taught = {f"{what} {arm}" for what in ("layers", "distil") for arm in ("tree", "narrow", "pruned", "none")}
+    assert {what for what, _, _ in seen} == {"timing", "capture", "probe"} | taught
     assert set(record["arms"]) == {"tree", "narrow", "pruned", "none"}
     assert 0 < record["arms"]["tree"]["active"] <= 0.3
     assert record["arms"]["tree"]["after"] is not None
@@ -293,7 +294,7 @@ def test_a_classifier_is_converted_and_its_accuracy_measured(tokenizer, text, tm
     table = tmp_path / "sentences.tsv"
     rows = [f"{WORDS[k]} {WORDS[2 * k]}\t{k % 3}" for k in range(30)]
     table.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    settings = settings_for(tmp_path, model, text, table=table, controls=("narrow",))
+    settings = settings_for(tmp_path, model, text, tables=(table,), controls=("narrow",))
     record = convert(settings)
     assert (record["kind"], record["metric"]) == ("classifier", "accuracy, percent")
     found = [record["dense"]["quality"], *(arm["after"] for arm in record["arms"].values())]
@@ -323,7 +324,7 @@ settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
 plan.TREES, plan.DEPTHS = (2,), (3,)
 arms.distil.__kwdefaults__["checkpoint_every"] = 2
 def progress(what, done, of):
-    if (what, done) == ("distil", 5):
+    if (what, done) == ("distil tree", 5):
         os.kill(os.getpid(), signal.SIGKILL)
 convert(settings, progress=progress)
 """
@@ -342,7 +343,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path
     plan = (tmp_path / "out" / "work" / "plan.json").read_bytes()
     steps = []
     convert(settings, progress=lambda what, done, _of: steps.append((what, done)))
-    assert steps == [("distil", 5), ("distil", 6)]
+    assert steps == [("distil tree", 5), ("distil tree", 6)]
     whole = tmp_path / "whole" / "work"
     whole.mkdir(parents=True)
     (whole / "plan.json").write_bytes(plan)  # times differ from run to run, and with them the choice

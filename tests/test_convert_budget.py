@@ -196,9 +196,9 @@ def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkey
     monkeypatch.setattr(
         arms, "held_out_loss", lambda _, student: sum(map(id_of_converted, arms._converted_blocks(student)))
     )
-    scores = iter([80.0, 50.0, 80.0, 79.5, 80.0])  # before distillation, after it, dense, one layer back, dense
-    monkeypatch.setattr("fastff.convert.pipeline.similarity", lambda *_: next(scores))
-    record = convert(settings_for(tmp_path, model, text, controls=(), table=table, max_loss=0.01))
+    scores = iter([80.0, 80.0, 50.0, 79.5])  # dense, before distillation, after it, one layer back
+    monkeypatch.setattr("fastff.convert.evaluate.similarity", lambda *_, **__: next(scores))
+    record = convert(settings_for(tmp_path, model, text, controls=(), tables=(table,), max_loss=0.01))
     assert [layer["description"] is None for layer in record["layers"]] == [False, True]
     assert "more than the allowed loss" in record["layers"][1]["reason"]
     assert record["arms"]["tree"]["after"] == 79.5
@@ -219,10 +219,10 @@ def dense_layers_of(model, block):
 def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, monkeypatch):
     model = saved(tmp_path / "model", tokenizer)
     table = pairs_table(tmp_path / "pairs.tsv")
-    scores = iter([80.0, 50.0, 80.0, 60.0])
-    monkeypatch.setattr("fastff.convert.pipeline.similarity", lambda *_: next(scores))
+    scores = iter([80.0, 80.0, 50.0, 60.0])
+    monkeypatch.setattr("fastff.convert.evaluate.similarity", lambda *_, **__: next(scores))
     with pytest.raises(ValueError, match=r"max_loss 1.00% cannot be kept: the least loss .* is 25.00%"):
-        convert(settings_for(tmp_path, model, text, controls=(), table=table, max_loss=0.01))
+        convert(settings_for(tmp_path, model, text, controls=(), tables=(table,), max_loss=0.01))
     with pytest.raises(ValueError, match="needs an evaluation table"):
         convert(settings_for(tmp_path, model, text, max_loss=0.01, out=tmp_path / "out2"))
 

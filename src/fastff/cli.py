@@ -95,14 +95,24 @@ def convert(
     max_loss: Annotated[str | None, typer.Option(help="Largest relative loss of the metric, like 1%.")] = None,
     curve: Annotated[str | None, typer.Option(help="Further shares for the report's curve, like 3%,25%.")] = None,
     shapes: Annotated[str, typer.Option(help="Timed calls: sequences x tokens.")] = "1x128,32x128",
+    time_on: Annotated[
+        str | None, typer.Option(help="Where models are timed: cpu or cuda; default: the device.")
+    ] = None,
     shared: Annotated[int | None, typer.Option(min=0, help="Neurons for every row beside the trees.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Evaluation table (.parquet, .tsv, .csv).")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of all layers together.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
-    rows: Annotated[int, typer.Option(min=1, help="Tokens captured a block.")] = 200_000,
+    table: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluation table, or text of a causal model; may be repeated, the first decides."),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds the whole run may take: fewer steps if need be.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of all layers together.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples a step; default: by the kind of model.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the rest is cut.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Tokens captured a block.")] = None,
     mild: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the steps that fade dense layers out.")
-    ] = 0.0,
+        float | None, typer.Option(min=0.0, max=0.99, help="Share of the steps that fade dense layers out.")
+    ] = None,
     controls: Annotated[str, typer.Option(help="Also taught alike, any of narrow,pruned,none.")] = "narrow,pruned,none",
     keep_slow: Annotated[bool, typer.Option(help="Convert layers that a tree makes slower here, too.")] = False,
 ) -> None:
@@ -114,6 +124,7 @@ def convert(
     from fastff.convert.report import summary
     from fastff.convert.settings import percent, shape, times
 
+    recipe: dict[str, Any] = {"steps": steps, "batch": batch, "max_length": max_length, "rows": rows, "mild": mild}
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -132,16 +143,15 @@ def convert(
                 max_loss=None if max_loss is None else percent(max_loss),
                 curve=tuple(map(percent, curve.split(","))) if curve else (),
                 shapes=tuple(map(shape, shapes.split(","))),
+                time_on=time_on,
                 shared=shared,
-                table=table,
-                steps=steps,
-                batch=batch,
-                rows=rows,
-                mild=mild,
+                tables=tuple(table or ()),
+                seconds=seconds,
                 controls=tuple(filter(None, controls.split(","))),
                 keep_slow=keep_slow,
+                **{name: value for name, value in recipe.items() if value is not None},
             )
-            record = run(settings, progress=progress)
+            record = run(settings, progress=progress, say=lambda line: console.print(line, markup=False))
         except ValueError as error:
             console.print(f"error: {error}", style="red", markup=False)
             raise typer.Exit(1) from error

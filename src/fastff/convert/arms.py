@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastff.convert.capture import Captured, Progress
-from fastff.convert.distil import Kind, distil, distillation_loss
+from fastff.convert.distil import Kind, distil, distillation_loss, use_masked_training
 from fastff.convert.settings import Settings
 from fastff.convert.student import build_student, describe_narrow, flops
 from fastff.convert.text import Examples
@@ -24,7 +25,11 @@ Descriptions = Sequence[Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class Course:
-    """What all students share: the teacher, the rows and the text they learn from, and how quality is measured."""
+    """What all students share: the teacher, the rows and the text they learn from, and how quality is measured.
+
+    quality  the metric that decides, None where there is none
+    further  metrics that are only told in the end, by name
+    """
 
     settings: Settings
     kind: Kind
@@ -33,7 +38,17 @@ class Course:
     examples: Examples
     held_out: Examples
     quality: Callable[[Any], float | None]
+    further: Mapping[str, Callable[[Any], float]]
     progress: Progress
+
+    @cached_property
+    def dense(self) -> dict[str, Any]:
+        """The teacher's figures."""
+        return {"quality": self.quality(self.teacher), "further": self.others(self.teacher)}
+
+    def others(self, model: Any) -> dict[str, float]:
+        """The further figures of a model."""
+        return {name: measure(model) for name, measure in self.further.items()}
 
 
 def control(name: str, dense: Sequence[DenseWeights], trees: Descriptions) -> list[dict[str, Any] | None]:
@@ -52,46 +67,59 @@ def active_share(dense: Sequence[DenseWeights], descriptions: Descriptions) -> f
     return spent / sum(layer.flops_per_row for layer in dense)
 
 
-def teach(course: Course, name: str, descriptions: Descriptions, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Build, distil and evaluate one student, going on from what `folder` holds. Returns it and its figures."""
-    settings = course.settings
+def build(course: Course, name: str, descriptions: Descriptions, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A student with its layers taught alone, or the one that `folder` holds. Returns it and its figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    built, saved = folder / "built.pt", folder / "distil.pt"
+    built = folder / "built.pt"
     if built.exists():
         student = make_converted(course.teacher, descriptions)
-        facts = load(built, student)
-    else:
-        student, missed = build_student(
-            course.teacher,
-            descriptions,
-            course.captured,
-            steps=settings.layer_steps,
-            seed=settings.seed,
-            progress=course.progress,
-            pruned=name == "pruned",
-        )
-        facts = {"missed": missed, "before": course.quality(student)}
-        save(built, student, facts)
+        use_masked_training(student.modules(), student.device.type == "cuda")
+        return student, load(built, student)
+    student, missed = build_student(
+        course.teacher,
+        descriptions,
+        course.captured,
+        steps=course.settings.layer_steps,
+        seed=course.settings.seed,
+        progress=lambda _, done, total: course.progress(f"layers {name}", done, total),
+        pruned=name == "pruned",
+    )
+    facts = {"missed": missed, "before": course.quality(student)}
+    save(built, student, facts)
+    return student, facts
+
+
+def teach(
+    course: Course, name: str, descriptions: Descriptions, folder: Path, steps: int
+) -> tuple[Any, dict[str, Any]]:
+    """Build, distil in so many steps and evaluate one student, going on from what `folder` holds. Returns it and its
+    figures."""
+    student, facts = build(course, name, descriptions, folder)
+    saved = folder / "distil.pt"
     state = load(saved, student) if saved.exists() else {"step": 0}
     if "after" not in state:
         distil(
             student,
             course.teacher,
             course.examples,
-            settings.recipe,
+            replace(course.settings.recipe, steps=steps),
             kind=course.kind,
-            progress=course.progress,
+            progress=lambda _, done, total: course.progress(f"distil {name}", done, total),
             start=state["step"],
             state=state if state["step"] else None,
             checkpoint=lambda step, more: save(saved, student, {"step": step, **more}),
         )
-        state = {
-            "step": settings.steps,
-            "after": course.quality(student),
-            "held_out_loss": held_out_loss(course, student),
-        }
+        state = {"step": steps, "steps": steps, **_judged(course, student)}
         save(saved, student, state)
-    return student, {**facts, "after": state["after"], "held_out_loss": state["held_out_loss"]}
+    return student, {**facts, **{name: state[name] for name in ("steps", "after", "further", "held_out_loss")}}
+
+
+def _judged(course: Course, student: Any) -> dict[str, Any]:
+    return {
+        "after": course.quality(student),
+        "further": course.others(student),
+        "held_out_loss": held_out_loss(course, student),
+    }
 
 
 @torch.no_grad()
@@ -125,7 +153,7 @@ def keep_loss(course: Course, student: Any, facts: dict[str, Any]) -> tuple[Any,
 
     The most harmful is the one without which the held-out loss is least. Returns the student, its figures, and the
     blocks put back. Raises ValueError, naming the least loss, if not even one replaced layer keeps it."""
-    allowed, before = course.settings.max_loss, course.quality(course.teacher)
+    allowed, before = course.settings.max_loss, course.dense["quality"]
     assert allowed is not None
     assert before is not None
     back: list[int] = []
@@ -144,6 +172,8 @@ def keep_loss(course: Course, student: Any, facts: dict[str, Any]) -> tuple[Any,
         after = float(course.quality(student) or 0.0)
         facts = {**facts, "after": after, "held_out_loss": losses[worst]}
         course.progress("put back", len(back), len(back) + len(left) - 2)
+    if back:
+        facts = {**facts, "further": course.others(student)}
     return student, facts, back
 
 

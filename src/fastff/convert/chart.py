@@ -62,4 +62,5 @@ def _panel(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
 def _label(record: dict[str, Any]) -> str:
     if record["metric"] is None or record["dense"]["quality"] is None:
         return "loss on held-out text (less is better)"
-    return f"{record['metric']} ({'less' if record['kind'] == 'causal' else 'more'} is better)"
+    table = f", {record['tables'][0]}" if record["tables"] else ""
+    return f"{record['metric']}{table} ({'less' if record['kind'] == 'causal' else 'more'} is better)"

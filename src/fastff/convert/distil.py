@@ -24,6 +24,7 @@ Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192
 CLIP = 1.0
 WARMUP = 0.05  # of the steps
+LOGITS = 2**28  # at once, of a teacher or a student: a step of more is taken in pieces
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class Recipe:
     steps: int
     batch: int
     rate: float = 1e-3
-    rate_others: float = 1e-4
+    rate_others: float = 2e-4
     rate_routing: float = 1.0
     mild: float = 0.0
     average: float = 0.0
@@ -182,10 +183,12 @@ def distil(
     state: dict[str, Any] | None = None,
     checkpoint: Callable[[int, dict[str, Any]], None] = lambda *_: None,
     checkpoint_every: int = 200,
+    batches: Iterator[np.ndarray[Any, Any]] | None = None,
 ) -> None:
     """Train the whole student but its embeddings to give what the teacher gives, on unlabelled text.
 
-    start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given."""
+    start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given. batches: indices
+    of the examples of every step, if not in the order of the recipe's seed."""
     new, others = parameter_groups(student)
     optimiser = torch.optim.AdamW(
         [{"params": new, "lr": recipe.rate}, {"params": others, "lr": recipe.rate_others}],
@@ -198,17 +201,19 @@ def distil(
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         average.restore(state["average"])
-    batches = skip(examples.shuffled(recipe.batch, recipe.seed), start)
+    drawn = batches or skip(examples.shuffled(recipe.batch, recipe.seed), start)
     learn_without_dropout(student)
     teacher.eval()
     fade, turns = Fade(student, teacher), SlowTurns(student, recipe.rate_routing)
     with _fast_products(student.device.type == "cuda"):
         for step in range(start, recipe.steps):
             fade.share = 0.0 if recipe.mild == 0 else max(0.0, 1 - step / (recipe.mild * recipe.steps))
-            with fade:
-                loss = distillation_loss(student, teacher, examples.batch(next(batches), student.device), kind)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            which = next(drawn)
+            for piece in pieces(examples, which, kind, student.config.vocab_size):
+                with fade:
+                    loss = distillation_loss(student, teacher, examples.batch(piece, student.device), kind)
+                (loss * (len(piece) / len(which))).backward()
             nn.utils.clip_grad_norm_([*new, *others], CLIP)
             turns.remember()
             optimiser.step()
@@ -221,6 +226,15 @@ def distil(
                 checkpoint(step + 1, {**kept, "average": average.state})
     average.put()
     student.eval()
+
+
+def pieces(examples: Examples, which: np.ndarray[Any, Any], kind: Kind, vocabulary: int) -> list[np.ndarray[Any, Any]]:
+    """A step's examples, cut so that no piece has more than LOGITS values over the vocabulary."""
+    if kind not in ("causal", "masked"):
+        return [which]
+    longest = int((examples.offsets[which + 1] - examples.offsets[which]).max())
+    count = -(-len(which) * longest * vocabulary // LOGITS)
+    return np.array_split(which, min(count, len(which)))
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,45 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastff.convert.distil import mean_pool
-from fastff.convert.text import Examples
+from fastff.convert.distil import Kind, mean_pool
+from fastff.convert.text import Examples, tokenise
 from fastff.errors import CheckpointError
 
 BATCH = 64
+METRIC: dict[Kind, str] = {"embedding": "Spearman x 100", "causal": "perplexity", "classifier": "accuracy, percent"}
+Measure = Callable[[Any], float]  # of a model
+
+
+def measures_of(
+    kind: Kind, tokenizer: Any, tables: Sequence[Path], folder: Path, *, max_length: int, max_tokens: int
+) -> dict[str, Measure]:
+    """The metric of a kind of model on each table, by the table's name. Tokens of texts are written into `folder`.
+
+    Raises CheckpointError for a file that cannot be used, or a kind that has no metric."""
+    if tables and kind not in METRIC:
+        raise CheckpointError(f"a {kind} model has no metric here: it cannot be scored on {tables[0]}")
+    found: dict[str, Measure] = {}
+    for k, path in enumerate(tables):
+        name = table_name(path)
+        if kind == "causal":
+            sizes: dict[str, Any] = {"max_length": max_length, "max_tokens": max_tokens, "whole_blocks": True}
+            examples = tokenise(tokenizer, path, folder / f"table-{k}", **sizes)
+            if not len(examples):
+                raise CheckpointError(f"{path} has less than one block of {max_length} tokens")
+            found[name] = partial(perplexity, examples=examples)
+        else:
+            measure = similarity if kind == "embedding" else accuracy
+            table = read_table(path)
+            for column in ("sentence1", "sentence2", "label") if kind == "embedding" else ("label",):
+                if column not in table:
+                    raise CheckpointError(f"{path} has no column {column}, only {', '.join(table) or 'none'}")
+            found[name] = partial(measure, tokenizer=tokenizer, table=table)
+    return found
+
+
+def table_name(path: Path) -> str:
+    """Its folder's name and its own, such as STS-B/dev."""
+    return f"{path.resolve().parent.name}/{path.name.split('.')[0]}"
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:

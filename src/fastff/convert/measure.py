@@ -22,18 +22,19 @@ from fastff.models.feedforward import ConvertedFeedforward
 
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed
+LEAST_CALLS = 6  # of whatever is timed; the first is not counted
 FRACTIONS = (0.25, 0.1, 0.05, 0.02)
 ORACLE_ROWS = 2048
 
 
-def interleaved_us(calls: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, float]:
-    """Median microseconds of each call. They take turns, so that what slows the machine meets all of them; at least
-    `least` rounds, after one that is not counted, and so many seconds for all together."""
+def interleaved_us(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median microseconds of each call. They take turns, so that what slows the machine meets all of them; LEAST_CALLS
+    rounds or more, the first of which is not counted, and so many seconds for all together."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     end, rounds = time.perf_counter() + seconds, 0
-    while rounds < least or time.perf_counter() < end:
+    while rounds < LEAST_CALLS - 1 or time.perf_counter() < end:
         for name, call in calls.items():
             _wait()
             start = time.perf_counter()
@@ -65,6 +66,18 @@ def model_us(models: Mapping[str, Any], shape: tuple[int, int], seconds: float) 
     mask = torch.ones_like(ids)
     calls = {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
     return interleaved_us(calls, seconds)
+
+
+def place_of(model: Any, time_on: str | None) -> torch.device:
+    """Where a model is timed: where it is, or on the device that was named."""
+    return torch.device(model.device if time_on is None else time_on)
+
+
+def place_name(device: torch.device) -> str:
+    """A GPU's name, or how many of the CPU's threads are used."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
 
 
 def clock(model: Any, shapes: Shapes, seconds: float) -> Clock:

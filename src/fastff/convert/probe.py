@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.distil import Kind, end_loss, normaliser, teach_layer, use_masked_training
-from fastff.convert.measure import clock, layer_us
+from fastff.convert.measure import clock, layer_us, place_name, place_of
 from fastff.convert.plan import (
     Clock,
     Option,
@@ -43,7 +44,8 @@ class Timer:
     """Times of described layers with fresh weights, each measured once."""
 
     def __init__(self, model: Any, settings: Settings) -> None:
-        self.width, self.device, self.settings = model.config.hidden_size, model.device, settings
+        self.width, self.settings = model.config.hidden_size, settings
+        self.device = place_of(model, settings.time_on)
         self._known: dict[str, tuple[float, ...]] = {}
 
     def __call__(self, description: dict[str, Any]) -> tuple[float, ...]:
@@ -62,7 +64,9 @@ def survey(teacher: Any, settings: Settings, progress: Progress = lambda *_: Non
     if not shapes:
         least = least_share(dense[0], settings)
         raise ValueError(f"active {settings.share:.2%} is below {least:.2%}, the least for this layer")
-    model_clock, timer = clock(teacher, settings.shapes, settings.timing_s), Timer(teacher, settings)
+    place = place_of(teacher, settings.time_on)
+    timed = teacher if teacher.device.type == place.type else copy.deepcopy(teacher).to(place)
+    model_clock, timer = clock(timed, settings.shapes, settings.timing_s), Timer(teacher, settings)
     slowness, stored = [], []
     for k, shape in enumerate(shapes):
         description = shape.fit(dense[0], settings.share)
@@ -73,7 +77,10 @@ def survey(teacher: Any, settings: Settings, progress: Progress = lambda *_: Non
     kept = [shapes[k] for k in shortlist(shapes, slowness, stored)]
     if settings.speedup is None:
         if min(slowness) >= 1 and not settings.keep_slow:
-            raise ValueError(f"no layer is faster as a tree at active {settings.share:.1%} here: ask for less")
+            raise ValueError(
+                f"no layer is faster as a tree at active {settings.share:.1%} on {place_name(place)}: ask for less"
+                + (", or time it on the CPU if the model will run on one" if place.type == "cuda" else "")
+            )
         return Survey(model_clock, tuple(kept))
     fastest = {shape: _fastest(shape, dense, model_clock, timer, settings) for shape in kept}
     able = [shape for shape in kept if model_clock.reach(fastest[shape]) >= settings.speedup]

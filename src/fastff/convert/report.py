@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastff.convert.budget import duration
 from fastff.convert.chart import LABELS, curve
 
 AUTO_NAMES = {
@@ -47,18 +48,27 @@ def shape_names(record: dict[str, Any]) -> list[str]:
     return [f"{sequences}x{tokens}" for sequences, tokens in record["shapes"]]
 
 
-def quality_head(record: dict[str, Any]) -> list[str]:
+def metric_names(record: dict[str, Any]) -> list[str]:
+    """The metric on every table, the one that decides first."""
     metric = record["metric"] or "quality"
+    return [f"{metric}, {table}" for table in record["tables"]] or [metric]
+
+
+def quality_head(record: dict[str, Any]) -> list[str]:
+    first, *others = metric_names(record)
     times = [f"{name}, ms (feedforwards)" for name in shape_names(record)]
-    return ["model", "active, %", f"{metric}, layers taught alone", f"{metric}, distilled", "held-out loss", *times]
+    return ["model", "active, %", f"{first}, layers taught alone", first, *others, "held-out loss", *times]
 
 
 def quality_rows(record: dict[str, Any]) -> list[list[str]]:
     """One row a model: name, share of the work, quality before and after joint distillation, held-out loss, times."""
-    rows = [["dense (original)", "100", "", figure(record["dense"]["quality"]), "", *_times(record["dense"])]]
+    dense = record["dense"]
+    figures = ["", figure(dense["quality"]), *map(figure, dense["further"].values()), ""]
+    rows = [["dense (original)", "100", *figures, *_times(dense)]]
     for point in (record, *record["curve"]):
         for name, arm in point["arms"].items():
-            figures = [figure(arm["before"]), figure(arm["after"]), figure(arm["held_out_loss"], 4)]
+            figures = [figure(arm["before"]), figure(arm["after"]), *map(figure, arm["further"].values())]
+            figures.append(figure(arm["held_out_loss"], 4))
             rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *figures, *_times(arm)])
     return rows
 
@@ -131,10 +141,10 @@ def page(record: dict[str, Any]) -> str:
         _table(quality_head(record), quality_rows(record)),
         f"<figure>{curve(record)}</figure>",
         "<p>Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
-        "operations as the trees. Pruned dense: the same neurons as they were. No feedforward: a constant. All are "
-        "distilled alike. Where a control is as good as the trees, routing brings nothing. Times are medians of calls "
-        f"that took turns in one process, {record['threads']} thread(s), {html.escape(record['device'])}; in brackets "
-        "the feedforward layers alone.</p><h2>Layers</h2>",
+        "operations as the trees. Pruned dense: the same neurons as they were. No feedforward: a constant. "
+        f"{_course(record)} Where a control is as good as the trees, routing brings nothing. Times are medians of "
+        f"calls that took turns in one process, {html.escape(record['timed_on'])}; in brackets the feedforward layers "
+        "alone.</p><h2>Layers</h2>",
         _table(
             ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "harm alone", "misses, %", *fractions],
             layer_rows(record),
@@ -151,6 +161,16 @@ def page(record: dict[str, Any]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Conversion of {title}</title>'
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+    )
+
+
+def _course(record: dict[str, Any]) -> str:
+    """How all students were taught, and what that took."""
+    table, memory = record["timetable"], record["gpu_bytes"]
+    held = "" if memory is None else f"; {memory['used'] / 2**30:.1f} GiB of GPU memory were used at most"
+    return (
+        f"Each was distilled in {table['steps']:,} steps of {record['settings']['batch']} examples, a step of all "
+        f"{table['students']} took {table['step_s']:.3g} s where that was measured{held}."
     )
 
 
@@ -172,11 +192,18 @@ def summary(record: dict[str, Any]) -> str:
     ]
     kept = sum(layer["description"] is None for layer in record["layers"])
     stayed = f" {kept} of {len(record['layers'])} layers are dense." if kept else ""
+    scores = zip(
+        metric_names(record),
+        [record["dense"]["quality"], *record["dense"]["further"].values()],
+        [tree["after"], *tree["further"].values()],
+        strict=True,
+    )
+    quality = "; ".join(f"{name}: {figure(old)} before, {figure(new)} after" for name, old, new in scores)
+    part = "last part of the conversion, which was interrupted," if record["continued"] else "conversion"
     return (
-        f"The feedforward layers spend {100 * tree['active']:.1f} % of their floating-point operations.{stayed} On "
-        f"{record['device']}: {'; '.join(times)}. {record['metric'] or 'Quality'}: "
-        f"{figure(record['dense']['quality'])} before, {figure(tree['after'])} after. The conversion took "
-        f"{record['seconds']:.0f} s."
+        f"The feedforward layers spend {100 * tree['active']:.1f} % of their floating-point operations.{stayed} Timed "
+        f"on {record['timed_on']}: {'; '.join(times)}. {quality}. The {part} took {duration(record['seconds'])} on "
+        f"{record['device']}."
     )
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from fastff.convert.capture import bytes_needed
+from fastff.convert.distil import LOGITS
 from fastff.convert.initialise import ROUTING_ROWS
 from fastff.convert.settings import Settings
 from fastff.convert.student import dense_layers, stored_neurons
@@ -20,14 +21,18 @@ from fastff.models.families import family_of
 FLOAT, DOUBLE = 4, 8
 ADAM = 2  # tensors of state a trained one
 BATCH_COPIES = 12  # of a block's hidden states that training keeps, attention included: an estimate
+LOGITS_COPIES = 6  # of a piece of a step
 
 
-def check(settings: Settings, teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], work: Path) -> None:
-    """Raise CheckpointError if disk or memory is too small. descriptions: the largest candidate of each block."""
+def check(
+    settings: Settings, teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], work: Path, longest: int
+) -> None:
+    """Raise CheckpointError if disk or memory is too small. descriptions: the largest candidate of each block;
+    longest: tokens of an example."""
     arms = (1 + len(settings.controls)) + len(settings.curve) * len({*settings.controls, "tree"} - {"none"})
     student = student_bytes(teacher, descriptions)
     _refuse("of disk", disk_bytes(settings, teacher, student, arms, work), shutil.disk_usage(work).free, str(work))
-    needed = memory_bytes(settings, teacher, kind, descriptions, student, arms)
+    needed = memory_bytes(teacher, kind, descriptions, student, arms, settings.batch * longest)
     if teacher.device.type == "cuda":
         free, place = torch.cuda.mem_get_info(teacher.device)[0], torch.cuda.get_device_name(teacher.device)
         _refuse("of GPU memory beside the model", needed, free, place)
@@ -55,22 +60,18 @@ def disk_bytes(settings: Settings, teacher: Any, student: int, arms: int, work: 
 
 
 def memory_bytes(
-    settings: Settings,
-    teacher: Any,
-    kind: str,
-    descriptions: Sequence[Mapping[str, Any]],
-    student: int,
-    arms: int,
+    teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], student: int, arms: int, tokens: int
 ) -> int:
-    """Bytes of the greatest need beside the teacher: regression of one layer, or a step of the distillation. All
-    students stay until their times are measured."""
+    """Bytes of the greatest need beside the teacher: regression of one layer, or a step of the distillation on so many
+    tokens. All students stay until their times are measured."""
     config = teacher.config
     widest = max(stored_neurons(d) for d in descriptions)
     neurons = max(layer.neurons for layer in dense_layers(teacher))
     regression = 3 * DOUBLE * widest**2 + FLOAT * ROUTING_ROWS * (widest + 2 * neurons)
-    tokens = settings.batch * settings.max_length
     states = BATCH_COPIES * config.num_hidden_layers * config.hidden_size
-    logits = 6 * config.vocab_size if kind in ("causal", "masked") else 0
+    logits = 0
+    if kind in ("causal", "masked"):
+        logits, tokens = LOGITS_COPIES * config.vocab_size, min(tokens, LOGITS // config.vocab_size)
     step = (1 + ADAM) * student + FLOAT * tokens * (states + logits)
     return int(arms * student + max(regression, step))
 

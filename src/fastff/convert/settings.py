@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fastff.convert.distil import Recipe
+from fastff.convert.distil import Kind, Recipe
 
 DEFAULT_ACTIVE = 0.1
 CONTROLS = ("narrow", "pruned", "none")
-_POSITIVE = ("rows", "layer_steps", "steps", "batch", "max_length", "max_tokens", "probe_rows")
+DEVICES = ("cpu", "cuda")
+# Examples a step, as in the runs of results/convert; sentences of two dozen tokens, blocks of 128.
+BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
+_POSITIVE = ("rows", "layer_steps", "steps", "max_length", "max_tokens", "probe_rows")
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,14 @@ class Settings:
     shapes       (sequences, tokens a sequence) of the timed calls
     shared       neurons of the part that every row computes beside the trees; None: none, half or
                  three quarters of the work, by measurement
-    table        evaluation table: sentence1, sentence2, label for embedding models; sentence, label for classifiers
+    time_on      "cpu" or "cuda": where layers and models are timed; None: where the conversion computes
+    tables       what quality is measured on, the first for every decision, the others only at the end. For embedding
+                 models a table of sentence1, sentence2, label; for classifiers of sentence, label; for causal models
+                 a text (default: a part of `text` that is kept aside)
     rows         tokens captured a block      layer_steps  steps of each layer alone
-    steps        steps of all layers together  batch       examples a step
+    steps        steps of all layers together, or fewer if `seconds` are given
+    seconds      that the whole conversion may take, but for putting layers back
+    batch        examples a step; 0: as many as BATCH says
     max_length   tokens an example            max_tokens   tokens read from the text
     probe_rows   tokens of each measurement before the choice of layers
     timing_s     seconds of timing a layer; whole models get six times as long
@@ -50,21 +58,23 @@ class Settings:
     curve: tuple[float, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ((1, 128), (32, 128))
     shared: int | None = None
-    table: Path | None = None
+    time_on: str | None = None
+    tables: tuple[Path, ...] = ()
     rows: int = 200_000
-    layer_steps: int = 200
-    steps: int = 2000
-    batch: int = 32
+    layer_steps: int = 150
+    steps: int = 1100
+    seconds: float | None = None
+    batch: int = 0
     max_length: int = 128
     max_tokens: int = 20_000_000
     probe_rows: int = 16_384
     timing_s: float = 0.15
-    rate: float = 1e-3
-    rate_others: float = 1e-4
-    rate_routing: float = 1.0
-    mild: float = 0.0
-    average: float = 0.0
-    seed: int = 0
+    rate: float = Recipe.rate
+    rate_others: float = Recipe.rate_others
+    rate_routing: float = Recipe.rate_routing
+    mild: float = Recipe.mild
+    average: float = Recipe.average
+    seed: int = Recipe.seed
     controls: tuple[str, ...] = CONTROLS
     keep_slow: bool = False
 
@@ -78,8 +88,13 @@ class Settings:
             raise ValueError(f"speedup {self.speedup} is not above 1")
         if self.max_loss is not None and not 0.0 < self.max_loss < 1.0:
             raise ValueError(f"max_loss {self.max_loss} is not between 0 and 1")
-        if self.shared is not None and self.shared < 0:
-            raise ValueError(f"shared {self.shared} is not at least 0")
+        if self.seconds is not None and not self.seconds > 0.0:
+            raise ValueError(f"seconds {self.seconds} is not above 0")
+        if self.time_on is not None and self.time_on not in DEVICES:
+            raise ValueError(f"time_on {self.time_on!r} is not one of {', '.join(DEVICES)}")
+        for name in ("shared", "batch"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 0")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not at least 1")

@@ -396,6 +396,7 @@ def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -
         "seconds": round(plan.budget.used, 2),
         "tokens_per_second": tokens_per_second(history, preset.length),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
+        "cached_gpu_bytes": torch.cuda.max_memory_reserved() if trainer.args.device.type == "cuda" else None,
         "processes": trainer.args.world_size,
         "valid_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],

@@ -27,6 +27,7 @@ from fastff.training.schedule import Budget, rows_at, triangle
 
 Report = Callable[[int, float, float], None]  # step, loss, progress
 _POSITION = "position.json"
+_CACHED = 2  # times what was ever needed at once, that a GPU's memory may be kept for later
 
 
 @dataclass
@@ -200,6 +201,8 @@ class Guide(TrainerCallback):
             balance(trainer.health.layers, trainer.health.collect(), plan.layer.balance)
         if stop or plan.budget.spent(state.global_step):
             control.should_training_stop = control.should_save = True
+        if plan.budget.progress(state.global_step) < plan.ramp:
+            release_unused(args.device)
         if state.global_step % plan.save_every == 0:
             control.should_save = True
         if control.should_save:  # so that the means that are logged begin anew where a resumed run begins
@@ -221,6 +224,15 @@ class Guide(TrainerCallback):
         if "loss" in (logs or {}):
             progress = self.trainer.plan.budget.progress(state.global_step)
             self.trainer.plan.report(state.global_step, logs["loss"], progress)
+
+
+def release_unused(device: torch.device) -> None:
+    """Give a GPU's cached memory back once there is more than _CACHED times what was ever needed of it.
+
+    A freed block serves tensors of at most its size, so a batch that grows by a row a step leaves the logits of every
+    size behind."""
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > _CACHED * torch.cuda.max_memory_allocated(device):
+        torch.cuda.empty_cache()
 
 
 def agreed(values: list[float], device: torch.device) -> list[float]:
