@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastff.convert.chart import LABELS
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "convert"
 Row = dict[str, Any]
@@ -115,10 +117,48 @@ def latency_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {
+def command(name: str) -> str:
+    """A run of the whole `fastff convert`; empty while there is none."""
+    return command_table(read(name)) if (FOLDER / name).exists() else ""
+
+
+def command_table(record: dict[str, Any]) -> str:
+    """Every model of a report of `fastff convert`: its scores, what a causal one lost by them, and its times."""
+    report = record["report"]
+    dense, tables = report["dense"], report["tables"]
+    shapes = [f"{a}x{b}, ms ({what})" for a, b in report["shapes"] for what in ("whole", "feedforwards")]
+    heads = ["model", "active, %", f"{tables[0]}, alone", *tables, *shapes]
+    rows = [["dense (original)", "100", "", *_command_scores(dense, dense, report), *_command_times(dense, dense)]]
+    for point in (report, *report["curve"]):
+        for name, arm in point["arms"].items():
+            scores = [f"{arm['before']:,.2f}", *_command_scores(arm, dense, report)]
+            rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *scores, *_command_times(arm, dense)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def _command_scores(arm: Row, dense: Row, report: dict[str, Any]) -> list[str]:
+    found = [arm.get("after", arm.get("quality")), *arm["further"].values()]
+    if report["kind"] != "causal" or arm is dense:
+        return [f"{score:.2f}" for score in found]
+    before = [dense["quality"], *dense["further"].values()]
+    return [f"{new:,.2f} ({100 * (new / old - 1):+.1f} %)" for new, old in zip(found, before, strict=True)]
+
+
+def _command_times(arm: Row, dense: Row) -> list[str]:
+    cells = []
+    for k in range(len(dense["latency_ms"])):
+        for name in ("latency_ms", "feedforward_ms"):
+            times = f" ({dense[name][k] / arm[name][k]:.2f}x)" if arm is not dense else ""
+            cells.append(f"{arm[name][k]:.1f}{times}")
+    return cells
+
+
+TABLES: dict[str, Callable[[], str]] = {
     "convert-minilm": minilm,
     "convert-minilm-earlier": minilm_earlier,
     "convert-oracle": oracle,
     "convert-tasks": tasks,
     "convert-latency": latency,
+    "convert-command-minilm": lambda: command("command-minilm.json"),
+    "convert-command-causal": lambda: command("command-causal.json"),
 }

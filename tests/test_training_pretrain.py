@@ -22,6 +22,7 @@ from fastff.training.presets import PRESETS, cost_of
 from fastff.training.pretrain import Settings, pretrain, tokens_per_second
 from fastff.training.routing import LayerTraining
 from fastff.training.tokens import Tokens, Vocabulary
+from fastff.training.trainer import release_unused
 from training_cases import FEEDFORWARD, small, write_text
 
 
@@ -271,3 +272,14 @@ def test_bf16_and_one_option_of_each_kind(text, tmp_path):
     record = pretrain(small(tmp_path, text, precision="bf16", layer=layer, steps=4))
     assert record["finished"]
     assert all(loss > 0 for _, loss in record["curve"])
+
+
+@pytest.mark.parametrize(("cached", "given_back"), [(199, 0), (201, 1)])
+def test_memory_that_a_growing_batch_leaves_behind_is_given_back(cached, given_back, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 100)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: cached)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    release_unused(torch.device("cuda"))
+    release_unused(torch.device("cpu"))
+    assert len(calls) == given_back

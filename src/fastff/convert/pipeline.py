@@ -48,7 +48,9 @@ def convert(
     if settings.time_on == "cuda" and not torch.cuda.is_available():
         raise ValueError("time_on 'cuda': there is no GPU here")
     teacher, tokenizer, kind = load_dense(settings.model)
-    settings = replace(settings, batch=settings.batch or BATCH[kind])
+    positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
+    longest = min(settings.max_length, positions, tokenizer.model_max_length)
+    settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
     continued = _claim(work, settings)
     try:
         course, found = _prepared(settings, teacher, tokenizer, kind, work, progress)

@@ -40,7 +40,7 @@ class Settings:
     steps        steps of all layers together, or fewer if `seconds` are given
     seconds      that the whole conversion may take, but for putting layers back
     batch        examples a step; 0: as many as BATCH says
-    max_length   tokens an example            max_tokens   tokens read from the text
+    max_length   tokens an example, or as many as the model takes      max_tokens  tokens read from the text
     probe_rows   tokens of each measurement before the choice of layers
     timing_s     seconds of timing a layer; whole models get six times as long
     rate, rate_others, rate_routing, mild, average   see `distil.Recipe`

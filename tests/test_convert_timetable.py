@@ -1,0 +1,184 @@
+"""How long a conversion takes: the estimate, a budget of seconds, pieces of a step, and where it is timed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from convert_cases import WORDS, few_shapes, saved, settings_for, text, tiny, tokenizer
+from fastff.convert import budget, convert, distil
+from fastff.convert.budget import Timetable, duration, timetable, typical_batches
+from fastff.convert.evaluate import measures_of
+from fastff.convert.measure import place_name, place_of
+from fastff.convert.plan import Clock
+from fastff.convert.settings import BATCH, Settings
+from fastff.convert.text import Examples
+from fastff.errors import CheckpointError
+
+CLOCK = Clock(model_us=(50_000.0,), dense_us=((30_000.0,),))
+
+
+def examples_of(lengths):
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return Examples(np.zeros(offsets[-1], dtype=np.uint32), offsets, 0)
+
+
+def course_of(**changes):
+    settings = Settings(model="m", text="t", out="o", **{"steps": 1000, "batch": 10, "timing_s": 0.0, **changes})
+    return SimpleNamespace(
+        settings=settings, examples=examples_of([20] * 100), held_out=examples_of([20] * 5), captured=[]
+    )
+
+
+def count(monkeypatch, **changes):
+    """Two students, steps of 2 s, 30 s for the other's layers, 5 s for the scores of one."""
+    monkeypatch.setattr(budget, "step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: 100.0)
+    options = {"build_s": 30.0, "scores_s": 5.0, "clock": CLOCK, "began": 40.0}
+    return timetable(course_of(**changes), [["a"], ["b"]], **options)
+
+
+def test_without_a_budget_all_steps_are_taken_and_the_rest_is_estimated(monkeypatch):
+    table = count(monkeypatch)
+    # Half a step of both students on half as many tokens: 1 s. Six calls of three models and their layers: 1.8 s.
+    assert table == Timetable(2, 1000, 4.0, pytest.approx(30 + 20 + 1 + 1.8), 60.0)
+    assert table.left_s == pytest.approx(4052.8)
+    assert str(table) == "about 68 min left: 2 models, 1000 steps of 2 s each, and 53 s for the rest"
+
+
+def test_a_budget_of_seconds_leaves_as_many_steps_as_fit(monkeypatch):
+    table = count(monkeypatch, seconds=1000.0)
+    assert table.steps == int(0.95 * (1000 - 60 - 52.8) / 4)
+    assert table.spent_s + table.left_s < 1000
+    assert count(monkeypatch, seconds=1e6).steps == 1000
+
+
+def test_too_few_seconds_name_what_is_needed(monkeypatch):
+    with pytest.raises(ValueError, match="seconds 130 are too few: 155 are needed for 10 joint steps"):
+        count(monkeypatch, seconds=130.0)
+    assert count(monkeypatch, seconds=155.0).steps == 10
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(7.4, "7 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations_are_written_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_the_batches_that_are_timed_are_as_long_as_all_in_the_mean():
+    lengths = np.random.default_rng(0).integers(3, 60, size=2000)
+    batches = typical_batches(examples_of(lengths), 16, seed=0)
+    longest = [lengths[which].max() for which in batches]
+    assert longest == sorted(longest)
+    assert np.mean(longest) == pytest.approx(lengths.mean(), rel=0.15)
+
+
+def test_a_step_of_many_logits_is_cut_into_pieces(monkeypatch):
+    examples, which = examples_of([8] * 30), np.arange(3, 23)
+    monkeypatch.setattr(distil, "LOGITS", 8 * 100 * 6)
+    found = distil.pieces(examples, which, "causal", 100)
+    assert [len(piece) for piece in found] == [5, 5, 5, 5]
+    assert np.array_equal(np.concatenate(found), which)
+    monkeypatch.setattr(distil, "LOGITS", 1)
+    assert len(distil.pieces(examples, which, "masked", 100)) == 20
+    assert len(distil.pieces(examples, which, "embedding", 100)) == 1
+
+
+def test_pieces_teach_what_the_whole_step_teaches(monkeypatch):
+    """Up to the hidden states' variance, which is that of a piece."""
+    gradients = {}
+    for limit in (2**28, 62 * 8 * 3):
+        monkeypatch.setattr(distil, "LOGITS", limit)
+        teacher, student = tiny("gpt2"), tiny("gpt2", seed=1)
+        examples = Examples(np.random.default_rng(0).integers(2, 62, 96), np.arange(0, 97, 8), 0)
+        recipe = distil.Recipe(steps=1, batch=12)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+        distil.distil(student, teacher, examples, recipe, kind="causal")
+        gradients[limit] = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    whole, cut = gradients.values()
+    assert not torch.equal(whole, cut)
+    assert torch.nn.functional.cosine_similarity(whole, cut, dim=0) > 0.97
+    assert float(cut.norm() / whole.norm()) == pytest.approx(1, abs=0.1)
+
+
+def test_models_are_timed_where_they_are_or_where_one_says():
+    model = tiny()
+    assert place_of(model, None) == place_of(model, "cpu") == torch.device("cpu")
+    threads = torch.get_num_threads()
+    assert place_name(torch.device("cpu")) == f"CPU, {threads} thread{'s' * (threads > 1)}"
+    with pytest.raises(ValueError, match="time_on 'gpu' is not one of cpu, cuda"):
+        Settings(model="m", text="t", out="o", time_on="gpu")
+    with pytest.raises(ValueError, match="seconds -1"):
+        Settings(model="m", text="t", out="o", seconds=-1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_timing_on_a_gpu_that_is_not_there_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        convert(settings_for(tmp_path, "model", text, time_on="cuda"))
+
+
+def test_a_budget_that_is_too_small_is_mended_by_more_seconds(tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer)
+    settings = settings_for(tmp_path, model, text, steps=50, batch=0, max_length=900, controls=("none",), time_on="cpu")
+    with pytest.raises(ValueError, match=r"seconds 0 are too few: \d+ are needed for 10 joint steps"):
+        convert(replace(settings, seconds=0.01))
+    said, taken = [], []
+    record = convert(
+        replace(settings, seconds=100.0), say=said.append, progress=lambda what, done, of: taken.append((what, of))
+    )
+    assert len(said) == 1
+    assert said[0].startswith("about ")
+    assert record["continued"]
+    assert record["timetable"]["steps"] == 50
+    assert ("distil tree", 50) in taken
+    assert record["arms"]["tree"]["steps"] == record["arms"]["none"]["steps"] == 50
+    assert record["settings"]["batch"] == BATCH["embedding"]
+    assert record["settings"]["max_length"] == 512  # positions of the model
+    assert "interrupted" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_settings_that_were_refused_can_be_put_right(tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer)
+    with pytest.raises(CheckpointError, match="tokens to learn from"):
+        convert(settings_for(tmp_path, model, text, rows=900_000))
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_further_tables_are_told_but_decide_nothing(tokenizer, text, tmp_path):
+    model = saved(tmp_path / "model", tokenizer, "gpt2")
+    for name, lines in (("first", 40), ("second", 60)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(" ".join(WORDS[k % 50 :]) for k in range(lines)))
+    tables = (tmp_path / "first.txt", tmp_path / "second.txt")
+    record = convert(settings_for(tmp_path, model, text, tables=tables, controls=("none",), steps=2, layer_steps=1))
+    names = [f"{tmp_path.name}/{name}" for name in ("first", "second")]
+    assert record["tables"] == names
+    for figures in (record["dense"], *record["arms"].values()):
+        assert list(figures["further"]) == names[1:]
+        assert all(score > 1 for score in figures["further"].values())
+    head, dense = (
+        line for line in (tmp_path / "out/README.md").read_text().splitlines() if line[:4] in ("| mo", "| de")
+    )
+    assert f"perplexity, {names[0]} | perplexity, {names[1]} |" in head
+    assert f"{record['dense']['quality']:.2f} | {record['dense']['further'][names[1]]:.2f} |" in dense
+    assert json.loads((tmp_path / "out/report/report.json").read_text())["tables"] == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "why"),
+    [
+        ("masked", "a", "a masked model has no metric"),
+        ("causal", "w1 w2", "less than one block of 8 tokens"),
+        ("embedding", "sentence1\tlabel\nx\t1", "has no column sentence2, only sentence1, label"),
+        ("classifier", "sentence\nx", "has no column label"),
+    ],
+)
+def test_a_table_of_no_use_is_refused_with_the_reason(kind, content, why, tokenizer, tmp_path):
+    table = tmp_path / ("a.txt" if kind == "causal" else "a.tsv")
+    table.write_text(content + "\n")
+    with pytest.raises(CheckpointError, match=why):
+        measures_of(kind, tokenizer, (table,), tmp_path / "work", max_length=8, max_tokens=100)
