@@ -35,7 +35,7 @@ from pack_tokens import unpack
 
 TABLES = ("STS-B/dev.parquet", "STS-B/test.parquet", "SICK/test.parquet")
 PRETRAIN = "--preset small --precision bf16 --compile --batch 256 --micro-batch 256 --ramp 0 --seconds 60"
-LEARNT = 6_000_000  # tokens of the pretraining's text that the conversion of the causal model reads
+VALID = "pretraining/valid.txt"
 PIECE = 4096  # examples decoded at once
 
 
@@ -77,18 +77,19 @@ def prepare_embedding(packed: Path, work: Path) -> list[str]:
     return ["model", "--text", "text.txt", *(part for name in TABLES for part in ("--table", name))]
 
 
-def prepare_causal(packed: Path, work: Path, pretrain: str) -> list[str]:
-    """The pretrained model, text.txt and valid.txt. Returns the arguments of the conversion."""
+def prepare_causal(packed: Path, work: Path, pretrain: str, tokens: int) -> list[str]:
+    """The pretrained model, text.txt of so many tokens, and VALID. Returns the arguments of the conversion."""
     unpack(packed, work / "data")
     arguments = ["--text", "train", "--valid", "valid", "--data", "data", "--objective", "causal"]
     fastff("pretrain", "--out", "pretrained", *arguments, *shlex.split(pretrain), work=work)
     tokenizer = AutoTokenizer.from_pretrained(work / "data/tokenizer")
-    for part, name in (("train", "text.txt"), ("valid", "valid.txt")):
-        ids = np.fromfile(work / "data" / part / "tokens.bin", dtype=np.uint16)[:LEARNT]
+    (work / "pretraining").mkdir()
+    for part, name in (("train", "text.txt"), ("valid", VALID)):
+        ids = np.fromfile(work / "data" / part / "tokens.bin", dtype=np.uint16)[:tokens]
         ends = np.flatnonzero(ids == tokenizer.sep_token_id) + 1
         # The separator stays: it stands between documents in the windows of the pretraining, too.
         write_lines(work / name, decoded(tokenizer, np.split(ids, ends), special=True))
-    return ["pretrained/model", "--text", "text.txt", "--table", "valid.txt"]
+    return ["pretrained/model", "--text", "text.txt", "--table", VALID]
 
 
 def made(work: Path) -> dict[str, Any] | None:
@@ -108,13 +109,14 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--options", default="", help="of fastff convert")
     parser.add_argument("--pretrain", default=PRETRAIN, help="options of fastff pretrain")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="read in converting the causal model, at most")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
     if args.kind == "embedding":
         arguments = prepare_embedding(args.packed, args.work)
     else:
-        arguments = prepare_causal(args.packed, args.work, args.pretrain)
+        arguments = prepare_causal(args.packed, args.work, args.pretrain, args.tokens)
     options = shlex.split(args.options)
     fastff("convert", *arguments, "--out", "converted", *options, work=args.work)
     report = json.loads((args.work / "converted/report/report.json").read_text())

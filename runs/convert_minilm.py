@@ -30,6 +30,7 @@ from fastff.convert.capture import capture
 from fastff.convert.distil import Recipe, distil
 from fastff.convert.evaluate import read_table, similarity
 from fastff.convert.initialise import contribution
+from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops
 from fastff.convert.text import tokenise
 from fastff.models.families import family_of
@@ -235,11 +236,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=240.0, help="of the joint distillation, all arms at once")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds of the whole command: fewer steps are taken")
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--layer-steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--rate-others", type=float, default=2e-4)
+    # The command's own settings, which this comparison tries out.
+    parser.add_argument("--rows", type=int, default=Settings.rows)
+    parser.add_argument("--layer-steps", type=int, default=Settings.layer_steps)
+    parser.add_argument("--batch", type=int, default=BATCH["embedding"])
+    parser.add_argument("--rate", type=float, default=Settings.rate)
+    parser.add_argument("--rate-others", type=float, default=Settings.rate_others)
     parser.add_argument("--arms", nargs="*", help="names of arms, all by default")
     parser.add_argument("--dev-only", action="store_true", help="evaluate on STS-B dev alone, without the oracle")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many of each arm")

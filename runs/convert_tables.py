@@ -139,7 +139,7 @@ def command_table(record: dict[str, Any]) -> str:
 def _command_scores(arm: Row, dense: Row, report: dict[str, Any]) -> list[str]:
     found = [arm.get("after", arm.get("quality")), *arm["further"].values()]
     if report["kind"] != "causal" or arm is dense:
-        return [f"{score:.2f}" for score in found]
+        return [f"{score:,.2f}" for score in found]
     before = [dense["quality"], *dense["further"].values()]
     return [f"{new:,.2f} ({100 * (new / old - 1):+.1f} %)" for new, old in zip(found, before, strict=True)]
 

@@ -32,21 +32,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from convert_carry import CAUSAL, restore
 from fastff.convert.arms import Course, active_share, control, teach
+from fastff.convert.budget import step_seconds
 from fastff.convert.capture import capture
-from fastff.convert.distil import Kind, Recipe, distil, use_masked_training
-from fastff.convert.evaluate import accuracy, perplexity, read_table
+from fastff.convert.evaluate import METRIC, accuracy, perplexity, read_table
 from fastff.convert.load import load_dense
-from fastff.convert.pipeline import METRIC, split_examples
+from fastff.convert.pipeline import split_examples
 from fastff.convert.plan import Shape
-from fastff.convert.settings import Settings
+from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import dense_layers
 from fastff.convert.text import tokenise
-from fastff.models.converted import make_converted
 from fastff.training import presets, pretrain
 
 SIZE = presets.Preset("mini", 256, 6, 8, 128, 8192, 128, 128, 1e-3, 1, 5_000_000)
 ARMS = ("tree", "narrow", "none")
-TIMED_STEPS = 15
 VALID = 0.05  # of the documents
 RATE, EPOCHS = 1e-4, 3  # of fine-tuning
 
@@ -135,19 +133,6 @@ def fine_tune(model: Any, tokenizer: Any, sentences: list[str], labels: np.ndarr
     return step
 
 
-def steps_in(course: Course, descriptions: Any, seconds: float) -> int:
-    """How many joint steps a tree takes in so many seconds, by the time of a few."""
-    student = make_converted(course.teacher, descriptions)
-    use_masked_training(student.modules(), student.device.type == "cuda")
-    for count in (2, TIMED_STEPS):
-        start = time.perf_counter()
-        recipe = Recipe(steps=count, batch=course.settings.batch)
-        distil(student, course.teacher, course.examples, recipe, kind=course.kind)
-        if student.device.type == "cuda":
-            torch.cuda.synchronize()
-    return max(5, int(seconds * TIMED_STEPS / (time.perf_counter() - start)))
-
-
 def run_task(args: Any, task: str, results: Any) -> None:
     """Make the dense model, convert it, put the record into the queue."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -167,7 +152,7 @@ def run_task(args: Any, task: str, results: Any) -> None:
         "rows": args.rows,
         "layer_steps": args.layer_steps,
         "max_length": SIZE.length if task == "causal" else 64,
-        "batch": args.batch // 4 if task == "causal" else args.batch,
+        "batch": BATCH[kind],
         "max_tokens": args.tokens,
         "rate_routing": args.rate_routing,
     }
@@ -178,12 +163,9 @@ def run_task(args: Any, task: str, results: Any) -> None:
     dense = dense_layers(teacher)
     trees = [Shape(args.trees, args.depth, part=args.part).fit(layer, args.active) for layer in dense]
 
-    def course_of(settings: Settings, kind: Kind) -> Course:
-        quality = lambda model: measure(model, tokenizer)  # noqa: E731
-        return Course(settings, kind, teacher, captured, examples, held_out, quality, lambda *_: None)
-
-    steps = steps_in(course_of(settings, kind), trees, args.seconds)
-    course = course_of(Settings(**options, steps=steps), kind)
+    quality = lambda model: measure(model, tokenizer)  # noqa: E731
+    course = Course(settings, kind, teacher, captured, examples, held_out, quality, {}, lambda *_: None)
+    steps = max(5, int(args.seconds / step_seconds(course, trees)))
     record: dict[str, Any] = {
         "task": task,
         "metric": METRIC[kind],
@@ -200,7 +182,7 @@ def run_task(args: Any, task: str, results: Any) -> None:
     for name in args.arms:
         start = time.perf_counter()
         descriptions = trees if name == "tree" else control(name, dense, trees)
-        _, facts = teach(course, name, descriptions, work / name)
+        _, facts = teach(course, name, descriptions, work / name, steps)
         share = active_share(dense, descriptions)
         record["arms"][name] = {**facts, "active": share, "seconds": time.perf_counter() - start}
         record["seconds"] = time.perf_counter() - began
@@ -217,16 +199,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--train-seconds", type=float, default=100.0, help="of making the dense model")
     parser.add_argument("--seconds", type=float, default=45.0, help="of each student's joint distillation")
-    parser.add_argument(
-        "--batch", type=int, default=128, help="examples a step; in converting the causal model a quarter"
-    )
+    parser.add_argument("--batch", type=int, default=128, help="examples a step, of making the dense model")
     parser.add_argument("--active", type=float, default=0.1)
     parser.add_argument("--trees", type=int, default=2)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--part", type=float, default=0.75, help="of the work, for shared neurons")
-    parser.add_argument("--rate-routing", type=float, default=1.0)
+    parser.add_argument("--rate-routing", type=float, default=Settings.rate_routing)
     parser.add_argument("--rows", type=int, default=150_000)
-    parser.add_argument("--layer-steps", type=int, default=150)
+    parser.add_argument("--layer-steps", type=int, default=Settings.layer_steps)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="read of the text in converting")
     parser.add_argument("--valid-tokens", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
