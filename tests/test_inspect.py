@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import fastff
-from fastff.inspect import collect, heap_counts, turns, visited
+from fastff.inspect import collect, turns, visited
 from fastff.inspect.picture import draw_path, draw_tree, relative_use
+from fastff.layers import Usage
 
 
 @pytest.fixture
@@ -19,13 +20,13 @@ def model():
     return nn.Sequential(fastff.FFF(12, depth=4, trees=2), nn.LayerNorm(12), fastff.FFF(12, depth=3)).eval()
 
 
-def test_heap_counts_sum_children():
+def test_visits_of_nodes_sum_children():
     leaves = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 0]])
-    assert heap_counts(leaves).tolist() == [[10, 3, 7, 1, 2, 3, 4], [5, 0, 5, 0, 0, 5, 0]]
+    assert Usage.of(leaves).visits.tolist() == [[10, 3, 7, 1, 2, 3, 4], [5, 0, 5, 0, 0, 5, 0]]
 
 
-def test_heap_counts_of_a_lone_leaf():
-    assert heap_counts(torch.tensor([[9]])).tolist() == [[9]]
+def test_visits_of_a_lone_leaf():
+    assert Usage.of(torch.tensor([[9]])).visits.tolist() == [[9]]
 
 
 def test_collect_counts_every_visit(model):

@@ -40,9 +40,9 @@ class Routing:
         }
 
 
-def heap_counts(leaf_counts: Tensor) -> Tensor:
-    """Visits of every node (trees, 2 * leaves - 1) in heap order from visits of the leaves (trees, leaves)."""
-    return Usage.of(leaf_counts).visits
+def conditional_layers(model: nn.Module) -> dict[str, FFF]:
+    """The conditional layers by the name of the module, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FFF)}
 
 
 def collect(model: nn.Module, run: Callable[[], object]) -> dict[str, Routing]:
@@ -50,13 +50,13 @@ def collect(model: nn.Module, run: Callable[[], object]) -> dict[str, Routing]:
 
     What the layers had counted before is forgotten.
     """
-    layers = _layers(model)
+    layers = conditional_layers(model)
     for layer in layers.values():
         layer.reset_usage()
         layer.track_usage()
     try:
         run()
-        return {name: Routing(layer.config.depth, heap_counts(layer.usage().counts)) for name, layer in layers.items()}
+        return {name: Routing(layer.config.depth, layer.usage().visits) for name, layer in layers.items()}
     finally:
         for layer in layers.values():
             layer.track_usage(False)
@@ -69,7 +69,7 @@ def visited(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     """
     seen: dict[str, Tensor] = {}
     hooks = []
-    for name, layer in _layers(model).items():
+    for name, layer in conditional_layers(model).items():
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             assert isinstance(module, FFF)
@@ -87,7 +87,3 @@ def visited(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
 def turns(path: Tensor) -> str:
     """The turns of one path (levels,) of heap indices, such as `LRRL`: a right child has an even index."""
     return "".join("R" if int(node) % 2 == 0 else "L" for node in path[1:])
-
-
-def _layers(model: nn.Module) -> dict[str, FFF]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FFF)}

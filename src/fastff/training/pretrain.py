@@ -24,6 +24,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from fastff.errors import TrainingError
+from fastff.inspect import conditional_layers
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.interface import BACKENDS, why_unavailable_cached
 from fastff.training import checkpoint, tokens
@@ -31,7 +32,7 @@ from fastff.training.batches import Batch, Batches
 from fastff.training.files import read_json, write_json
 from fastff.training.interrupt import Stop
 from fastff.training.presets import Preset, configuration, cost_of, feedforward_of, preset_of, with_changes
-from fastff.training.routing import LayerTraining, conditional_layers
+from fastff.training.routing import LayerTraining
 from fastff.training.schedule import Budget
 from fastff.training.trainer import Plan, PretrainTrainer, Report, Source
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastff.errors import TrainingError
+from fastff.inspect import conditional_layers
 from fastff.layers import FFF, Usage
 
 
@@ -64,11 +65,6 @@ def layer_training(options: list[str]) -> LayerTraining:
         except ValueError as error:
             raise TrainingError(f"{name} {value!r} is not a number") from error
     return LayerTraining(**given)
-
-
-def conditional_layers(model: nn.Module) -> dict[str, FFF]:
-    """The conditional layers by the name of the module, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FFF)}
 
 
 class Health:
