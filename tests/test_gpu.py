@@ -63,6 +63,35 @@ def test_two_streams_do_not_disturb_each_other():
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recorded_pass_is_launched_without_triton_and_computes_the_same(shape, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    from fastff.ops.triton_kernels import launch
+
+    if not launch._may_launch_directly():
+        pytest.skip("this Triton launches by itself")
+    layer, x = layer_on("cuda", shape), rows_on("cuda", 3000)
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+
+    want = step()
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("Triton was asked to launch"))
+    assert all(torch.equal(a, b) for a, b in zip(step(), want, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_at_an_odd_address_compute_the_same(shape):
+    layer, x = layer_on("cuda", shape).eval(), rows_on("cuda", 3000)
+    odd = torch.empty(3000 * 64 + 1, device="cuda")[1:].view(3000, 64).copy_(x)
+    assert odd.data_ptr() % 16 == 4
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(layer(odd), layer(x), atol=1e-5)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_the_tensors_device_counts_not_the_current_one():
     first, second = (layer_on(f"cuda:{index}", "tree") for index in range(2))

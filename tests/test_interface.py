@@ -121,6 +121,14 @@ def test_who_watches_sees_the_registered_op_and_its_backward():
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own: tracing is deprecated
+def test_a_trace_holds_the_op():
+    layer, x = make_layer(6, 5, **PUBLISHED), make_rows(4, 6, dtype=torch.float32)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "fastff::forward" in str(traced.graph)
+    assert torch.equal(traced(2 * x), layer(2 * x))
+
+
 def test_fake_tensors_take_their_shape_from_the_op():
     with FakeTensorMode():
         layer = make_layer(6, 5, **GATED)

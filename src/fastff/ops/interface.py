@@ -232,6 +232,7 @@ def _eager(*tensors: Tensor | None) -> bool:
     much as the kernels' launches, has nothing to add."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     ) and all(tensor is None or tensor.__class__ in _PLAIN for tensor in tensors)

@@ -140,8 +140,8 @@ def _leaves_kernel(
 
     # The turns that led here: margins, gates, and the nodes' own neurons.
     if ANCESTORS > 0:
-        a_tree, a_row, _a_entry, a_exists = ancestor_column(tl.arange(0, ANCESTORS), group, turn, DEPTH, JOINT, TREES)
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * OUT_ROWS + a_row, 0)
+        a = tl.arange(0, ANCESTORS)
+        _a_tree, a_row, _a_entry, a_exists = ancestor_column(a, group, turn, DEPTH, JOINT, TREES, OUT_ROWS)
         above = tl.zeros((BM, ANCESTORS), tl.float32)
     if b_out_ptr is not None:
         j = tl.arange(0, 16)

@@ -197,14 +197,47 @@ def tile_of(base, row, start, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def ancestor_column(a, group, turn, LEVEL: tl.constexpr, JOINT: tl.constexpr, TREES: tl.constexpr):
-    """What ancestor column `a` is: (tree, row of the tree, path entry, exists)."""
+def ancestor_column(
+    a, group, turn, LEVEL: tl.constexpr, JOINT: tl.constexpr, TREES: tl.constexpr, TREE_ROWS: tl.constexpr
+):
+    """What ancestor column `a` is: (tree, row of all trees' matrix, path entry, exists)."""
     joint = tl.minimum(a // LEVEL, JOINT - 1)
     level = a % LEVEL
     prefix = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
     row = ((1 << level) - 1).to(tl.int64) + (prefix >> (LEVEL - level))
     tree = turn * JOINT + joint
-    return tree, row, level, (a < LEVEL * JOINT) & (tree < TREES)
+    exists = (a < LEVEL * JOINT) & (tree < TREES)
+    return tree, tl.where(exists, tree.to(tl.int64) * TREE_ROWS + row, 0), level, exists
+
+
+@triton.jit
+def group_columns(
+    chunk,
+    group,
+    turn,
+    TREES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LEVEL: tl.constexpr,
+    JOINT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_NODES: tl.constexpr,
+    LEAF_FIRST: tl.constexpr,
+    LEAF_ROWS: tl.constexpr,
+    LEAF_ENTRY: tl.constexpr,
+    TREE_ROWS: tl.constexpr,
+):
+    """Chunk number `chunk` of COLUMNS columns of each of a group's subtrees, side by side: (number among the joint
+    trees, tree, row of all trees' matrix, and entry, shift, place and existence as `subtree_column` gives them)."""
+    c = tl.arange(0, COLUMNS * JOINT)
+    joint = c // COLUMNS
+    tree = turn * JOINT + joint
+    prefix = prefix_of(group, joint, LEVEL, JOINT)
+    place_row, entry, shift, place, exists = subtree_column(
+        chunk * COLUMNS + c % COLUMNS, prefix, DEPTH, DEPTH - LEVEL, HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY
+    )
+    exists = exists & (tree < TREES)
+    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
+    return joint, tree, w_row, entry, shift, place, exists
 
 
 @triton.jit
@@ -257,21 +290,14 @@ def _pick_kernel(
         return
     group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
 
-    c = tl.arange(0, COLUMNS * JOINT)
-    joint = c // COLUMNS
-    tree = turn * JOINT + joint
-    prefix = prefix_of(group, joint, LEVEL, JOINT)
-    column = tl.program_id(2) * COLUMNS + c % COLUMNS
-    SUB: tl.constexpr = DEPTH - LEVEL
-    place_row, entry, shift, place, exists = subtree_column(
-        column, prefix, DEPTH, SUB, HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY
-    )
-    exists = exists & (tree < TREES)
-    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
+    joint, tree, w_row, entry, shift, place, exists = group_columns(
+        tl.program_id(2), group, turn, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+        HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS,
+    )  # fmt: skip
     acc = tl.zeros((BM, COLUMNS * JOINT), tl.float32)
     if ANCESTORS > 0:
-        a_tree, a_row, a_entry, a_exists = ancestor_column(tl.arange(0, ANCESTORS), group, turn, LEVEL, JOINT, TREES)
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * TREE_ROWS + a_row, 0)
+        a = tl.arange(0, ANCESTORS)
+        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES, TREE_ROWS)
         a_acc = tl.zeros((BM, ANCESTORS), tl.float32)
     for start in range(0, D, BK):
         x = tile_of(x_ptr, row, start, D, BK)
@@ -283,7 +309,7 @@ def _pick_kernel(
     if b_ptr is not None:
         acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
 
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
+    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
     at = out_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=on_path)
     if ANCESTORS > 0:
@@ -313,23 +339,11 @@ def _path_entries(
     ENTRIES: tl.constexpr,
 ):
     """A chunk of subtree columns: entries (len(row), columns), zero off each row's path, and the matrix row of each."""
-    c = tl.arange(0, COLUMNS * JOINT)
-    joint = c // COLUMNS
-    tree = turn * JOINT + joint
-    SUB: tl.constexpr = DEPTH - LEVEL
-    place_row, entry, shift, place, exists = subtree_column(
-        chunk * COLUMNS + c % COLUMNS,
-        prefix_of(group, joint, LEVEL, JOINT),
-        DEPTH,
-        SUB,
-        HAS_NODES,
-        LEAF_FIRST,
-        LEAF_ROWS,
-        LEAF_ENTRY,
-    )
-    exists = exists & (tree < TREES)
-    w_row = tl.where(exists, tree.to(tl.int64) * TREE_ROWS + place_row, 0)
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, SUB, JOINT) & exists[None, :]
+    joint, tree, w_row, entry, shift, place, exists = group_columns(
+        chunk, group, turn, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+        HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS,
+    )  # fmt: skip
+    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
     at = entries_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     return tl.load(at, mask=on_path, other=0.0), w_row
 
@@ -372,8 +386,8 @@ def _spread_kernel(
 
     # What does not depend on the output columns is loaded once: ancestors' entries, and a lone chunk of the subtree.
     if ANCESTORS > 0:
-        a_tree, a_row, a_entry, a_exists = ancestor_column(tl.arange(0, ANCESTORS), group, turn, LEVEL, JOINT, TREES)
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * TREE_ROWS + a_row, 0)
+        a = tl.arange(0, ANCESTORS)
+        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES, TREE_ROWS)
         a_at = entries_ptr + (row[:, None] * TREES + a_tree[None, :]) * ENTRIES + a_entry[None, :]
         above = tl.load(a_at, mask=there[:, None] & a_exists[None, :], other=0.0)
     if CHUNKS == 1:

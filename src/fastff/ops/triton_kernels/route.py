@@ -354,7 +354,7 @@ def _paths_kernel(
     # The scores above as one tile: taken one by one they cost 60 registers.
     if ABOVE > 0:
         a = tl.arange(0, ABOVE)
-        a_tree, a_row, level, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES)
+        a_tree, a_row, level, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES, OUT_ROWS)
         before_at = scores_ptr + (row[:, None] * TREES + a_tree[None, :]) * ENTRIES + level[None, :]
         a_mask = there[:, None] & a_exists[None, :]
         before = tl.load(before_at, mask=a_mask, other=0.0).to(tl.float32)
@@ -395,7 +395,6 @@ def _paths_kernel(
     out_row = tl.where(counts, block_tree.to(tl.int64) * OUT_ROWS + heap - first, 0)
     below = tl.where(counts[None, :], values, 0.0).to(dtype)
     if NODE_OUTPUT and ABOVE > 0:
-        a_row = tl.where(a_exists, a_tree.to(tl.int64) * OUT_ROWS + a_row, 0)
         if GATED:
             above *= gates_above
         above_values = tl.where(a_exists[None, :], above, 0.0).to(dtype)
