@@ -214,6 +214,27 @@ def threads_cpu() -> str:
     return "\n".join(lines) if len(lines) > 2 else "(not in the last run)"
 
 
+def slower_cpu() -> str:
+    """Where the fastest dense layer, of any precision up to fastff's own rounding, is faster than the module."""
+    lines = [
+        "| layer | case | threads | weights | fastff, us a row | fastest dense, us a row | fastff is |",
+        "|---" * 7 + "|",
+    ]
+    allowed = {"fp32": ("fp32",), "bf16": ("fp32", "bf16"), "int8": ("fp32", "bf16", "int8")}
+    for best in record()["best"]:
+        for precision, ours in best["ours"].items():
+            dense = [best["dense"][p] for p in allowed[precision] if p in best["dense"]]
+            if not dense:
+                continue
+            fastest = min(dense, key=lambda entry: entry["latency_us_p50"])
+            ratio = fastest["latency_us_p50"] / ours["latency_us_p50"]
+            if ratio < 1:
+                cells = (best["layer"], _case(best), str(best["threads"]), precision, figure(ours["latency_us_p50"]))
+                theirs = f"{figure(fastest['latency_us_p50'])}, {fastest['provider']}"
+                lines.append(f"| {' | '.join(cells)} | {theirs} | {ratio:.2f}x |")
+    return "\n".join(lines) if len(lines) > 2 else "(nowhere in the last run)"
+
+
 def layer_gpu() -> str:
     """Every bf16 case with a flushed cache: fastff beside the fastest dense provider; then the steps of a model."""
     found = json.loads((ROOT / "results" / "gpu" / "layer-gpu.json").read_text())
@@ -297,7 +318,7 @@ CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-d
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
-    "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu},
+    "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu, "slower-cpu": slower_cpu},
     "docs/training.md": {
         "gpus": training_gpus,
         "from-dense": CAUSAL["from-dense"],

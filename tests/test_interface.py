@@ -285,6 +285,14 @@ def test_import_is_light():
 PLAIN = fastff.TreeConfig(in_features=768, out_features=768, depth=11)
 
 
+def test_explain_says_where_a_dense_layer_would_win():
+    few_of_many = fastff.TreeConfig(in_features=768, out_features=768, depth=2, trees=64, node_output=False)
+    slower = fastff.ops.explain(few_of_many, 1024, threads=1)
+    assert slower.predicted_us > slower.dense_us
+    assert slower.reason.endswith("; a dense layer with as many neurons is expected to be faster")
+    assert "dense layer" not in fastff.ops.explain(PLAIN, 1024, threads=1).reason
+
+
 def test_explain_names_what_the_reference_would_do():
     explained = fastff.ops.explain(PLAIN, 8, backend="reference")
     assert (explained.backend, explained.form) == ("reference", "gather")
