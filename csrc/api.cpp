@@ -225,7 +225,7 @@ void backward_trees(const Tree& tree, const T* w_in, const T* w_out, const T* b_
                            part(grad.w_out, visited ? &visited->w_out : nullptr, t, out_rows, tree.out_features),
                            part(grad.b_out, visited ? &visited->b_out : nullptr, t, tree.leaves(), tree.out_features)};
     const Kernels<T>& k = kernels<T>();
-    parallel(rows, kRowsAPiece, threads, [&](int64_t from, int64_t to) { k.backward_rows(tree, view, b, from, to); });
+    parallel(rows, kPathsAPiece, threads, [&](int64_t from, int64_t to) { k.backward_rows(tree, view, b, from, to); });
     parallel(tree.in_features, kColumnsAPiece, threads,
              [&](int64_t from, int64_t to) { k.backward_w_in(tree, b, rows, from, to); });
     parallel(tree.out_features, kColumnsAPiece, threads,
@@ -385,7 +385,7 @@ int32_t fastff_plan_forward(const fastff_tree* given, int32_t weights, int64_t r
     need_in("weights", weights, FASTFF_F32, FASTFF_INT8);
     need(plan != nullptr, "plan must not be NULL");
     const int64_t sizes[] = {sizeof(float), sizeof(Bf16), sizeof(int8_t)};
-    const int64_t pieces = pieces_of(rows, kRowsAPiece, threads);
+    const int64_t pieces = pieces_of(rows, rows_a_piece(tree), threads);
     const int64_t block = block_rows(tree, sizes[weights], sizeof(float));
     const int top = top_levels(tree, std::min(block, (rows + pieces - 1) / pieces));
     *plan = {static_cast<int32_t>(pieces), top < tree.depth ? top : 0, block, kPairAtLeast, kSplitAtLeast};

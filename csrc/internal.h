@@ -55,7 +55,7 @@ template <class T, class W, class Kernel>
 void forward_rows(const Kernel& kernel, const Tree& tree, const View<T, W>* views, const T* x, int64_t rows,
                   const Forward<T>& out, int threads) {
   check_rows(tree, x, rows, out);
-  parallel(rows, kRowsAPiece, threads,
+  parallel(rows, rows_a_piece(tree), threads,
            [&](int64_t begin, int64_t end) { kernel(tree, views, x, begin, end, out); });
 }
 

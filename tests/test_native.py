@@ -138,6 +138,18 @@ def test_any_number_of_rows_takes_the_reference_path(isa, rows, depth, threads):
     assert max_error(together.y, alone.y) <= 1e-12
 
 
+def test_few_rows_of_many_trees_are_worth_two_threads_and_keep_their_bits():
+    layer = make_layer(96, depth=3, trees=32, gate="boundary", dtype=torch.float32).eval()
+    shares = [native.explain(layer.config, rows, torch.float32, 2).choices["threads"] for rows in (1, 2, 5)]
+    assert shares == [1, 2, 2]
+    x = make_rows(5, 96, dtype=torch.float32)
+    with torch.no_grad():
+        torch.set_num_threads(2)
+        together = layer.routed(x)
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(together, layer.routed(x), strict=True))
+
+
 def test_gradients_do_not_depend_on_the_number_of_threads():
     layer = make_layer(96, depth=6, trees=2, gate="boundary", bias=True)
     x, grad_y = make_rows(500, 96, dtype=torch.float32), make_rows(500, 96, seed=2, dtype=torch.float32)
