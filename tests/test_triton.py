@@ -353,6 +353,34 @@ class TestReplay:
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.fixture
+def matmul_precision():
+    """Torch's settings are put back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("matmul_precision")
+class TestPrecision:
+    """How float32 is multiplied follows torch's setting, in whichever of its two ways it was made."""
+
+    @pytest.mark.parametrize(("setting", "want"), [("tf32", "tf32"), ("ieee", "tf32x3")])
+    def test_of_the_newer_way(self, setting, want):
+        from fastff.ops.triton_kernels.linear import precision_of
+
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert [precision_of(dtype) for dtype in (torch.float32, torch.bfloat16)] == [want, "tf32x3"]
+
+    def test_a_pass_does_not_ask_in_the_older_way(self):
+        layer = FFF(8, depth=2).to(DEVICE)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        with ops.use_backend("triton"):
+            layer(torch.zeros(3, 8, device=DEVICE))
+
+
 class TestSort:
     pytestmark = runs_kernels
 

@@ -132,9 +132,10 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """One pass, recorded by all that decides what it allocates and launches."""
     from fastff.ops.triton_kernels.launch import replay
+    from fastff.ops.triton_kernels.linear import precision_of
 
     x = operands[0]
-    key = (function, chosen, config, x.shape[0], x.dtype, x.device, torch.get_float32_matmul_precision())
+    key = (function, chosen, config, x.shape[0], x.dtype, x.device, precision_of(x.dtype))
     with on_device(x):
         return replay(key, lambda *given: function(chosen, given, config), *operands)
 

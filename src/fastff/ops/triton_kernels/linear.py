@@ -78,8 +78,11 @@ def out_entries(config: TreeConfig) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 as three TF32 products, which keep its precision, unless torch may use one."""
-    return "tf32x3" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How tl.dot multiplies: float32 as three TF32 products, which keep its precision, unless torch may use one.
+
+    Asked in torch's newer way: the older `get_float32_matmul_precision` fails where somebody has set it in the newer.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def sort_leaves(leaf: Tensor, *, config: TreeConfig, level: int, joint: int, tiles: Tiles, chunk: int) -> Groups:
