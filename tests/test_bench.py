@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ import fastff
 from fastff.bench import Grid, Only, Settings, cases, run_grid, station
 from fastff.bench import run as bench_run
 from fastff.bench.cases import Cell, DenseConfig, Scene, label, weights_of
-from fastff.bench.command import bench_cpu, conclude, settings_of
+from fastff.bench.command import bench_cpu, conclude, saved, settings_of
 from fastff.bench.layers import expected, make_layer
 from fastff.bench.limits import Limits, least_us, measure
 from fastff.bench.providers import PROVIDERS, Provider
-from fastff.bench.report import best_of, document, notes
-from fastff.bench.run import PARTIAL, resident_bytes, seatings
+from fastff.bench.report import best_of, document, notes, save, update
+from fastff.bench.run import PARTIAL, Record, Timing, resident_bytes, seatings
 from fastff.bench.station import Refused, Remote, Station
 from fastff.ops import reference
 from fastff.ops.cost import visited_weights
@@ -47,6 +48,17 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_run, "TURN_SECONDS", 0.002)
     monkeypatch.setattr(station, "INPUT_BYTES", 2**16)
     monkeypatch.setattr(Station, "limits", lambda self: LIMITS)
+
+
+TIMING = {
+    **dict.fromkeys(("latency_us_p25", "latency_us_p50", "latency_us_p75", "max_abs_error", "relative_error"), 1.0),
+    "precision": "fp32",
+    "layers": 1,
+    "threads": 1,
+    "training": False,
+    "samples": 5,
+}
+NAMES = (("dense-3072", "torch eager", "dense"), ("1x11", "fastff", "conditional"))
 
 
 def small_settings(**options):
@@ -131,6 +143,29 @@ def test_a_provider_that_is_slow_at_first_stays(monkeypatch, slow_calls):
 
     monkeypatch.setitem(PROVIDERS, "fastff", dataclasses.replace(PROVIDERS["fastff"], make=slow_at_first))
     assert Station(1, 0).prepare(cell("fastff"), 0.25).seconds < 0.25
+
+
+def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
+    console = Console(record=True, width=150)
+    only = Only(provider=())
+    grid = Grid(threads=(1,), rows=(2, 3), layers=(1,), gpt3_rows=(), train_rows=(), only=only)
+    chosen = [Timing(**TIMING, layer=layer, provider=p, kind=k, rows=rows) for rows in (2, 3) for layer, p, k in NAMES]
+    before = Record(
+        {"cpu": "x"}, asdict(Settings(grid)), timings=chosen, left_out={"1x11-hot-2-rows-1-threads p": "why"}
+    )
+    save(before, tmp_path, whole=False)
+    again = [dataclasses.replace(t, latency_us_p50=7.0) for t in chosen if t.rows == 3]
+    record = Record({"cpu": "x", "commit": "later"}, asdict(Settings(grid)), timings=again)
+    merged = update(saved(tmp_path), record)
+    assert [(t.rows, t.latency_us_p50) for t in merged.timings] == [(2, 1.0)] * 2 + [(3, 7.0)] * 2
+    assert merged.left_out == before.left_out
+    assert merged.updates[0]["scenes"] == ["hot-3-rows-1-threads"]
+    assert merged.updates[0]["machine"]["commit"] == "later"
+    with pytest.raises(ValueError, match="the results are of x"):
+        update(saved(tmp_path), dataclasses.replace(record, machine={"cpu": "y"}))
+    partly = dataclasses.replace(grid, only=Only(layer=("1x11",)))
+    with pytest.raises(ValueError, match="measures whole scenes"):
+        bench_cpu(Settings(partly), tmp_path, console, anew=True)
 
 
 def test_missing_packages_are_told(monkeypatch):

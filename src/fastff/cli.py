@@ -33,6 +33,10 @@ def bench(
             help="Measure only KIND=VALUE[,VALUE]: layer, provider, rows, visits or threads; may be repeated."
         ),
     ] = None,
+    anew: Annotated[
+        bool,
+        typer.Option(help="On a CPU: put the scenes measured now into the results that --out holds, keep the others."),
+    ] = False,
     seconds: Annotated[
         float | None,
         typer.Option(min=0.01, help="On a CPU, timed seconds of each provider and case; on a GPU, of the whole run."),
@@ -59,7 +63,12 @@ def bench(
         settings = settings_of(quick=quick, only=only or (), seconds=seconds)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from error
-    raise typer.Exit(bench_cpu(settings, out, console))
+    if anew and (out is None or not (out / "layer-cpu.json").is_file()):
+        raise typer.BadParameter(f"{out} holds no layer-cpu.json", param_hint="--anew with --out")
+    try:
+        raise typer.Exit(bench_cpu(settings, out, console, anew=anew))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--anew") from error
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fastff.bench.cases import Grid, Only
 from fastff.bench.machine import cores
 from fastff.bench.providers import PROVIDERS
-from fastff.bench.report import notes, save, tables
-from fastff.bench.run import PARTIAL, Record, Settings, begun, run_grid
+from fastff.bench.report import NAME, notes, save, tables, update
+from fastff.bench.run import PARTIAL, Record, Settings, begun, fresh, run_grid
 
 
 def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> Settings:
@@ -28,8 +30,13 @@ def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> S
     return Settings(grid, seconds=seconds or Settings.seconds)
 
 
-def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
-    """Run, print and, with `out`, save. Returns the exit code: 1 if an output was wrong, 130 if interrupted."""
+def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: bool = False) -> int:
+    """Run, print and, with `out`, save; with `anew`, into what is saved there.
+
+    Returns the exit code: 1 if an output was wrong, 130 if interrupted. Raises ValueError if these scenes cannot take
+    the place of what is saved."""
+    if out is not None and anew:
+        update(saved(out), fresh(settings))  # says at once what it would say after hours
     if out is not None and (out / PARTIAL).is_file() and begun(settings, out) is None:
         console.print(f"{out / PARTIAL} was left by other settings, versions or commit: beginning again", markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -44,11 +51,24 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console) -> int:
         except KeyboardInterrupt:
             kept = "" if out is None else f": the same command goes on from what is in {out}"
             console.print(f"interrupted{kept}", style="yellow", markup=False)
-            found = None if out is None else begun(settings, out)
+            found = None if out is None or anew else begun(settings, out)
             if found is not None:
                 conclude(found, out, console, whole=False)
             return 130
-    return conclude(record, out, console)
+    if out is None or not anew:
+        return conclude(record, out, console)
+    code = conclude(record, None, console)
+    before = saved(out)
+    save(update(before, record), out, whole=before["whole"])
+    (out / PARTIAL).unlink(missing_ok=True)
+    console.print(f"wrote {len(record.finished)} scenes anew into {out}", markup=False)
+    return code
+
+
+def saved(out: Path) -> dict[str, Any]:
+    """The run whose results a folder holds."""
+    found: dict[str, Any] = json.loads((out / f"{NAME}.json").read_text())
+    return found
 
 
 def conclude(record: Record, out: Path | None, console: Console, *, whole: bool = True) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from fastff.bench.cases import TWINS, visits
+from fastff.bench.limits import Limits
 from fastff.bench.run import PARTIAL, Record, Timing
 
 NAME = "layer-cpu"
@@ -148,6 +149,52 @@ def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
     return paths
 
 
+def update(found: Mapping[str, Any], record: Record) -> Record:
+    """A saved run with the scenes of `record` in the place of its own, whose limits and settings stay with them.
+
+    Raises ValueError if a scene was measured in part only, or on another CPU."""
+    only = record.settings["grid"]["only"]
+    if only["layer"] or only["provider"]:
+        raise ValueError("an update measures whole scenes: choose them by rows, visits and threads")
+    if found["machine"]["cpu"] != record.machine["cpu"]:
+        raise ValueError(f"measured on {record.machine['cpu']}, the results are of {found['machine']['cpu']}")
+    scenes = {_scene(t) for t in record.timings}
+    fresh: dict[tuple[Any, ...], list[Timing]] = {}
+    for timing in record.timings:
+        fresh.setdefault((timing.layer, timing.provider, *_scene(timing)), []).append(timing)
+    timings: list[Timing] = []
+    for old in (Timing(**values) for values in found["timings"]):  # in their order
+        again = fresh.get((old.layer, old.provider, *_scene(old)))
+        if again:
+            timings.append(again.pop(0))
+        elif _scene(old) not in scenes:
+            timings.append(old)
+    timings += [timing for again in fresh.values() for timing in again]
+    marks = {
+        f"-{visits(layers, training)}-{rows}-rows-{threads}-threads " for rows, layers, threads, training in scenes
+    }
+    left_out = {name: why for name, why in found["left_out"].items() if not any(mark in name for mark in marks)}
+    limits = {values["threads"]: Limits(**values) for values in found["limits"]}
+    made = {
+        "machine": record.machine,
+        "settings": record.settings,
+        "limits": [asdict(measured) for measured in record.limits.values()],
+        "scenes": sorted(mark.strip("- ") for mark in marks),
+    }
+    return Record(
+        found["machine"],
+        found["settings"],
+        limits,
+        timings,
+        {**left_out, **record.left_out},
+        updates=[*found.get("updates", []), made],
+    )
+
+
+def _scene(timing: Timing) -> tuple[int, int, int, bool]:
+    return timing.rows, timing.layers, timing.threads, timing.training
+
+
 def document(record: Record, *, whole: bool = True) -> dict[str, Any]:
     """A run as plain values: what runs/readme_tables.py reads. whole: whether all of its scenes are finished."""
     return {
@@ -158,6 +205,7 @@ def document(record: Record, *, whole: bool = True) -> dict[str, Any]:
         "left_out": record.left_out,
         "best": [_summary(best) for best in best_of(record.timings)],
         "timings": [_rounded(t) for t in record.timings],
+        **({"updates": record.updates} if record.updates else {}),
     }
 
 

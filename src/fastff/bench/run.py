@@ -68,7 +68,8 @@ class Settings:
 
 @dataclass
 class Record:
-    """What a run found. left_out: by cell, why; finished: scenes that are complete."""
+    """What a run found. left_out: by cell, why; finished: scenes that are complete; updates: of runs that measured some
+    scenes anew later, their machine, settings, limits and scenes."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -76,6 +77,7 @@ class Record:
     timings: list[Timing] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
+    updates: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[str]:
@@ -97,7 +99,7 @@ Progress = Callable[[str, float, float], None]  # what is done now, seconds of w
 
 def run_grid(settings: Settings, out: Path | None = None, progress: Progress = lambda *_: None) -> Record:
     """Measure the table. With `out`, what is finished is kept there, and a run of the same settings goes on from it."""
-    record = (begun(settings, out) if out is not None else None) or _fresh(settings)
+    record = (begun(settings, out) if out is not None else None) or fresh(settings)
     todo = [scene for scene in settings.grid.scenes() if _key(scene) not in record.finished]
     total = sum(_expected_seconds(cell, settings) for scene in todo for cell in _cells(scene, settings))
     clock = _Clock(progress, total)
@@ -316,22 +318,23 @@ def _expected_seconds(cell: Cell, settings: Settings) -> float:
 
 def begun(settings: Settings, out: Path) -> Record | None:
     """What an interrupted run of the same settings, machine, versions and commit left in a folder."""
-    path, fresh = out / PARTIAL, _fresh(settings)
+    path, found = out / PARTIAL, fresh(settings)
     kept = json.loads(path.read_text()) if path.is_file() else None
-    if kept is None or [kept["machine"], kept["settings"]] != json.loads(json.dumps([fresh.machine, fresh.settings])):
+    if kept is None or [kept["machine"], kept["settings"]] != json.loads(json.dumps([found.machine, found.settings])):
         return None
-    fresh.limits = {int(threads): Limits(**found) for threads, found in kept["limits"].items()}
-    fresh.timings = [Timing(**timing) for timing in kept["timings"]]
-    fresh.left_out, fresh.finished = kept["left_out"], kept["finished"]
-    return fresh
+    found.limits = {int(threads): Limits(**measured) for threads, measured in kept["limits"].items()}
+    found.timings = [Timing(**timing) for timing in kept["timings"]]
+    found.left_out, found.finished = kept["left_out"], kept["finished"]
+    return found
 
 
-def _fresh(settings: Settings) -> Record:
+def fresh(settings: Settings) -> Record:
+    """What a run of these settings begins with, on this machine."""
     return Record({**machine(), "commit": commit()}, asdict(settings))
 
 
 def _keep(record: Record, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(asdict(record)) + "\n")
-    os.replace(fresh, path)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(asdict(record)) + "\n")
+    os.replace(temporary, path)
