@@ -117,6 +117,23 @@ def latency_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steps() -> str:
+    """Seconds of a joint step of every student on a CPU, and hours of all steps; empty while not measured."""
+    if not (FOLDER / "cpu-steps.json").exists():
+        return ""
+    record = read("cpu-steps.json")
+    names = {"tree": "trees", "narrow": "narrow dense, as pruned", "none": "no feedforward"}
+    lines = [
+        f"| model | seconds a step of {record['batch']} sentences | {record['steps']:,} steps, hours |",
+        "|---|---|---|",
+    ]
+    for name, seconds in record["step_s"].items():
+        lines.append(f"| {names[name]} | {seconds:.2f} | {seconds * record['steps'] / 3600:.1f} |")
+    total = sum(record["step_s"].values()) + record["step_s"]["narrow"]
+    lines.append(f"| all four of the default | {total:.2f} | {total * record['steps'] / 3600:.1f} |")
+    return "\n".join(lines)
+
+
 def command(name: str) -> str:
     """A run of the whole `fastff convert`; empty while there is none."""
     return command_table(read(name)) if (FOLDER / name).exists() else ""
@@ -159,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert-oracle": oracle,
     "convert-tasks": tasks,
     "convert-latency": latency,
+    "convert-steps": steps,
     "convert-command-minilm": lambda: command("command-minilm.json"),
     "convert-command-causal": lambda: command("command-causal.json"),
 }

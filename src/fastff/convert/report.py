@@ -17,10 +17,17 @@ AUTO_NAMES = {
     "masked": "AutoModelForMaskedLM",
     "classifier": "AutoModelForSequenceClassification",
 }
+CONTROLS = {
+    "narrow": "Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
+    "operations as the trees.",
+    "pruned": "Pruned dense: the dense neurons that do most, as they were.",
+    "none": "No feedforward: a constant.",
+}
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.3rem .6rem;"
     "border-bottom:1px solid #ccc;text-align:right;vertical-align:bottom}td:first-child,th:first-child{text-align:left}"
+    "td:first-child,td:nth-child(2){white-space:nowrap}"
     "figure{margin:1rem 0}figure svg{max-width:100%;height:auto}"
 )
 
@@ -131,6 +138,7 @@ def page(record: dict[str, Any]) -> str:
     """The report as one HTML page."""
     fractions = [f"best {100 * float(f):.0f} % misses, %" for f in record["layers"][0]["oracle_missed"]]
     at = " / ".join(shape_names(record))
+    controls = " ".join(text for name, text in CONTROLS.items() if name in record["arms"])
     health = [
         [str(k), f"{r['entropy_bits']:.2f} of {r['depth']}", f"{r['dead_leaves']} of {r['leaves']}"]
         for k, r in enumerate(record["routing"])
@@ -140,11 +148,9 @@ def page(record: dict[str, Any]) -> str:
         f"<p>{html.escape(summary(record))}</p><h2>Quality and time</h2>",
         _table(quality_head(record), quality_rows(record)),
         f"<figure>{curve(record)}</figure>",
-        "<p>Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
-        "operations as the trees. Pruned dense: the same neurons as they were. No feedforward: a constant. "
-        f"{_course(record)} Where a control is as good as the trees, routing brings nothing. Times are medians of "
-        f"calls that took turns in one process, {html.escape(record['timed_on'])}; in brackets the feedforward layers "
-        "alone.</p><h2>Layers</h2>",
+        f"<p>{controls} {_course(record)} Where a control is as good as the trees, routing brings nothing. Times are "
+        f"medians of calls that took turns in one process, {html.escape(record['timed_on'])}; in brackets the "
+        "feedforward layers alone.</p><h2>Layers</h2>",
         _table(
             ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "harm alone", "misses, %", *fractions],
             layer_rows(record),
@@ -169,8 +175,8 @@ def _course(record: dict[str, Any]) -> str:
     table, memory = record["timetable"], record["gpu_bytes"]
     held = "" if memory is None else f"; {memory['used'] / 2**30:.1f} GiB of GPU memory were used at most"
     return (
-        f"Each was distilled in {table['steps']:,} steps of {record['settings']['batch']} examples, a step of all "
-        f"{table['students']} took {table['step_s']:.3g} s where that was measured{held}."
+        f"Every model but the original was distilled in {table['steps']:,} steps of {record['settings']['batch']} "
+        f"examples, which took {table['step_s'] / table['students']:.3g} s each when some were tried before{held}."
     )
 
 
