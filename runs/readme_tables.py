@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import convert_tables
+import glue_arms
 from fastff.bench.report import figure
 from fastff.training.compare import compare, health_table, left_out, table
 from fastff.training.presets import feedforward_of, layer_name
@@ -263,9 +264,11 @@ def layer_gpu() -> str:
         "| training step of 12 layers, 256 x 128 tokens, eager unless it says graph | ms (quartiles) | peak GiB |",
         "|---" * 3 + "|",
     ]
-    for step in found["steps"]:
+    for step in json.loads((ROOT / "results" / "gpu" / "training-step.json").read_text())["steps"]:
         spread = f"{figure(step['step_ms_p50'])} ({figure(step['step_ms_p25'])}-{figure(step['step_ms_p75'])})"
-        lines.append(f"| {step['name']} | {spread} | {figure(step['peak_bytes'] / 2**30)} |")
+        # A graph's memory is taken when it is captured, before the peak is noted.
+        peak = "" if step["name"].endswith("graph") else figure(step["peak_bytes"] / 2**30)
+        lines.append(f"| {step['name']} | {spread} | {peak} |")
     about = found["about"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton"))
     copy = about["copy_bytes_per_s"] / 1e12
@@ -289,6 +292,11 @@ def plan_tables(plan: str, **groups: str) -> dict[str, Callable[[], str]]:
 
     made = {f"{plan}-routing": lambda: health_table(records()), f"{plan}-left-out": missing}
     return {**made, **{marker: partial(arms, group) for marker, group in groups.items()}}
+
+
+def glue() -> str:
+    """What pretrained arms score after fine-tuning."""
+    return glue_arms.table(json.loads((TRAINING / "small-masked" / "glue" / "glue.json").read_text())).rstrip()
 
 
 def training_gpus() -> str:
@@ -316,6 +324,7 @@ def training_gpus() -> str:
 
 CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-dense"})
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
+MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
     "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu, "slower-cpu": slower_cpu},
@@ -327,6 +336,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/small-causal/README.md": CAUSAL,
     "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
     "results/training/gpus/README.md": {"gpus": training_gpus},
+    "results/training/small-masked/README.md": {
+        "small-masked": MASKED["small-masked"],
+        "small-masked-routing": MASKED["small-masked-routing"],
+        "glue": glue,
+    },
     "docs/convert.md": {name: convert_tables.TABLES[name] for name in ("convert-minilm", "convert-latency")},
     "results/convert/README.md": convert_tables.TABLES,
 }
