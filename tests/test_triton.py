@@ -191,28 +191,6 @@ class TestForward:
         assert torch.equal(margin, separate[2])
         assert max_error(scores, separate[3]) <= 2e-6
 
-    @pytest.mark.parametrize(
-        ("shape", "level", "joint"),
-        [
-            (config(trees=3, gate="boundary", bias=True), 1, 2),
-            (config(trees=2, activation="relu", node_output=False, bias=True), 1, 2),
-            (config(depth=2, gate="boundary"), 1, 1),
-            (config(depth=2, trees=3), 0, 2),
-        ],
-    )
-    def test_paths_in_one_pass_match_the_reference(self, shape, level, joint):
-        first = (plan.Stage(0, level, 1),) if level else ()
-        stages = (*first, plan.Stage(level, shape.depth + 1 - level, joint))
-        chosen = plan.BlockedPlan(stages, level, joint, True, True, small_tiles())
-        args = make_inputs(shape, 20)
-        want = reference.forward(*in_float64(args), config=shape)
-        y, leaf, margin, scores = blocks.forward(*args, config=shape, plan=chosen)
-        separate = blocks.forward(*args, config=shape, plan=replace(chosen, one_pass=False))
-        assert torch.equal(leaf, want.leaf)
-        assert max_error(y, want.y) <= 3e-6
-        assert torch.equal(margin, separate[2])
-        assert torch.equal(scores, separate[3])
-
     @pytest.mark.parametrize(("leaf_width", "one_pass"), [(16, True), (150, False)])
     def test_wide_leaves_take_one_pass_unless_they_are_too_wide(self, leaf_width, one_pass):
         shape = TreeConfig(in_features=768, out_features=768, depth=4, trees=8, leaf_width=leaf_width)
@@ -430,12 +408,6 @@ class TestTuning:
         assert tuned.forward_plan(shape, 2, torch.float32, name) == best
         assert tuned.backward_plan(shape, 2, torch.float32, name) == found["backward"][0]
         assert tuned.forward_plan(shape, 3, torch.float32, name) == plan.forward_plan(shape, 3, 4)
-
-    @pytest.mark.parametrize(("leaf_width", "tried"), [(1, {False, True}), (16, {False, True}), (150, {False})])
-    def test_one_pass_is_tried_where_there_is_such_a_kernel(self, leaf_width, tried):
-        shape = TreeConfig(in_features=768, out_features=768, depth=4, trees=8, leaf_width=leaf_width)
-        start = plan.blocked_plan(shape, 65536, 2)
-        assert {change(start).one_pass for change in tuning._changes(start)} == tried
 
     def test_what_gives_another_result_is_not_taken(self):
         args = make_inputs(config(), 2)

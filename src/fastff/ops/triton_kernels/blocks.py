@@ -1,8 +1,8 @@
 """Many rows: trees cut into blocks of levels, rows sorted between blocks, every product a tensor-core GEMM.
 
 route.py multiplies x by a block of nodes and takes the turns inside it: scores and leaf. Then either the two linear
-kernels of linear.py, with `_values_kernel` between them to turn scores into coefficients; or one kernel a pass that
-does it all: where groups share their leaves (leaves.py), or where leaves are single rows (`paths` in route.py).
+kernels of linear.py, with `_values_kernel` between them to turn scores into coefficients; or, where groups share their
+leaves, one kernel a pass that does it all (leaves.py).
 
 Weights must be finite: a row multiplies the neighbours of its path by zero, and zero times infinity is NaN.
 """
@@ -19,15 +19,9 @@ from torch import Tensor
 from fastff.ops.triton_kernels.common import activate, tanh
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.leaves import leaves
-from fastff.ops.triton_kernels.linear import (
-    Matrix,
-    out_entries,
-    pick,
-    sort_leaves,
-    spread,
-)
+from fastff.ops.triton_kernels.linear import Matrix, out_entries, pick, sort_leaves, spread
 from fastff.ops.triton_kernels.plan import BlockedPlan, ceil_div, power_of_two
-from fastff.ops.triton_kernels.route import paths, route
+from fastff.ops.triton_kernels.route import route
 from fastff.ops.triton_kernels.sort import group_rows
 from fastff.tree import TreeConfig
 
@@ -54,10 +48,6 @@ def forward(
         if stage.level:
             groups = group_rows(leaf, shift=0, level=stage.level, joint=stage.joint, tile=plan.tiles.rows, chunk=1)
         last = plan.leaf_routed and stage == plan.stages[-1]
-        if last and plan.one_pass:
-            y = paths(x, w_in, b_in, w_out, b_out, leaf, scores, margins, groups, config=config, stage=stage,
-                      tiles=plan.tiles)  # fmt: skip
-            return y, leaf, margins, scores
         route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles,
               coefficient=coefficient if last else None, margins=margins if last else None)  # fmt: skip
     if not plan.stages:

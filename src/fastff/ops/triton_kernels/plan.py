@@ -61,8 +61,8 @@ class Stage:
 class BlockedPlan:
     """Routing stages, then rows grouped by the first `level` turns in each of `joint` trees for all that follows.
 
-    leaf_routed: the last stage scores the leaves too. one_pass: one kernel computes the output and what it needs of
-    the last stage, or, without leaf_routed, of leaves that all rows of a group share."""
+    leaf_routed: the last stage scores the leaves too. one_pass: groups share their leaves, and one kernel computes
+    them."""
 
     stages: tuple[Stage, ...]
     level: int

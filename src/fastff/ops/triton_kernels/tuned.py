@@ -21,7 +21,7 @@ from fastff.ops.triton_kernels import plan
 from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, ForwardPlan, RowsPlan, ScoutPlan, Stage, Tiles
 from fastff.tree import TreeConfig
 
-FORMAT = 2  # of the file; raised when a plan's fields change
+FORMAT = 3  # of the file; raised when a plan's fields change, or what they mean
 _KINDS = {kind.__name__: kind for kind in (RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)}
 _PARTS: dict[str, Callable[[Any], Any]] = {
     "tiles": lambda found: Tiles(**found),

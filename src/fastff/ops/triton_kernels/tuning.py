@@ -131,9 +131,6 @@ def _changes(start: AnyPlan) -> Iterator[Callable[[AnyPlan], AnyPlan]]:
             for part, values in _TRIED_TILES.items():
                 if getattr(value, part):  # 0: not used by this kernel
                     yield from (functools.partial(_with_tile, name=field.name, part=part, value=v) for v in values)
-        elif isinstance(start, BlockedPlan) and field.name == "one_pass":
-            if start.one_pass or start.leaf_routed:
-                yield functools.partial(replace, one_pass=not value)
         elif field.name.startswith("block_"):
             sizes = (value // 2, value * 2) if value >= 32 else ()
             yield from (functools.partial(replace, **{field.name: size}) for size in sizes)
