@@ -155,7 +155,7 @@ def test_seeds_and_text_in_pieces(tmp_path, capsys):
     words += ["--out", tmp_path / "out", "--steps", 2, "--seeds", 2]
     words += options(**{"vocab-size": 200, "valid-windows": 2, "log-every": 1})
 
-    run_script("pretrain_plan.py", *words, "--seconds", 26.1)
+    run_script("pretrain_plan.py", *words, "--option", "piece-seconds=1e-9")
     assert "unfinished: a, seed 0, step 1 of 2" in capsys.readouterr().out
     run_script("pretrain_plan.py", *words)
     records = json.loads((tmp_path / "out" / "records.json").read_text())

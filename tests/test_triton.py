@@ -343,6 +343,8 @@ def matmul_precision():
 class TestPrecision:
     """How float32 is multiplied follows torch's setting, in whichever of its two ways it was made."""
 
+    pytestmark = runs_kernels
+
     @pytest.mark.parametrize(("setting", "want"), [("tf32", "tf32"), ("ieee", "tf32x3")])
     def test_of_the_newer_way(self, setting, want):
         from fastff.ops.triton_kernels.linear import precision_of
