@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -16,6 +21,49 @@ from fastff.ops import native
 SANITIZED = "libasan" in os.environ.get(
     "LD_PRELOAD", ""
 )  # by `make sanitize`, under which the core is ten times slower
+
+
+INTERPRETER_TEST = "test_the_kernels_under_the_interpreter"
+_interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the kernels' tests in Triton's interpreter, a fifth of the suite's time, on another core than the rest; the
+    test that reports them waits for them."""
+    wanted = any(item.name == INTERPRETER_TEST for item in session.items) and not session.config.option.collectonly
+    here = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+    if wanted and not here and importlib.util.find_spec("triton"):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            str(Path(__file__).with_name("test_triton.py")),
+        ]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the session ends
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        session.config.stash[_interpreter] = process, said
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _interpreter in config.stash:
+        process, said = config.stash[_interpreter]
+        process.kill()
+        process.wait()
+        said.close()
+
+
+@pytest.fixture
+def interpreted(pytestconfig: pytest.Config) -> tuple[int, str]:
+    """Exit code and output of the kernels' tests in Triton's interpreter; skips where there is no Triton."""
+    if _interpreter not in pytestconfig.stash:
+        pytest.skip("the kernels need the package triton")
+    process, said = pytestconfig.stash[_interpreter]
+    code = process.wait()
+    said.seek(0)
+    return code, said.read().decode(errors="replace")
 
 
 def make_layer(in_features: int, out_features: int | None = None, *, seed: int = 0, **options: Any) -> fastff.FFF:

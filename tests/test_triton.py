@@ -6,8 +6,6 @@ its own. It has no bf16 arithmetic: float32 and float16 are tested there, bfloat
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -473,16 +471,13 @@ class TestTuning:
 
 
 class TestAvailability:
-    def test_the_kernels_under_the_interpreter(self):
+    def test_the_kernels_under_the_interpreter(self, request):
         if ON_DEVICE or INTERPRETED:
             assert triton_kernels.why_unavailable() is None
             return
-        pytest.importorskip("triton", reason="the kernels need the package triton")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-        assert " passed" in result.stdout
+        code, said = request.getfixturevalue("interpreted")
+        assert code == 0, said[-8000:]
+        assert " passed" in said
 
     @pytest.mark.skipif(ON_DEVICE or INTERPRETED, reason="the kernels can run here")
     def test_without_a_device_the_reason_is_given(self):
