@@ -23,7 +23,7 @@ from fastff.bench.command import bench_cpu, conclude, saved, settings_of
 from fastff.bench.layers import expected, make_layer
 from fastff.bench.limits import Limits, least_us, measure
 from fastff.bench.providers import PROVIDERS, Provider
-from fastff.bench.report import best_of, document, notes, save, update
+from fastff.bench.report import best_of, document, is_whole, notes, save, update
 from fastff.bench.run import PARTIAL, Record, Timing, resident_bytes, seatings
 from fastff.bench.station import Refused, Remote, Station
 from fastff.ops import reference
@@ -161,11 +161,21 @@ def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
     assert merged.left_out == before.left_out
     assert merged.updates[0]["scenes"] == ["hot-3-rows-1-threads"]
     assert merged.updates[0]["machine"]["commit"] == "later"
+    assert not is_whole(merged), "the grid has more layers than these"
     with pytest.raises(ValueError, match="the results are of x"):
         update(saved(tmp_path), dataclasses.replace(record, machine={"cpu": "y"}))
     partly = dataclasses.replace(grid, only=Only(layer=("1x11",)))
     with pytest.raises(ValueError, match="measures whole scenes"):
         bench_cpu(Settings(partly), tmp_path, console, anew=True)
+
+
+def test_a_record_is_whole_when_all_of_its_grid_was_measured():
+    grid = Grid(threads=(1,), rows=(2,), layers=(1,), gpt3_rows=(), train_rows=(), only=Only(layer=(label(TREE),)))
+    subjects = grid.scenes()[0].subjects
+    both = [Timing(**TIMING, layer=label(subject), provider="p", kind="k", rows=2) for subject in subjects]
+    assert len(both) == 2, "a tree and its dense layer"
+    assert is_whole(Record({}, asdict(Settings(grid)), timings=both))
+    assert not is_whole(Record({}, asdict(Settings(grid)), timings=both[:1]))
 
 
 def test_missing_packages_are_told(monkeypatch):

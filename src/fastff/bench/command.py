@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fastff.bench.cases import Grid, Only
 from fastff.bench.machine import cores
 from fastff.bench.providers import PROVIDERS
-from fastff.bench.report import NAME, notes, save, tables, update
+from fastff.bench.report import NAME, is_whole, notes, save, tables, update
 from fastff.bench.run import PARTIAL, Record, Settings, begun, fresh, run_grid
 
 
@@ -58,8 +58,8 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: b
     if out is None or not anew:
         return conclude(record, out, console)
     code = conclude(record, None, console)
-    before = saved(out)
-    save(update(before, record), out, whole=before["whole"])
+    merged = update(saved(out), record)
+    save(merged, out, whole=is_whole(merged))
     (out / PARTIAL).unlink(missing_ok=True)
     console.print(f"wrote {len(record.finished)} scenes anew into {out}", markup=False)
     return code

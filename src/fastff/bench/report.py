@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fastff.bench.cases import TWINS, visits
+from fastff.bench.cases import TWINS, Grid, Only, label, visits
 from fastff.bench.limits import Limits
 from fastff.bench.run import PARTIAL, Record, Timing
 
@@ -188,6 +188,18 @@ def update(found: Mapping[str, Any], record: Record) -> Record:
         timings,
         {**left_out, **record.left_out},
         updates=[*found.get("updates", []), made],
+    )
+
+
+def is_whole(record: Record) -> bool:
+    """Whether every layer of every scene of the record's own grid was measured."""
+    values = {name: tuple(given) for name, given in record.settings["grid"].items() if name != "only"}
+    only = Only(**{kind: tuple(given) for kind, given in record.settings["grid"]["only"].items()})
+    measured = {(timing.layer, *_scene(timing)) for timing in record.timings}
+    return all(
+        (label(subject), scene.rows, scene.layers, scene.threads, scene.training) in measured
+        for scene in Grid(**values, only=only).scenes()
+        for subject in scene.subjects
     )
 
 
