@@ -3,7 +3,7 @@
 python runs/backend_curves.py DATA --out results/training/NAME [--backends native,reference] [--steps 200]
 
 DATA is a folder of tokens named train and valid (`runs/pack_tokens.py unpack`). Also trained is the first backend from
-another seed: what a run differs by for no reason that matters.
+another seed: what a run differs by for no reason that matters. Without a GPU, `triton` needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastff.ops.interface import use_backend
 from fastff.training.files import write_json
@@ -37,7 +39,7 @@ def train(asked: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
                 log_every=1,
                 save_every=10**9,
                 seed=seed,
-                cpu=backend != "triton",
+                cpu=not (backend == "triton" and torch.cuda.is_available()),
             )
         )
 
