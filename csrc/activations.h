@@ -146,6 +146,16 @@ struct Identity {
     return T(1);
   }
 };
+struct Abs {
+  template <class T>
+  static T value(T x) {
+    return std::fabs(x);
+  }
+  template <class T>
+  static T slope(T x) {
+    return x > T(0) ? T(1) : x < T(0) ? T(-1) : T(0);
+  }
+};
 
 // Loops run over whole vectors: callers pad their buffers to kPad elements.
 constexpr int64_t kPad = 16;
@@ -171,6 +181,7 @@ void activate(int activation, const T* x, T* y, int64_t n) {
     case FASTFF_GELU_TANH: return map_value<GeluTanh>(x, y, n);
     case FASTFF_RELU: return map_value<Relu>(x, y, n);
     case FASTFF_IDENTITY: return map_value<Identity>(x, y, n);
+    case FASTFF_ABS: return map_value<Abs>(x, y, n);
     default: return map_value<Silu>(x, y, n);
   }
 }
@@ -181,6 +192,7 @@ void activate_with_slope(int activation, const T* x, T* y, T* slope, int64_t n) 
     case FASTFF_GELU_TANH: return map_both<GeluTanh>(x, y, slope, n);
     case FASTFF_RELU: return map_both<Relu>(x, y, slope, n);
     case FASTFF_IDENTITY: return map_both<Identity>(x, y, slope, n);
+    case FASTFF_ABS: return map_both<Abs>(x, y, slope, n);
     default: return map_both<Silu>(x, y, slope, n);
   }
 }

@@ -291,8 +291,8 @@ Tree checked(const fastff_tree* t) {
   need_in("trees", t->trees, 1, kMaxSize);
   need_in("leaf_width", t->leaf_width, 1, kMaxSize);
   need_in("depth", t->depth, 0, 24);
-  need_in("activation", t->activation, FASTFF_GELU, FASTFF_SWIGLU);
-  need_in("gate", t->gate, FASTFF_UNGATED, FASTFF_BOUNDARY);
+  need_in("activation", t->activation, FASTFF_GELU, FASTFF_ABS);
+  need_in("gate", t->gate, FASTFF_UNGATED, FASTFF_BOUNDARY_MIN);
   need(t->activation != FASTFF_SWIGLU || !t->node_output, "swiglu needs node_output = 0");
   need(t->gate == FASTFF_UNGATED || (t->tau > 0 && std::isfinite(t->tau)), "tau must be positive and finite");
   const double rows = std::ldexp(2.0 * t->leaf_width + 1, t->depth);
@@ -300,7 +300,7 @@ Tree checked(const fastff_tree* t) {
   need(rows * widest * static_cast<double>(t->trees) * sizeof(double) < kAddressable,
        "weights need more memory than can be addressed");
   return {t->in_features, t->out_features, t->trees, t->leaf_width, t->depth, t->node_output != 0,
-          t->activation,  t->gate == FASTFF_BOUNDARY, t->tau};
+          t->activation,  t->gate, t->tau};
 }
 
 template <class T>

@@ -47,12 +47,14 @@ enum fastff_activation {
   FASTFF_RELU = 2,
   FASTFF_SILU = 3,
   FASTFF_IDENTITY = 4,
-  FASTFF_SWIGLU = 5 /* leaves only: silu(gate) * value; needs node_output = 0 */
+  FASTFF_SWIGLU = 5, /* leaves only: silu(gate) * value; needs node_output = 0 */
+  FASTFF_ABS = 6 /* abs(x) */
 };
 
 enum fastff_gate {
   FASTFF_UNGATED = 0,
-  FASTFF_BOUNDARY = 1 /* each ancestor multiplies what hangs below it by tanh(|score| / tau) */
+  FASTFF_BOUNDARY = 1,    /* each ancestor multiplies what hangs below it by tanh(|score| / tau) */
+  FASTFF_BOUNDARY_MIN = 2 /* the least of those factors alone */
 };
 
 /* How a pack stores weights. */

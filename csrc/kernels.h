@@ -13,11 +13,12 @@ struct Tree {
   int depth;
   bool node_output;
   int activation;
-  bool gated;
+  int gate;
   double tau;
 
   int64_t nodes() const { return (int64_t{1} << depth) - 1; }
   int64_t leaves() const { return int64_t{1} << depth; }
+  bool gated() const { return gate != FASTFF_UNGATED; }
   bool swiglu() const { return activation == FASTFF_SWIGLU; }
   int64_t leaf_in_rows() const { return leaf_width * (swiglu() ? 2 : 1); }
   int64_t in_rows() const { return nodes() + leaves() * leaf_in_rows(); }

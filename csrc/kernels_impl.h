@@ -127,6 +127,13 @@ inline float norm(const float* x, int64_t n) {
   return static_cast<float>(std::sqrt(wide));
 }
 
+// The factor below a node, of the factor above it and the node's own.
+template <class T>
+T narrowed(const Tree& tree, T above, T gate) {
+  if (tree.gate == FASTFF_BOUNDARY) return above * gate;
+  return gate < above || gate != gate ? gate : above;  // NaN, once in, stays
+}
+
 // ---- forward of one tree over one block of rows ----
 
 template <class T, class W>
@@ -371,7 +378,7 @@ class Descent {
     }
     std::fill(raw + m * scores, raw + padded(m * scores), T(0));
     activate(tree_.activation, raw, value, m * scores);
-    const T* gate = tree_.gated ? gates(raw, m) : nullptr;
+    const T* gate = tree_.gated() ? gates(raw, m) : nullptr;
     for (int64_t k = 0; k < m; ++k)
       weigh(raw + k * scores, value + k * scores, gate ? gate + k * scores : nullptr, coef + k * factors);
     if constexpr (kQuantised) {
@@ -400,7 +407,7 @@ class Descent {
     int64_t n = 0;
     for (int level = 0; level < tree_.depth; ++level) {
       if (tree_.node_output) coef[n++] = passed * value[level];
-      if (gate) passed *= gate[level];
+      if (gate) passed = narrowed(tree_, passed, gate[level]);
     }
     const T* leaf = value + tree_.depth;
     const T* pair = score + tree_.depth + tree_.leaf_width;
@@ -472,9 +479,10 @@ struct RowGradient {
   T* coef;  // path_outputs factors, then the leaf's gate
 
   void run(bool output_bias) const {
-    T passed[25];  // product of the gates above each level
+    T passed[25];  // factor of each level
     passed[0] = 1;
-    for (int level = 0; level < tree.depth; ++level) passed[level + 1] = passed[level] * (gate ? gate[level] : T(1));
+    for (int level = 0; level < tree.depth; ++level)
+      passed[level + 1] = gate ? narrowed(tree, passed[level], gate[level]) : T(1);
     const int64_t first = tree.node_output ? tree.depth : 0;
     for (int level = 0; level < tree.depth; ++level) {
       dscore[level] = tree.node_output ? passed[level] * slope[level] * grad[level] : T(0);
@@ -487,8 +495,11 @@ struct RowGradient {
     for (int level = tree.depth - 1; level >= 0; --level) {
       const T t = gate[level];
       const T sign = score[level] > T(0) ? T(1) : score[level] < T(0) ? T(-1) : T(0);
-      dscore[level] += passed[level] * below * (T(1) - t * t) * sign / static_cast<T>(tree.tau);
-      below = t * below + (tree.node_output ? value[level] * grad[level] : T(0));
+      // `below`: what hangs below and what d(its factor) is worth, up to here. Of a minimum one node has it all.
+      const bool product = tree.gate == FASTFF_BOUNDARY, least = t < passed[level];
+      const T share = product ? passed[level] : T(least);
+      dscore[level] += share * below * (T(1) - t * t) * sign / static_cast<T>(tree.tau);
+      below = (product ? t : T(!least)) * below + (tree.node_output ? value[level] * grad[level] : T(0));
     }
   }
 
@@ -545,7 +556,7 @@ class RowsBackward {
     activate_with_slope(tree_.activation, raw, value, slope, m * scores);
     dots(grads, m, outputs, count, tree_.out_features, grad, width);
     T* gate = nullptr;
-    if (tree_.gated) {
+    if (tree_.gated()) {
       gate = scratch_.gate.at_least(padded(m * scores));
       const T inverse = static_cast<T>(1 / tree_.tau);
       for (int64_t i = 0; i < padded(m * scores); ++i) gate[i] = tanh_(std::fabs(raw[i]) * inverse);

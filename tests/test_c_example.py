@@ -28,6 +28,7 @@ FORMS = [
     {"depth": 6},
     {"depth": 0, "leaf_width": 3, "bias": True, "activation": "relu"},
     {"depth": 3, "trees": 2, "leaf_width": 2, "gate": "boundary", "tau": 0.3, "bias": True, "activation": "silu"},
+    {"depth": 3, "gate": "boundary_min", "bias": True},
     {"depth": 2, "trees": 3, "leaf_width": 4, "node_output": False, "activation": "swiglu", "bias": True},
 ]
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

@@ -18,6 +18,7 @@ from fastff.ops import interface, reference
 GATED = {"depth": 3, "trees": 2, "leaf_width": 2, "gate": "boundary", "bias": True}
 LEAVES = {"depth": 2, "trees": 2, "leaf_width": 3, "node_output": False, "activation": "swiglu", "bias": True}
 PUBLISHED = {"depth": 4}
+LEAST = {**GATED, "gate": "boundary_min", "activation": "abs"}
 
 
 def run(layer, x, backend=None):
@@ -36,7 +37,7 @@ def test_opcheck(options):
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAVES], ids=str)
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAST, LEAVES], ids=str)
 def test_gradcheck(options, backend):
     layer = make_layer(5, 4, dtype=torch.float64, **options)
     x = make_rows(6, 5, seed=4).requires_grad_()
@@ -169,7 +170,7 @@ def test_half_precision_runs_on_the_reference(dtype):
         run(layer, x, "native")
 
 
-@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAVES, {"depth": 0}], ids=str)
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAST, LEAVES, {"depth": 0}], ids=str)
 def test_masked_and_straight_through_forms_compute_the_same_function(options):
     layer = make_layer(6, 5, dtype=torch.float64, **options)
     x = make_rows(30, 6)
@@ -181,8 +182,9 @@ def test_masked_and_straight_through_forms_compute_the_same_function(options):
         assert torch.allclose(got.margin, want.margin)
 
 
-def test_masked_form_has_the_gradients_of_the_gathered_form():
-    layer = make_layer(6, 5, dtype=torch.float64, **GATED)
+@pytest.mark.parametrize("options", [GATED, LEAST], ids=str)
+def test_masked_form_has_the_gradients_of_the_gathered_form(options):
+    layer = make_layer(6, 5, dtype=torch.float64, **options)
     x = make_rows(30, 6)
     one = torch.autograd.grad(
         reference.forward(x, *weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
@@ -194,9 +196,28 @@ def test_masked_form_has_the_gradients_of_the_gathered_form():
         assert (a - b).abs().max() <= 1e-12
 
 
-def test_a_gated_layer_is_continuous_where_its_turns_flip():
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("gate", "passed"), [("boundary", [1, 0.5, 0.125, 0.0625]), ("boundary_min", [1, 0.5, 0.25, 0.25])]
+)
+def test_what_hangs_below_a_node_is_weighed_by_the_gates_above(gate, passed, backend):
+    """Each neuron of a path adds its score to a column of its own."""
+    gates = torch.tensor([0.5, -0.25, 0.5], dtype=torch.float64)  # tanh(|score| / tau) of each turn, and its side
+    turns = gates.atanh() * 0.5
+    config = fastff.TreeConfig(in_features=1, out_features=15, depth=3, activation="identity", gate=gate, tau=0.5)
+    path = [0, 2, 5, 12]  # right, left, right
+    w_in = torch.zeros(1, 15, 1, dtype=torch.float64)
+    w_in[0, path, 0] = torch.cat((turns, turns.new_ones(1)))
+    x, w_out = turns.new_ones(1, 1), torch.eye(15, dtype=torch.float64)[None]
+    routed = fastff.ops.forward(x, w_in, None, w_out, None, config=config, backend=backend)
+    assert routed.leaf.item() == 12 - 7
+    assert torch.allclose(routed.y[0, path], w_in[0, path, 0] * torch.tensor(passed, dtype=torch.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["boundary", "boundary_min"])
+def test_a_gated_layer_is_continuous_where_its_turns_flip(gate):
     """Walk a segment between two rows that reach different leaves: y has no jump, biases included."""
-    layer = make_layer(6, 5, dtype=torch.float64, **{**LEAVES, "gate": "boundary"})
+    layer = make_layer(6, 5, dtype=torch.float64, **{**LEAVES, "gate": gate})
     a, b = make_rows(2, 6, seed=5)
     x = a + torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None] * (b - a)
     routed = run(layer, x)

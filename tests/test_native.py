@@ -23,6 +23,7 @@ FORMS = [
     {"depth": 4, "trees": 3, "gate": "boundary", "bias": True, "activation": "silu"},
     {"depth": 5, "leaf_width": 2, "node_output": False, "gate": "boundary", "bias": True, "activation": "identity"},
     {"depth": 4, "trees": 8, "leaf_width": 16, "node_output": False, "gate": "boundary", "activation": "swiglu"},
+    {"depth": 5, "trees": 2, "leaf_width": 2, "gate": "boundary_min", "bias": True, "activation": "abs"},
     {"depth": 9},
 ]
 SIZES = [(1, 8, 8), (3, 65, 9), (130, 33, 17)]
@@ -87,11 +88,11 @@ def shapes(draw):
         "trees": draw(st.integers(1, 9)),
         "leaf_width": draw(st.integers(1, 17)),
         "node_output": draw(st.booleans()),
-        "gate": draw(st.sampled_from([None, "boundary"])),
+        "gate": draw(st.sampled_from([None, "boundary", "boundary_min"])),
         "bias": draw(st.booleans()),
     }
     pair = [] if options["node_output"] else ["swiglu"]
-    options["activation"] = draw(st.sampled_from(["gelu", "gelu_tanh", "relu", "silu", "identity", *pair]))
+    options["activation"] = draw(st.sampled_from(["gelu", "gelu_tanh", "relu", "silu", "identity", "abs", *pair]))
     width = draw(st.one_of(st.integers(1, 130), st.just(768)))
     config = fastff.TreeConfig(in_features=width, out_features=width, **options)
     if config.trees * config.in_rows * width > 300_000:  # keep the test fast: trade the trees and the leaves for depth

@@ -16,6 +16,7 @@ FORMS = [
     {"depth": 0, "leaf_width": 5, "node_output": False},
     {"depth": 7},
     {"depth": 4, "trees": 3, "gate": "boundary", "bias": True, "activation": "silu"},
+    {"depth": 3, "trees": 2, "gate": "boundary_min"},
     {
         "depth": 3,
         "trees": 2,
@@ -69,7 +70,8 @@ def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
                 if config.node_output:
                     factors.append(passed * value[level])
                 if config.gate is not None:
-                    passed = passed * torch.tanh(score[level].abs() / config.tau)
+                    gate = torch.tanh(score[level].abs() / config.tau)
+                    passed = torch.minimum(passed, gate) if config.gate == "boundary_min" else passed * gate
             own = value[config.depth : config.depth + config.leaf_width]
             if pair == 2:
                 own = own * score[config.depth + config.leaf_width :]

@@ -38,7 +38,7 @@ def test_bias_shapes():
         ({"leaf_width": 0}, "leaf_width 0 is not at least 1"),
         ({"in_features": 0}, "in_features 0 is not at least 1"),
         ({"activation": "tanh"}, "activation 'tanh' is not one of"),
-        ({"gate": "soft"}, "gate 'soft' is not None or 'boundary'"),
+        ({"gate": "soft"}, "gate 'soft' is not None, 'boundary' or 'boundary_min'"),
         ({"activation": "swiglu"}, "swiglu' needs node_output=False"),
         ({"tau": 0.0}, "tau 0.0 is not a positive finite number"),
         ({"depth": 24, "trees": 10**6}, "more than can be addressed"),

@@ -40,6 +40,7 @@ SHAPES = [
     config(depth=2, leaf_width=2, activation="swiglu", node_output=False),
     config(depth=6, activation="gelu_tanh", gate="boundary"),
     config(trees=4, activation="identity", node_output=False, in_features=17),
+    config(depth=4, activation="abs"),
     config(depth=1, leaf_width=40, activation="relu", node_output=False, bias=True, out_features=7),
 ]
 
@@ -293,6 +294,11 @@ class TestThroughTheOp:
         shape = config()
         with pytest.raises(BackendUnavailable, match="float64"):
             ops.forward(*make_inputs(shape, 1, torch.float64), config=shape, backend="triton")
+
+    def test_a_gate_without_kernels_is_refused_with_a_reason(self):
+        shape = config(gate="boundary_min")
+        with pytest.raises(BackendUnavailable, match="has no gate 'boundary_min'"):
+            ops.forward(*make_inputs(shape, 1), config=shape, backend="triton")
 
 
 class TestReplay:

@@ -41,8 +41,8 @@ static int read_name(const st_file* file, const char* key, const char* const* na
 }
 
 static int read_tree(const st_file* file, fastff_tree* tree, int32_t* weights) {
-  static const char* const activations[] = {"gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu", NULL};
-  static const char* const gates[] = {"none", "boundary", NULL};
+  static const char* const activations[] = {"gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu", "abs", NULL};
+  static const char* const gates[] = {"none", "boundary", "boundary_min", NULL};
   static const char* const truths[] = {"false", "true", NULL};
   static const char* const quantizations[] = {"none", "bf16", "int8", NULL}; /* enum fastff_weights */
   const char *format = st_metadata(file, "format"), *tau = st_metadata(file, "tau");

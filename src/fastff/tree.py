@@ -12,10 +12,11 @@ from typing import Literal, get_args
 
 from fastff.errors import ShapeError
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu"]
-Gate = Literal["boundary"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu", "abs"]
+Gate = Literal["boundary", "boundary_min"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+GATES: tuple[str, ...] = get_args(Gate)
 MAX_DEPTH = 24
 ADDRESSABLE_BYTES = 2**47  # user space of a 64-bit process
 
@@ -29,8 +30,9 @@ class TreeConfig:
     trees        trees that read the same input; their outputs are summed
     leaf_width   neurons of a leaf
     node_output  routing nodes on the path are neurons too (UltraFastBERT) or only route (FFF 2023)
-    activation   gelu (exact), gelu_tanh, relu, silu, identity, or swiglu (leaves only, so node_output=False)
-    gate         None, or "boundary": a factor `tanh(|score| / tau)` from each ancestor on all that hangs below it
+    activation   gelu (exact), gelu_tanh, relu, silu, identity, abs, or swiglu (leaves only, so node_output=False)
+    gate         None, or a factor on all that hangs below a node, from `tanh(|score| / tau)` of each ancestor:
+                 "boundary" takes their product, "boundary_min" the least of them (not on backend "triton")
     tau          scale of the gate, in score units
     bias         whether the layer has b_in (and, with node_output=False, b_out)
 
@@ -54,8 +56,8 @@ class TreeConfig:
         _check_int("depth", self.depth, 0, MAX_DEPTH)
         if self.activation not in ACTIVATIONS:
             raise ShapeError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.gate not in (None, "boundary"):
-            raise ShapeError(f"gate {self.gate!r} is not None or 'boundary'")
+        if self.gate not in (None, *GATES):
+            raise ShapeError(f"gate {self.gate!r} is not None, {' or '.join(map(repr, GATES))}")
         if self.activation == "swiglu" and self.node_output:
             raise ShapeError("activation 'swiglu' needs node_output=False, got node_output=True")
         if not 0.0 < self.tau < float("inf"):

@@ -103,8 +103,10 @@ static layer draw_layer(void) {
   t.trees = draw_in(1, 3);
   t.leaf_width = draw_in(1, 9);
   t.node_output = (int32_t)draw_in(0, 1);
-  t.activation = (int32_t)draw_in(0, t.node_output ? 4 : 5);
-  t.gate = (int32_t)draw_in(0, 1);
+  do {
+    t.activation = (int32_t)draw_in(FASTFF_GELU, FASTFF_ABS);
+  } while (t.activation == FASTFF_SWIGLU && t.node_output);
+  t.gate = (int32_t)draw_in(FASTFF_UNGATED, FASTFF_BOUNDARY_MIN);
   t.tau = 0.7;
   return make_layer(t, rows[draw_in(0, 7)], (int)draw_in(0, 1));
 }
@@ -153,6 +155,7 @@ static double activated(double s, int activation) {
     case FASTFF_GELU_TANH: return 0.5 * s * (1 + tanh(sqrt(2 / acos(-1)) * (s + 0.044715 * s * s * s)));
     case FASTFF_RELU: return s > 0 ? s : 0;
     case FASTFF_IDENTITY: return s;
+    case FASTFF_ABS: return fabs(s);
     default: return s / (1 + exp(-s));
   }
 }
@@ -169,7 +172,8 @@ static void reference_tree(const layer* l, int64_t tree, const double* x, int na
     const double s = score(l, tree, node, x, narrow);
     *margin = fmin(*margin, fabs(s));
     if (t->node_output) add_row(l, w_out + node * t->out_features, passed * activated(s, t->activation), y, narrow);
-    if (t->gate) passed *= tanh(fabs(s) / t->tau);
+    if (t->gate == FASTFF_BOUNDARY) passed *= tanh(fabs(s) / t->tau);
+    if (t->gate == FASTFF_BOUNDARY_MIN) passed = fmin(passed, tanh(fabs(s) / t->tau));
     node = 2 * node + 1 + (s > 0);
   }
   *leaf = node - l->nodes;
@@ -331,7 +335,7 @@ static void check_isa(layer* l, const results* exact, double tightest, double mi
   CHECK(!memcmp(r.leaf, exact->leaf, (size_t)leaf_bytes), "f64 took another leaf");
   CHECK(difference(r.d[Y], exact->d[Y], ys) <= 1e-12 * largest(exact->d[Y], ys), "f64 y");
   if (l->tree.depth) CHECK(difference(r.d[MARGIN], exact->d[MARGIN], l->rows) <= 1e-12, "f64 margin");
-  if (tightest > 1e-4 && l->tree.activation != FASTFF_RELU) check_slope(l, &r);
+  if (tightest > 1e-4 && l->tree.activation != FASTFF_RELU && l->tree.activation != FASTFF_ABS) check_slope(l, &r);
   if (!scalar->leaf) *scalar = r;
   else {
     check_gradients(l, &r, scalar, 1e-12);

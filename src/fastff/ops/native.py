@@ -21,7 +21,7 @@ from fastff.errors import BackendUnavailable, FastffError
 from fastff.ops.cost import conditional_us, dense_us
 from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
-from fastff.tree import ACTIVATIONS, TreeConfig
+from fastff.tree import ACTIVATIONS, GATES, TreeConfig
 
 _ABI_VERSION = 2
 _OK, _STALE = 0, 4
@@ -62,7 +62,7 @@ def _c_tree(config: TreeConfig) -> _Tree:
         config.depth,
         config.node_output,
         ACTIVATIONS.index(config.activation),
-        config.gate is not None,
+        0 if config.gate is None else 1 + GATES.index(config.gate),
         config.tau,
     )
 

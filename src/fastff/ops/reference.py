@@ -55,6 +55,8 @@ def activate(scores: Tensor, activation: str) -> Tensor:
         case "swiglu":
             gate, value = scores.chunk(2, dim=-1)
             return F.silu(gate) * value
+        case "abs":
+            return scores.abs()
         case _:
             return scores
 
@@ -83,7 +85,8 @@ def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
     ones = torch.ones_like(score[..., :1]) if config.depth else score.new_ones(*score.shape[:-1], 1)
     if config.gate is None:
         return ones.expand(*score.shape[:-1], config.levels)
-    return torch.cat((ones, torch.cumprod(torch.tanh(score.abs() / config.tau), dim=-1)), dim=-1)
+    turn = torch.tanh(score.abs() / config.tau)
+    return torch.cat((ones, turn.cummin(-1).values if config.gate == "boundary_min" else turn.cumprod(-1)), dim=-1)
 
 
 def margin_of(score: Tensor) -> Tensor:
@@ -176,7 +179,10 @@ def _reach(node_score: Tensor, config: TreeConfig, straight_through: bool) -> tu
             soft = torch.sigmoid(score)
             right = right + soft - soft.detach()
         reach.append(_interleave(reach[-1] * (1 - right), reach[-1] * right))
-        below = gate[-1] if config.gate is None else gate[-1] * torch.tanh(score.abs() / config.tau)
+        below = gate[-1]
+        if config.gate is not None:
+            turn = torch.tanh(score.abs() / config.tau)
+            below = torch.minimum(below, turn) if config.gate == "boundary_min" else below * turn
         gate.append(_interleave(below, below))
     return reach, gate, torch.stack(on_path, -1) if on_path else node_score.new_empty(*node_score.shape[:2], 0)
 

@@ -46,6 +46,8 @@ def why_not(x: Tensor, config: TreeConfig) -> str | None:
         return _wrong_dtype(x.dtype)
     if x.device.type != "cuda" and not _interpreted():
         return f"backend 'triton' needs tensors on a CUDA device, x is on {x.device}"
+    if config.gate not in (None, "boundary"):
+        return f"backend 'triton' has no gate {config.gate!r}"
     return None
 
 

@@ -35,6 +35,8 @@ def activate(s, ACTIVATION: tl.constexpr):
         return tl.where(s <= 0, 0.0, s)
     if ACTIVATION == "identity":
         return s
+    if ACTIVATION == "abs":
+        return tl.abs(s)
     return s * sigmoid(s)
 
 
@@ -50,6 +52,8 @@ def slope(s, ACTIVATION: tl.constexpr):
         return tl.where(s > 0, 1.0, 0.0)
     if ACTIVATION == "identity":
         return tl.full(s.shape, 1.0, tl.float32)
+    if ACTIVATION == "abs":
+        return tl.where(s > 0, 1.0, 0.0) - tl.where(s < 0, 1.0, 0.0)
     half = sigmoid(s)
     return half * (1.0 + s * (1.0 - half))
 
