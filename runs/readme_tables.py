@@ -324,6 +324,7 @@ def training_gpus() -> str:
 
 CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-dense"})
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
+TINY = plan_tables("tiny-causal", **{"tiny-causal": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
@@ -335,6 +336,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "results/training/small-causal/README.md": CAUSAL,
     "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
+    "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/gpus/README.md": {"gpus": training_gpus},
     "results/training/small-masked/README.md": {
         "small-masked": MASKED["small-masked"],
