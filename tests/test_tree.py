@@ -20,6 +20,7 @@ def test_wide_leaves_that_only_route():
     assert (c.active_neurons, c.routing_scores) == (8 * 16, 32)
     assert c.flops_per_row == 2 * (8 * (4 + 32) + 8 * 16) * 768
     assert c.name == "8x4-leaf16-swiglu-gate"
+    assert config(depth=3, gate="boundary_min").name == "1x3-gate-min"
 
 
 def test_bias_shapes():

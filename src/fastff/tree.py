@@ -150,7 +150,8 @@ class TreeConfig:
     def name(self) -> str:
         """`1x11` for one tree of depth 11; leaf width, swiglu and gate are appended when they are not the default."""
         leaf = f"-leaf{self.leaf_width}" if self.leaf_width > 1 else ""
-        return f"{self.trees}x{self.depth}{leaf}{'-swiglu' if self.gated_pair else ''}{'-gate' if self.gate else ''}"
+        gate = {None: "", "boundary": "-gate", "boundary_min": "-gate-min"}[self.gate]
+        return f"{self.trees}x{self.depth}{leaf}{'-swiglu' if self.gated_pair else ''}{gate}"
 
 
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:
