@@ -90,7 +90,10 @@ def _steps(settings: Settings, step_s: float, rest_s: float, spent_s: float) -> 
     steps = int((1 - SPARE) * (settings.seconds - spent_s - rest_s) / step_s)
     if steps < least:
         needed = spent_s + rest_s + least * step_s / (1 - SPARE)
-        raise ValueError(f"seconds {settings.seconds:.0f} are too few: {needed:.0f} are needed for {least} joint steps")
+        raise ValueError(
+            f"seconds {settings.seconds:.0f} are too few: {needed:.0f} are needed for {least} joint steps; with more, "
+            "the same command goes on from here"
+        )
     return min(steps, settings.steps)
 
 
