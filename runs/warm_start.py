@@ -87,7 +87,8 @@ def main() -> None:
     with quietly():
         model: Any = kind.from_pretrained(asked.model).to(device).eval()  # type: ignore[arg-type]
     length = model.config.max_position_embeddings
-    tokens = Tokens(asked.data / "train", Vocabulary.of(load_tokenizer(asked.model)), length)
+    vocabulary = Vocabulary.of(load_tokenizer(asked.model))
+    tokens = Tokens(asked.data / "train", vocabulary, length, closed=not config["is_decoder"])
     count = min(len(tokens), -(-asked.rows // length))
     captured: Any = watch(model, tokens.windows(range(0, len(tokens) // count * count, len(tokens) // count)))
     description = feedforward_of(asked.feedforward, model.config.hidden_size)

@@ -19,7 +19,7 @@ from fastff.errors import TrainingError
 from fastff.training import checkpoint, files
 from fastff.training.batches import Batches
 from fastff.training.presets import PRESETS, cost_of
-from fastff.training.pretrain import Settings, pretrain, tokens_per_second
+from fastff.training.pretrain import Settings, pretrain, read_text, tokens_per_second
 from fastff.training.routing import LayerTraining
 from fastff.training.tokens import Tokens, Vocabulary
 from fastff.training.trainer import release_unused
@@ -250,6 +250,12 @@ def test_sizes_that_do_not_fit(text, tmp_path):
         pretrain(small(tmp_path, text, preset="huge"))
     with pytest.raises(TrainingError, match="no text is given"):
         Settings(out=tmp_path, text=())
+
+
+@pytest.mark.parametrize(("objective", "of_the_text"), [("masked", 14), ("causal", 15)])
+def test_windows_of_a_causal_model_end_with_the_text(text, tmp_path, objective, of_the_text):
+    _, read, _ = read_text(small(tmp_path, text, objective=objective))
+    assert read.inner == of_the_text
 
 
 def test_rows_are_the_same_on_any_number_of_processes(text):

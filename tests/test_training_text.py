@@ -93,6 +93,9 @@ def test_windows_hold_the_text_between_first_and_last(tmp_path, tokenizer):
     assert len(read) == len(flat) // 8
     assert read.windows([2]).tolist() == [[2, *flat[16:24], 3]]
     assert read.windows([0, 1]).dtype == torch.int64
+    open_ended = tokens.Tokens(tmp_path / "tokens", read.vocabulary, 10, closed=False)
+    assert len(open_ended) == len(flat) // 9
+    assert open_ended.windows([2]).tolist() == [[2, *flat[18:27]]]
 
 
 def test_tokens_are_made_once_and_anew_for_another_text(tmp_path, tokenizer, monkeypatch):

@@ -98,26 +98,27 @@ class Vocabulary:
 class Tokens:
     """A text's tokens in one file, documents one after the other, each closed by the separator.
 
-    A window is a piece of length - 2 tokens between the tokens `first` and `last`; what does not fill one at the end is
-    not used. Raises TrainingError for a text shorter than one window.
+    A window is the token `first`, a piece of the text and, if it is closed, the token `last`, which a causal model
+    would learn to expect in the last place of any window. What does not fill one at the end is not used. Raises
+    TrainingError for a text shorter than one window.
     """
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary, length: int) -> None:
+    def __init__(self, folder: Path, vocabulary: Vocabulary, length: int, *, closed: bool = True) -> None:
         self.meta = read_json(folder / "tokens.json")
         self.ids = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r", shape=(self.meta["tokens"],))
         self.vocabulary, self.length = vocabulary, length
+        self.inner = length - 2 if closed else length - 1  # tokens of the text in a window
         if len(self) == 0:
-            raise TrainingError(f"the text has {self.meta['tokens']} tokens, a window needs {length - 2}")
+            raise TrainingError(f"the text has {self.meta['tokens']} tokens, a window needs {self.inner}")
 
     def __len__(self) -> int:
-        return int(len(self.ids) // (self.length - 2))
+        return int(len(self.ids) // self.inner)
 
     def windows(self, which: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Windows (windows, length) int64 by their numbers."""
-        inner = self.length - 2
         ids = np.full((len(which), self.length), self.vocabulary.last, dtype=np.int64)
         ids[:, 0] = self.vocabulary.first
-        ids[:, 1:-1] = self.ids[: len(self) * inner].reshape(-1, inner)[np.asarray(which)]
+        ids[:, 1 : 1 + self.inner] = self.ids[: len(self) * self.inner].reshape(-1, self.inner)[np.asarray(which)]
         return torch.from_numpy(ids)
 
 
@@ -127,6 +128,7 @@ def prepare_tokens(
     folder: Path,
     *,
     length: int,
+    closed: bool = True,
     column: str = "text",
     most: int | None = None,
     progress: Progress = lambda what, count: None,
@@ -164,7 +166,7 @@ def prepare_tokens(
         if counts["tokens"] == 0:
             raise TrainingError(f"the text is empty: {', '.join(sources)}")
         write_json(path, {**asked, **counts})
-    return Tokens(folder, vocabulary, length)
+    return Tokens(folder, vocabulary, length, closed=closed)
 
 
 def _encoded(texts: Iterator[str], tokenizer: Any, separator: int) -> Iterator[list[int]]:
