@@ -300,7 +300,7 @@ Tree checked(const fastff_tree* t) {
   need(rows * widest * static_cast<double>(t->trees) * sizeof(double) < kAddressable,
        "weights need more memory than can be addressed");
   return {t->in_features, t->out_features, t->trees, t->leaf_width, t->depth, t->node_output != 0,
-          t->activation,  t->gate, t->tau};
+          t->activation, t->gate, t->tau};
 }
 
 template <class T>

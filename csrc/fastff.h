@@ -48,7 +48,7 @@ enum fastff_activation {
   FASTFF_SILU = 3,
   FASTFF_IDENTITY = 4,
   FASTFF_SWIGLU = 5, /* leaves only: silu(gate) * value; needs node_output = 0 */
-  FASTFF_ABS = 6 /* abs(x) */
+  FASTFF_ABS = 6     /* abs(x) */
 };
 
 enum fastff_gate {

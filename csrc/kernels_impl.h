@@ -3,12 +3,12 @@
 // Forward. Rows are kept as a list of indices. `descend` computes one node's score for all rows of a list, splits the
 // list in two and goes on with each side, so that a node's weights are read once for all its rows and a subtree's rows
 // stay in cache. A list that has become short is not worth splitting: its rows join a small group that walks down in
-// lockstep, so that the loads of one row hide the latency of another. At the leaf the path is known and y is built once,
-// rows of one leaf together.
+// lockstep, so that the loads of one row hide the latency of another. At the leaf the path is known and y is built
+// once, rows of one leaf together.
 //
 // Quantised weights (W is Bf16 or int8_t). The route is that of the fp32 layer: |<x, w> - <x, stored w>| is at most
-// ||x|| * ||w - stored w|| (Cauchy and Schwarz), and a score within that bound, plus rounding, is computed again from the
-// fp32 row, in the order in which the fp32 layer sums it.
+// ||x|| * ||w - stored w|| (Cauchy and Schwarz), and a score within that bound, plus rounding, is computed again from
+// the fp32 row, in the order in which the fp32 layer sums it.
 //
 // Backward. Rows sorted by leaf make every node's rows one contiguous range, so weight gradients are sums over ranges:
 // no atomics, and a result that does not depend on the number of threads.
@@ -495,11 +495,17 @@ struct RowGradient {
     for (int level = tree.depth - 1; level >= 0; --level) {
       const T t = gate[level];
       const T sign = score[level] > T(0) ? T(1) : score[level] < T(0) ? T(-1) : T(0);
-      // `below`: what hangs below and what d(its factor) is worth, up to here. Of a minimum one node has it all.
-      const bool product = tree.gate == FASTFF_BOUNDARY, least = t < passed[level];
-      const T share = product ? passed[level] : T(least);
-      dscore[level] += share * below * (T(1) - t * t) * sign / static_cast<T>(tree.tau);
-      below = (product ? t : T(!least)) * below + (tree.node_output ? value[level] * grad[level] : T(0));
+      T dgate = passed[level] * below;
+      if (tree.gate == FASTFF_BOUNDARY) {
+        below *= t;
+      } else if (t < passed[level]) {  // the least so far: what hangs below is this gate's, none of it those above
+        dgate = below;
+        below = 0;
+      } else {
+        dgate = 0;
+      }
+      dscore[level] += dgate * (T(1) - t * t) * sign / static_cast<T>(tree.tau);
+      if (tree.node_output) below += value[level] * grad[level];
     }
   }
 

@@ -432,7 +432,14 @@ SPECIAL = [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 5e-324, -0.
 
 @settings(fuzz, max_examples=60)
 @given(
-    options=st.sampled_from([LEAVES, {"depth": 4, "gate": "boundary"}, {"depth": 3, "leaf_width": 5, "bias": True}]),
+    options=st.sampled_from(
+        [
+            LEAVES,
+            {"depth": 4, "gate": "boundary"},
+            {"depth": 4, "gate": "boundary_min"},
+            {"depth": 3, "leaf_width": 5, "bias": True},
+        ]
+    ),
     activation=st.sampled_from([name for name in ACTIVATIONS if name != "swiglu"]),
     specials=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 18), st.sampled_from(SPECIAL)), max_size=5),
     weight=st.none() | st.tuples(st.integers(0, 30), st.sampled_from(SPECIAL)),

@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fastff.bench.cases import TWINS, Grid, Only, label, visits
+from fastff.bench.cases import TWINS, Grid, Only, Scene, label, visits
 from fastff.bench.limits import Limits
 from fastff.bench.run import PARTIAL, Record, Timing
 
@@ -197,14 +197,14 @@ def is_whole(record: Record) -> bool:
     only = Only(**{kind: tuple(given) for kind, given in record.settings["grid"]["only"].items()})
     measured = {(timing.layer, *_scene(timing)) for timing in record.timings}
     return all(
-        (label(subject), scene.rows, scene.layers, scene.threads, scene.training) in measured
+        (label(subject), *_scene(scene)) in measured
         for scene in Grid(**values, only=only).scenes()
         for subject in scene.subjects
     )
 
 
-def _scene(timing: Timing) -> tuple[int, int, int, bool]:
-    return timing.rows, timing.layers, timing.threads, timing.training
+def _scene(of: Timing | Scene) -> tuple[int, int, int, bool]:
+    return of.rows, of.layers, of.threads, of.training
 
 
 def document(record: Record, *, whole: bool = True) -> dict[str, Any]:

@@ -80,12 +80,17 @@ def descend(x: Tensor, w_in: Tensor, b_in: Tensor | None, *, config: TreeConfig)
     return Path(torch.stack(nodes, -1), torch.stack(scores, -1), leaf)
 
 
+def _turn(score: Tensor, config: TreeConfig) -> Tensor:
+    """The gate of each score alone."""
+    return torch.tanh(score.abs() / config.tau)
+
+
 def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
     """Factor on each level, root first and leaf last: (..., levels) from path scores (..., depth)."""
     ones = torch.ones_like(score[..., :1]) if config.depth else score.new_ones(*score.shape[:-1], 1)
     if config.gate is None:
         return ones.expand(*score.shape[:-1], config.levels)
-    turn = torch.tanh(score.abs() / config.tau)
+    turn = _turn(score, config)
     return torch.cat((ones, turn.cummin(-1).values if config.gate == "boundary_min" else turn.cumprod(-1)), dim=-1)
 
 
@@ -181,7 +186,7 @@ def _reach(node_score: Tensor, config: TreeConfig, straight_through: bool) -> tu
         reach.append(_interleave(reach[-1] * (1 - right), reach[-1] * right))
         below = gate[-1]
         if config.gate is not None:
-            turn = torch.tanh(score.abs() / config.tau)
+            turn = _turn(score, config)
             below = torch.minimum(below, turn) if config.gate == "boundary_min" else below * turn
         gate.append(_interleave(below, below))
     return reach, gate, torch.stack(on_path, -1) if on_path else node_score.new_empty(*node_score.shape[:2], 0)

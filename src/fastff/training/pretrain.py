@@ -255,8 +255,12 @@ def read_text(
         )
     else:
         tokenizer = tokens.load_tokenizer(settings.tokenizer)
-    options: dict[str, Any] = {"length": preset.length, "column": settings.column, "progress": progress}
-    options["closed"] = settings.objective == "masked"
+    options: dict[str, Any] = {
+        "length": preset.length,
+        "closed": settings.objective == "masked",
+        "column": settings.column,
+        "progress": progress,
+    }
     text = tokens.prepare_tokens(settings.text, tokenizer, folder / "train", most=settings.max_tokens, **options)
     if not settings.valid:
         return tokenizer, text, None
