@@ -2,26 +2,33 @@
 
 python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results/training/NAME [options]
 
-DIR holds what `runs/pretrain_plan.py` left. One process an arm and task; after `--seconds` those that run are stopped,
-and the same command goes on with what is missing. A task counts where every arm has all its seeds. Retention is an
-arm's mean score over that of the dense arm of its group; the recovered gap is made of the same means, as that of losses
-in `fastff.training.compare`. Splits that are not whole are listed below the table: such scores compare with each
-other, not with published ones.
+DIR holds what `runs/pretrain_plan.py` left. `--at-once` processes take one arm, task and seed after the other; after
+`--seconds` they are stopped, and the same command goes on with what is missing. A task counts where every arm has all
+its seeds. Retention is an arm's mean score over that of the dense arm of its group; the recovered gap is made of the
+same means, as that of losses in `fastff.training.compare`. Splits that are not whole are listed below the table: such
+scores compare with each other, not with published ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import queue
 import statistics
-import subprocess
-import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.multiprocessing as mp
+
 from fastff.drawing import svg
+from fastff.errors import TrainingError
+from fastff.training.checkpoint import check_identity
 from fastff.training.compare import set_gaps
 from fastff.training.files import read_json, write_json
+from fastff.training.glue import GlueSettings, missing, record_path, score
 from fastff.training.placement import environments
 from fastff.training.pretrain import MODEL, RESULT
 from fastff.training.tasks import TASKS
@@ -29,53 +36,76 @@ from fastff.training.tasks import TASKS
 ORDER = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE", "QNLI", "MNLI", "QQP", "WNLI")  # the time may end in the last
 
 
-def scores_of(folder: Path, task: str, seeds: int) -> list[dict[str, Any]]:
+def settings_of(asked: argparse.Namespace, arm: str, work: Path) -> GlueSettings:
+    """What `fastff glue` would be asked for this arm. Raises TrainingError for an option that it does not have."""
+    kinds = {"epochs": int, "rate": float, "batch": int, "dropout": float, "limit": int, "max_train_rows": int}
+    given: dict[str, Any] = {}
+    for option in asked.option:
+        name, _, value = option.partition("=")
+        name = name.replace("-", "_")
+        if name not in (*kinds, "precision", "cpu"):
+            raise TrainingError(f"option {option!r} is not of {', '.join((*kinds, 'precision', 'cpu'))}")
+        given[name] = True if name == "cpu" else kinds.get(name, str)(value)
+    tasks = tuple(sorted(asked.tasks.split(","), key=ORDER.index))
+    model = str(asked.runs / arm / MODEL)
+    return GlueSettings(model=model, out=work / arm, data=asked.data, tasks=tasks, seeds=asked.seeds, **given)
+
+
+def work_on(waiting: Any, place: dict[str, str], threads: int) -> None:
+    """Take one fine-tuning after the other, in a process of its own; an error is printed and ends none but its own."""
+    os.environ.update(place)
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            settings, task, seed = waiting.get(timeout=1)
+        except queue.Empty:
+            return
+        try:
+            score(settings, task, seed)
+        except Exception:
+            print(f"failed: {settings.out.name} {task} {seed}:\n{traceback.format_exc()[-600:]}", flush=True)
+
+
+def fine_tune(asked: argparse.Namespace, every: list[GlueSettings]) -> None:
+    """Run what is missing, until it is done or the time is over."""
+    began = time.monotonic()
+    for settings in every:
+        check_identity(settings.out, settings.identity)
+    jobs = [(settings, *job) for settings in every for job in missing(settings)]
+    jobs.sort(key=lambda job: ORDER.index(job[1]))  # all arms of a task, then the next
+    if not jobs:
+        return
+    context = mp.get_context("spawn")
+    waiting: Any = context.Queue()
+    for job in jobs:
+        waiting.put(job)
+    places = environments()
+    threads = max(1, (os.cpu_count() or 1) // asked.at_once)
+    workers = [
+        context.Process(target=work_on, args=(waiting, places[n % len(places)], threads), daemon=True)
+        for n in range(min(asked.at_once, len(jobs)))
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers) and time.monotonic() - began < asked.seconds:
+        time.sleep(0.2)
+    for worker in workers:
+        worker.kill()
+    left = sum(len(missing(settings)) for settings in every)
+    print(f"{len(jobs) - left} fine-tunings in {time.monotonic() - began:.0f} s, {left} left; the same command goes on")
+
+
+def records_of(settings: GlueSettings, task: str) -> list[dict[str, Any]]:
     """What is finished of one arm and task."""
-    paths = [folder / task / task / f"seed-{seed}.json" for seed in range(seeds)]
+    paths = [record_path(settings, task, seed) for seed in range(settings.seeds)]
     return [read_json(path) for path in paths if path.is_file()]
 
 
-def fine_tune(asked: argparse.Namespace, arms: list[str], work: Path) -> None:
-    """Run what is missing, until it is done or the time is over."""
-    began = time.monotonic()
-    places = environments()
-    waiting = [
-        (arm, task)
-        for task in sorted(asked.tasks.split(","), key=ORDER.index)
-        for arm in arms
-        if len(scores_of(work / arm, task, asked.seeds)) < asked.seeds
-    ]
-    slots: dict[int, tuple[subprocess.Popen[bytes], Path]] = {}
-    while waiting or slots:
-        if time.monotonic() - began > asked.seconds:
-            for process, _ in slots.values():
-                process.kill()
-            print(f"the time is over: {len(waiting)} to begin, {len(slots)} stopped; the same command goes on")
-            return
-        for slot in range(asked.at_once):
-            if slot not in slots and waiting:
-                arm, task = waiting.pop(0)
-                folder = work / arm / task
-                folder.mkdir(parents=True, exist_ok=True)
-                words = [sys.executable, "-m", "fastff.cli", "glue", str(asked.runs / arm / MODEL)]
-                words += ["--out", str(folder), "--data", str(asked.data), "--task", task, "--seeds", str(asked.seeds)]
-                words += [w for o in asked.option for w in (f"--{o.partition('=')[0]}", o.partition("=")[2]) if w]
-                log = folder / "log.txt"
-                with log.open("wb") as out:
-                    process = subprocess.Popen(words, stdout=out, stderr=out, env=places[slot % len(places)])
-                slots[slot] = process, log
-        for slot, (process, log) in list(slots.items()):
-            if process.poll() is not None:
-                del slots[slot]
-                if process.returncode:
-                    print(f"failed: {log}: {log.read_text(encoding='utf-8', errors='replace')[-500:]}", flush=True)
-        time.sleep(0.2)
-
-
-def summary(asked: argparse.Namespace, arms: list[str], work: Path) -> dict[str, Any]:
+def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, Any]:
     """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap."""
+    arms = [settings.out.name for settings in every]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
-        arm: {task: scores_of(work / arm, task, asked.seeds) for task in asked.tasks.split(",")} for arm in arms
+        settings.out.name: {task: records_of(settings, task) for task in settings.tasks} for settings in every
     }
     whole = [t for t in asked.tasks.split(",") if all(len(found[arm][t]) == asked.seeds for arm in arms)]
     notes = {}
@@ -170,13 +200,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--option", action="append", default=[], help="NAME=VALUE passed on to `fastff glue`")
+    parser.add_argument("--option", action="append", default=[], help="NAME=VALUE as of `fastff glue`")
     asked = parser.parse_args()
     arms = [arm for arm in asked.arms.split(",") if (asked.runs / arm / MODEL).is_dir()]
     print("arms:", ", ".join(arms) or "none is finished")
     work = asked.work or asked.runs / "glue"
-    fine_tune(asked, arms, work)
-    found = summary(asked, arms, work)
+    every = [settings_of(asked, arm, work) for arm in arms]
+    fine_tune(asked, every)
+    found = summary(asked, every)
     asked.out.mkdir(parents=True, exist_ok=True)
     write_json(asked.out / "glue.json", found)
     (asked.out / "table.md").write_text(table(found), encoding="utf-8")

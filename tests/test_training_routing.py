@@ -46,6 +46,17 @@ def test_late_in_the_budget_the_turns_freeze_and_the_leaves_do_not():
     assert torch.equal(early["w_in"], trained(LayerTraining())[1]["w_in"])
 
 
+def test_balance_moves_a_bias_in_proportion_to_what_its_sides_differ_by():
+    layer = make_layer(6, depth=2, bias=True)
+    before = layer.b_in.detach().clone()
+    balance({"tree": layer}, {"tree": Usage.of(torch.tensor([[30, 30, 40, 0]]))}, 0.1)
+    want = torch.tensor([[0.1 * (60 - 40) / 100, 0.0, 0.1]])
+    torch.testing.assert_close(layer.b_in[:, :3] - before[:, :3], want)
+    assert torch.equal(layer.b_in[:, 3:], before[:, 3:])
+    balance({"tree": layer}, {"tree": Usage.of(torch.zeros(1, 4, dtype=torch.int64))}, 0.1)
+    torch.testing.assert_close(layer.b_in[:, :3] - before[:, :3], want)
+
+
 def test_balance_sends_more_rows_to_the_emptier_side():
     layer = make_layer(6, depth=3, bias=True)
     with torch.no_grad():
@@ -53,7 +64,7 @@ def test_balance_sends_more_rows_to_the_emptier_side():
     rows = make_rows(400, 6, dtype=torch.float32)
     before = layer.usage(rows)
     for _ in range(100):
-        balance({"tree": layer}, {"tree": layer.usage(rows)}, 0.05)
+        balance({"tree": layer}, {"tree": layer.usage(rows)}, 0.2)
     after = layer.usage(rows)
     assert before.entropy_bits < 2.0
     assert after.entropy_bits > 2.9

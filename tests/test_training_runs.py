@@ -200,8 +200,9 @@ def test_glue_of_all_arms(planned, tmp_path, capsys):
     run_script("glue_arms.py", *words, "--seconds", -1)
     said = capsys.readouterr().out
     assert "arms: dense-on, narrow-on, tree-on\n" in said
-    assert "the time is over: 3 to begin, 0 stopped" in said
-    run_script("glue_arms.py", *words)
+    assert "0 fine-tunings in 0 s, 3 left" in said
+    run_script("glue_arms.py", *words, "--at-once", 2)
+    assert "3 fine-tunings in" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "glue.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
     dense, narrow, tree = (arms[name]["mean"] for name in ("dense-on", "narrow-on", "tree-on"))

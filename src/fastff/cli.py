@@ -244,6 +244,7 @@ def glue(
     batch: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Use the first rows only, for a trial.")] = None,
     max_train_rows: Annotated[int | None, typer.Option(help="Learn from so many rows of a longer train split.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16 (mixed).")] = "fp32",
     cpu: Annotated[bool, typer.Option(help="Use the CPU even if there is a GPU.")] = False,
 ) -> None:
     """Fine-tune a model on GLUE and score it: median and spread over seeds."""

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class GlueSettings:
     """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
 
     limit: use the first rows only, for a trial; max_train_rows: of a longer train split, learn from so many rows drawn
-    once. Both show in every note.
+    once. Both show in every note. precision: "fp32" or "bf16" (mixed).
     """
 
     model: str
@@ -62,9 +62,12 @@ class GlueSettings:
     dropout: float = 0.1
     limit: int | None = None
     max_train_rows: int | None = None
+    precision: str = "fp32"
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise TrainingError(f"precision {self.precision!r} is not fp32 or bf16")
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise TrainingError(f"tasks {', '.join(unknown) or 'none'}: expected some of {', '.join(TASKS)}")
@@ -91,21 +94,38 @@ def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress
     not there or a tokenizer that does not fit the model, CheckpointError for a model that cannot be read.
     """
     check_identity(settings.out, settings.identity)
-    for name in settings.tasks:
-        path = settings.out / name
-        missing = [seed for seed in range(settings.seeds) if not (path / f"seed-{seed}.json").is_file()]
-        if not missing:
-            continue
-        task = tasks.with_epochs(TASKS[name], settings.epochs)
-        train, dev = tasks.load(task, settings.data, limit=settings.limit)
-        train = tasks.at_most(train, settings.max_train_rows, task)
-        for seed in missing:
-            with quietly():
-                record = fine_tune(settings, task, train, dev, seed, partial(report, name, seed))
-            write_json(path / f"seed-{seed}.json", record)
+    for name, seed in missing(settings):
+        score(settings, name, seed, report=partial(report, name, seed))
     summary = summarise(settings)
     write_json(settings.out / RESULT, summary)
     return summary
+
+
+def record_path(settings: GlueSettings, name: str, seed: int) -> Path:
+    """The file of one task and seed."""
+    return settings.out / name / f"seed-{seed}.json"
+
+
+def missing(settings: GlueSettings) -> list[tuple[str, int]]:
+    """Tasks and seeds that have no file yet."""
+    every = [(name, seed) for name in settings.tasks for seed in range(settings.seeds)]
+    return [(name, seed) for name, seed in every if not record_path(settings, name, seed).is_file()]
+
+
+def score(
+    settings: GlueSettings, name: str, seed: int, *, report: Callable[[float], None] = lambda progress: None
+) -> None:
+    """Fine-tune and score one seed of one task, and write its file. Raises as `glue` does."""
+    task = tasks.with_epochs(TASKS[name], settings.epochs)
+    train, dev = _rows(task, settings.data, settings.limit)
+    with quietly():
+        record = fine_tune(settings, task, tasks.at_most(train, settings.max_train_rows, task), dev, seed, report)
+    write_json(record_path(settings, name, seed), record)
+
+
+@lru_cache(maxsize=1)  # the seeds of a task come one after the other
+def _rows(task: Task, data: Path | None, limit: int | None) -> tuple[Rows, dict[str, Rows]]:
+    return tasks.load(task, data, limit=limit)
 
 
 def fine_tune(
@@ -197,6 +217,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         disable_tqdm=True,
         seed=seed,
         use_cpu=cpu,
+        bf16=settings.precision == "bf16",
         dataloader_pin_memory=not cpu,
     )
 
@@ -218,7 +239,7 @@ def summarise(settings: GlueSettings) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in settings.tasks:
-        records = [read_json(settings.out / name / f"seed-{seed}.json") for seed in range(settings.seeds)]
+        records = [read_json(record_path(settings, name, seed)) for seed in range(settings.seeds)]
         values = [record["score"] for record in records]
         known = all(value is not None for value in values)
         notes = [f"train {records[0]['train_note']}" if records[0]["train_note"] else ""]

@@ -24,7 +24,8 @@ class LayerTraining:
     level_rate     factor on each update of the routing rows, once for every level below the root: 0.5 halves it a level
     freeze_after   share of the budget after which the routing rows stay as they are, so that leaves learn on fixed
                    regions; with node_output=True those rows are neurons too, which then stop learning their inputs
-    balance        with bias=True: after every step a node's bias moves by this much to the side that got fewer rows
+    balance        with bias=True: after every step a node's bias moves to the side that got fewer rows, by this much
+                   times the difference of the two sides' shares
     output_scale   factor on the initial output weights
     feedforward_init  "published" or "fan_in", as in UltraFastBertConfig
     """
@@ -143,9 +144,10 @@ def _routing_rows(layer: FFF) -> list[Tensor]:
 
 @torch.no_grad()
 def balance(layers: dict[str, FFF], usage: dict[str, Usage], step: float) -> None:
-    """Move the bias of every visited node by `step` towards the side that got fewer rows.
+    """Move every node's bias towards the side that got fewer rows, by `step` times (left - right) / (left + right).
 
-    Raises TrainingError for a layer with turns but without biases.
+    In proportion, so that it is strong where a node sends all rows to one side, which the gate rewards, and still where
+    both sides get the same. Raises TrainingError for a layer with turns but without biases.
     """
     for name, layer in layers.items():
         if layer.config.depth == 0:
@@ -153,5 +155,5 @@ def balance(layers: dict[str, FFF], usage: dict[str, Usage], step: float) -> Non
         if layer.b_in is None:
             raise TrainingError(f"balance needs bias=True in the feedforward, {name} has bias=False")
         nodes = layer.config.nodes
-        children = usage[name].visits[:, 1:].unflatten(1, (nodes, 2))
-        layer.b_in[:, :nodes] += step * (children[..., 0] - children[..., 1]).sign()
+        left, right = usage[name].visits[:, 1:].unflatten(1, (nodes, 2)).unbind(-1)
+        layer.b_in[:, :nodes] += step * (left - right) / (left + right).clamp(min=1)
