@@ -5,8 +5,9 @@ python runs/convert_command.py causal TOKENS.tar WORK OUT.json [--pretrain "--se
 
 embedding  all-MiniLM-L6-v2. PACKED is what runs/convert_carry.py wrote. Evaluated on STS-B dev, which decides, and on
            STS-B test and SICK test (relatedness), which are only told
-causal     a decoder that `fastff pretrain --objective causal` makes first. TOKENS.tar is of runs/pack_tokens.py.
-           The conversion reads part of the text of the pretraining; perplexity is that of its held-out text
+causal     a decoder that `fastff pretrain --objective causal` makes first, or has made of these tokens (--dense).
+           TOKENS.tar is of runs/pack_tokens.py. The conversion reads part of the text of the pretraining; perplexity
+           is that of its held-out text
 
 Both commands run as a user would run them, in WORK; the report stays there, in converted/report.
 """
@@ -77,11 +78,15 @@ def prepare_embedding(packed: Path, work: Path) -> list[str]:
     return ["model", "--text", "text.txt", *(part for name in TABLES for part in ("--table", name))]
 
 
-def prepare_causal(packed: Path, work: Path, pretrain: str, tokens: int) -> list[str]:
+def prepare_causal(packed: Path, work: Path, pretrain: str, dense: Path | None, tokens: int) -> list[str]:
     """The pretrained model, text.txt of so many tokens, and VALID. Returns the arguments of the conversion."""
     unpack(packed, work / "data")
-    arguments = ["--text", "train", "--valid", "valid", "--data", "data", "--objective", "causal"]
-    fastff("pretrain", "--out", "pretrained", *arguments, *shlex.split(pretrain), work=work)
+    if dense is not None:
+        shutil.copytree(dense / "model", work / "pretrained/model")
+        shutil.copy(dense / "result.json", work / "pretrained")
+    else:
+        arguments = ["--text", "train", "--valid", "valid", "--data", "data", "--objective", "causal"]
+        fastff("pretrain", "--out", "pretrained", *arguments, *shlex.split(pretrain), work=work)
     tokenizer = AutoTokenizer.from_pretrained(work / "data/tokenizer")
     (work / "pretraining").mkdir()
     for part, name in (("train", "text.txt"), ("valid", VALID)):
@@ -109,6 +114,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--options", default="", help="of fastff convert")
     parser.add_argument("--pretrain", default=PRETRAIN, help="options of fastff pretrain")
+    parser.add_argument("--dense", type=Path, help="folder of a finished `fastff pretrain` on TOKENS.tar")
     parser.add_argument("--tokens", type=int, default=6_000_000, help="read in converting the causal model, at most")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
@@ -116,7 +122,7 @@ def main() -> None:
     if args.kind == "embedding":
         arguments = prepare_embedding(args.packed, args.work)
     else:
-        arguments = prepare_causal(args.packed, args.work, args.pretrain, args.tokens)
+        arguments = prepare_causal(args.packed, args.work, args.pretrain, args.dense, args.tokens)
     options = shlex.split(args.options)
     fastff("convert", *arguments, "--out", "converted", *options, work=args.work)
     report = json.loads((args.work / "converted/report/report.json").read_text())

@@ -56,7 +56,8 @@ def _trees(trees: int, depth: int, leaf_width: int, shared: int = 0) -> dict[str
 
 
 # The main comparison, at 10 % and 3 % of the work: trees beside a shared part against a narrow layer, and no layer.
-# Then, one seed: a narrower gate, which missed 4 % less of one layer's effect when that was taught alone.
+# Then, one seed: a narrower gate, which missed 4 % less of one layer's effect when that was taught alone; dense layers
+# that are faded out; an average of the weights.
 ARMS = [
     Arm("narrow-152", {"neurons": 152}),
     Arm("2x5-leaf15-shared112", _trees(2, 5, 15, 112)),
@@ -64,6 +65,8 @@ ARMS = [
     Arm("2x5-leaf6-shared24", _trees(2, 5, 6, 24)),
     Arm("none", {}, (0,)),
     Arm("2x5-leaf15-shared112 tau 0.2", _trees(2, 5, 15, 112) | {"tau": 0.2}, (0,)),
+    Arm("2x5-leaf15-shared112 mild", _trees(2, 5, 15, 112), (0,), {"mild": 0.5}),
+    Arm("2x5-leaf15-shared112 average", _trees(2, 5, 15, 112), (0,), {"average": 0.98}),
 ]
 
 
