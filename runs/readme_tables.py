@@ -17,7 +17,7 @@ from typing import Any
 import convert_tables
 import glue_arms
 from fastff.bench.report import figure
-from fastff.training.compare import compare, health_table, left_out, table
+from fastff.training.compare import at_step, compare, health_table, left_out, table
 from fastff.training.presets import feedforward_of, layer_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,15 +275,17 @@ def layer_gpu() -> str:
     return "\n".join([*lines, "", f"{about['device']}, {versions}; a copy reads and writes {copy:.1f} TB/s."])
 
 
-def plan_tables(plan: str, **groups: str) -> dict[str, Callable[[], str]]:
+def plan_tables(plan: str, step: int | None = None, **groups: str) -> dict[str, Callable[[], str]]:
     """Tables of a pretraining plan's records. groups: the marker of each group's table; beside those `PLAN-routing`,
-    where the rows of the trees went, and `PLAN-left-out`, the arms without a result."""
+    where the rows of the trees went, and `PLAN-left-out`, the arms without a result. step: compare the losses there,
+    of unfinished runs too."""
 
     def records() -> list[dict[str, Any]]:
         return json.loads((TRAINING / plan / "records.json").read_text())
 
     def arms(group: str) -> str:
-        found = compare([record for record in records() if record["finished"]])
+        every = records()
+        found = compare([record for record in every if record["finished"]] if step is None else at_step(every, step))
         return table([entry for entry in found if entry["group"] == group])
 
     def missing() -> str:
@@ -294,14 +296,17 @@ def plan_tables(plan: str, **groups: str) -> dict[str, Callable[[], str]]:
     return {**made, **{marker: partial(arms, group) for marker, group in groups.items()}}
 
 
-def glue() -> str:
-    """What pretrained arms score after fine-tuning."""
-    return glue_arms.table(json.loads((TRAINING / "small-masked" / "glue" / "glue.json").read_text())).rstrip()
+def glue(plan: str) -> str:
+    """What pretrained arms of a plan score after fine-tuning."""
+    return glue_arms.table(json.loads((TRAINING / plan / "glue" / "glue.json").read_text())).rstrip()
 
 
 def training_gpus() -> str:
     """Tokens a second of pretraining on one GPU and on several."""
-    runs = [json.loads(path.read_text()) for path in (TRAINING / "gpus").glob("*.json")]
+    runs = [
+        {**json.loads(path.read_text()), "how": "FSDP2" if path.stem.endswith("-sharded") else "DDP"}
+        for path in sorted((TRAINING / "gpus").glob("*.json"))
+    ]
     alone = {run["settings"]["feedforward"]: run["tokens_per_second"] for run in runs if run["processes"] == 1}
     lines = [
         "| feedforward | GPUs | rows a step | tokens/s | times one GPU | memory of a GPU, GiB |",
@@ -312,13 +317,24 @@ def training_gpus() -> str:
         hidden = settings["hidden"]
         cells = (
             layer_name(feedforward_of(settings["feedforward"], hidden), hidden),
-            str(run["processes"]),
+            f"{run['processes']}, {run['how']}" if run["processes"] > 1 else "1",
             str(settings["batch"]),
             f"{speed:,}",
-            f"{speed / alone[settings['feedforward']]:.2f}",
+            f"{speed / alone[settings['feedforward']]:.2f}" if settings["feedforward"] in alone else "",
             f"{run['peak_gpu_bytes'] / 2**30:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def backends() -> str:
+    """How far the loss curves of one run are apart on several backends."""
+    runs = json.loads((TRAINING / "backends" / "backends.json").read_text())["runs"]
+    first = next(iter(runs))
+    lines = [f"| run | held-out loss | training loss beside {first}: mean distance / greatest |", "|---|---|---|"]
+    for name, run in runs.items():
+        apart = "" if name == first else f"{run['mean_apart']:.2g} / {run['furthest_apart']:.2g}"
+        lines.append(f"| {name} | {run['valid_loss']:.4f} | {apart} |")
     return "\n".join(lines)
 
 
@@ -326,6 +342,8 @@ CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-d
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
 TINY = plan_tables("tiny-causal", **{"tiny-causal": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
+BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "scratch"})
+LONG = plan_tables("small-300m", **{"300m-causal": "causal", "300m-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
     "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu, "slower-cpu": slower_cpu},
@@ -333,15 +351,20 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gpus": training_gpus,
         "from-dense": CAUSAL["from-dense"],
         "rate-0.002": RATES["rate-0.002"],
+        "300m-causal": LONG["300m-causal"],
+        "backends": backends,
     },
     "results/training/small-causal/README.md": CAUSAL,
     "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
+    "results/training/small-causal-balance/README.md": BALANCE,
+    "results/training/small-300m/README.md": {**LONG, "glue": partial(glue, "small-300m")},
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/gpus/README.md": {"gpus": training_gpus},
+    "results/training/backends/README.md": {"backends": backends},
     "results/training/small-masked/README.md": {
         "small-masked": MASKED["small-masked"],
         "small-masked-routing": MASKED["small-masked-routing"],
-        "glue": glue,
+        "glue": partial(glue, "small-masked"),
     },
     "docs/convert.md": {name: convert_tables.TABLES[name] for name in ("convert-minilm", "convert-latency")},
     "results/convert/README.md": convert_tables.TABLES,

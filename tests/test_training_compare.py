@@ -11,6 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from fastff.training.compare import (
+    at_step,
     chart,
     compare,
     health_table,
@@ -32,6 +33,13 @@ def record(name, loss, seed=0, **settings):
         "valid_loss": loss,
         "routing": {},
     }
+
+
+def test_unfinished_runs_compare_where_all_of_them_were():
+    runs = [{**record("none", 5.0), "curve": [[10, 9.0], [20, 7.0]]}, {**record("1x11", 4.0), "curve": [[10, 8.0]]}]
+    assert [run["valid_loss"] for run in at_step(runs, 10)] == [9.0, 8.0]
+    assert [run["valid_loss"] for run in at_step(runs, 20)] == [7.0]
+    assert runs[0]["valid_loss"] == 5.0
 
 
 def test_recovered_gap():

@@ -42,6 +42,13 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: (entry["group"], -entry["flops"]))
 
 
+def at_step(records: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Records of the runs that logged a loss at `step`, as if they had ended there: with that training loss, a mean
+    since the line before, for the held-out one. While no text is read twice, it is a loss on unseen text, too."""
+    reached = [(record, dict(record["curve"]).get(step)) for record in records]
+    return [{**record, "valid_loss": loss} for record, loss in reached if loss is not None]
+
+
 def set_gaps(entries: Sequence[dict[str, Any]]) -> None:
     """Give every entry its recovered_gap: None but for trees whose group has a wide layer and narrow ones around them.
 

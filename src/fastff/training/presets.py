@@ -81,6 +81,16 @@ VARIANTS = {
             "nodes only route, leaves of 16 swiglu neurons",
             options={"depth": 4, "trees": 8, "leaf_width": 16, **_SWIGLU_LEAVES},
         ),
+        Variant(
+            "18x6-swiglu8-gate",
+            "more trees, narrower leaves: the best finished run",
+            options={"depth": 6, "trees": 18, "leaf_width": 8, **_SWIGLU_LEAVES},
+        ),
+        Variant(
+            "36x5-swiglu4-gate",
+            "twice as many again",
+            options={"depth": 5, "trees": 36, "leaf_width": 4, **_SWIGLU_LEAVES},
+        ),
     )
 }
 
