@@ -140,15 +140,16 @@ def command(name: str) -> str:
 
 
 def command_table(record: dict[str, Any]) -> str:
-    """Every model of a report of `fastff convert`: its scores, what a causal one lost by them, and its times."""
+    """Every model of a report of `fastff convert`: its distance from the dense model (the loss of the distillation on
+    text kept aside), its scores, what a causal one lost by them, and its times."""
     report = record["report"]
     dense, tables = report["dense"], report["tables"]
     shapes = [f"{a}x{b}, ms ({what})" for a, b in report["shapes"] for what in ("whole", "feedforwards")]
-    heads = ["model", "active, %", f"{tables[0]}, alone", *tables, *shapes]
-    rows = [["dense (original)", "100", "", *_command_scores(dense, dense, report), *_command_times(dense, dense)]]
+    heads = ["model", "active, %", "distance", f"{tables[0]}, alone", *tables, *shapes]
+    rows = [["dense (original)", "100", "0", "", *_command_scores(dense, dense, report), *_command_times(dense, dense)]]
     for point in (report, *report["curve"]):
         for name, arm in point["arms"].items():
-            scores = [f"{arm['before']:,.2f}", *_command_scores(arm, dense, report)]
+            scores = [f"{arm['held_out_loss']:.3f}", f"{arm['before']:,.2f}", *_command_scores(arm, dense, report)]
             rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *scores, *_command_times(arm, dense)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
