@@ -24,8 +24,9 @@ def minilm() -> str:
     return minilm_table(records[0]["dense"], [row for record in records for row in record["arms"]])
 
 
-def minilm_earlier() -> str:
-    record = read("minilm-earlier.json")
+def minilm_of(name: str) -> str:
+    """One other run of the embedding model."""
+    record = read(name)
     return minilm_table(record["dense"], record["arms"])
 
 
@@ -118,9 +119,7 @@ def latency_table(record: dict[str, Any]) -> str:
 
 
 def steps() -> str:
-    """Seconds of a joint step of every student on a CPU, and hours of all steps; empty while not measured."""
-    if not (FOLDER / "cpu-steps.json").exists():
-        return ""
+    """Seconds of a joint step of every student on a CPU, and hours of all steps."""
     record = read("cpu-steps.json")
     names = {"tree": "trees", "narrow": "narrow dense, as pruned", "none": "no feedforward"}
     lines = [
@@ -135,8 +134,8 @@ def steps() -> str:
 
 
 def command(name: str) -> str:
-    """A run of the whole `fastff convert`; empty while there is none."""
-    return command_table(read(name)) if (FOLDER / name).exists() else ""
+    """A run of the whole `fastff convert`."""
+    return command_table(read(name))
 
 
 def command_table(record: dict[str, Any]) -> str:
@@ -173,7 +172,8 @@ def _command_times(arm: Row, dense: Row) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "convert-minilm": minilm,
-    "convert-minilm-earlier": minilm_earlier,
+    "convert-minilm-cpu": lambda: minilm_of("minilm-cpu.json"),
+    "convert-minilm-earlier": lambda: minilm_of("minilm-earlier.json"),
     "convert-oracle": oracle,
     "convert-tasks": tasks,
     "convert-latency": latency,

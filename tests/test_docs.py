@@ -47,19 +47,20 @@ def test_the_first_example_runs():
     assert done.stdout.startswith("12 of 4095"), done.stderr
 
 
-def test_a_run_of_the_whole_conversion_is_a_table_once_its_file_is_there(monkeypatch, tmp_path):
+def test_a_run_of_the_whole_conversion_is_a_table(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
     convert_tables = importlib.import_module("convert_tables")
     monkeypatch.setattr(convert_tables, "FOLDER", tmp_path)
     made = convert_tables.TABLES["convert-command-causal"]
-    assert made() == ""
     arm = {"active": 0.1, "before": 1500.0, "after": 42.0, "further": {}, "latency_ms": [5.0], "feedforward_ms": [1.0]}
+    arm["held_out_loss"] = 0.25
     dense = {"quality": 40.0, "further": {}, "latency_ms": [10.0], "feedforward_ms": [6.0]}
     report = {"dense": dense, "tables": ["held-out"], "shapes": [[1, 128]], "kind": "causal", "arms": {"tree": arm}}
     (tmp_path / "command-causal.json").write_text(json.dumps({"report": {**report, "curve": []}}))
     head, _, *rows = made().splitlines()
-    assert head == "| model | active, % | held-out, alone | held-out | 1x128, ms (whole) | 1x128, ms (feedforwards) |"
+    times = "1x128, ms (whole) | 1x128, ms (feedforwards)"
+    assert head == f"| model | active, % | distance | held-out, alone | held-out | {times} |"
     assert rows == [
-        "| dense (original) | 100 |  | 40.00 | 10.0 | 6.0 |",
-        "| trees | 10.0 | 1,500.00 | 42.00 (+5.0 %) | 5.0 (2.00x) | 1.0 (6.00x) |",
+        "| dense (original) | 100 | 0 |  | 40.00 | 10.0 | 6.0 |",
+        "| trees | 10.0 | 0.250 | 1,500.00 | 42.00 (+5.0 %) | 5.0 (2.00x) | 1.0 (6.00x) |",
     ]
