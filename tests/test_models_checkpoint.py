@@ -185,6 +185,14 @@ def test_trees_of_any_shape_are_read(tmp_path, depth, trees):
     assert logits_of(model).isfinite().all()
 
 
+def assert_same_weights(one, other):
+    """Bit for bit; logits may differ in rounding, which hangs on where in memory a file's tensors come to lie."""
+    weights, others = one.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    torch.testing.assert_close(logits_of(one), logits_of(other), rtol=1e-5, atol=1e-6)
+
+
 def test_conversion_writes_our_own_layout(tmp_path):
     source = write(tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")
@@ -194,7 +202,7 @@ def test_conversion_writes_our_own_layout(tmp_path):
     assert "decoder.weight" not in load_file(tmp_path / "own" / "model.safetensors")
     assert (tmp_path / "own" / "tokenizer.json").read_text() == "{}"
     own, read = (AutoModelForMaskedLM.from_pretrained(folder) for folder in (tmp_path / "own", source))
-    assert torch.equal(logits_of(own), logits_of(read))
+    assert_same_weights(own, read)
     own.save_pretrained(tmp_path / "again")
     written, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("own", "again"))
     assert written.keys() == again.keys()
@@ -203,7 +211,7 @@ def test_conversion_writes_our_own_layout(tmp_path):
 def test_conversion_of_a_classifier_and_of_the_flat_layout(tmp_path):
     convert_published(CLASSIFIER, tmp_path / "classifier")
     own, read = (AutoModelForSequenceClassification.from_pretrained(f) for f in (tmp_path / "classifier", CLASSIFIER))
-    assert torch.equal(logits_of(own), logits_of(read))
+    assert_same_weights(own, read)
     convert_published(write(tmp_path / "flat", layout="flat"), tmp_path / "own")
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "own").config.vocab_size == 40
 
@@ -423,11 +431,11 @@ def test_a_size_changed_on_purpose_starts_anew(tmp_path):
 def test_a_state_dict_can_be_given():
     model = UltraFastBertForMaskedLM(small_config())
     loaded = UltraFastBertForMaskedLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
-    assert torch.equal(logits_of(loaded), logits_of(model.eval()))
+    assert_same_weights(loaded, model.eval())
 
 
 def test_weights_alone_load_with_a_configuration(ours):
     config = AutoConfig.from_pretrained(ours)
-    want = logits_of(UltraFastBertForMaskedLM.from_pretrained(ours))
+    want = UltraFastBertForMaskedLM.from_pretrained(ours)
     (ours / "config.json").unlink()
-    assert torch.equal(logits_of(UltraFastBertForMaskedLM.from_pretrained(ours, config=config)), want)
+    assert_same_weights(UltraFastBertForMaskedLM.from_pretrained(ours, config=config), want)
