@@ -186,7 +186,8 @@ def test_trees_of_any_shape_are_read(tmp_path, depth, trees):
 
 
 def assert_same_weights(one, other):
-    """Bit for bit; logits may differ in rounding, which hangs on where in memory a file's tensors come to lie."""
+    """Bit for bit. Logits to rounding only: those of two loads of equal weights were seen to differ in the last bits on
+    a busy machine, and the cause was not found."""
     weights, others = one.state_dict(), other.state_dict()
     assert weights.keys() == others.keys()
     assert [name for name in weights if not torch.equal(weights[name], others[name])] == []

@@ -28,7 +28,8 @@ def test_every_variant_is_a_layer_smaller_than_dense(preset):
     for name, cost in found.items():
         if name not in ("dense-gelu", "dense-swiglu", "none"):
             assert 0 < cost.flops < dense.flops / 2, name
-            assert 0.5 * dense.neurons < cost.neurons < 4 * dense.neurons, name
+            most = 4 if name == "18x6-swiglu8-gate" else 2  # the one that stores more than a dense layer's kind
+            assert 0.5 * dense.neurons < cost.neurons < most * dense.neurons, name
     assert abs(found["dense-swiglu"].flops / dense.flops - 1) < 0.01
 
 
