@@ -33,12 +33,12 @@ from fastff.training.placement import environments
 from fastff.training.pretrain import MODEL, RESULT
 from fastff.training.tasks import TASKS
 
-ORDER = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE", "QNLI", "MNLI", "QQP", "WNLI")  # the time may end in the last
+ORDER = ("STS-B", "CoLA", "MRPC", "SST-2", "RTE", "WNLI", "QNLI", "MNLI", "QQP")  # the time may end in the last
 
 
 def settings_of(asked: argparse.Namespace, arm: str, work: Path) -> GlueSettings:
     """What `fastff glue` would be asked for this arm. Raises TrainingError for an option that it does not have."""
-    kinds = {"epochs": int, "rate": float, "batch": int, "dropout": float, "limit": int, "max_train_rows": int}
+    kinds = {"epochs": int, "steps": int, "rate": float, "batch": int, "dropout": float, "limit": int, "max_train_rows": int}
     given: dict[str, Any] = {}
     for option in asked.option:
         name, _, value = option.partition("=")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,6 +204,18 @@ def test_a_second_run_makes_only_what_is_missing_and_the_same(scored, monkeypatc
     monkeypatch.setattr(module, "fine_tune", counted)
     assert glue(settings) == summary
     assert made == [1]
+
+
+def test_so_many_updates_whatever_the_epochs(scored, tmp_path):
+    settings, _ = scored
+    of = replace(settings, out=tmp_path, epochs=None, steps=3, seeds=1)
+    glue(of)
+    record = json.loads((tmp_path / "SST-2" / "seed-0.json").read_text())
+    assert (record["steps"], record["epochs"]) == (3, None)
+    before = json.loads((settings.out / "SST-2" / "seed-0.json").read_text())
+    assert (before["steps"], before["epochs"]) == (2 * 240 / settings.batch, 2)
+    with pytest.raises(TrainingError, match="epochs 2 and steps 3: only one"):
+        replace(settings, steps=3)
 
 
 def test_the_command_prints_notes_and_refuses_another_recipe(scored):

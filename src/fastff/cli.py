@@ -240,6 +240,7 @@ def glue(
     task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated; default: all nine.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each task.")] = 5,
     epochs: Annotated[int | None, typer.Option(help="Passes; default: 5, CoLA 15.")] = None,
+    steps: Annotated[int | None, typer.Option(help="So many updates of every task instead of epochs.")] = None,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-5,
     batch: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Use the first rows only, for a trial.")] = None,

@@ -48,7 +48,8 @@ class GlueSettings:
     """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
 
     limit: use the first rows only, for a trial; max_train_rows: of a longer train split, learn from so many rows drawn
-    once. Both show in every note. precision: "fp32" or "bf16" (mixed).
+    once. Both show in every note. steps: so many updates of every task, whatever its epochs. precision: "fp32" or
+    "bf16" (mixed).
     """
 
     model: str
@@ -57,6 +58,7 @@ class GlueSettings:
     tasks: tuple[str, ...] = tuple(TASKS)
     seeds: int = 5
     epochs: int | None = None
+    steps: int | None = None
     rate: float = 4e-5
     batch: int = 16
     dropout: float = 0.1
@@ -71,10 +73,12 @@ class GlueSettings:
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise TrainingError(f"tasks {', '.join(unknown) or 'none'}: expected some of {', '.join(TASKS)}")
-        for name in ("seeds", "rate", "batch", "epochs", "limit", "max_train_rows"):
+        for name in ("seeds", "rate", "batch", "epochs", "steps", "limit", "max_train_rows"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainingError(f"{name} {value} is not above 0")
+        if self.epochs is not None and self.steps is not None:
+            raise TrainingError(f"epochs {self.epochs} and steps {self.steps}: only one of them can be given")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -162,7 +166,8 @@ def fine_tune(
         "train_note": train.note,
         "train_rows": len(train),
         "rows_cut": cut,
-        "epochs": task.epochs,
+        "epochs": None if settings.steps else task.epochs,
+        "steps": trainer.state.global_step,
         "dev": found,
         "machine": machine(),
     }
@@ -205,8 +210,9 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=task.epochs,
+        max_steps=settings.steps or -1,
         per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=64,
+        per_device_eval_batch_size=256,
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
         weight_decay=0.01,
