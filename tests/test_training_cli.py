@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
+from fastff import cli
 from fastff.cli import app
 from training_cases import write_text
 
@@ -47,3 +48,14 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
     assert wrong.exit_code == 1
     assert "error:" in wrong.output
     assert "'1x11' there, 'dense-gelu' asked for" in wrong.output
+
+
+def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
+    words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 3, "--batch", 2]
+    words += ["--micro-batch", 2, "--length", 16, "--vocab-size", 200, "--valid-windows", 2, "--log-every", 1, "--cpu"]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("pretrain: step ")]
+    assert [line.split(",")[0] for line in lines] == [f"pretrain: step {n}" for n in (1, 2, 3)]
+    assert lines[2].endswith(", 100%")

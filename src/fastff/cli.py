@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Conditional feedforward layers.")
 console = Console()
+LINE_SECONDS = 30.0  # between two lines of progress in a log
 
 
 @app.callback()
@@ -136,8 +138,12 @@ def convert(
     recipe: dict[str, Any] = {"steps": steps, "batch": batch, "max_length": max_length, "rows": rows, "mild": mild}
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
+        line = None if console.is_terminal else _lines("convert")
 
         def progress(what: str, done: int, total: int) -> None:
+            if line is not None:
+                line(done / total, what)
+                return
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
@@ -307,13 +313,34 @@ def _first_process() -> bool:
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[float | None, str], None]]:
-    """move(done, words): a bar at `done` of 1, None for where it is; only the first of several processes shows it."""
+    """move(done, words): a bar at `done` of 1, None for where it is; only the first of several processes shows it.
+
+    Where nobody watches a terminal, a line now and then in the bar's place.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not console.is_terminal:
+        yield _lines(what)
+        return
     columns = (TextColumn("{task.description:40}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not _first_process()) as bars:
         bar = bars.add_task(what, total=1.0)
         yield lambda done, words: bars.update(bar, completed=done, description=f"{what}: {words}")
+
+
+def _lines(what: str) -> Callable[[float | None, str], None]:
+    """As `_bar`, for a log: a line at most every LINE_SECONDS."""
+    shown = _first_process()
+    last = time.monotonic()
+
+    def move(done: float | None, words: str) -> None:
+        nonlocal last
+        if shown and time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            share = "" if done is None else f", {done:.0%}"
+            console.print(f"{what}: {words}{share}", markup=False)
+
+    return move
 
 
 def main() -> None:
