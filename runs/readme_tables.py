@@ -26,8 +26,8 @@ PLAIN = "1x11"  # the layer of the first table
 ABSENT = "-"
 
 
-def record() -> dict[str, Any]:
-    return json.loads((ROOT / "results" / "cpu" / "layer-cpu.json").read_text())
+def record(folder: str = "cpu") -> dict[str, Any]:
+    return json.loads((ROOT / "results" / folder / "layer-cpu.json").read_text())
 
 
 def layer_cpu() -> str:
@@ -54,14 +54,14 @@ def layer_cpu() -> str:
     return "\n".join([*lines, "", _machine(found)])
 
 
-def layers_cpu() -> str:
+def layers_cpu(folder: str = "cpu") -> str:
     """Every other layer, and the published one on all threads, each beside its fastest dense layer."""
     lines = [
         "| layer | us a row | threads | fastest dense fp32 | fastff fp32 | faster | fastff bf16 | fastff int8 "
         "| int8 over the fastest int8 dense |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for best in record()["best"]:
+    for best in record(folder)["best"]:
         if best["layer"] == PLAIN and best["threads"] == 1:
             continue
         cells = (
@@ -76,6 +76,11 @@ def layers_cpu() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "(not in the last run)"
+
+
+def recommended_cpu() -> str:
+    """The trees that trained best, beside the fastest dense layers, and the machine."""
+    return f"{layers_cpu('cpu-recommended')}\n\n{_versions(record('cpu-recommended'))}."
 
 
 def _alone(found: dict[str, Any], best: dict[str, Any]) -> str:
@@ -125,9 +130,14 @@ def _against_int8(best: dict[str, Any]) -> str:
     return f"{_times(best, 'int8', 'int8')} ({_dense(best, 'int8')})"
 
 
-def _machine(found: dict[str, Any]) -> str:
-    machine, limits = found["machine"], found["limits"]
+def _versions(found: dict[str, Any]) -> str:
+    machine = found["machine"]
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "onnxruntime", "openvino") if k in machine)
+    return f"{machine['cpu']}, {machine['isa']} kernels; {versions}"
+
+
+def _machine(found: dict[str, Any]) -> str:
+    limits = found["limits"]
     measured = "; ".join(
         f"{limit['threads']} thread{'s' * (limit['threads'] > 1)} read {limit['memory_bytes_per_s'] / 1e9:.0f} GB/s of "
         f"memory and {limit['cache_bytes_per_s'] / 1e9:.0f} GB/s of the last cache and reach "
@@ -135,7 +145,7 @@ def _machine(found: dict[str, Any]) -> str:
         for limit in limits
     )
     unfinished = "" if found.get("whole", True) else " The run was stopped: what is absent was not measured."
-    return f"{machine['cpu']}, {machine['isa']} kernels; {versions}. Measured limits: {measured}.{unfinished}"
+    return f"{_versions(found)}. Measured limits: {measured}.{unfinished}"
 
 
 def end_to_end() -> str:
@@ -296,9 +306,36 @@ def plan_tables(plan: str, step: int | None = None, **groups: str) -> dict[str, 
     return {**made, **{marker: partial(arms, group) for marker, group in groups.items()}}
 
 
+def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
+    """The recovered gap of a group's trees at several steps, by training loss; unfinished runs as far as they came."""
+    records = [r for r in json.loads((TRAINING / plan / "records.json").read_text()) if r["group"] == group]
+    found = {step: {e["name"]: e for e in compare(at_step(records, step))} for step in steps}
+    trees = [record["arm"] for record in records if record["routing"]]
+    lines = ["| step | tokens, M | " + " | ".join(trees) + " |", "|---" * (len(trees) + 2) + "|"]
+    rate = records[0]["tokens"] / records[0]["steps"]
+    for step, entries in found.items():
+        gaps = [entries[tree]["recovered_gap"] if tree in entries else None for tree in trees]
+        cells = ["" if gap is None else f"{gap:.2f}" for gap in gaps]
+        lines.append(f"| {step} | {step * rate / 1e6:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def glue(plan: str) -> str:
     """What pretrained arms of a plan score after fine-tuning."""
     return glue_arms.table(json.loads((TRAINING / plan / "glue" / "glue.json").read_text())).rstrip()
+
+
+def fine_tuning_rates() -> str:
+    """What the dense arm of small-glue scores by the rate of its fine-tuning."""
+    found = [json.loads(path.read_text()) for path in sorted((TRAINING / "small-glue").glob("dense-rate-*.json"))]
+    tasks = found[0]["tasks"]
+    lines = ["| rate | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]
+    for run in found:
+        options = dict(option.split("=") for option in run["options"])
+        arm = run["arms"][0]
+        scores = [f"{arm['medians'][task]:.1f}" for task in tasks]
+        lines.append(f"| {options['rate']} | " + " | ".join(scores) + f" | {arm['mean']:.1f} |")
+    return "\n".join(lines)
 
 
 def training_gpus() -> str:
@@ -341,9 +378,11 @@ def backends() -> str:
 CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-dense"})
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
 TINY = plan_tables("tiny-causal", **{"tiny-causal": "scratch"})
+PUBLISHED = plan_tables("tiny-1x11", **{"tiny-1x11": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "scratch"})
 LONG = plan_tables("small-300m", **{"300m-causal": "causal", "300m-masked": "masked"})
+GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
     "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu, "slower-cpu": slower_cpu},
@@ -352,13 +391,23 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "from-dense": CAUSAL["from-dense"],
         "rate-0.002": RATES["rate-0.002"],
         "300m-causal": LONG["300m-causal"],
+        "recommended-cpu": recommended_cpu,
         "backends": backends,
     },
     "results/training/small-causal/README.md": CAUSAL,
     "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
     "results/training/small-causal-balance/README.md": BALANCE,
-    "results/training/small-300m/README.md": {**LONG, "glue": partial(glue, "small-300m")},
+    "results/training/small-300m/README.md": {
+        **LONG,
+        "300m-growth": partial(growth, "small-300m", "causal", (1000, 2000, 3000, 4500, 6000, 7500, 9100)),
+        "glue": partial(glue, "small-300m"),
+    },
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
+    "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
+    "results/training/small-glue/README.md": {
+        **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
+        "small-glue-rates": fine_tuning_rates,
+    },
     "results/training/gpus/README.md": {"gpus": training_gpus},
     "results/training/backends/README.md": {"backends": backends},
     "results/training/small-masked/README.md": {

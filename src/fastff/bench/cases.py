@@ -70,6 +70,9 @@ TREES: dict[TreeConfig, tuple[DenseConfig, ...]] = {
     tree(6, trees=32): (BERT,),
     tree(4, trees=128): (BERT,),
     tree(4, trees=8, leaf_width=16, node_output=False, activation="swiglu"): (SWIGLU, BERT),
+    # Those that trained best, as docs/training.md recommends them.
+    tree(6, trees=18, leaf_width=8, node_output=False, activation="swiglu", gate="boundary"): (SWIGLU, BERT),
+    tree(5, trees=36, leaf_width=4, node_output=False, activation="swiglu", gate="boundary"): (SWIGLU, BERT),
 }
 GPT3_TREE = tree(15, 12288)
 TWINS: dict[str, tuple[str, ...]] = {

@@ -271,6 +271,8 @@ def chart(record: Record, path: Path) -> None:
 
 
 def _panel(axes: Any, here: Sequence[Best]) -> None:
+    from matplotlib.ticker import LogLocator
+
     colours = dict(zip(PRECISIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for threads in dict.fromkeys(best.threads for best in here):
         for precision in PRECISIONS:
@@ -289,5 +291,6 @@ def _panel(axes: Any, here: Sequence[Best]) -> None:
     rows = sorted({best.rows for best in here})
     axes.set_xticks(rows, [f"{n:,}" for n in rows])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     number: Callable[[float, object], str] = lambda value, _: f"{value:g}"  # noqa: E731
     axes.yaxis.set_major_formatter(number)
