@@ -10,7 +10,9 @@ first turns into this arm's). DATA holds tokens named train and valid, as `runs/
 those of `--text` and `--valid`. Arms start in the order of the plan, with `--seeds` all of a seed before those of the
 next, `--at-once` on each GPU; one that fails with --option compile= is tried again without. After
 `--seconds` no run goes on: each ends in time with a checkpoint, and the same command continues it; finished runs are
-compared, unfinished ones listed with their loss. `--anew` runs nothing and makes table and charts of OUT/records.json.
+compared, unfinished ones listed with their loss. `--keep` leaves the records of other arms and seeds in OUT beside
+those made now, so that a study may grow on several machines. `--anew` runs nothing and makes table and charts of
+OUT/records.json.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ class Running:
 def read_plan(asked: argparse.Namespace) -> list[Arm]:
     """The arms of the plan, once for each seed. Raises KeyError for an arm that starts from one that is not there."""
     wanted = []
-    for seed in range(asked.seeds):
+    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
         found: dict[str, Arm] = {}
         for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
             source = entry.pop("from", None)
@@ -138,7 +140,7 @@ def read_plan(asked: argparse.Namespace) -> list[Arm]:
     return wanted
 
 
-def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
+def run(arms: list[Arm], asked: argparse.Namespace, kept: list[dict[str, Any]]) -> list[str]:
     """Run what is not finished until the time is over; returns the arms that failed."""
     began = time.monotonic()
     places = environments()
@@ -172,7 +174,7 @@ def run(arms: list[Arm], asked: argparse.Namespace) -> list[str]:
             elif one.arm.finished:
                 for path in one.arm.folder.glob("checkpoint-*"):
                     shutil.rmtree(path)
-                write(records_of(arms), asked.out)
+                write(records_of(arms, kept), asked.out)
             print(f"{time.monotonic() - began:5.0f} s: {one.arm.folder.name} ended with {one.code}", flush=True)
         time.sleep(0.2)
     for folder in plain:
@@ -188,9 +190,11 @@ def tokenise(asked: argparse.Namespace) -> None:
     read_text(Settings(out=asked.data, text=tuple(asked.text), valid=tuple(asked.valid), data=asked.data, **options))
 
 
-def records_of(arms: list[Arm]) -> list[dict[str, Any]]:
-    """What the runs of these arms left, finished or not."""
-    return [record for arm in arms if (record := arm.record()) is not None]
+def records_of(arms: list[Arm], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the runs of these arms left, finished or not, after those kept of other arms and seeds."""
+    made = [record for arm in arms if (record := arm.record()) is not None]
+    mine = {(record["arm"], record["settings"]["seed"]) for record in made}
+    return [record for record in kept if (record["arm"], record["settings"]["seed"]) not in mine] + made
 
 
 def write(records: list[dict[str, Any]], out: Path) -> None:
@@ -219,11 +223,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
     parser.add_argument("--least", type=float, default=0.0, help="begin no run with fewer seconds left")
     parser.add_argument("--at-once", type=int, default=1, help="runs on each GPU")
     parser.add_argument("--only", help="these arms, in this order")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE passed on to `fastff pretrain`")
+    parser.add_argument("--keep", action="store_true", help="leave other records of OUT beside those made now")
     parser.add_argument("--anew", action="store_true", help="run nothing, write table and charts of OUT/records.json")
     asked = parser.parse_args()
     if not asked.anew and None in (asked.data, asked.runs, asked.steps):
@@ -238,12 +244,15 @@ def main() -> None:
     else:
         asked.text, asked.valid = ["train"], ["valid"]
     arms = read_plan(asked)
-    failed = [] if asked.anew else run(arms, asked)
-    records = read_json(asked.out / "records.json") if asked.anew else records_of(arms)
+    there = asked.out / "records.json"
+    kept = read_json(there) if asked.anew or (asked.keep and there.is_file()) else []
+    failed = [] if asked.anew else run(arms, asked, kept)
+    records = kept if asked.anew else records_of(arms, kept)
     write(records, asked.out)
     if (asked.out / "table.md").is_file():
         print((asked.out / "table.md").read_text(encoding="utf-8"))
-    print("\n".join(left_out(list(dict.fromkeys(arm.name for arm in arms)), records, asked.seeds)))
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    print("\n".join(left_out(names, records, range(asked.first_seed, asked.first_seed + asked.seeds))))
     for name in failed:
         log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
         print(f"failed: {name}: {log[-600:]}")

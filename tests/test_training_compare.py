@@ -53,10 +53,13 @@ def test_arms_are_compared_over_seeds():
     records = [
         {**record(feedforward, loss, seed), "arm": feedforward, "group": "a"}
         for feedforward, seed, loss in (
-            ("dense-swiglu", 0, 3.0),
+            ("dense-swiglu", 0, 2.9),
+            ("dense-swiglu", 1, 3.1),
             ("16x7-gate", 0, 3.7),
             ("16x7-gate", 1, 3.9),
+            ("16x7-gate", 2, 3.8),
             ("narrow:16x7-gate", 0, 4.0),
+            ("narrow:16x7-gate", 1, 4.0),
             ("1x11", 0, 4.2),
             ("none", 0, 5.0),
         )
@@ -65,10 +68,12 @@ def test_arms_are_compared_over_seeds():
     assert list(entries) == ["dense-swiglu", "narrow:16x7-gate", "16x7-gate", "1x11", "none"]
     tree = entries["16x7-gate"]
     assert (tree["loss"], tree["recovered_gap"]) == (pytest.approx(3.8), pytest.approx(0.2, abs=0.01))
-    assert tree["losses"] == {"0": 3.7, "1": 3.9}
+    assert tree["losses"] == {"0": 3.7, "1": 3.9, "2": 3.8}
+    gaps = {"0": pytest.approx(0.3 / 1.1, abs=0.01), "1": pytest.approx(0.1 / 0.9, abs=0.01)}
+    assert tree["gaps"] == gaps, "the third seed has no dense layers"
     assert entries["1x11"]["recovered_gap"] is None, "no narrow layer has as little arithmetic"
     lines = table(list(entries.values())).splitlines()
-    assert "| 3.800 (3.700-3.900) | 0.20 |" in lines[4]
+    assert "| 3.800 (3.700 to 3.900) | 0.20 (0.11 to 0.27) |" in lines[4]
     drawing = chart(list(entries.values()))
     assert drawing == chart(list(entries.values()))
     assert "16x7-gate" in drawing
@@ -110,7 +115,7 @@ def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean_over_layers
         "not run: c",
         "unfinished: b, step 4 of 9, held-out loss 3.5000",
     ]
-    assert left_out(["a"], [done], seeds=2) == ["not run: a, seed 1"]
+    assert left_out(["a"], [done], seeds=(0, 1)) == ["not run: a, seed 1"]
     assert health_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
 
 

@@ -162,7 +162,13 @@ def test_seeds_and_text_in_pieces(tmp_path, capsys):
     assert [(record["settings"]["seed"], record["steps"]) for record in records] == [(0, 2), (1, 2)]
     losses = sorted(record["valid_loss"] for record in records)
     assert losses[0] < losses[1]
-    assert f"({losses[0]:.3f}-{losses[1]:.3f})" in (tmp_path / "out" / "table.md").read_text()
+    assert f"({losses[0]:.3f} to {losses[1]:.3f})" in (tmp_path / "out" / "table.md").read_text()
+    at = words.index("--seeds")
+    run_script("pretrain_plan.py", *words[:at], "--first-seed", 2, "--keep")
+    records = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert [record["settings"]["seed"] for record in records] == [0, 1, 2]
+    run_script("pretrain_plan.py", *words[:at], "--first-seed", 2)
+    assert len(json.loads((tmp_path / "out" / "records.json").read_text())) == 1, "nothing is kept unasked"
 
 
 def test_every_gpu_that_is_seen_has_its_environment(monkeypatch):

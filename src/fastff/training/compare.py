@@ -28,7 +28,7 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry an arm from records of finished runs, group by group, most arithmetic first.
 
     records: those of `fastff.training.pretrain`, and "arm" and "group" beside. A loss is the mean over an arm's seeds,
-    with each seed's beside it in losses.
+    with each seed's beside it in losses; recovered_gap is made of the means, gaps of each seed by itself.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -39,6 +39,14 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         entry = {**of[0]["cost"], "name": name, "group": group, "loss": statistics.fmean(losses.values())}
         found.append({**entry, "losses": losses, "tokens": of[0]["tokens"]})
     set_gaps(found)
+    for entry in found:
+        entry["gaps"] = {}
+    for seed in dict.fromkeys(seed for entry in found for seed in entry["losses"]):
+        of_seed = [{**e, "loss": e["losses"][seed], "of": e} for e in found if seed in e["losses"]]
+        set_gaps(of_seed)
+        for entry in of_seed:
+            if entry["recovered_gap"] is not None:
+                entry["of"]["gaps"][seed] = entry["recovered_gap"]
     return sorted(found, key=lambda entry: (entry["group"], -entry["flops"]))
 
 
@@ -85,14 +93,18 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in entries:
-        losses = list(entry["losses"].values())
-        spread = f" ({min(losses):.3f}-{max(losses):.3f})" if len(losses) > 1 else ""
-        gap = "" if entry["recovered_gap"] is None else f"{entry['recovered_gap']:.2f}"
+        gap = "" if entry["recovered_gap"] is None else f"{entry['recovered_gap']:.2f}{_spread(entry['gaps'], 2)}"
         lines.append(
             f"| {entry['name']} | {entry['layer']} | {entry['active_neurons']} / {entry['neurons']} "
-            f"| {entry['flops']:,} | {entry['loss']:.3f}{spread} | {gap} |"
+            f"| {entry['flops']:,} | {entry['loss']:.3f}{_spread(entry['losses'], 3)} | {gap} |"
         )
     return "\n".join(lines)
+
+
+def _spread(by_seed: dict[str, float], digits: int) -> str:
+    """The least and the greatest of several seeds, in brackets."""
+    values = by_seed.values()
+    return f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
 
 
 def health_table(records: Sequence[dict[str, Any]]) -> str:
@@ -110,12 +122,12 @@ def health_table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: int = 1) -> list[str]:
+def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> list[str]:
     """A line for every arm of a plan, and every seed if there are several, that is not finished."""
     found = {(record["arm"], record["settings"]["seed"]): record for record in records}
     lines = []
-    for arm, seed in itertools.product(arms, range(seeds)):
-        name = arm if seeds == 1 else f"{arm}, seed {seed}"
+    for arm, seed in itertools.product(arms, seeds):
+        name = arm if len(seeds) == 1 else f"{arm}, seed {seed}"
         if (arm, seed) not in found:
             lines.append(f"not run: {name}")
         elif not (record := found[arm, seed])["finished"]:
