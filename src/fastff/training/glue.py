@@ -212,7 +212,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         num_train_epochs=task.epochs,
         max_steps=settings.steps or -1,
         per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=256,
+        per_device_eval_batch_size=64,
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
         weight_decay=0.01,
