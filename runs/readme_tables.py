@@ -379,6 +379,7 @@ CAUSAL = plan_tables("small-causal", scratch="scratch", **{"from-dense": "from-d
 RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for rate in ("0.001", "0.002", "0.004")})
 TINY = plan_tables("tiny-causal", **{"tiny-causal": "scratch"})
 PUBLISHED = plan_tables("tiny-1x11", **{"tiny-1x11": "scratch"})
+PUBLISHED_LONG = plan_tables("tiny-1x11-long", **{"tiny-1x11-long": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "scratch"})
 LONG = plan_tables("small-300m", **{"300m-causal": "causal", "300m-masked": "masked"})
@@ -404,6 +405,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
+    "results/training/tiny-1x11-long/README.md": {
+        name: PUBLISHED_LONG[name] for name in ("tiny-1x11-long", "tiny-1x11-long-routing")
+    },
     "results/training/small-glue/README.md": {
         **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
         "small-glue-rates": fine_tuning_rates,
