@@ -38,15 +38,8 @@ ORDER = ("STS-B", "CoLA", "MRPC", "SST-2", "RTE", "WNLI", "QNLI", "MNLI", "QQP")
 
 def settings_of(asked: argparse.Namespace, arm: str, work: Path) -> GlueSettings:
     """What `fastff glue` would be asked for this arm. Raises TrainingError for an option that it does not have."""
-    kinds = {
-        "epochs": int,
-        "steps": int,
-        "rate": float,
-        "batch": int,
-        "dropout": float,
-        "limit": int,
-        "max_train_rows": int,
-    }
+    whole, real = ("epochs", "steps", "batch", "limit", "max_train_rows"), ("rate", "dropout")
+    kinds: dict[str, Any] = {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}
     given: dict[str, Any] = {}
     for option in asked.option:
         name, _, value = option.partition("=")

@@ -128,7 +128,7 @@ class Running:
 def read_plan(asked: argparse.Namespace) -> list[Arm]:
     """The arms of the plan, once for each seed. Raises KeyError for an arm that starts from one that is not there."""
     wanted = []
-    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
+    for seed in asked.seeds:
         found: dict[str, Arm] = {}
         for entry in json.loads(asked.plan.read_text(encoding="utf-8")):
             source = entry.pop("from", None)
@@ -222,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="so many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
     parser.add_argument("--least", type=float, default=0.0, help="begin no run with fewer seconds left")
@@ -232,6 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave other records of OUT beside those made now")
     parser.add_argument("--anew", action="store_true", help="run nothing, write table and charts of OUT/records.json")
     asked = parser.parse_args()
+    asked.seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
     if not asked.anew and None in (asked.data, asked.runs, asked.steps):
         parser.error("--data, --runs and --steps are needed")
     return asked
@@ -251,8 +252,7 @@ def main() -> None:
     write(records, asked.out)
     if (asked.out / "table.md").is_file():
         print((asked.out / "table.md").read_text(encoding="utf-8"))
-    names = list(dict.fromkeys(arm.name for arm in arms))
-    print("\n".join(left_out(names, records, range(asked.first_seed, asked.first_seed + asked.seeds))))
+    print("\n".join(left_out(list(dict.fromkeys(arm.name for arm in arms)), records, asked.seeds)))
     for name in failed:
         log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
         print(f"failed: {name}: {log[-600:]}")

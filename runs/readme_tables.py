@@ -285,30 +285,32 @@ def layer_gpu() -> str:
     return "\n".join([*lines, "", f"{about['device']}, {versions}; a copy reads and writes {copy:.1f} TB/s."])
 
 
+def records_of(plan: str) -> list[dict[str, Any]]:
+    """What the runs of a pretraining plan left."""
+    return json.loads((TRAINING / plan / "records.json").read_text())
+
+
 def plan_tables(plan: str, step: int | None = None, **groups: str) -> dict[str, Callable[[], str]]:
     """Tables of a pretraining plan's records. groups: the marker of each group's table; beside those `PLAN-routing`,
     where the rows of the trees went, and `PLAN-left-out`, the arms without a result. step: compare the losses there,
     of unfinished runs too."""
 
-    def records() -> list[dict[str, Any]]:
-        return json.loads((TRAINING / plan / "records.json").read_text())
-
     def arms(group: str) -> str:
-        every = records()
+        every = records_of(plan)
         found = compare([record for record in every if record["finished"]] if step is None else at_step(every, step))
         return table([entry for entry in found if entry["group"] == group])
 
     def missing() -> str:
         names = [arm["name"] for arm in json.loads((ROOT / "runs" / "plans" / f"{plan}.json").read_text())]
-        return "\n".join(f"- {line}" for line in left_out(names, records()))
+        return "\n".join(f"- {line}" for line in left_out(names, records_of(plan)))
 
-    made = {f"{plan}-routing": lambda: health_table(records()), f"{plan}-left-out": missing}
+    made = {f"{plan}-routing": lambda: health_table(records_of(plan)), f"{plan}-left-out": missing}
     return {**made, **{marker: partial(arms, group) for marker, group in groups.items()}}
 
 
 def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     """The recovered gap of a group's trees at several steps, by training loss; unfinished runs as far as they came."""
-    records = [r for r in json.loads((TRAINING / plan / "records.json").read_text()) if r["group"] == group]
+    records = [record for record in records_of(plan) if record["group"] == group]
     found = {step: {e["name"]: e for e in compare(at_step(records, step))} for step in steps}
     trees = [record["arm"] for record in records if record["routing"]]
     lines = ["| step | tokens, M | " + " | ".join(trees) + " |", "|---" * (len(trees) + 2) + "|"]

@@ -138,16 +138,14 @@ def convert(
     recipe: dict[str, Any] = {"steps": steps, "batch": batch, "max_length": max_length, "rows": rows, "mild": mild}
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
-        line = None if console.is_terminal else _lines("convert")
+        line = _lines("convert")
 
-        def progress(what: str, done: int, total: int) -> None:
-            if line is not None:
-                line(done / total, what)
-                return
+        def bar(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
+        progress = bar if console.is_terminal else lambda what, done, total: line(done / total, what)
         try:
             settings = Settings(
                 model=model,

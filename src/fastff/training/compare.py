@@ -40,13 +40,8 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({**entry, "losses": losses, "tokens": of[0]["tokens"]})
     set_gaps(found)
     for entry in found:
-        entry["gaps"] = {}
-    for seed in dict.fromkeys(seed for entry in found for seed in entry["losses"]):
-        of_seed = [{**e, "loss": e["losses"][seed], "of": e} for e in found if seed in e["losses"]]
-        set_gaps(of_seed)
-        for entry in of_seed:
-            if entry["recovered_gap"] is not None:
-                entry["of"]["gaps"][seed] = entry["recovered_gap"]
+        gaps = {seed: gap_of(entry, found, seed) for seed in entry["losses"]}
+        entry["gaps"] = {seed: gap for seed, gap in gaps.items() if gap is not None}
     return sorted(found, key=lambda entry: (entry["group"], -entry["flops"]))
 
 
@@ -58,17 +53,29 @@ def at_step(records: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]
 
 
 def set_gaps(entries: Sequence[dict[str, Any]]) -> None:
-    """Give every entry its recovered_gap: None but for trees whose group has a wide layer and narrow ones around them.
-
-    entries: group, layer, flops and loss, lower being better. The narrow layer that a tree is compared with is read off
-    the dense swiglu layers of its group, see `narrow_loss`.
-    """
+    """Give every entry its recovered_gap, see `gap_of`. entries: group, layer, flops and loss, lower being better."""
     for entry in entries:
-        mine = [other for other in entries if other["group"] == entry["group"]]
-        dense = {other["flops"]: other["loss"] for other in mine if other["layer"].startswith(WIDE)}
-        narrow = None if entry["layer"].startswith(("dense", "none")) else narrow_loss(entry["flops"], dense)
-        gap = None if narrow is None else recovered_gap(narrow, entry["loss"], dense[max(dense)])
-        entry["recovered_gap"] = gap
+        entry["recovered_gap"] = gap_of(entry, entries)
+
+
+def gap_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]], seed: str | None = None) -> float | None:
+    """The recovered gap of a tree whose group has a wide layer and narrow ones around it, None for all others.
+
+    seed: of the losses of this seed, of those entries that have it. The narrow layer that a tree is compared with is
+    read off the dense swiglu layers of its group, see `narrow_loss`.
+    """
+
+    def loss(of: dict[str, Any]) -> float | None:
+        found: float | None = of["loss"] if seed is None else of["losses"].get(seed)
+        return found
+
+    mine = loss(entry)
+    if mine is None or entry["layer"].startswith(("dense", "none")):
+        return None
+    wide = [other for other in entries if other["group"] == entry["group"] and other["layer"].startswith(WIDE)]
+    dense = {other["flops"]: found for other in wide if (found := loss(other)) is not None}
+    narrow = narrow_loss(entry["flops"], dense)
+    return None if narrow is None else recovered_gap(narrow, mine, dense[max(dense)])
 
 
 def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
