@@ -354,6 +354,17 @@ def test_a_causal_model_does_not_see_what_comes(attention):
     torch.testing.assert_close(loss, F.cross_entropy(after[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
 
 
+@pytest.mark.parametrize("model_class", [UltraFastBertForCausalLM, UltraFastBertForMaskedLM])
+def test_without_padding_no_mask_is_made(monkeypatch, model_class):
+    for name in ("create_causal_mask", "create_bidirectional_mask"):
+        monkeypatch.setattr(f"fastff.models.ultrafastbert.modeling.{name}", lambda *_: pytest.fail("made a mask"))
+    causal = model_class is UltraFastBertForCausalLM
+    input_ids, _, _ = small_batch()
+    build(model_class, is_decoder=causal, attn_implementation="sdpa")(input_ids)
+    with pytest.raises(pytest.fail.Exception, match="made a mask"):  # eager attention knows of no direction
+        build(model_class, is_decoder=causal, attn_implementation="eager")(input_ids)
+
+
 def test_a_causal_model_and_a_masked_one_are_not_taken_for_each_other(tmp_path):
     with pytest.raises(ValueError, match="UltraFastBertForCausalLM needs True"):
         build(UltraFastBertForCausalLM)

@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fastff import FFF
 from fastff.errors import TrainingError
@@ -235,12 +236,19 @@ def test_a_damaged_checkpoint_is_named(text, tmp_path):
         ({"precision": "fp8"}, "precision 'fp8' is not"),
         ({"seconds": 5.0}, "steps or seconds, not both"),
         ({"steps": 0}, "steps 0 is not above 0"),
+        ({"layers": 0}, "layers 0 is not above 0"),
         ({"warm_up": 1.0}, r"warm_up 1.0 is not in \[0, 1\)"),
     ],
 )
 def test_settings_out_of_range(changes, message, text, tmp_path):
     with pytest.raises(TrainingError, match=message):
         small(tmp_path, text, **changes)
+
+
+def test_the_number_of_layers_can_be_chosen(text, tmp_path):
+    record = pretrain(small(tmp_path, text, steps=1, layers=3))
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_hidden_layers == 3
+    assert record["cost"] == asdict(cost_of(FEEDFORWARD, replace(PRESETS["tiny"], layers=3, length=16)))
 
 
 def test_sizes_that_do_not_fit(text, tmp_path):

@@ -188,6 +188,7 @@ def pretrain(
     column: Annotated[str, typer.Option(help="Text column of tables.")] = "text",
     batch: Annotated[int | None, typer.Option(help="Rows of a step, all processes together.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Rows of one forward pass.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     warm_up: Annotated[float, typer.Option(help="Share of the budget in which the rate rises.")] = 0.15,

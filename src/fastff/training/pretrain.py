@@ -53,6 +53,7 @@ class Settings:
     objective      "masked" or "causal"
     steps, seconds the budget, one of them: optimiser steps, or seconds of training over all continuations
     batch, micro_batch  rows of a step over all processes, and rows of one forward pass
+    layers         of the model
     length         tokens of a window
     rate, warm_up, ramp  peak learning rate; share of the budget in which it rises; share in which the batch grows
     start          a model directory whose weights are taken over, of the same shapes: every tensor, by name
@@ -76,6 +77,7 @@ class Settings:
     column: str = "text"
     batch: int | None = None
     micro_batch: int | None = None
+    layers: int | None = None
     length: int | None = None
     rate: float | None = None
     warm_up: float = 0.15
@@ -112,6 +114,7 @@ class Settings:
             "seconds",
             "batch",
             "micro_batch",
+            "layers",
             "rate",
             "log_every",
             "eval_every",
@@ -134,6 +137,7 @@ class Settings:
             preset_of(self.preset),
             batch=self.batch,
             micro_batch=self.micro_batch or (self.batch and min(self.batch, preset_of(self.preset).micro_batch)),
+            layers=self.layers,
             length=self.length,
             rate=self.rate,
             vocab_size=self.vocab_size,

@@ -272,10 +272,7 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
             )
 
         hidden = self.embeddings(words)
-        if self.config.is_decoder:
-            mask = create_causal_mask(self.config, hidden, attention_mask, None)
-        else:
-            mask = create_bidirectional_mask(self.config, hidden, attention_mask)
+        mask = self._mask(hidden, attention_mask)
         states, attentions = [hidden], []
         for layer in self.layers:
             hidden, weights = layer(hidden, mask)
@@ -287,6 +284,18 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
             hidden_states=(*states[: len(self.layers)], hidden) if keep_states else None,
             attentions=tuple(attentions) if keep_weights else None,
         )
+
+    def _mask(self, hidden: Tensor, attention_mask: Tensor | None) -> Any:
+        """What the attention implementation wants to know beside the model's direction; None where that is all.
+
+        Transformers leaves a mask out by itself where nothing is padded, but in some releases (5.17) never while a
+        model is compiled; a GPU's fastest kernel takes none.
+        """
+        if attention_mask is None and self.config._attn_implementation == "sdpa":
+            return None
+        if self.config.is_decoder:
+            return create_causal_mask(self.config, hidden, attention_mask, None)
+        return create_bidirectional_mask(self.config, hidden, attention_mask)
 
 
 class _WithDecoder(UltraFastBertPreTrainedModel):
