@@ -147,7 +147,7 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
 def _compare(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         entry |= {"retention": None, "recovered_gap": None}
-    scored = [{**entry, "loss": -entry["mean"]} for entry in entries if entry["mean"] is not None]
+    scored = [{**entry, "losses": {"mean": -entry["mean"]}} for entry in entries if entry["mean"] is not None]
     set_gaps(scored)
     gaps = {entry["name"]: entry["recovered_gap"] for entry in scored}
     for entry in entries:

@@ -14,6 +14,7 @@ from fastff.training.compare import (
     at_step,
     chart,
     compare,
+    gap_of,
     health_table,
     left_out,
     narrow_loss,
@@ -78,6 +79,15 @@ def test_arms_are_compared_over_seeds():
     assert drawing == chart(list(entries.values()))
     assert "16x7-gate" in drawing
     assert "no feedforward" in drawing
+
+
+def test_the_gap_counts_the_seeds_that_the_tree_has():
+    wide = {"group": "a", "layer": "dense-swiglu 1600", "flops": 1600, "losses": {"0": 3.0, "1": 2.0}}
+    narrow = {"group": "a", "layer": "dense-swiglu 100", "flops": 100, "losses": {"0": 4.0, "1": 9.0}}
+    tree = {"group": "a", "layer": "16x7-gate", "flops": 100, "losses": {"0": 3.4}}
+    assert gap_of(tree, [wide, narrow, tree]) == pytest.approx(0.6)
+    assert gap_of({**tree, "losses": {"0": 3.4, "2": 3.6}}, [wide, narrow]) == pytest.approx(0.5)
+    assert gap_of({**tree, "losses": {"2": 3.4}}, [wide, narrow]) is None
 
 
 def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():

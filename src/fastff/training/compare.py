@@ -53,7 +53,8 @@ def at_step(records: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]
 
 
 def set_gaps(entries: Sequence[dict[str, Any]]) -> None:
-    """Give every entry its recovered_gap, see `gap_of`. entries: group, layer, flops and loss, lower being better."""
+    """Give every entry its recovered_gap, see `gap_of`. entries: group, layer, flops and losses (by seed), lower being
+    better."""
     for entry in entries:
         entry["recovered_gap"] = gap_of(entry, entries)
 
@@ -61,13 +62,13 @@ def set_gaps(entries: Sequence[dict[str, Any]]) -> None:
 def gap_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]], seed: str | None = None) -> float | None:
     """The recovered gap of a tree whose group has a wide layer and narrow ones around it, None for all others.
 
-    seed: of the losses of this seed, of those entries that have it. The narrow layer that a tree is compared with is
-    read off the dense swiglu layers of its group, see `narrow_loss`.
+    It is made of means over the tree's seeds, or of this one `seed`; of a dense layer those count that it has, too. The
+    narrow layer that a tree is compared with is read off the dense swiglu layers of its group, see `narrow_loss`.
     """
 
     def loss(of: dict[str, Any]) -> float | None:
-        found: float | None = of["loss"] if seed is None else of["losses"].get(seed)
-        return found
+        found = [of["losses"][one] for one in (entry["losses"] if seed is None else [seed]) if one in of["losses"]]
+        return statistics.fmean(found) if found else None
 
     mine = loss(entry)
     if mine is None or entry["layer"].startswith(("dense", "none")):
