@@ -252,7 +252,8 @@ def main() -> None:
     write(records, asked.out)
     if (asked.out / "table.md").is_file():
         print((asked.out / "table.md").read_text(encoding="utf-8"))
-    print("\n".join(left_out(list(dict.fromkeys(arm.name for arm in arms)), records, asked.seeds)))
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    print("\n".join(left_out(names, records, None if asked.anew else asked.seeds)))
     for name in failed:
         log = (asked.runs / name / "log.txt").read_text(encoding="utf-8", errors="replace")
         print(f"failed: {name}: {log[-600:]}")

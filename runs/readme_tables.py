@@ -312,7 +312,7 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     """The recovered gap of a group's trees at several steps, by training loss; unfinished runs as far as they came."""
     records = [record for record in records_of(plan) if record["group"] == group]
     found = {step: {e["name"]: e for e in compare(at_step(records, step))} for step in steps}
-    trees = [record["arm"] for record in records if record["routing"]]
+    trees = list(dict.fromkeys(record["arm"] for record in records if record["routing"]))
     lines = ["| step | tokens, M | " + " | ".join(trees) + " |", "|---" * (len(trees) + 2) + "|"]
     rate = records[0]["tokens"] / records[0]["steps"]
     for step, entries in found.items():
@@ -322,14 +322,14 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def glue(plan: str) -> str:
+def glue(plan: str, folder: str = "glue") -> str:
     """What pretrained arms of a plan score after fine-tuning."""
-    return glue_arms.table(json.loads((TRAINING / plan / "glue" / "glue.json").read_text())).rstrip()
+    return glue_arms.table(json.loads((TRAINING / plan / folder / "glue.json").read_text())).rstrip()
 
 
-def fine_tuning_rates() -> str:
-    """What the dense arm of small-glue scores by the rate of its fine-tuning."""
-    found = [json.loads(path.read_text()) for path in sorted((TRAINING / "small-glue").glob("dense-rate-*.json"))]
+def fine_tuning_rates(plan: str) -> str:
+    """What the dense arm of a plan scores by the rate of its fine-tuning."""
+    found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob("dense-rate-*.json"))]
     tasks = found[0]["tasks"]
     lines = ["| rate | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]
     for run in found:
@@ -384,7 +384,9 @@ PUBLISHED = plan_tables("tiny-1x11", **{"tiny-1x11": "scratch"})
 PUBLISHED_LONG = plan_tables("tiny-1x11-long", **{"tiny-1x11-long": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "scratch"})
-LONG = plan_tables("small-300m", **{"300m-causal": "causal", "300m-masked": "masked"})
+LONG = plan_tables(
+    "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
+)
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
@@ -403,7 +405,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/small-300m/README.md": {
         **LONG,
         "300m-growth": partial(growth, "small-300m", "causal", (1000, 2000, 3000, 4500, 6000, 7500, 9100)),
+        "300m-rates": partial(fine_tuning_rates, "small-300m"),
         "glue": partial(glue, "small-300m"),
+        "glue-five": partial(glue, "small-300m", "glue-five"),
+        "glue-375": partial(glue, "small-300m", "glue-375"),
     },
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
@@ -412,7 +417,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "results/training/small-glue/README.md": {
         **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
-        "small-glue-rates": fine_tuning_rates,
+        "small-glue-rates": partial(fine_tuning_rates, "small-glue"),
     },
     "results/training/gpus/README.md": {"gpus": training_gpus},
     "results/training/backends/README.md": {"backends": backends},

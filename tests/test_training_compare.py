@@ -114,7 +114,7 @@ def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
     assert narrow_loss(960, {1000: 3.0, 4000: 2.0}) == 3.0, "one with 4 % more arithmetic stands in"
 
 
-def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean_over_layers():
+def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean():
     layers = [
         {"leaf_entropy_bits": 1.0, "most_bits": 4, "dead_leaves": 0.5, "one_sided_nodes": None},
         {"leaf_entropy_bits": 3.0, "most_bits": 4, "dead_leaves": 0.0, "one_sided_nodes": 0.25},
@@ -126,7 +126,12 @@ def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean_over_layers
         "unfinished: b, step 4 of 9, held-out loss 3.5000",
     ]
     assert left_out(["a"], [done], seeds=(0, 1)) == ["not run: a, seed 1"]
+    later = {**done, "settings": {**done["settings"], "seed": 3}}
+    assert left_out(["a"], [later]) == left_out(["b"], [half, {**later, "arm": "b"}]) == []
+    assert left_out(["a"], [later], seeds=(0,)) == ["not run: a"]
     assert health_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
+    calm = {**later, "routing": {"one": {**layers[1], "one_sided_nodes": 0.55}}}
+    assert health_table([done, calm]).splitlines()[2:] == ["| a | 2.33 (4) | 17 % | 40 % |"], "over seeds, too"
 
 
 def test_labels_of_points_that_are_close_do_not_cover_each_other():

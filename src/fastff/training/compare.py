@@ -116,26 +116,34 @@ def _spread(by_seed: dict[str, float], digits: int) -> str:
 
 
 def health_table(records: Sequence[dict[str, Any]]) -> str:
-    """Where the rows of the last logged steps went, means over layers, as a Markdown table; runs with trees only."""
-    lines = ["| feedforward | leaf entropy, bits (at most) | dead leaves | one-sided nodes |", "|---|---|---|---|"]
+    """Where the rows of the last logged steps went, means over layers and seeds, as a Markdown table; trees only."""
+    of: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        layers = list(record["routing"].values())
+        of.setdefault(record["arm"], []).extend(record["routing"].values())
+    lines = ["| feedforward | leaf entropy, bits (at most) | dead leaves | one-sided nodes |", "|---|---|---|---|"]
+    for arm, layers in of.items():
         if not layers:
             continue
         bits, most, dead, sided = (
             statistics.fmean(layer[key] for layer in layers if layer[key] is not None)
             for key in ("leaf_entropy_bits", "most_bits", "dead_leaves", "one_sided_nodes")
         )
-        lines.append(f"| {record['arm']} | {bits:.2f} ({most:g}) | {100 * dead:.0f} % | {100 * sided:.0f} % |")
+        lines.append(f"| {arm} | {bits:.2f} ({most:g}) | {100 * dead:.0f} % | {100 * sided:.0f} % |")
     return "\n".join(lines)
 
 
-def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> list[str]:
-    """A line for every arm of a plan, and every seed if there are several, that is not finished."""
+def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> list[str]:
+    """A line for every arm of a plan, and every seed if there are several, that is not finished; without seeds, for
+    every arm of which no seed is."""
     found = {(record["arm"], record["settings"]["seed"]): record for record in records}
+    if seeds is None:
+        done = {arm: seed for (arm, seed), record in sorted(found.items(), key=lambda item: item[1]["finished"])}
+        asked = [(arm, done.get(arm, 0)) for arm in arms]
+    else:
+        asked = list(itertools.product(arms, seeds))
     lines = []
-    for arm, seed in itertools.product(arms, seeds):
-        name = arm if len(seeds) == 1 else f"{arm}, seed {seed}"
+    for arm, seed in asked:
+        name = arm if seeds is None or len(seeds) == 1 else f"{arm}, seed {seed}"
         if (arm, seed) not in found:
             lines.append(f"not run: {name}")
         elif not (record := found[arm, seed])["finished"]:
