@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from fastff.drawing import svg
 from fastff.errors import TrainingError
 from fastff.training.checkpoint import check_identity
-from fastff.training.compare import set_gaps
+from fastff.training.compare import label_points, over_arithmetic, set_gaps
 from fastff.training.files import read_json, write_json
 from fastff.training.glue import GlueSettings, missing, record_path, score
 from fastff.training.placement import environments
@@ -176,17 +176,17 @@ def chart(found: dict[str, Any]) -> str:
     """Mean score against the arithmetic of a layer, as SVG text."""
     with svg("glue", 6.4, 4.0) as (figure, out):
         axes = figure.add_subplot()
+        over_arithmetic(axes, "mean GLUE score (dev)")
+        with_layers = [e for e in found["arms"] if e["flops"]]
         for group, style in (("scratch", "o"), ("from-dense", "s")):
-            points = [e for e in found["arms"] if e["group"] == group and e["flops"]]
+            points = [e for e in with_layers if e["group"] == group]
             if points:
                 axes.plot([e["flops"] for e in points], [e["mean"] for e in points], style, label=group)
-            for e in points:
-                axes.annotate(e["name"], (e["flops"], e["mean"]), (4, 4), textcoords="offset points", fontsize=8)
         for e in found["arms"]:
             if not e["flops"]:
                 axes.axhline(e["mean"], linestyle=":", color="0.5", label="no feedforward")
-        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="mean GLUE score (dev)")
         axes.legend()
+        label_points(figure, axes, [(e["flops"], e["mean"], e["name"]) for e in with_layers])
     return out[0]
 
 

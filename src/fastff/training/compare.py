@@ -154,18 +154,12 @@ def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequ
 
 def chart(entries: Sequence[dict[str, Any]]) -> str:
     """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
     dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
     trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
     others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
     with svg("loss", 6.4, 4.0) as (figure, out):
         axes = figure.add_subplot()
-        axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel="held-out loss, nats a token")
-        axes.margins(x=0.2)  # for the labels
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        over_arithmetic(axes, "held-out loss, nats a token")
         for kind, style, points in (("dense swiglu", "o-", dense), ("trees", "s", trees), ("dense gelu", "^", others)):
             if points:
                 axes.plot([e["flops"] for e in points], [e["loss"] for e in points], style, label=kind)
@@ -173,11 +167,22 @@ def chart(entries: Sequence[dict[str, Any]]) -> str:
             if not entry["flops"]:
                 axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
         axes.legend()
-        _label_points(figure, axes, [(e["flops"], e["loss"], e["name"]) for e in (*dense, *trees, *others)])
+        label_points(figure, axes, [(e["flops"], e["loss"], e["name"]) for e in (*dense, *trees, *others)])
     return out[0]
 
 
-def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def over_arithmetic(axes: Any, label: str) -> None:
+    """Axes of a quality, named by `label`, over the arithmetic of a layer, with room for labels."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel=label)
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """A label at the right of every point, raised above those that it would cover."""
     figure.draw_without_rendering()
     scale = 72 / figure.dpi

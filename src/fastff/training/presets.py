@@ -83,12 +83,12 @@ VARIANTS = {
         ),
         Variant(
             "18x6-swiglu8-gate",
-            "more trees, narrower leaves: the best finished run",
+            "more trees, narrower leaves",
             options={"depth": 6, "trees": 18, "leaf_width": 8, **_SWIGLU_LEAVES},
         ),
         Variant(
             "36x5-swiglu4-gate",
-            "twice as many again",
+            "twice as many with half the leaf: the best of 300 M tokens",
             options={"depth": 5, "trees": 36, "leaf_width": 4, **_SWIGLU_LEAVES},
         ),
     )
