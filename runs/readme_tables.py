@@ -396,6 +396,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "from-dense": CAUSAL["from-dense"],
         "rate-0.002": RATES["rate-0.002"],
         "300m-causal": LONG["300m-causal"],
+        "glue": partial(glue, "small-300m"),
         "recommended-cpu": recommended_cpu,
         "backends": backends,
     },
