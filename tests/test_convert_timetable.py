@@ -129,7 +129,7 @@ def test_a_budget_that_is_too_small_is_mended_by_more_seconds(tokenizer, text, t
         convert(replace(settings, seconds=0.01))
     said, taken = [], []
     record = convert(
-        replace(settings, seconds=100.0), say=said.append, progress=lambda what, done, of: taken.append((what, of))
+        replace(settings, seconds=3600.0), say=said.append, progress=lambda what, done, of: taken.append((what, of))
     )
     assert len(said) == 1
     assert said[0].startswith("about ")
