@@ -382,6 +382,7 @@ RATES = plan_tables("small-causal-rates", **{f"rate-{rate}": f"rate-{rate}" for 
 TINY = plan_tables("tiny-causal", **{"tiny-causal": "scratch"})
 PUBLISHED = plan_tables("tiny-1x11", **{"tiny-1x11": "scratch"})
 PUBLISHED_LONG = plan_tables("tiny-1x11-long", **{"tiny-1x11-long": "scratch"})
+PUBLISHED_WIDE = plan_tables("wide-1x11", **{"wide-1x11": "scratch"})
 MASKED = plan_tables("small-masked", **{"small-masked": "scratch"})
 BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "scratch"})
 LONG = plan_tables(
@@ -416,6 +417,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/tiny-1x11-long/README.md": {
         name: PUBLISHED_LONG[name] for name in ("tiny-1x11-long", "tiny-1x11-long-routing")
     },
+    "results/training/wide-1x11/README.md": {name: PUBLISHED_WIDE[name] for name in ("wide-1x11", "wide-1x11-routing")},
     "results/training/small-glue/README.md": {
         **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
         "small-glue-rates": partial(fine_tuning_rates, "small-glue"),
