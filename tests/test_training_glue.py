@@ -251,8 +251,9 @@ def test_a_model_and_a_tokenizer_that_do_not_fit(scored, tmp_path):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(TrainingError, match=r"model .*runs/model is neither a directory nor a name of the hub"):
-        module.load_model(GlueSettings(model=str(tmp_path / "runs" / "model"), out=tmp_path), TASKS["SST-2"])
+    for model in (str(tmp_path / "runs" / "model"), "/model-of-nobody", "some/runs/model"):
+        with pytest.raises(TrainingError, match=rf"model {model} is neither a directory nor a name of the hub"):
+            module.load_model(GlueSettings(model=model, out=tmp_path), TASKS["SST-2"])
 
 
 def test_sentences_longer_than_the_positions_are_cut_and_counted(scored):

@@ -177,7 +177,7 @@ def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
     """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together, or if a path
     leads nowhere."""
     path = Path(settings.model)
-    if len(path.parts) > 2 and not path.is_dir():  # the hub's names have two parts at most
+    if (path.is_absolute() or len(path.parts) > 2) and not path.is_dir():  # a hub's name has two parts at most
         raise TrainingError(f"model {settings.model} is neither a directory nor a name of the hub")
     config = AutoConfig.from_pretrained(settings.model, num_labels=task.labels)
     if isinstance(config, models.UltraFastBertConfig):

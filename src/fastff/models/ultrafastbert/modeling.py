@@ -289,7 +289,7 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
         """What the attention implementation wants to know beside the model's direction; None where that is all.
 
         Transformers leaves a mask out by itself where nothing is padded, but in some releases (5.17) never while a
-        model is compiled; a GPU's fastest kernel takes none.
+        model is compiled; flash attention takes none.
         """
         if attention_mask is None and self.config._attn_implementation == "sdpa":
             return None
