@@ -174,12 +174,13 @@ def fine_tune(
 
 
 def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
-    """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together, or if a path
-    leads nowhere."""
-    path = Path(settings.model)
-    if (path.is_absolute() or len(path.parts) > 2) and not path.is_dir():  # a hub's name has two parts at most
-        raise TrainingError(f"model {settings.model} is neither a directory nor a name of the hub")
-    config = AutoConfig.from_pretrained(settings.model, num_labels=task.labels)
+    """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together, or if there is no
+    model that can be read."""
+    try:
+        config = AutoConfig.from_pretrained(settings.model, num_labels=task.labels)
+    except OSError as error:
+        nothing = "is neither a directory nor a name of the hub with a configuration that can be read"
+        raise TrainingError(f"model {settings.model} {nothing}: {error}") from error
     if isinstance(config, models.UltraFastBertConfig):
         for name in DROPOUTS:
             setattr(config, name, settings.dropout)
