@@ -144,6 +144,13 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
     }
 
 
+def only(found: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """The same scores with means, retention and recovered gap of these tasks alone."""
+    entries = [{**e, "mean": statistics.fmean(e["medians"][t] for t in tasks)} for e in found["arms"]]
+    _compare(entries)
+    return {**found, "tasks": tasks, "arms": entries, "notes": {t: n for t, n in found["notes"].items() if t in tasks}}
+
+
 def _compare(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         entry |= {"retention": None, "recovered_gap": None}
@@ -157,15 +164,17 @@ def _compare(entries: list[dict[str, Any]]) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A Markdown table, one arm a row."""
+    """A Markdown table, one arm a row; scores are medians over the seeds, in brackets the least and the greatest."""
     head = "| arm | layer | active / stored neurons | FLOP a token and layer | " + " | ".join(found["tasks"])
     lines = [head + " | mean | % of dense | recovered gap |", "|" + "---|" * (len(found["tasks"]) + 7)]
     for e in found["arms"]:
         cells = [e["name"], e["layer"], f"{e['active_neurons']} / {e['neurons']}", f"{e['flops']:,}"]
-        for task in found["tasks"]:
-            runs = [0.0 if s is None else s for s in e["scores"][task]]
-            cells.append(f"{e['medians'][task]:.1f} ({min(runs):.1f}-{max(runs):.1f})")
-        cells += ["" if e[k] is None else f"{e[k]:{f}}" for k, f in (("mean", ".2f"), ("retention", ".1f"))]
+        runs = [[0.0 if s is None else s for s in e["scores"][task]] for task in found["tasks"]]
+        for task, scores in zip(found["tasks"], runs, strict=True):
+            cells.append(f"{e['medians'][task]:.1f} ({min(scores):.1f}-{max(scores):.1f})")
+        means = [statistics.fmean(scores) for scores in zip(*runs, strict=True)]
+        cells.append("" if e["mean"] is None else f"{e['mean']:.2f} ({min(means):.2f}-{max(means):.2f})")
+        cells.append("" if e["retention"] is None else f"{e['retention']:.1f}")
         cells.append("" if e["recovered_gap"] is None else f"{e['recovered_gap']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {task}: {note}" for task, note in found["notes"].items())]

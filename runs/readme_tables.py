@@ -312,7 +312,8 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     """The recovered gap of a group's trees at several steps, by training loss; unfinished runs as far as they came."""
     records = [record for record in records_of(plan) if record["group"] == group]
     found = {step: {e["name"]: e for e in compare(at_step(records, step))} for step in steps}
-    trees = list(dict.fromkeys(record["arm"] for record in records if record["routing"]))
+    known = {e["name"] for entries in found.values() for e in entries.values() if e["recovered_gap"] is not None}
+    trees = [arm for arm in dict.fromkeys(r["arm"] for r in records if r["routing"]) if arm in known]
     lines = ["| step | tokens, M | " + " | ".join(trees) + " |", "|---" * (len(trees) + 2) + "|"]
     rate = records[0]["tokens"] / records[0]["steps"]
     for step, entries in found.items():
@@ -322,21 +323,31 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def glue(plan: str, folder: str = "glue") -> str:
+def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
     """What pretrained arms of a plan score after fine-tuning."""
-    return glue_arms.table(json.loads((TRAINING / plan / folder / "glue.json").read_text())).rstrip()
+    found = json.loads((TRAINING / plan / folder / "glue.json").read_text())
+    return glue_arms.table(glue_arms.only(found, [task for task in found["tasks"] if task not in without])).rstrip()
 
 
-def fine_tuning_rates(plan: str) -> str:
-    """What the dense arm of a plan scores by the rate of its fine-tuning."""
-    found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob("dense-rate-*.json"))]
+def recipes(plan: str) -> str:
+    """What arms of a plan score by the options of their fine-tuning; means of the tasks that every row has."""
+    found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob("recipe-*.json"))]
     tasks = found[0]["tasks"]
-    lines = ["| rate | " + " | ".join(tasks) + " | mean |", "|---" * (len(tasks) + 2) + "|"]
-    for run in found:
-        options = dict(option.split("=") for option in run["options"])
-        arm = run["arms"][0]
-        scores = [f"{arm['medians'][task]:.1f}" for task in tasks]
-        lines.append(f"| {options['rate']} | " + " | ".join(scores) + f" | {arm['mean']:.1f} |")
+    shared = [task for task in tasks if all(task in run["tasks"] for run in found)]
+    options = [dict(option.split("=") for option in run["options"]) for run in found]
+    names = [name for name in options[0] if len({given[name] for given in options}) > 1]
+    rows = [(arm, given) for run, given in zip(found, options, strict=True) for arm in run["arms"]]
+    arms = list(dict.fromkeys(arm["name"] for arm, _ in rows))
+    if len(arms) > 1:
+        rows.sort(key=lambda row: arms.index(row[0]["name"]))
+        rows = [(arm, {"arm": arm["name"], **given}) for arm, given in rows]
+        names = ["arm", *names]
+    mean = "mean" if shared == tasks else f"mean of {', '.join(shared)}"
+    lines = ["| " + " | ".join([*names, *tasks, mean]) + " |", "|---" * (len(names) + len(tasks) + 1) + "|"]
+    for arm, given in rows:
+        scores = [f"{arm['medians'][task]:.1f}" if task in arm["medians"] else "" for task in tasks]
+        average = sum(arm["medians"][task] for task in shared) / len(shared)
+        lines.append("| " + " | ".join([*(given[name] for name in names), *scores, f"{average:.1f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -388,6 +399,7 @@ BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "s
 LONG = plan_tables(
     "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
 )
+LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
@@ -397,7 +409,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "from-dense": CAUSAL["from-dense"],
         "rate-0.002": RATES["rate-0.002"],
         "300m-causal": LONG["300m-causal"],
-        "glue": partial(glue, "small-300m"),
+        "524m-masked": LONG_MASKED["524m-masked"],
+        "glue": partial(glue, "masked-524m"),
         "recommended-cpu": recommended_cpu,
         "backends": backends,
     },
@@ -407,10 +420,17 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/small-300m/README.md": {
         **LONG,
         "300m-growth": partial(growth, "small-300m", "causal", (1000, 2000, 3000, 4500, 6000, 7500, 9100)),
-        "300m-rates": partial(fine_tuning_rates, "small-300m"),
+        "300m-rates": partial(recipes, "small-300m"),
         "glue": partial(glue, "small-300m"),
         "glue-five": partial(glue, "small-300m", "glue-five"),
         "glue-375": partial(glue, "small-300m", "glue-375"),
+    },
+    "results/training/masked-524m/README.md": {
+        **{name: made for name, made in LONG_MASKED.items() if not name.endswith("left-out")},
+        "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
+        "524m-recipes": partial(recipes, "masked-524m"),
+        "glue": partial(glue, "masked-524m"),
+        "glue-seven": partial(glue, "masked-524m", without=("CoLA", "WNLI")),
     },
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
@@ -420,7 +440,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/wide-1x11/README.md": {name: PUBLISHED_WIDE[name] for name in ("wide-1x11", "wide-1x11-routing")},
     "results/training/small-glue/README.md": {
         **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
-        "small-glue-rates": partial(fine_tuning_rates, "small-glue"),
+        "small-glue-rates": partial(recipes, "small-glue"),
     },
     "results/training/gpus/README.md": {"gpus": training_gpus},
     "results/training/backends/README.md": {"backends": backends},

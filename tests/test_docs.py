@@ -23,7 +23,7 @@ def test_tables_match_results(monkeypatch):
     runpy.run_path(script, run_name="__main__")
 
 
-@pytest.mark.parametrize("name", ["small-causal", "small-causal-rates", "tiny-causal"])
+@pytest.mark.parametrize("name", ["small-causal", "small-causal-rates", "tiny-causal", "masked-524m"])
 def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_path):
     script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "results" / "training" / name
     shutil.copy(folder / "records.json", tmp_path)
@@ -32,6 +32,26 @@ def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_
     runpy.run_path(script, run_name="__main__")
     for made in ("table.md", "records.json"):
         assert (tmp_path / made).read_bytes() == (folder / made).read_bytes()
+
+
+def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    glue_arms = importlib.import_module("glue_arms")
+    shared = {"group": "scratch", "neurons": 8, "active_neurons": 8, "mean": 1.0, "retention": 1.0}
+
+    def arm(name, layer, flops, first, second):
+        scores = {"MRPC": [first - 1, first, first + 1], "WNLI": [second] * 3}
+        medians = {"MRPC": first, "WNLI": second}
+        return {**shared, "name": name, "layer": layer, "flops": flops, "scores": scores, "medians": medians}
+
+    dense = arm("dense", "dense-swiglu 64", 1000, 80, 10)
+    narrow = arm("narrow", "dense-swiglu 6", 100, 60, 50)
+    tree = arm("tree", "2x3", 100, 70, 90)
+    found = {"tasks": ["MRPC", "WNLI"], "notes": {"WNLI": "dev"}, "arms": [dense, narrow, tree]}
+    fewer = glue_arms.only(found, ["MRPC"])
+    assert "| 70.0 (69.0-71.0) | 70.00 (69.00-71.00) | 87.5 | 0.50 |" in glue_arms.table(fewer)
+    assert not fewer["notes"]
+    assert tree["mean"] == 1.0
 
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():
