@@ -38,7 +38,7 @@ ORDER = ("STS-B", "CoLA", "MRPC", "SST-2", "RTE", "WNLI", "QNLI", "MNLI", "QQP")
 
 def settings_of(asked: argparse.Namespace, arm: str, work: Path) -> GlueSettings:
     """What `fastff glue` would be asked for this arm. Raises TrainingError for an option that it does not have."""
-    whole, real = ("epochs", "steps", "batch", "limit", "max_train_rows"), ("rate", "dropout")
+    whole, real = ("epochs", "steps", "batch", "limit", "max_train_rows"), ("rate", "layer_rate", "dropout")
     kinds: dict[str, Any] = {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}
     given: dict[str, Any] = {}
     for option in asked.option:

@@ -145,6 +145,7 @@ def test_a_correlation_that_does_not_exist_is_no_number():
         ({"tasks": ("CoLA", "AX")}, "tasks AX: expected some of CoLA, SST-2"),
         ({"tasks": ()}, "tasks none"),
         ({"seeds": 0}, "seeds 0 is not above 0"),
+        ({"layer_rate": -0.5}, "layer_rate -0.5 is below 0"),
     ],
 )
 def test_settings_out_of_range(changes, message, tmp_path):
@@ -216,6 +217,26 @@ def test_so_many_updates_whatever_the_epochs(scored, tmp_path):
     assert (before["steps"], before["epochs"]) == (2 * 240 / settings.batch, 2)
     with pytest.raises(TrainingError, match="epochs 2 and steps 3: only one"):
         replace(settings, steps=3)
+
+
+@pytest.mark.parametrize("layer_rate", [0.0, 1e-6, 1.0])
+def test_conditional_layers_learn_at_a_rate_of_their_own(scored, tmp_path, monkeypatch, layer_rate):
+    settings, _ = scored
+    load_model, models = module.load_model, []
+
+    def kept(*arguments):
+        model, tokenizer = load_model(*arguments)
+        models.append((model, {name: weight.clone() for name, weight in model.state_dict().items()}))
+        return model, tokenizer
+
+    monkeypatch.setattr(module, "load_model", kept)
+    glue(replace(settings, out=tmp_path, epochs=None, steps=2, seeds=1, layer_rate=layer_rate))
+    (model, before) = models[0]
+    moved = {name: float((weight - before[name]).abs().max()) for name, weight in model.state_dict().items()}
+    assert moved["encoder.layers.0.attention.qkv.weight"] > 1e-4
+    for name in ("w_in", "w_out"):
+        at_least, at_most = {0.0: (0.0, 0.0), 1e-6: (1e-12, 1e-8), 1.0: (1e-4, 1e-2)}[layer_rate]
+        assert at_least <= moved[f"encoder.layers.0.feedforward.{name}"] <= at_most
 
 
 def test_the_command_prints_notes_and_refuses_another_recipe(scored):

@@ -247,6 +247,7 @@ def glue(
     epochs: Annotated[int | None, typer.Option(help="Passes; default: 5, CoLA 15.")] = None,
     steps: Annotated[int | None, typer.Option(help="So many updates of every task instead of epochs.")] = None,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-5,
+    layer_rate: Annotated[float, typer.Option(help="Factor on it for conditional layers; 0 keeps them.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Use the first rows only, for a trial.")] = None,
     max_train_rows: Annotated[int | None, typer.Option(help="Learn from so many rows of a longer train split.")] = None,

@@ -31,14 +31,17 @@ from transformers import (
 
 from fastff import models
 from fastff.errors import TrainingError
+from fastff.inspect import conditional_layers
 from fastff.training import tasks
 from fastff.training.checkpoint import check_identity
 from fastff.training.files import read_json, write_json
 from fastff.training.pretrain import machine, quietly
 from fastff.training.tasks import TASKS, Rows, Task
 from fastff.training.tokens import load_tokenizer
+from fastff.training.trainer import parameter_groups
 
 RESULT = "glue.json"
+WEIGHT_DECAY = 0.01
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "classifier_dropout")
 Report = Callable[[str, int, float], None]  # task, seed, progress
 
@@ -48,8 +51,8 @@ class GlueSettings:
     """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
 
     limit: use the first rows only, for a trial; max_train_rows: of a longer train split, learn from so many rows drawn
-    once. Both show in every note. steps: so many updates of every task, whatever its epochs. precision: "fp32" or
-    "bf16" (mixed).
+    once. Both show in every note. steps: so many updates of every task, whatever its epochs. layer_rate: a factor on
+    the rate of conditional layers; 0: they stay as they were pretrained. precision: "fp32" or "bf16" (mixed).
     """
 
     model: str
@@ -60,6 +63,7 @@ class GlueSettings:
     epochs: int | None = None
     steps: int | None = None
     rate: float = 4e-5
+    layer_rate: float = 1.0
     batch: int = 16
     dropout: float = 0.1
     limit: int | None = None
@@ -77,6 +81,8 @@ class GlueSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainingError(f"{name} {value} is not above 0")
+        if not self.layer_rate >= 0:
+            raise TrainingError(f"layer_rate {self.layer_rate} is below 0")
         if self.epochs is not None and self.steps is not None:
             raise TrainingError(f"epochs {self.epochs} and steps {self.steps}: only one of them can be given")
 
@@ -141,7 +147,8 @@ def fine_tune(
     longest = model.config.max_position_embeddings
     encoded, cut = encode(tokenizer, train, longest)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = _GlueTrainer(
+            settings,
             model=model,
             args=_arguments(settings, task, seed, folder),
             train_dataset=_items(encoded, train, task),
@@ -192,7 +199,11 @@ def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
     if tokenizer.pad_token_id != config.pad_token_id:
         pads = f"pads with {tokenizer.pad_token_id}, its model with {config.pad_token_id}"
         raise TrainingError(f"the tokenizer of {settings.model} {pads}")
-    return AutoModelForSequenceClassification.from_pretrained(settings.model, config=config), tokenizer
+    model = AutoModelForSequenceClassification.from_pretrained(settings.model, config=config)
+    if settings.layer_rate == 0:
+        for layer in conditional_layers(model).values():
+            layer.requires_grad_(False)
+    return model, tokenizer
 
 
 def encode(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], int]:
@@ -220,7 +231,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         per_device_eval_batch_size=64,
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
-        weight_decay=0.01,
+        weight_decay=WEIGHT_DECAY,
         max_grad_norm=1.0,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -231,6 +242,21 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         bf16=settings.precision == "bf16",
         dataloader_pin_memory=not cpu,
     )
+
+
+class _GlueTrainer(Trainer):
+    """The library's, with a rate of their own for conditional layers."""
+
+    def __init__(self, settings: GlueSettings, **arguments: Any) -> None:
+        self.settings = settings
+        super().__init__(**arguments)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: Any = model or self.model
+            groups = parameter_groups(trained, self.settings.rate, self.settings.layer_rate, WEIGHT_DECAY)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate, fused=self.args.device.type == "cuda")
+        return self.optimizer
 
 
 class _Progress(TrainerCallback):

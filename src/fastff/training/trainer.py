@@ -99,12 +99,13 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
-            groups = parameter_groups(trained, self.plan)
+            plan = self.plan
+            groups = parameter_groups(trained, plan.rate, plan.layer.rate, plan.weight_decay)
             fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(groups, lr=self.plan.rate, betas=(0.9, 0.98), eps=1e-12, fused=fused)
-            if self.plan.layer.paces:
-                progress = lambda: self.plan.budget.progress(self.state.global_step)  # noqa: E731
-                Pace(trained, self.plan.layer, progress).watch(self.optimizer)
+            self.optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), eps=1e-12, fused=fused)
+            if plan.layer.paces:
+                progress = lambda: plan.budget.progress(self.state.global_step)  # noqa: E731
+                Pace(trained, plan.layer, progress).watch(self.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -246,8 +247,8 @@ def agreed(values: list[float], device: torch.device) -> list[float]:
     return found
 
 
-def parameter_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Parameters by learning rate (conditional layers have their own) and by decay (matrices only)."""
+def parameter_groups(model: nn.Module, rate: float, layer_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters by learning rate (`layer_rate` times `rate` in conditional layers) and by decay (matrices only)."""
     ours = {id(p) for layer in conditional_layers(model).values() for p in layer.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -256,8 +257,8 @@ def parameter_groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "params": parameters,
-            "lr": plan.rate * (plan.layer.rate if conditional else 1.0),
-            "weight_decay": plan.weight_decay if decays else 0.0,
+            "lr": rate * (layer_rate if conditional else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
         }
         for (conditional, decays), parameters in groups.items()
     ]
