@@ -2,11 +2,11 @@
 
 python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results/training/NAME [options]
 
-DIR holds what `runs/pretrain_plan.py` left. `--at-once` processes take one arm, task and seed after the other; after
-`--seconds` they are stopped, and the same command goes on with what is missing. A task counts where every arm has all
-its seeds. Retention is an arm's mean score over that of the dense arm of its group; the recovered gap is made of the
-same means, as that of losses in `fastff.training.compare`. Splits that are not whole are listed below the table: such
-scores compare with each other, not with published ones.
+DIR holds what `runs/pretrain_plan.py` left. NAME@OPTION=VALUE@... is an arm with options of its own. `--at-once`
+processes take one arm, task and seed after the other; after `--seconds` they are stopped, and the same command goes on
+with what is missing. A task counts where every arm has all its seeds. Retention is an arm's mean score over that of the
+dense arm of its group; the recovered gap is made of the same means, as that of losses in `fastff.training.compare`.
+Splits that are not whole are listed below the table: such scores compare with each other, not with published ones.
 """
 
 from __future__ import annotations
@@ -36,19 +36,25 @@ from fastff.training.tasks import TASKS
 ORDER = ("STS-B", "CoLA", "MRPC", "SST-2", "RTE", "WNLI", "QNLI", "MNLI", "QQP")  # the time may end in the last
 
 
+def pretrained(asked: argparse.Namespace, arm: str) -> Path:
+    """What was left of an arm's pretraining."""
+    runs: Path = asked.runs
+    return runs / arm.partition("@")[0]
+
+
 def settings_of(asked: argparse.Namespace, arm: str, work: Path) -> GlueSettings:
     """What `fastff glue` would be asked for this arm. Raises TrainingError for an option that it does not have."""
     whole, real = ("epochs", "steps", "batch", "limit", "max_train_rows"), ("rate", "layer_rate", "dropout")
     kinds: dict[str, Any] = {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}
     given: dict[str, Any] = {}
-    for option in asked.option:
+    for option in [*asked.option, *arm.split("@")[1:]]:
         name, _, value = option.partition("=")
         name = name.replace("-", "_")
         if name not in (*kinds, "precision", "cpu"):
             raise TrainingError(f"option {option!r} is not of {', '.join((*kinds, 'precision', 'cpu'))}")
         given[name] = True if name == "cpu" else kinds.get(name, str)(value)
     tasks = tuple(sorted(asked.tasks.split(","), key=ORDER.index))
-    model = str(asked.runs / arm / MODEL)
+    model = str(pretrained(asked, arm) / MODEL)
     return GlueSettings(model=model, out=work / arm, data=asked.data, tasks=tasks, seeds=asked.seeds, **given)
 
 
@@ -120,8 +126,8 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
             parts = [f"train {run['train_note']}" if run["train_note"] else ""]
             parts += [f"{split} {dev['note']}" if dev["note"] else "" for split, dev in run["dev"].items()]
             notes[task] = "; ".join(part for part in parts if part)
-        record = read_json(asked.runs / arm / RESULT)
-        group = "from-dense" if arm.endswith("-on") else "scratch"
+        record = read_json(pretrained(asked, arm) / RESULT)
+        group = "from-dense" if pretrained(asked, arm).name.endswith("-on") else "scratch"
         entries.append(
             {
                 **record["cost"],
@@ -212,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE as of `fastff glue`")
     asked = parser.parse_args()
-    arms = [arm for arm in asked.arms.split(",") if (asked.runs / arm / MODEL).is_dir()]
+    arms = [arm for arm in asked.arms.split(",") if (pretrained(asked, arm) / MODEL).is_dir()]
     print("arms:", ", ".join(arms) or "none is finished")
     work = asked.work or asked.runs / "glue"
     every = [settings_of(asked, arm, work) for arm in arms]

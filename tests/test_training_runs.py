@@ -194,26 +194,29 @@ def test_an_arm_that_fails_is_named_with_its_last_words(tmp_path, capsys):
 
 def test_glue_of_all_arms(planned, tmp_path, capsys):
     folder, _ = planned
+    tree_arm = "tree-on@layer-rate=0.5"
     (tmp_path / "tables" / "SST-2").mkdir(parents=True)
     rows = [(author, text) for author, text in labelled("authors-learn.tsv.xz") if author in ("Cbronte", "Doyle")]
     for split, part in (("train", rows[:32]), ("dev", rows[32:48])):
         labels = [int(author == "Doyle") for author, _ in part]
         table = pyarrow.table({"sentence": [text for _, text in part], "label": labels})
         parquet.write_table(table, tmp_path / "tables" / "SST-2" / f"{split}.parquet")
-    words = ["--runs", folder / "runs", "--arms", "dense-on,narrow-on,tree-on,absent", "--data", tmp_path / "tables"]
-    words += ["--out", tmp_path / "out", "--work", tmp_path / "work", "--tasks", "SST-2", "--seeds", 1]
-    words += ["--option", "epochs=1", "--option", "cpu="]
+    words = ["--runs", folder / "runs", "--arms", f"dense-on,narrow-on,{tree_arm},absent"]
+    words += ["--data", tmp_path / "tables", "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    words += ["--tasks", "SST-2", "--seeds", 1, "--option", "epochs=1", "--option", "cpu="]
     run_script("glue_arms.py", *words, "--seconds", -1)
     said = capsys.readouterr().out
-    assert "arms: dense-on, narrow-on, tree-on\n" in said
+    assert f"arms: dense-on, narrow-on, {tree_arm}\n" in said
     assert "0 fine-tunings in 0 s, 3 left" in said
     run_script("glue_arms.py", *words, "--at-once", 2)
     assert "3 fine-tunings in" in capsys.readouterr().out
+    rates = [read_json(path)["layer_rate"] for path in (tmp_path / "work").glob("*/settings.json")]
+    assert sorted(rates) == [0.5, 1.0, 1.0]
     found = json.loads((tmp_path / "out" / "glue.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
-    dense, narrow, tree = (arms[name]["mean"] for name in ("dense-on", "narrow-on", "tree-on"))
-    assert arms["tree-on"]["retention"] == pytest.approx(100 * tree / dense)
+    dense, narrow, tree = (arms[name]["mean"] for name in ("dense-on", "narrow-on", tree_arm))
+    assert arms[tree_arm]["retention"] == pytest.approx(100 * tree / dense)
     gap = (tree - narrow) / (dense - narrow) if dense > narrow else None
-    assert arms["tree-on"]["recovered_gap"] == (None if gap is None else pytest.approx(gap))
+    assert arms[tree_arm]["recovered_gap"] == (None if gap is None else pytest.approx(gap))
     assert "train subset: 32 of 67349 rows" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "glue.svg").is_file()
