@@ -255,7 +255,7 @@ class _GlueTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = model or self.model
             groups = parameter_groups(trained, self.settings.rate, self.settings.layer_rate, WEIGHT_DECAY)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate, fused=self.args.device.type == "cuda")
+            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate, fused=True)
         return self.optimizer
 
 
