@@ -79,6 +79,26 @@ def test_what_is_saved_loads_and_computes_the_same(model_type, auto, tmp_path):
         assert loaded.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (2, 9)
 
 
+def test_arguments_of_from_pretrained_reach_the_original_configuration(tmp_path):
+    converted().save_pretrained(tmp_path)
+    changes = {"num_labels": 3, "hidden_dropout_prob": 0.25, "output_hidden_states": True}
+    config = AutoConfig.from_pretrained(tmp_path, **changes)
+    assert {name: getattr(config.base_config(), name) for name in changes} == changes
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.bfloat16, **changes
+    )
+    assert {name: getattr(loaded.config, name) for name in changes} == changes
+    assert loaded.classifier.out_features == 3
+    assert loaded.dropout.p == 0.25
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.dtype == torch.bfloat16
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.classifier.weight, loaded.classifier.weight)
+    with pytest.raises(TypeError, match="nothing_of_the_kind"):
+        AutoModel.from_pretrained(tmp_path, nothing_of_the_kind=1)
+
+
 @pytest.mark.parametrize("description", [{"kind": "none"}, {"kind": "dense", "intermediate_size": 5, "bias": True}])
 def test_the_controls_save_and_load_too(description, tmp_path):
     model = converted(descriptions=(description, description))

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner
 
 from fastff.cli import app
 from fastff.demo.data import labelled
 from fastff.errors import CheckpointError, TrainingError
+from fastff.models import make_converted
 from fastff.training import glue as module
 from fastff.training import tasks
 from fastff.training.glue import GlueSettings, encode, glue
@@ -237,6 +239,25 @@ def test_conditional_layers_learn_at_a_rate_of_their_own(scored, tmp_path, monke
     for name in ("w_in", "w_out"):
         at_least, at_most = {0.0: (0.0, 0.0), 1e-6: (1e-12, 1e-8), 1.0: (1e-4, 1e-2)}[layer_rate]
         assert at_least <= moved[f"encoder.layers.0.feedforward.{name}"] <= at_most
+
+
+@pytest.mark.parametrize("model_type", ["bert", "ultrafastbert"])
+def test_a_converted_model_is_fine_tuned(scored, tmp_path, model_type):
+    settings, _ = scored
+    tokenizer = load_tokenizer(settings.model)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if model_type == "ultrafastbert":
+        sizes["feedforward"] = {"kind": "dense", "intermediate_size": 8}
+    dense = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes, max_position_embeddings=32))
+    tree = {"kind": "fff", "depth": 3, "bias": True}
+    make_converted(dense, (tree, tree)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    of = replace(settings, model=str(tmp_path / "model"), out=tmp_path, epochs=None, steps=2, seeds=1, dropout=0.25)
+    assert glue(of)["mean"] is not None
+    model, _ = module.load_model(of, TASKS["MNLI"])
+    assert model.config.num_labels == 3
+    dropout = model.config.hidden_dropout_prob
+    assert dropout == (0.25 if model_type == "ultrafastbert" else 0.1)
 
 
 def test_the_command_prints_notes_and_refuses_another_recipe(scored):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 from torch import nn
 from transformers import (
@@ -31,6 +31,9 @@ from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward, complete, split_shared
+
+# Of the arguments of from_pretrained these are the model's own, whatever its configuration.
+LOADING = ("dtype", "torch_dtype", "attn_implementation", "name_or_path", "return_unused_kwargs")
 
 
 class ConvertedConfig(PreTrainedConfig):
@@ -55,10 +58,27 @@ class ConvertedConfig(PreTrainedConfig):
         """The original configuration as an object, with the descriptions in `fastff_feedforwards`."""
         if self.base is None or self.feedforwards is None:
             raise CheckpointError("a converted model's configuration needs 'base' and 'feedforwards'")
-        fields = {name: value for name, value in self.base.items() if name != "model_type"}
-        config = AutoConfig.for_model(self.base["model_type"], **fields)
+        config = AutoConfig.for_model(**self.base)
         config.fastff_feedforwards = self.feedforwards
+        if self._attn_implementation is not None:
+            config._attn_implementation = self._attn_implementation
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """As in Transformers; what the original configuration has, such as num_labels, is set there."""
+        made: Callable[..., Self] = super().from_dict
+        base = config_dict.get("base")
+        if base is None:
+            return made(config_dict, **kwargs)
+        family_of(base.get("model_type", ""))
+        original = AutoConfig.for_model(**base)
+        given = {name: kwargs[name] for name in kwargs if name not in LOADING and hasattr(original, name)}
+        for name, value in given.items():
+            setattr(original, name, value)
+        empty = cls()
+        rest = {name: value for name, value in kwargs.items() if name not in given or hasattr(empty, name)}
+        return made({**config_dict, "base": original.to_dict()}, **rest)
 
 
 class _Converted:

@@ -183,27 +183,33 @@ def fine_tune(
 def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
     """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together, or if there is no
     model that can be read."""
-    try:
-        config = AutoConfig.from_pretrained(settings.model, num_labels=task.labels)
-    except OSError as error:
-        nothing = "is neither a directory nor a name of the hub with a configuration that can be read"
-        raise TrainingError(f"model {settings.model} {nothing}: {error}") from error
-    if isinstance(config, models.UltraFastBertConfig):
-        for name in DROPOUTS:
-            setattr(config, name, settings.dropout)
+    config, inner = _configuration(settings, num_labels=task.labels)
+    if isinstance(inner, models.UltraFastBertConfig):
+        dropouts = dict.fromkeys(DROPOUTS, settings.dropout)
+        config, inner = _configuration(settings, num_labels=task.labels, **dropouts)
     tokenizer = load_tokenizer(settings.model)
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > inner.vocab_size:
         raise TrainingError(
-            f"the tokenizer of {settings.model} has {len(tokenizer)} entries, its model {config.vocab_size}"
+            f"the tokenizer of {settings.model} has {len(tokenizer)} entries, its model {inner.vocab_size}"
         )
-    if tokenizer.pad_token_id != config.pad_token_id:
-        pads = f"pads with {tokenizer.pad_token_id}, its model with {config.pad_token_id}"
+    if tokenizer.pad_token_id != inner.pad_token_id:
+        pads = f"pads with {tokenizer.pad_token_id}, its model with {inner.pad_token_id}"
         raise TrainingError(f"the tokenizer of {settings.model} {pads}")
     model = AutoModelForSequenceClassification.from_pretrained(settings.model, config=config)
     if settings.layer_rate == 0:
         for layer in conditional_layers(model).values():
             layer.requires_grad_(False)
     return model, tokenizer
+
+
+def _configuration(settings: GlueSettings, **changes: Any) -> tuple[Any, Any]:
+    """The model's configuration, and that of the original architecture, which is another one if it was converted."""
+    try:
+        config = AutoConfig.from_pretrained(settings.model, **changes)
+    except OSError as error:
+        nothing = "is neither a directory nor a name of the hub with a configuration that can be read"
+        raise TrainingError(f"model {settings.model} {nothing}: {error}") from error
+    return config, config.base_config() if isinstance(config, models.ConvertedConfig) else config
 
 
 def encode(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], int]:
