@@ -137,29 +137,29 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
                 "pretraining_tokens": record["tokens"],
                 "scores": scores,
                 "medians": medians,
-                "mean": statistics.fmean(medians.values()) if medians else None,
             }
         )
-    _compare(entries)
-    return {
+    scored = {
         "tasks": whole,
         "seeds": asked.seeds,
         "options": asked.option,
         "notes": {task: note for task, note in notes.items() if note},
         "arms": entries,
     }
+    return only(scored, whole)
 
 
 def only(found: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """The same scores with means, retention and recovered gap of these tasks alone."""
-    entries = [{**e, "mean": statistics.fmean(e["medians"][t] for t in tasks)} for e in found["arms"]]
-    _compare(entries)
-    return {**found, "tasks": tasks, "arms": entries, "notes": {t: n for t, n in found["notes"].items() if t in tasks}}
-
-
-def _compare(entries: list[dict[str, Any]]) -> None:
-    for entry in entries:
-        entry |= {"retention": None, "recovered_gap": None}
+    """The same scores with means, retention and recovered gap of these tasks alone, None where they do not exist."""
+    entries = [
+        {
+            **entry,
+            "mean": statistics.fmean(entry["medians"][task] for task in tasks) if tasks else None,
+            "retention": None,
+            "recovered_gap": None,
+        }
+        for entry in found["arms"]
+    ]
     scored = [{**entry, "losses": {"mean": -entry["mean"]}} for entry in entries if entry["mean"] is not None]
     set_gaps(scored)
     gaps = {entry["name"]: entry["recovered_gap"] for entry in scored}
@@ -167,6 +167,7 @@ def _compare(entries: list[dict[str, Any]]) -> None:
         dense = [e["mean"] for e in scored if e["group"] == entry["group"] and e["name"].startswith("dense")]
         if dense and entry["mean"] is not None:
             entry |= {"retention": 100 * entry["mean"] / dense[0], "recovered_gap": gaps[entry["name"]]}
+    return {**found, "tasks": tasks, "arms": entries, "notes": {t: n for t, n in found["notes"].items() if t in tasks}}
 
 
 def table(found: dict[str, Any]) -> str:

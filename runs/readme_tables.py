@@ -334,20 +334,19 @@ def recipes(plan: str) -> str:
     found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob("recipe-*.json"))]
     tasks = found[0]["tasks"]
     shared = [task for task in tasks if all(task in run["tasks"] for run in found)]
-    options = [dict(option.split("=") for option in run["options"]) for run in found]
-    names = [name for name in options[0] if len({given[name] for given in options}) > 1]
-    rows = [(arm, given) for run, given in zip(found, options, strict=True) for arm in run["arms"]]
-    arms = list(dict.fromkeys(arm["name"] for arm, _ in rows))
-    if len(arms) > 1:
-        rows.sort(key=lambda row: arms.index(row[0]["name"]))
-        rows = [(arm, {"arm": arm["name"], **given}) for arm, given in rows]
-        names = ["arm", *names]
+    rows = [
+        (arm, {"arm": arm["name"], **dict(option.split("=") for option in run["options"])})
+        for run in found
+        for arm in glue_arms.only(run, shared)["arms"]
+    ]
+    arms = [arm["name"] for arm, _ in rows]
+    rows.sort(key=lambda row: arms.index(row[0]["name"]))
+    names = [name for name in rows[0][1] if len({given[name] for _, given in rows}) > 1]
     mean = "mean" if shared == tasks else f"mean of {', '.join(shared)}"
     lines = ["| " + " | ".join([*names, *tasks, mean]) + " |", "|---" * (len(names) + len(tasks) + 1) + "|"]
     for arm, given in rows:
         scores = [f"{arm['medians'][task]:.1f}" if task in arm["medians"] else "" for task in tasks]
-        average = sum(arm["medians"][task] for task in shared) / len(shared)
-        lines.append("| " + " | ".join([*(given[name] for name in names), *scores, f"{average:.1f}"]) + " |")
+        lines.append("| " + " | ".join([*(given[name] for name in names), *scores, f"{arm['mean']:.1f}"]) + " |")
     return "\n".join(lines)
 
 

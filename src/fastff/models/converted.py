@@ -74,6 +74,8 @@ class ConvertedConfig(PreTrainedConfig):
         family_of(base.get("model_type", ""))
         original = AutoConfig.for_model(**base)
         given = {name: kwargs[name] for name in kwargs if name not in LOADING and hasattr(original, name)}
+        if not given:
+            return made(config_dict, **kwargs)
         for name, value in given.items():
             setattr(original, name, value)
         empty = cls()

@@ -41,7 +41,6 @@ from fastff.training.tokens import load_tokenizer
 from fastff.training.trainer import parameter_groups
 
 RESULT = "glue.json"
-WEIGHT_DECAY = 0.01
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "classifier_dropout")
 Report = Callable[[str, int, float], None]  # task, seed, progress
 
@@ -148,7 +147,7 @@ def fine_tune(
     encoded, cut = encode(tokenizer, train, longest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _GlueTrainer(
-            settings,
+            settings.layer_rate,
             model=model,
             args=_arguments(settings, task, seed, folder),
             train_dataset=_items(encoded, train, task),
@@ -183,33 +182,33 @@ def fine_tune(
 def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
     """The model with a new head, and its tokenizer. Raises TrainingError if they do not fit together, or if there is no
     model that can be read."""
-    config, inner = _configuration(settings, num_labels=task.labels)
-    if isinstance(inner, models.UltraFastBertConfig):
-        dropouts = dict.fromkeys(DROPOUTS, settings.dropout)
-        config, inner = _configuration(settings, num_labels=task.labels, **dropouts)
+    config = _original_config(settings.model)
+    changes: dict[str, Any] = {"num_labels": task.labels}
+    if isinstance(config, models.UltraFastBertConfig):
+        changes |= dict.fromkeys(DROPOUTS, settings.dropout)
     tokenizer = load_tokenizer(settings.model)
-    if len(tokenizer) > inner.vocab_size:
+    if len(tokenizer) > config.vocab_size:
         raise TrainingError(
-            f"the tokenizer of {settings.model} has {len(tokenizer)} entries, its model {inner.vocab_size}"
+            f"the tokenizer of {settings.model} has {len(tokenizer)} entries, its model {config.vocab_size}"
         )
-    if tokenizer.pad_token_id != inner.pad_token_id:
-        pads = f"pads with {tokenizer.pad_token_id}, its model with {inner.pad_token_id}"
+    if tokenizer.pad_token_id != config.pad_token_id:
+        pads = f"pads with {tokenizer.pad_token_id}, its model with {config.pad_token_id}"
         raise TrainingError(f"the tokenizer of {settings.model} {pads}")
-    model = AutoModelForSequenceClassification.from_pretrained(settings.model, config=config)
+    model = AutoModelForSequenceClassification.from_pretrained(settings.model, **changes)
     if settings.layer_rate == 0:
         for layer in conditional_layers(model).values():
             layer.requires_grad_(False)
     return model, tokenizer
 
 
-def _configuration(settings: GlueSettings, **changes: Any) -> tuple[Any, Any]:
-    """The model's configuration, and that of the original architecture, which is another one if it was converted."""
+def _original_config(model: str) -> Any:
+    """The configuration of a model; of the original architecture if it was converted. Raises TrainingError."""
     try:
-        config = AutoConfig.from_pretrained(settings.model, **changes)
+        config = AutoConfig.from_pretrained(model)
     except OSError as error:
         nothing = "is neither a directory nor a name of the hub with a configuration that can be read"
-        raise TrainingError(f"model {settings.model} {nothing}: {error}") from error
-    return config, config.base_config() if isinstance(config, models.ConvertedConfig) else config
+        raise TrainingError(f"model {model} {nothing}: {error}") from error
+    return config.base_config() if isinstance(config, models.ConvertedConfig) else config
 
 
 def encode(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], int]:
@@ -237,7 +236,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         per_device_eval_batch_size=64,
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=0.01,
         max_grad_norm=1.0,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -253,15 +252,16 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
 class _GlueTrainer(Trainer):
     """The library's, with a rate of their own for conditional layers."""
 
-    def __init__(self, settings: GlueSettings, **arguments: Any) -> None:
-        self.settings = settings
+    def __init__(self, layer_rate: float, **arguments: Any) -> None:
+        self.layer_rate = layer_rate
         super().__init__(**arguments)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
-            groups = parameter_groups(trained, self.settings.rate, self.settings.layer_rate, WEIGHT_DECAY)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.rate, fused=True)
+            rate = self.args.learning_rate
+            groups = parameter_groups(trained, rate, self.layer_rate, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
         return self.optimizer
 
 
