@@ -181,6 +181,60 @@ def test_every_gpu_that_is_seen_has_its_environment(monkeypatch):
     assert environments() == [dict(os.environ)]
 
 
+class Launched:
+    """What torchrun is asked for: ends after three looks, writes a record, or fails with FSDP2."""
+
+    now: ClassVar[list[set[str]]] = []
+    ran: ClassVar[list[list[str]]] = []
+
+    def __init__(self, words, env=None, **_):
+        self.words, self.looks = words, 0
+        self.gpus = set(env["CUDA_VISIBLE_DEVICES"].split(","))
+        assert self.gpus <= {"7", "5", "2"}
+        assert len(self.gpus) == int(words[words.index("--nproc-per-node") + 1])
+        assert not any(self.gpus & gpus for gpus in self.now), "a GPU is given to one run at a time"
+        self.now.append(self.gpus)
+        self.ran.append(words)
+
+    def poll(self):
+        self.looks += 1
+        if self.looks < 3:
+            return None
+        self.now.remove(self.gpus)
+        self.returncode = int("--sharded" in self.words)
+        if not self.returncode:
+            out = Path(self.words[self.words.index("--out") + 1])
+            out.mkdir(parents=True)
+            (out / "result.json").write_text("{}")
+        return self.returncode
+
+
+def test_speeds_are_measured_on_gpus_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Launched, "ran", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,2")
+    words = ["--data", "d", "--runs", tmp_path / "runs", "--out", tmp_path / "out", "--feedforward", "a,b"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU is visible, expected one or more"):
+        run_script("gpu_speed.py", *words, process=Launched)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(SystemExit, match="failed: a-2-sharded, b-2-sharded"):
+        run_script("gpu_speed.py", *words, "--rows", 8, process=Launched)
+    said = capsys.readouterr().out
+    assert "a-4: not run, 3 GPUs are visible" in said
+    assert f"b-2-sharded failed, see {tmp_path}/runs/b-2-sharded.log" in said
+    begun = [Path(ran[ran.index("--out") + 1]).name for ran in Launched.ran]
+    assert begun[:2] == ["a-2", "a-1"], "the largest first, beside it what fits"
+    assert sorted(begun) == ["a-1", "a-2", "a-2-sharded", "b-1", "b-2", "b-2-sharded"]
+    rows = [[ran[ran.index(name) + 1] for name in ("--batch", "--micro-batch")] for ran in Launched.ran[:2]]
+    assert rows == [["16", "8"], ["8", "8"]], "as many rows a GPU each time"
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["a-1", "a-2", "b-1", "b-2"]
+    Launched.ran.clear()
+    with pytest.raises(SystemExit):
+        run_script("gpu_speed.py", *words, process=Launched)
+    assert len(Launched.ran) == 2, "what is there is not run again"
+
+
 def test_an_arm_that_fails_is_named_with_its_last_words(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps([{"name": "a", "feedforward": "nothing"}]))
     words = [tmp_path / "plan.json", "--data", "d", "--runs", tmp_path / "runs", "--out", tmp_path, "--steps", 8]
