@@ -137,6 +137,9 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
                 "pretraining_tokens": record["tokens"],
                 "scores": scores,
                 "medians": medians,
+                "train_losses": {
+                    task: [run["curve"][-1][1] for run in found[arm][task]] for task in whole
+                },  # at the end
             }
         )
     scored = {

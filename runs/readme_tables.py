@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -329,9 +330,33 @@ def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
     return glue_arms.table(glue_arms.only(found, [task for task in found["tasks"] if task not in without])).rstrip()
 
 
-def recipes(plan: str) -> str:
+def retention(plan: str, **folders: str) -> str:
+    """What each arm of a plan keeps of the dense model's mean score, for pretrainings from several seeds.
+
+    folders: of the scores, by the name of the pretraining ("seed_1"), with which the arms' names end or not.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for seed, folder in folders.items():
+        for arm in json.loads((TRAINING / plan / folder / "glue.json").read_text())["arms"]:
+            name = arm["name"].replace(f"-{seed.replace('_', '-')}", "").replace("@layer-rate=1.0", "")
+            kept.setdefault(name, {})[seed] = arm
+    seeds = [seed.replace("_", " ") for seed in folders]
+    head = ["arm", "FLOP a token and layer", *(f"mean score, {seed}" for seed in seeds)]
+    head += [*(f"% of dense, {seed}" for seed in seeds), "% of dense"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, arms in kept.items():
+        shares = [arms[seed]["retention"] if seed in arms else None for seed in folders]
+        cells = [name, f"{next(iter(arms.values()))['flops']:,}"]
+        cells += [f"{arms[seed]['mean']:.2f}" if seed in arms else "" for seed in folders]
+        cells += ["" if share is None else f"{share:.1f}" for share in shares]
+        cells.append("" if None in shares else f"{statistics.fmean(shares):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recipes(plan: str, files: str = "recipe-*.json") -> str:
     """What arms of a plan score by the options of their fine-tuning; means of the tasks that every row has."""
-    found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob("recipe-*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob(files))]
     tasks = found[0]["tasks"]
     shared = [task for task in tasks if all(task in run["tasks"] for run in found)]
     rows = [

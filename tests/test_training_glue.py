@@ -217,6 +217,9 @@ def test_so_many_updates_whatever_the_epochs(scored, tmp_path):
     assert (record["steps"], record["epochs"]) == (3, None)
     before = json.loads((settings.out / "SST-2" / "seed-0.json").read_text())
     assert (before["steps"], before["epochs"]) == (2 * 240 / settings.batch, 2)
+    assert [step for step, _ in record["curve"]] == [1, 2, 3]
+    assert len(before["curve"]) == 10, "ten parts of a longer one"
+    assert before["curve"][0][1] > before["curve"][-1][1] > 0, "it learns"
     with pytest.raises(TrainingError, match="epochs 2 and steps 3: only one"):
         replace(settings, steps=3)
 

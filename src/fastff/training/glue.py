@@ -140,7 +140,7 @@ def _rows(task: Task, data: Path | None, limit: int | None) -> tuple[Rows, dict[
 def fine_tune(
     settings: GlueSettings, task: Task, train: Rows, dev: dict[str, Rows], seed: int, report: Callable[[float], None]
 ) -> dict[str, Any]:
-    """One seed of one task: scores and predictions by dev split."""
+    """One seed of one task: scores and predictions by dev split, and the training loss in ten parts ("curve")."""
     set_seed(seed)
     model, tokenizer = load_model(settings, task)
     longest = model.config.max_position_embeddings
@@ -174,6 +174,7 @@ def fine_tune(
         "rows_cut": cut,
         "epochs": None if settings.steps else task.epochs,
         "steps": trainer.state.global_step,
+        "curve": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "dev": found,
         "machine": machine(),
     }
@@ -238,6 +239,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         lr_scheduler_type="cosine",
         weight_decay=0.01,
         max_grad_norm=1.0,
+        logging_steps=0.1,  # of all
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
