@@ -4,14 +4,16 @@ python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results
 
 DIR holds what `runs/pretrain_plan.py` left. NAME@OPTION=VALUE@... is an arm with options of its own. `--at-once`
 processes take one arm, task and seed after the other; after `--seconds` they are stopped, and the same command goes on
-with what is missing. A task counts where every arm has all its seeds. Retention is an arm's mean score over that of the
-dense arm of its group; the recovered gap is made of the same means, as that of losses in `fastff.training.compare`.
-Splits that are not whole are listed below the table: such scores compare with each other, not with published ones.
+with what is missing. `--anew` runs nothing and makes table and chart of OUT/glue.json. A task counts where every arm
+has all its seeds. Retention is an arm's mean score over that of the dense arm of its group; the recovered gap is made
+of the same means, as that of losses in `fastff.training.compare`. Splits that are not whole are listed below the table:
+such scores compare with each other, not with published ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import queue
 import statistics
@@ -191,6 +193,15 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def labels(names: list[str]) -> list[str]:
+    """The names of arms without the words at their end, before any options, that all of them have."""
+    words = [name.partition("@")[0].split("-") for name in names]
+    ends = itertools.takewhile(lambda ends: len(set(ends)) == 1, zip(*(one[:0:-1] for one in words), strict=False))
+    shared = sum(len(end[0]) + 1 for end in ends) if len(names) > 1 else 0
+    split = [name.partition("@") for name in names]
+    return [arm[: len(arm) - shared] + at + options for arm, at, options in split]
+
+
 def chart(found: dict[str, Any]) -> str:
     """Mean score against the arithmetic of a layer, as SVG text."""
     with svg("glue", 6.4, 4.0) as (figure, out):
@@ -205,15 +216,17 @@ def chart(found: dict[str, Any]) -> str:
             if not e["flops"]:
                 axes.axhline(e["mean"], linestyle=":", color="0.5", label="no feedforward")
         axes.legend()
-        label_points(figure, axes, [(e["flops"], e["mean"], e["name"]) for e in with_layers])
+        names = [e["name"] for e in found["arms"]]
+        short = dict(zip(names, labels(names), strict=True))
+        label_points(figure, axes, [(e["flops"], e["mean"], short[e["name"]]) for e in with_layers])
     return out[0]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--arms", required=True, help="those without a finished model are left out")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--arms", help="those without a finished model are left out")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder of scores and predictions; default RUNS/glue")
     parser.add_argument("--tasks", default=",".join(TASKS))
@@ -221,7 +234,15 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE as of `fastff glue`")
+    parser.add_argument("--anew", action="store_true", help="run nothing, write table and chart of OUT/glue.json")
     asked = parser.parse_args()
+    if not asked.anew and None in (asked.runs, asked.arms, asked.data):
+        parser.error("--runs, --arms and --data are needed")
+    return asked
+
+
+def measured(asked: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune what is missing; what all of it says, also in OUT/glue.json."""
     arms = [arm for arm in asked.arms.split(",") if (pretrained(asked, arm) / MODEL).is_dir()]
     print("arms:", ", ".join(arms) or "none is finished")
     work = asked.work or asked.runs / "glue"
@@ -230,6 +251,12 @@ def main() -> None:
     found = summary(asked, every)
     asked.out.mkdir(parents=True, exist_ok=True)
     write_json(asked.out / "glue.json", found)
+    return found
+
+
+def main() -> None:
+    asked = arguments()
+    found = read_json(asked.out / "glue.json") if asked.anew else measured(asked)
     (asked.out / "table.md").write_text(table(found), encoding="utf-8")
     if found["tasks"]:
         (asked.out / "glue.svg").write_text(chart(found), encoding="utf-8")

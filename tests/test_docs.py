@@ -54,6 +54,33 @@ def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(monkeypatch):
     assert tree["mean"] == 1.0
 
 
+def test_charts_name_arms_without_the_end_that_all_have(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    labels = importlib.import_module("glue_arms").labels
+    names = ["dense-masked-seed-1", "2x3-masked-seed-1@layer-rate=0.5", "none-masked-seed-1"]
+    assert labels(names) == ["dense", "2x3@layer-rate=0.5", "none"]
+    assert labels(["a-masked", "b", "c-masked"]) == ["a-masked", "b", "c-masked"]
+    assert labels(["x-masked", "x-masked@rate=1"]) == ["x", "x@rate=1"]
+    assert labels(["x-masked"]) == ["x-masked"]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted((ROOT / "results" / "training").glob("*/glue*/glue.json")),
+    ids=lambda path: "-".join(path.parts[-3:-1]),
+)
+def test_tables_of_scores_are_made_of_their_files(folder, monkeypatch, tmp_path):
+    (tmp_path / "glue.json").write_bytes(folder.read_bytes())
+    script = str(ROOT / "runs" / "glue_arms.py")
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path), "--anew"])
+    runpy.run_path(script, run_name="__main__")
+    assert (tmp_path / "table.md").read_bytes() == folder.with_name("table.md").read_bytes()
+    assert "<svg" in (tmp_path / "glue.svg").read_text()
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+
+
 def test_the_speed_of_compiled_training_is_that_of_its_file():
     text = (ROOT / "docs" / "training.md").read_text()
     speeds = re.findall(r"([\d,]+) tokens/s", (ROOT / "results" / "training" / "gpus" / "compile.txt").read_text())
