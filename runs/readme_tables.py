@@ -324,38 +324,55 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
-def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
-    """What pretrained arms of a plan score after fine-tuning."""
+def scores_of(plan: str, folder: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What pretrained arms of a plan score after fine-tuning, but for these tasks."""
     found = json.loads((TRAINING / plan / folder / "glue.json").read_text())
-    return glue_arms.table(glue_arms.only(found, [task for task in found["tasks"] if task not in without])).rstrip()
+    return glue_arms.only(found, [task for task in found["tasks"] if task not in without])
 
 
-def retention(plan: str, **folders: str) -> str:
-    """What each arm of a plan keeps of the dense model's mean score, for pretrainings from several seeds.
+def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
+    """The scores of every arm and task."""
+    return glue_arms.table(scores_of(plan, folder, without)).rstrip()
 
-    folders: of the scores, by the name of the pretraining ("seed_1"), with which the arms' names end or not.
+
+def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
+    """What each arm keeps of the mean score of the dense one that was pretrained from the same seed.
+
+    folders: the scores of the arms that were pretrained from seed 0, 1, and so on.
     """
-    kept: dict[str, dict[str, Any]] = {}
-    for seed, folder in folders.items():
-        for arm in json.loads((TRAINING / plan / folder / "glue.json").read_text())["arms"]:
-            name = arm["name"].replace(f"-{seed.replace('_', '-')}", "").replace("@layer-rate=1.0", "")
+    kept: dict[str, dict[int, dict[str, Any]]] = {}
+    for seed, folder in enumerate(folders):
+        for arm in scores_of(plan, folder, without)["arms"]:
+            name = arm["name"].replace(f"-seed-{seed}", "").replace("@layer-rate=1.0", "")
             kept.setdefault(name, {})[seed] = arm
-    seeds = [seed.replace("_", " ") for seed in folders]
-    head = ["arm", "FLOP a token and layer", *(f"mean score, {seed}" for seed in seeds)]
-    head += [*(f"% of dense, {seed}" for seed in seeds), "% of dense"]
+    seeds = range(len(folders))
+    head = ["arm", "layer", "FLOP a token and layer", *(f"mean score, seed {seed}" for seed in seeds)]
+    head += [*(f"% of dense, seed {seed}" for seed in seeds), "% of dense, mean"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, arms in kept.items():
-        shares = [arms[seed]["retention"] if seed in arms else None for seed in folders]
-        cells = [name, f"{next(iter(arms.values()))['flops']:,}"]
-        cells += [f"{arms[seed]['mean']:.2f}" if seed in arms else "" for seed in folders]
-        cells += ["" if share is None else f"{share:.1f}" for share in shares]
-        cells.append("" if None in shares else f"{statistics.fmean(shares):.1f}")
+    for name, arms in sorted(kept.items(), key=lambda arm: -next(iter(arm[1].values()))["flops"]):
+        first = next(iter(arms.values()))
+        cells = [name, first["layer"], f"{first['flops']:,}"]
+        for key, digits in (("mean", 2), ("retention", 1)):
+            cells += [f"{arms[seed][key]:.{digits}f}" if seed in arms else "" for seed in seeds]
+        whole = len(arms) == len(folders)
+        cells.append(f"{statistics.fmean(arm['retention'] for arm in arms.values()):.1f}" if whole else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def train_losses(plan: str, folder: str) -> str:
+    """The mean training loss of the last tenth of the updates, of every arm and task."""
+    found = scores_of(plan, folder)
+    lines = [f"| arm | {' | '.join(found['tasks'])} |", "|---" * (len(found["tasks"]) + 1) + "|"]
+    for arm in found["arms"]:
+        losses = [statistics.fmean(arm["train_losses"][task]) for task in found["tasks"]]
+        lines.append(f"| {arm['name']} | {' | '.join(f'{loss:.3f}' for loss in losses)} |")
+    return "\n".join(lines)
+
+
 def recipes(plan: str, files: str = "recipe-*.json") -> str:
-    """What arms of a plan score by the options of their fine-tuning; means of the tasks that every row has."""
+    """What arms of a plan score by the options of their fine-tuning; means of the tasks that every row has. files: of
+    the scores, one for each set of options."""
     found = [json.loads(path.read_text()) for path in sorted((TRAINING / plan).glob(files))]
     tasks = found[0]["tasks"]
     shared = [task for task in tasks if all(task in run["tasks"] for run in found)]
@@ -386,7 +403,7 @@ def training_gpus() -> str:
         "| feedforward | GPUs | rows a step | tokens/s | times one GPU | memory of a GPU, GiB |",
         "|---|---|---|---|---|---|",
     ]
-    for run in sorted(runs, key=lambda run: (run["settings"]["feedforward"], run["processes"])):
+    for run in sorted(runs, key=lambda run: (run["settings"]["feedforward"], run["processes"], run["how"])):
         settings, speed = run["settings"], run["tokens_per_second"]
         hidden = settings["hidden"]
         cells = (
@@ -424,6 +441,7 @@ LONG = plan_tables(
     "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
 )
 LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
+RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
@@ -434,7 +452,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "rate-0.002": RATES["rate-0.002"],
         "300m-causal": LONG["300m-causal"],
         "524m-masked": LONG_MASKED["524m-masked"],
-        "glue": partial(glue, "masked-524m"),
+        "524m-retention": RETENTION,
         "recommended-cpu": recommended_cpu,
         "backends": backends,
     },
@@ -452,9 +470,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "results/training/masked-524m/README.md": {
         **{name: made for name, made in LONG_MASKED.items() if not name.endswith("left-out")},
         "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
+        "524m-retention": RETENTION,
+        "524m-retention-seven": partial(RETENTION, without=("CoLA", "WNLI")),
         "524m-recipes": partial(recipes, "masked-524m"),
+        "524m-layer-rates": partial(recipes, "masked-524m", "rates-*.json"),
+        "524m-learned": partial(train_losses, "masked-524m", "glue-seed-1"),
         "glue": partial(glue, "masked-524m"),
-        "glue-seven": partial(glue, "masked-524m", without=("CoLA", "WNLI")),
+        "glue-seed-1": partial(glue, "masked-524m", "glue-seed-1"),
     },
     "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
     "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
