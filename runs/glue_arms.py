@@ -111,7 +111,8 @@ def records_of(settings: GlueSettings, task: str) -> list[dict[str, Any]]:
 
 
 def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, Any]:
-    """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap."""
+    """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap; the training loss
+    of the last tenth of the updates."""
     arms = [settings.out.name for settings in every]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         settings.out.name: {task: records_of(settings, task) for task in settings.tasks} for settings in every
@@ -139,9 +140,7 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
                 "pretraining_tokens": record["tokens"],
                 "scores": scores,
                 "medians": medians,
-                "train_losses": {
-                    task: [run["curve"][-1][1] for run in found[arm][task]] for task in whole
-                },  # at the end
+                "train_losses": {task: [run["curve"][-1][1] for run in found[arm][task]] for task in whole},
             }
         )
     scored = {
