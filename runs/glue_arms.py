@@ -111,8 +111,8 @@ def records_of(settings: GlueSettings, task: str) -> list[dict[str, Any]]:
 
 
 def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, Any]:
-    """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap; the training loss
-    of the last tenth of the updates."""
+    """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap; and the training
+    losses of the last tenth of the updates."""
     arms = [settings.out.name for settings in every]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         settings.out.name: {task: records_of(settings, task) for task in settings.tasks} for settings in every

@@ -336,7 +336,7 @@ def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
 
 
 def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
-    """What each arm keeps of the mean score of the dense one that was pretrained from the same seed.
+    """What each arm keeps of the mean score of the dense one that was pretrained from the same seed, beside its loss.
 
     folders: the scores of the arms that were pretrained from seed 0, 1, and so on.
     """
@@ -346,12 +346,16 @@ def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()
             name = arm["name"].replace(f"-seed-{seed}", "").replace("@layer-rate=1.0", "")
             kept.setdefault(name, {})[seed] = arm
     seeds = range(len(folders))
-    head = ["arm", "layer", "FLOP a token and layer", *(f"mean score, seed {seed}" for seed in seeds)]
+    losses = {entry["name"]: entry for entry in compare([r for r in records_of(plan) if r["finished"]])}
+    head = ["arm", "layer", "active / stored neurons", "FLOP a token and layer", "held-out loss", "recovered gap"]
+    head += [f"mean score, seed {seed}" for seed in seeds]
     head += [*(f"% of dense, seed {seed}" for seed in seeds), "% of dense, mean"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, arms in sorted(kept.items(), key=lambda arm: -next(iter(arm[1].values()))["flops"]):
         first = next(iter(arms.values()))
-        cells = [name, first["layer"], f"{first['flops']:,}"]
+        loss = losses[name.partition("@")[0]]
+        cells = [name, first["layer"], f"{first['active_neurons']} / {first['neurons']}", f"{first['flops']:,}"]
+        cells += [f"{loss['loss']:.3f}", "" if loss["recovered_gap"] is None else f"{loss['recovered_gap']:.2f}"]
         for key, digits in (("mean", 2), ("retention", 1)):
             cells += [f"{arms[seed][key]:.{digits}f}" if seed in arms else "" for seed in seeds]
         whole = len(arms) == len(folders)
