@@ -54,6 +54,13 @@ def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(monkeypatch):
     assert tree["mean"] == 1.0
 
 
+def test_pictures_of_the_pages_are_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+    found = [page.parent / path for page in pages for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())]
+    assert len(found) > 5
+    assert not [str(path) for path in found if not path.is_file()]
+
+
 def test_charts_name_arms_without_the_end_that_all_have(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
     labels = importlib.import_module("glue_arms").labels
