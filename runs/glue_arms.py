@@ -13,7 +13,6 @@ such scores compare with each other, not with published ones.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import queue
 import statistics
@@ -110,6 +109,11 @@ def records_of(settings: GlueSettings, task: str) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths if path.is_file()]
 
 
+def numbers(scores: list[float | None]) -> list[float]:
+    """The scores; 0 for a correlation of constant predictions, which does not exist: such a model says nothing."""
+    return [0.0 if score is None else score for score in scores]
+
+
 def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, Any]:
     """Scores of every arm, their means over the tasks that all arms have, retention and recovered gap; and the training
     losses of the last tenth of the updates."""
@@ -122,8 +126,7 @@ def summary(asked: argparse.Namespace, every: list[GlueSettings]) -> dict[str, A
     entries: list[dict[str, Any]] = []
     for arm in arms:
         scores = {task: [run["score"] for run in found[arm][task]] for task in whole}
-        # A correlation of constant predictions does not exist; such a model says nothing about the task.
-        medians = {task: statistics.median(0.0 if s is None else s for s in runs) for task, runs in scores.items()}
+        medians = {task: statistics.median(numbers(runs)) for task, runs in scores.items()}
         for task in whole:
             run = found[arm][task][0]
             parts = [f"train {run['train_note']}" if run["train_note"] else ""]
@@ -180,7 +183,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [head + " | mean | % of dense | recovered gap |", "|" + "---|" * (len(found["tasks"]) + 7)]
     for e in found["arms"]:
         cells = [e["name"], e["layer"], f"{e['active_neurons']} / {e['neurons']}", f"{e['flops']:,}"]
-        runs = [[0.0 if s is None else s for s in e["scores"][task]] for task in found["tasks"]]
+        runs = [numbers(e["scores"][task]) for task in found["tasks"]]
         for task, scores in zip(found["tasks"], runs, strict=True):
             cells.append(f"{e['medians'][task]:.1f} ({min(scores):.1f}-{max(scores):.1f})")
         means = [statistics.fmean(scores) for scores in zip(*runs, strict=True)]
@@ -194,11 +197,11 @@ def table(found: dict[str, Any]) -> str:
 
 def labels(names: list[str]) -> list[str]:
     """The names of arms without the words at their end, before any options, that all of them have."""
-    words = [name.partition("@")[0].split("-") for name in names]
-    ends = itertools.takewhile(lambda ends: len(set(ends)) == 1, zip(*(one[:0:-1] for one in words), strict=False))
-    shared = sum(len(end[0]) + 1 for end in ends) if len(names) > 1 else 0
     split = [name.partition("@") for name in names]
-    return [arm[: len(arm) - shared] + at + options for arm, at, options in split]
+    words = [arm.split("-") for arm, _, _ in split]
+    while len(words) > 1 and min(map(len, words)) > 1 and len({arm[-1] for arm in words}) == 1:
+        words = [arm[:-1] for arm in words]
+    return ["-".join(arm) + at + options for arm, (_, at, options) in zip(words, split, strict=True)]
 
 
 def chart(found: dict[str, Any]) -> str:

@@ -330,9 +330,9 @@ def scores_of(plan: str, folder: str, without: tuple[str, ...] = ()) -> dict[str
     return glue_arms.only(found, [task for task in found["tasks"] if task not in without])
 
 
-def glue(plan: str, folder: str = "glue", without: tuple[str, ...] = ()) -> str:
+def glue(plan: str, folder: str = "glue") -> str:
     """The scores of every arm and task."""
-    return glue_arms.table(scores_of(plan, folder, without)).rstrip()
+    return glue_arms.table(scores_of(plan, folder)).rstrip()
 
 
 def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()) -> str:

@@ -34,9 +34,14 @@ def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_
         assert (tmp_path / made).read_bytes() == (folder / made).read_bytes()
 
 
-def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(monkeypatch):
+@pytest.fixture
+def glue_arms(monkeypatch):
+    """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    glue_arms = importlib.import_module("glue_arms")
+    return importlib.import_module("glue_arms")
+
+
+def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(glue_arms):
     shared = {"group": "scratch", "neurons": 8, "active_neurons": 8, "mean": 1.0, "retention": 1.0}
 
     def arm(name, layer, flops, first, second):
@@ -61,9 +66,8 @@ def test_pictures_of_the_pages_are_there():
     assert not [str(path) for path in found if not path.is_file()]
 
 
-def test_charts_name_arms_without_the_end_that_all_have(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    labels = importlib.import_module("glue_arms").labels
+def test_charts_name_arms_without_the_end_that_all_have(glue_arms):
+    labels = glue_arms.labels
     names = ["dense-masked-seed-1", "2x3-masked-seed-1@layer-rate=0.5", "none-masked-seed-1"]
     assert labels(names) == ["dense", "2x3@layer-rate=0.5", "none"]
     assert labels(["a-masked", "b", "c-masked"]) == ["a-masked", "b", "c-masked"]
@@ -72,20 +76,22 @@ def test_charts_name_arms_without_the_end_that_all_have(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "folder",
+    "scores",
     sorted((ROOT / "results" / "training").glob("*/glue*/glue.json")),
     ids=lambda path: "-".join(path.parts[-3:-1]),
 )
-def test_tables_of_scores_are_made_of_their_files(folder, monkeypatch, tmp_path):
-    (tmp_path / "glue.json").write_bytes(folder.read_bytes())
-    script = str(ROOT / "runs" / "glue_arms.py")
-    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path), "--anew"])
-    runpy.run_path(script, run_name="__main__")
-    assert (tmp_path / "table.md").read_bytes() == folder.with_name("table.md").read_bytes()
+def test_tables_of_scores_are_made_of_their_files(scores, glue_arms, monkeypatch, tmp_path):
+    (tmp_path / "glue.json").write_bytes(scores.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["glue_arms.py", "--out", str(tmp_path), "--anew"])
+    glue_arms.main()
+    assert (tmp_path / "table.md").read_bytes() == scores.with_name("table.md").read_bytes()
     assert "<svg" in (tmp_path / "glue.svg").read_text()
-    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path)])
+
+
+def test_scores_are_not_made_of_nothing(glue_arms, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["glue_arms.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
-        runpy.run_path(script, run_name="__main__")
+        glue_arms.main()
 
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():
