@@ -64,7 +64,7 @@ wheel: setup
 setup: $(VENV)/.ready
 
 # torch first and pinned, so that no other package's looser requirement chooses another build of it.
-$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,bench,dev]'

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from fastff.io import write_json
 from fastff.ops.interface import use_backend
-from fastff.training.files import write_json
-from fastff.training.pretrain import Settings, pretrain
+from fastff.train.pretrain import Settings, pretrain
 
 
 def train(asked: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:

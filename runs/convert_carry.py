@@ -28,7 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fastff.convert.evaluate import read_table
-from fastff.convert.text import tokenise
+from fastff.text.examples import tokenise
 
 TRAINED = (
     *("glue/MNLI/train_subset", "glue/QNLI/train_subset", "glue/QQP/train_subset", "glue/SST-2/train"),

@@ -32,8 +32,8 @@ from fastff.convert.evaluate import read_table, similarity
 from fastff.convert.initialise import contribution
 from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops
-from fastff.convert.text import tokenise
 from fastff.models.families import family_of
+from fastff.text.examples import tokenise
 
 TABLES = {"sts-b dev": "glue/STS-B/dev", "sts-b test": "glue/STS-B/test", "sick test": "extra/SICK/test"}
 TIMED_STEPS = 20

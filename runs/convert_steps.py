@@ -24,7 +24,7 @@ from fastff.convert.load import load_dense
 from fastff.convert.plan import Shape
 from fastff.convert.settings import BATCH, DEFAULT_ACTIVE, Settings
 from fastff.convert.student import dense_layers
-from fastff.convert.text import tokenise
+from fastff.text.examples import tokenise
 
 TREE = Shape(2, 5, part=0.75)  # the shape that was measured most: results/convert/README.md
 

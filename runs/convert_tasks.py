@@ -40,8 +40,8 @@ from fastff.convert.pipeline import split_examples
 from fastff.convert.plan import Shape
 from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import dense_layers
-from fastff.convert.text import tokenise
-from fastff.training import presets, pretrain
+from fastff.text.examples import tokenise
+from fastff.train import presets, pretrain
 
 SIZE = presets.Preset("mini", 256, 6, 8, 128, 8192, 128, 128, 1e-3, 1, 5_000_000)
 ARMS = ("tree", "narrow", "none")

@@ -6,7 +6,7 @@ DIR holds what `runs/pretrain_plan.py` left. NAME@OPTION=VALUE@... is an arm wit
 processes take one arm, task and seed after the other; after `--seconds` they are stopped, and the same command goes on
 with what is missing. `--anew` runs nothing and makes table and chart of OUT/glue.json. A task counts where every arm
 has all its seeds. Retention is an arm's mean score over that of the dense arm of its group; the recovered gap is made
-of the same means, as that of losses in `fastff.training.compare`. Splits that are not whole are listed below the table:
+of the same means, as that of losses in `fastff.train.compare`. Splits that are not whole are listed below the table:
 such scores compare with each other, not with published ones.
 """
 
@@ -24,15 +24,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from fastff.drawing import svg
 from fastff.errors import TrainingError
-from fastff.training.checkpoint import check_identity
-from fastff.training.compare import label_points, over_arithmetic, set_gaps
-from fastff.training.files import read_json, write_json
-from fastff.training.glue import GlueSettings, missing, record_path, score
-from fastff.training.placement import environments
-from fastff.training.pretrain import MODEL, RESULT
-from fastff.training.tasks import TASKS
+from fastff.io import read_json, write_json
+from fastff.report.drawing import svg
+from fastff.train.checkpoint import check_identity
+from fastff.train.compare import label_points, over_arithmetic, set_gaps
+from fastff.train.glue import GlueSettings, missing, record_path, score
+from fastff.train.placement import environments
+from fastff.train.pretrain import MODEL, RESULT
+from fastff.train.tasks import TASKS
 
 ORDER = ("STS-B", "CoLA", "MRPC", "SST-2", "RTE", "WNLI", "QNLI", "MNLI", "QQP")  # the time may end in the last
 

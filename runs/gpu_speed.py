@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from fastff.training.placement import environments
-from fastff.training.pretrain import RESULT
+from fastff.train.placement import environments
+from fastff.train.pretrain import RESULT
 
 
 @dataclass(frozen=True)

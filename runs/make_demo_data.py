@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, processors
 
-from fastff.training.tokens import train_tokenizer
+from fastff.text.tokens import train_tokenizer
 
 # author: (full name, year of death, books to learn from, unseen book)
 AUTHORS = {

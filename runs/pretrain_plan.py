@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastff.training.compare import chart, compare, left_out, table
-from fastff.training.files import read_json, write_json
-from fastff.training.placement import environments
-from fastff.training.pretrain import MODEL, RESULT, Settings, read_text
+from fastff.io import read_json, write_json
+from fastff.train.compare import chart, compare, left_out, table
+from fastff.train.placement import environments
+from fastff.train.pretrain import MODEL, RESULT, Settings, read_text
 
 WARM_START = Path(__file__).resolve().with_name("warm_start.py")
 START = "start"  # folder of the converted weights, in that of the run

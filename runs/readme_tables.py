@@ -18,8 +18,8 @@ from typing import Any
 import convert_tables
 import glue_arms
 from fastff.bench.report import figure
-from fastff.training.compare import at_step, compare, health_table, left_out, table
-from fastff.training.presets import feedforward_of, layer_name
+from fastff.train.compare import at_step, compare, health_table, left_out, table
+from fastff.train.presets import feedforward_of, layer_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "results" / "training"

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import fastff.models  # noqa: F401  registers the model type
 from fastff.convert.student import build_student
-from fastff.training.presets import feedforward_of
-from fastff.training.pretrain import quietly
-from fastff.training.tokens import Tokens, Vocabulary, load_tokenizer
+from fastff.text.tokens import Tokens, Vocabulary, load_tokenizer
+from fastff.train.presets import feedforward_of
+from fastff.train.pretrain import quietly
 
 
 class Resident:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastff.models import UltraFastBertForMaskedLM
-from fastff.training.pretrain import pretrain
+from fastff.train.pretrain import pretrain
 from model_cases import small_batch, small_config
 from training_cases import small
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import fastff
 from conftest import SANITIZED, make_layer, make_rows, supported_isas, weights_of
+from fastff.config import ACTIVATIONS
 from fastff.ops import native, reference
-from fastff.tree import ACTIVATIONS
 
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2
 FORWARD = ("w_in", "b_in", "w_out", "b_out", "x", "rows", "y", "leaf", "margin", "scores", "threads")

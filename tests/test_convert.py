@@ -30,10 +30,10 @@ from fastff.convert.evaluate import accuracy, perplexity, rank, read_table, spea
 from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, prune, solve_outputs
 from fastff.convert.load import load_dense
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
-from fastff.convert.text import tokenise
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import tokenise
 
 
 def pieces(x):

@@ -17,8 +17,8 @@ from fastff.convert.evaluate import measures_of
 from fastff.convert.measure import place_name, place_of
 from fastff.convert.plan import Clock
 from fastff.convert.settings import BATCH, Settings
-from fastff.convert.text import Examples
 from fastff.errors import CheckpointError
+from fastff.text.examples import Examples
 
 CLOCK = Clock(model_us=(50_000.0,), dense_us=((30_000.0,),))
 

@@ -26,8 +26,8 @@ from fastff.demo.store import DemoError, Store, write_atomic
 from fastff.demo.summary import missing_parts, paired, recovered_gap, summarise
 from fastff.demo.terminal import print_summary
 from fastff.demo.train import WARM_UP, Job, masked_word_model, start_batches, train
-from fastff.training.interrupt import Stop
-from fastff.training.schedule import triangle
+from fastff.train.interrupt import Stop
+from fastff.train.schedule import triangle
 
 SOURCE = Path(__file__).parents[1] / "src"
 QUICK = {"seconds": 270.0, "seed": 0, "quick": True}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastff import FFF, ops
-from fastff.models.ultrafastbert import published
+from fastff.models.encoder import published
 from model_cases import GOLDEN
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())

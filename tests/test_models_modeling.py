@@ -16,7 +16,7 @@ from fastff.models import (
     UltraFastBertForSequenceClassification,
     UltraFastBertModel,
 )
-from fastff.models.ultrafastbert.modeling import sinusoids
+from fastff.models.encoder.modeling import sinusoids
 from model_cases import FEEDFORWARDS, small_batch, small_config
 
 
@@ -357,7 +357,7 @@ def test_a_causal_model_does_not_see_what_comes(attention):
 @pytest.mark.parametrize("model_class", [UltraFastBertForCausalLM, UltraFastBertForMaskedLM])
 def test_without_padding_no_mask_is_made(monkeypatch, model_class):
     for name in ("create_causal_mask", "create_bidirectional_mask"):
-        monkeypatch.setattr(f"fastff.models.ultrafastbert.modeling.{name}", lambda *_: pytest.fail("made a mask"))
+        monkeypatch.setattr(f"fastff.models.encoder.modeling.{name}", lambda *_: pytest.fail("made a mask"))
     causal = model_class is UltraFastBertForCausalLM
     input_ids, _, _ = small_batch()
     build(model_class, is_decoder=causal, attn_implementation="sdpa")(input_ids)

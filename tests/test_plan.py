@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastff import ops
+from fastff.config import TreeConfig
 from fastff.ops import triton_kernels
 from fastff.ops.triton_kernels import plan
-from fastff.tree import TreeConfig
 
 
 class TestPlan:

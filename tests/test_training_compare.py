@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fastff.training.compare import (
+from fastff.train.compare import (
     at_step,
     chart,
     compare,
@@ -21,7 +21,7 @@ from fastff.training.compare import (
     recovered_gap,
     table,
 )
-from fastff.training.presets import PRESETS, cost_of
+from fastff.train.presets import PRESETS, cost_of
 
 
 def record(name, loss, seed=0, **settings):

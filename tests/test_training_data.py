@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastff.errors import ShapeError
-from fastff.training.data import IGNORED, mask_tokens, pack
+from fastff.text.windows import IGNORED, mask_tokens, pack
 
 MASK, SPECIAL, VOCABULARY = 4, 5, 300
 

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from distributed_case import make, two_steps
 from fastff.errors import TrainingError
-from fastff.training.pretrain import pretrain
-from fastff.training.routing import LayerTraining
+from fastff.train.pretrain import pretrain
+from fastff.train.routing import LayerTraining
 from training_cases import small, write_text
 
 HERE = Path(__file__).parent

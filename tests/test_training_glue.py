@@ -19,12 +19,12 @@ from fastff.cli import app
 from fastff.demo.data import labelled
 from fastff.errors import CheckpointError, TrainingError
 from fastff.models import make_converted
-from fastff.training import glue as module
-from fastff.training import tasks
-from fastff.training.glue import GlueSettings, encode, glue
-from fastff.training.pretrain import pretrain
-from fastff.training.tasks import TASKS, Rows, load, scores
-from fastff.training.tokens import load_tokenizer
+from fastff.text.tokens import load_tokenizer
+from fastff.train import glue as module
+from fastff.train import tasks
+from fastff.train.glue import GlueSettings, encode, glue
+from fastff.train.pretrain import pretrain
+from fastff.train.tasks import TASKS, Rows, load, scores
 from training_cases import small, write_text
 
 

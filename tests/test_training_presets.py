@@ -7,8 +7,8 @@ import torch
 
 from fastff.errors import TrainingError
 from fastff.models import build_feedforward
-from fastff.training.presets import NARROW, PRESETS, VARIANTS, cost_of, costs, feedforward_of
-from fastff.training.schedule import Budget, rows_at, triangle
+from fastff.train.presets import NARROW, PRESETS, VARIANTS, cost_of, costs, feedforward_of
+from fastff.train.schedule import Budget, rows_at, triangle
 
 
 def test_base_is_the_paper():

@@ -15,15 +15,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from fastff import FFF
+from fastff import FFF, io
 from fastff.errors import TrainingError
-from fastff.training import checkpoint, files
-from fastff.training.batches import Batches
-from fastff.training.presets import PRESETS, cost_of
-from fastff.training.pretrain import Settings, pretrain, read_text, tokens_per_second
-from fastff.training.routing import LayerTraining
-from fastff.training.tokens import Tokens, Vocabulary
-from fastff.training.trainer import release_unused
+from fastff.text.batches import Batches
+from fastff.text.tokens import Tokens, Vocabulary
+from fastff.train import checkpoint
+from fastff.train.presets import PRESETS, cost_of
+from fastff.train.pretrain import Settings, pretrain, read_text, tokens_per_second
+from fastff.train.routing import LayerTraining
+from fastff.train.trainer import release_unused
 from training_cases import FEEDFORWARD, small, write_text
 
 
@@ -57,7 +57,7 @@ def test_a_run_leaves_a_model_and_a_record(whole, text):
 
 def test_a_finished_run_is_not_run_again(whole, text, monkeypatch):
     record, out = whole
-    monkeypatch.setattr("fastff.training.pretrain.build", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("fastff.train.pretrain.build", lambda *_: pytest.fail("trained again"))
     assert pretrain(small(out, text)) == record
 
 
@@ -76,7 +76,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path}
-from fastff.training.pretrain import pretrain
+from fastff.train.pretrain import pretrain
 from training_cases import small
 import os, signal
 def report(step, loss, progress):
@@ -157,7 +157,7 @@ def test_a_budget_of_seconds(text, tmp_path):
     assert record["steps"] >= 1
 
 
-@pytest.mark.parametrize("where", ["torch.save", "fastff.training.checkpoint.sync"])
+@pytest.mark.parametrize("where", ["torch.save", "fastff.train.checkpoint.sync"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(where, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     pretrain(small(out, text, piece_seconds=1e-9))
@@ -177,7 +177,7 @@ def test_a_full_disk_while_tokenising_is_said(text, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(io.os, "fsync", full)
     with pytest.raises(TrainingError, match="No space left"):
         pretrain(small(tmp_path, text, data=tmp_path / "data"))
 
@@ -194,14 +194,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
         return batch
 
     trainer_model = []
-    build = sys.modules["fastff.training.pretrain"].build
+    build = sys.modules["fastff.train.pretrain"].build
 
     def watched(*args):
         trainer = build(*args)
         trainer_model.append(trainer.model)
         return trainer
 
-    monkeypatch.setattr("fastff.training.pretrain.build", watched)
+    monkeypatch.setattr("fastff.train.pretrain.build", watched)
     monkeypatch.setattr(Batches, "micro_batch", poisoned)
     with pytest.raises(TrainingError, match=r"not finite in step \d; the last good checkpoint is .*checkpoint-[13]"):
         pretrain(small(out, text))

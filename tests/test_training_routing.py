@@ -11,7 +11,7 @@ from torch import nn
 from conftest import make_layer, make_rows
 from fastff.errors import TrainingError
 from fastff.layers import Usage
-from fastff.training.routing import Health, LayerTraining, Pace, balance, layer_training
+from fastff.train.routing import Health, LayerTraining, Pace, balance, layer_training
 
 
 def trained(options, progress=0.5, **layer_options):

@@ -14,9 +14,9 @@ import torch
 from pyarrow import parquet
 
 from fastff.demo.data import labelled
-from fastff.training.files import read_json
-from fastff.training.placement import environments
-from fastff.training.pretrain import pretrain, read_text
+from fastff.io import read_json
+from fastff.train.placement import environments
+from fastff.train.pretrain import pretrain, read_text
 from training_cases import Process, run_script, small, write_text
 
 TREE = {"kind": "fff", "trees": 2, "depth": 3, "leaf_width": 8, "node_output": False, "activation": "swiglu"}

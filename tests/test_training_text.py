@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastff.errors import TrainingError
-from fastff.training import tokens
-from fastff.training.text import documents
+from fastff.text import tokens
+from fastff.text.reading import documents
 from training_cases import write_text
 
 

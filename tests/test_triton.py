@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fastff import FFF, ops
+from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
 from fastff.ops import reference, triton_kernels
-from fastff.tree import TreeConfig
 
 ON_DEVICE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,4 @@
-"""Small text and small runs that the tests of `fastff.training` share."""
+"""Small text and small runs that the tests of `fastff.train` share."""
 
 import runpy
 import subprocess
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastff.cli import app
 from fastff.demo.data import documents
-from fastff.training.pretrain import Settings
+from fastff.train.pretrain import Settings
 
 RUNS = Path(__file__).parents[1] / "runs"
 # For the preset tiny on windows of 16 tokens: a step takes a few hundredths of a second.

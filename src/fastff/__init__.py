@@ -4,10 +4,10 @@
 """
 
 from fastff import ops
+from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
 from fastff.files import load, save
 from fastff.layers import FFF
-from fastff.tree import TreeConfig
 
 __version__ = "0.1.0"
 __all__ = [

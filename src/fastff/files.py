@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from fastff.config import TreeConfig
 from fastff.errors import CheckpointError
 from fastff.layers import FFF
-from fastff.tree import TreeConfig
 
 _FORMAT, _VERSION = "fastff", "1"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_calls
 
 from fastff import ops
+from fastff.config import Activation, Gate, TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
 from fastff.ops.cost import mostly_active
 from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
 from fastff.ops.native import PackedLayer
 from fastff.ops.reference import Mixed, Routed
-from fastff.tree import Activation, Gate, TreeConfig
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
 _grad_enabled, _compiling, _autocast_enabled = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastff.tree import TreeConfig
+from fastff.config import TreeConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import fastff
 from fastff.bench.cases import DenseConfig, Subject, label
+from fastff.config import TreeConfig
 from fastff.ops import reference
 from fastff.ops.reference import Routed
-from fastff.tree import TreeConfig
 
 _BLOCK = 2**24 + 1  # weights drawn at once; larger matrices repeat them, shifted, because drawing takes seconds
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fastff.bench.machine import cache_bytes
+from fastff.config import TreeConfig
 from fastff.ops.cost import levels, visited
-from fastff.tree import TreeConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 MEMORY_BYTES = 2**29

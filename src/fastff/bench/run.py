@@ -18,7 +18,7 @@ from fastff.bench.limits import Limits, least_us
 from fastff.bench.machine import available_bytes, commit, machine
 from fastff.bench.providers import PROVIDERS
 from fastff.bench.station import FAILED, INPUT_BYTES, WRONG, Checked, Refused, Remote, Station
-from fastff.tree import TreeConfig
+from fastff.config import TreeConfig
 
 PARTIAL = "partial.json"
 TURN_SECONDS = 0.12

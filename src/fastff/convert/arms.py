@@ -15,10 +15,10 @@ from fastff.convert.capture import Captured, Progress
 from fastff.convert.distil import Kind, distil, distillation_loss, use_masked_training
 from fastff.convert.settings import Settings
 from fastff.convert.student import build_student, describe_narrow, flops
-from fastff.convert.text import Examples
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import Examples
 
 Descriptions = Sequence[Mapping[str, Any] | None]
 

@@ -16,8 +16,8 @@ from fastff.convert.distil import distil, use_masked_training
 from fastff.convert.measure import LEAST_CALLS, WHOLE
 from fastff.convert.plan import Clock
 from fastff.convert.settings import Settings
-from fastff.convert.text import Examples
 from fastff.models.converted import make_converted
+from fastff.text.examples import Examples
 
 LEAST = 10  # joint steps, of a run that is to be worth anything
 SPARE = 0.05  # of the time for joint steps that is left unplanned

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastff.convert.text import Examples
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
+from fastff.text.examples import Examples
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastff.drawing import svg
+from fastff.report.drawing import svg
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each series has its own mark and dashes too.
 SERIES = {

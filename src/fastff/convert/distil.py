@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.convert.schedule import Average, Fade, SlowTurns
-from fastff.convert.text import Examples
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import Examples
 
 Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192

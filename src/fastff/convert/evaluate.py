@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from fastff.convert.distil import Kind, mean_pool
-from fastff.convert.text import Examples, tokenise
 from fastff.errors import CheckpointError
+from fastff.text.examples import Examples, tokenise
 
 BATCH = 64
 METRIC: dict[Kind, str] = {"embedding": "Spearman x 100", "causal": "perplexity", "classifier": "accuracy, percent"}

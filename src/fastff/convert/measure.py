@@ -15,10 +15,10 @@ from fastff.convert.distil import missed, normaliser
 from fastff.convert.initialise import contribution, hidden_of
 from fastff.convert.plan import Clock
 from fastff.convert.student import dense_layers
-from fastff.convert.text import Examples
 from fastff.layers import FFF
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import Examples
 
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed

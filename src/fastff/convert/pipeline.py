@@ -25,8 +25,8 @@ from fastff.convert.plan import Clock, Option, choose, largest, shares_of
 from fastff.convert.probe import Bench, Survey, probe, survey
 from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import dense_layers
-from fastff.convert.text import Examples, tokenise
 from fastff.errors import CheckpointError
+from fastff.text.examples import Examples, tokenise
 
 TIMETABLE = "timetable.json"
 HELD_OUT = 0.02  # share of the text kept for perplexity and the held-out loss

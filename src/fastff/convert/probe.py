@@ -23,9 +23,9 @@ from fastff.convert.plan import (
 )
 from fastff.convert.settings import Settings
 from fastff.convert.student import dense_layers, describe_tree, flops, stored_neurons
-from fastff.convert.text import Examples
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import Examples
 
 STEPS = 20  # of a candidate alone
 HELD_OUT_EXAMPLES = 128  # that its harm is measured on, or

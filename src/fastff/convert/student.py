@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from fastff.config import TreeConfig
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward, split_shared
-from fastff.tree import TreeConfig
 
 
 def dense_layers(model: Any) -> list[DenseWeights]:

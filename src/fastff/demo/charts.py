@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from fastff.demo.settings import ARMS
 from fastff.demo.terminal import speed_pair
-from fastff.drawing import svg
 from fastff.inspect.picture import SPREAD, draw_path, draw_tree
+from fastff.report.drawing import svg
 
 INK, FAINT = "#010203", "#040506"  # stand for the page's text and for its thin lines
 # Okabe and Ito's colours, which colour-blind readers tell apart; each arm has its own dashes too.

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastff.errors import FastffError
-from fastff.training.data import mask_tokens, pack
+from fastff.text.windows import mask_tokens, pack
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = 5  # ids below are special

@@ -31,7 +31,7 @@ from fastff.demo.summary import missing_parts, summarise
 from fastff.demo.terminal import print_summary
 from fastff.inspect import collect
 from fastff.ops import available_backends
-from fastff.training.interrupt import Stop
+from fastff.train.interrupt import Stop
 
 SPEED_ROWS = (1, 128, 1024)
 SPEED_PROVIDERS = ("torch eager", "torch.compile", "torch packed", "onnxruntime", "openvino", "fastff", "fastff C")

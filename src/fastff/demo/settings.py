@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastff.tree import TreeConfig
+from fastff.config import TreeConfig
 
 HIDDEN = 128
 LAYERS = 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastff.errors import FastffError
-from fastff.training.files import replace_file
+from fastff.io import replace_file
 
 SCHEMA = 1
 

@@ -22,9 +22,9 @@ from fastff.models import (
     UltraFastBertForMaskedLM,
     UltraFastBertForSequenceClassification,
 )
-from fastff.training.data import IGNORED
-from fastff.training.interrupt import Stop
-from fastff.training.schedule import triangle
+from fastff.text.windows import IGNORED
+from fastff.train.interrupt import Stop
+from fastff.train.schedule import triangle
 
 Batch = dict[str, Tensor]
 CHECKPOINT_SECONDS = 10.0

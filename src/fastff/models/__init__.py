@@ -12,15 +12,15 @@ from transformers import (
 )
 
 from fastff.models.converted import ConvertedConfig, make_converted, register
-from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, build_feedforward, quantize
-from fastff.models.ultrafastbert.checkpoint import convert_published
-from fastff.models.ultrafastbert.configuration import CrammedBertConfig, UltraFastBertConfig
-from fastff.models.ultrafastbert.modeling import (
+from fastff.models.encoder.checkpoint import convert_published
+from fastff.models.encoder.configuration import CrammedBertConfig, UltraFastBertConfig
+from fastff.models.encoder.modeling import (
     UltraFastBertForCausalLM,
     UltraFastBertForMaskedLM,
     UltraFastBertForSequenceClassification,
     UltraFastBertModel,
 )
+from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, build_feedforward, quantize
 
 __all__ = [
     "ConvertedConfig",

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fastff.tree import TreeConfig
+from fastff.config import TreeConfig
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import cost, reference
 from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
-from fastff.tree import TreeConfig
 
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastff.config import ACTIVATIONS, GATES, TreeConfig
 from fastff.errors import BackendUnavailable, FastffError
 from fastff.ops.cost import conditional_us, dense_us
 from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
-from fastff.tree import ACTIVATIONS, GATES, TreeConfig
 
 _ABI_VERSION = 2
 _OK, _STALE = 0, 4

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.explanation import Explanation
-from fastff.tree import TreeConfig
 
 
 class Routed(NamedTuple):

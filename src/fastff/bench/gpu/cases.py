@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastff.bench.cases import DenseConfig, Subject, label, tree
-from fastff.tree import TreeConfig
+from fastff.config import TreeConfig
 
 CORE = ("dense graph", "dense compiled graph", "fastff graph")
 EXTRA = ("dense eager", "dense compiled", "fastff eager", "torch gather+bmm", "torch masked")

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
 from fastff.ops.explanation import Explanation
-from fastff.tree import TreeConfig
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOWEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units

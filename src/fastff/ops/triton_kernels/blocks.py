@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, tanh
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.leaves import leaves
@@ -23,7 +24,6 @@ from fastff.ops.triton_kernels.linear import Matrix, out_entries, pick, sort_lea
 from fastff.ops.triton_kernels.plan import BlockedPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.route import route
 from fastff.ops.triton_kernels.sort import group_rows
-from fastff.tree import TreeConfig
 
 
 def forward(

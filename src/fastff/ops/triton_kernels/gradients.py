@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.blocks import VALUES_TILE, values_shape
 from fastff.ops.triton_kernels.common import activate, locate, slope, subtree_column, tanh
 from fastff.ops.triton_kernels.launch import apply, launch, new
@@ -29,7 +30,6 @@ from fastff.ops.triton_kernels.linear import (
 )
 from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups
-from fastff.tree import TreeConfig
 
 
 def backward(

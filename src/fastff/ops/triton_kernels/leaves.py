@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, prefix_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.linear import (
@@ -24,7 +25,6 @@ from fastff.ops.triton_kernels.linear import (
 )
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, leaf_columns
 from fastff.ops.triton_kernels.sort import Groups
-from fastff.tree import TreeConfig
 
 
 def leaves(

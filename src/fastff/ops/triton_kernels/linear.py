@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import locate, prefix_of, subtree_column
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
-from fastff.tree import TreeConfig
 
 
 @dataclass(frozen=True)

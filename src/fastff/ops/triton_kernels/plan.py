@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastff.config import TreeConfig
 from fastff.ops.explanation import Explanation
-from fastff.tree import TreeConfig
 
 
 @dataclass(frozen=True)

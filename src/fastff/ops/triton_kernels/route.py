@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, prefix_of, tanh
 from fastff.ops.triton_kernels.launch import launch
 from fastff.ops.triton_kernels.linear import beyond, out_entries, precision_of, sorted_rows, tables, tile_of
 from fastff.ops.triton_kernels.plan import Stage, Tiles, ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups
-from fastff.tree import TreeConfig
 
 
 def route(

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div
-from fastff.tree import TreeConfig
 
 
 def forward(

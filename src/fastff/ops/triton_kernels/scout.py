@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two
 from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
-from fastff.tree import TreeConfig
 
 
 def forward(

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
+from fastff.config import TreeConfig
 from fastff.ops.triton_kernels import plan
 from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, ForwardPlan, RowsPlan, ScoutPlan, Stage, Tiles
-from fastff.tree import TreeConfig
 
 FORMAT = 3  # of the file; raised when a plan's fields change, or what they mean
 _KINDS = {kind.__name__: kind for kind in (RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)}

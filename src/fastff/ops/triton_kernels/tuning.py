@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
 from fastff.ops.triton_kernels import (
     contiguous,
@@ -23,7 +24,6 @@ from fastff.ops.triton_kernels import (
 )
 from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, RowsPlan, ScoutPlan, Tiles
 from fastff.ops.triton_kernels.tuned import Direction
-from fastff.tree import TreeConfig
 
 AnyPlan = TypeVar("AnyPlan", RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)
 INTERPRETER = "interpreter"  # device name of kernels that run without a device

@@ -19,12 +19,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
-from fastff.training import checkpoint
-from fastff.training.batches import Batch, Batches
-from fastff.training.files import read_json, write_json
-from fastff.training.interrupt import Stop
-from fastff.training.routing import Health, LayerTraining, Pace, balance
-from fastff.training.schedule import Budget, rows_at, triangle
+from fastff.io import read_json, write_json
+from fastff.text.batches import Batch, Batches
+from fastff.train import checkpoint
+from fastff.train.interrupt import Stop
+from fastff.train.routing import Health, LayerTraining, Pace, balance
+from fastff.train.schedule import Budget, rows_at, triangle
 
 Report = Callable[[int, float, float], None]  # step, loss, progress
 _POSITION = "position.json"

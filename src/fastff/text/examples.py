@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastff.errors import CheckpointError
-from fastff.training.text import open_text
+from fastff.text.reading import open_text
 
 LINES_A_CALL = 4096
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "layer/kernels.h"
 
 namespace fastff {
 namespace {
@@ -42,4 +42,4 @@ bool supported() { return true; }
 }  // namespace fastff
 
 #define FASTFF_ISA_NAME scalar
-#include "kernels_impl.h"
+#include "layer/kernels_impl.h"

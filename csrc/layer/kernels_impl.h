@@ -18,10 +18,10 @@
 #include <new>
 #include <type_traits>
 
-#include "activations.h"
-#include "kernels.h"
-#include "linear.h"
-#include "plan.h"
+#include "layer/activations.h"
+#include "layer/kernels.h"
+#include "layer/linear.h"
+#include "layer/plan.h"
 
 namespace fastff {
 namespace {

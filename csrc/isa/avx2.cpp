@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "layer/kernels.h"
 
 namespace fastff {
 namespace {
@@ -75,4 +75,4 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace fastff
 
 #define FASTFF_ISA_NAME avx2
-#include "kernels_impl.h"
+#include "layer/kernels_impl.h"

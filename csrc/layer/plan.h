@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels.h"
+#include "layer/kernels.h"
 
 namespace fastff {
 namespace {  // of each file: an instruction set's copy must not be linked into another's

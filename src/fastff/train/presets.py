@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastff.config import TreeConfig
 from fastff.errors import TrainingError
 from fastff.models import UltraFastBertConfig, build_feedforward
 from fastff.models.feedforward import complete
-from fastff.tree import TreeConfig
 
 NARROW = "narrow:"  # prefix: the dense layer with the arithmetic of the variant after it
 

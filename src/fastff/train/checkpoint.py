@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastff.errors import TrainingError
-from fastff.training.files import read_json, sync, write_json
+from fastff.io import read_json, sync, write_json
 
 PARTIAL = ".partial"
 SETTINGS = "settings.json"

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "internal.h"
+#include "base/internal.h"
 
 namespace fastff {
 namespace {

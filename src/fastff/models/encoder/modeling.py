@@ -31,9 +31,9 @@ from transformers.utils.generic import can_return_tuple
 
 from fastff.errors import ShapeError
 from fastff.layers import FFF
+from fastff.models.encoder import checkpoint
+from fastff.models.encoder.configuration import UltraFastBertConfig
 from fastff.models.feedforward import ConvertedFeedforward, build_feedforward
-from fastff.models.ultrafastbert import checkpoint
-from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
 
 
 def sinusoids(length: int, width: int) -> Tensor:

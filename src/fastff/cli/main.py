@@ -214,9 +214,9 @@ def pretrain(
     """Pretrain a model on your text; Ctrl-C leaves a checkpoint, the same command goes on."""
     from accelerate import PartialState
 
-    from fastff.training.pretrain import Settings
-    from fastff.training.pretrain import pretrain as run
-    from fastff.training.routing import layer_training
+    from fastff.train.pretrain import Settings
+    from fastff.train.pretrain import pretrain as run
+    from fastff.train.routing import layer_training
 
     options: dict[str, Any] = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
     with _errors_as_messages(), _bar("pretrain") as move:
@@ -255,8 +255,8 @@ def glue(
     cpu: Annotated[bool, typer.Option(help="Use the CPU even if there is a GPU.")] = False,
 ) -> None:
     """Fine-tune a model on GLUE and score it: median and spread over seeds."""
-    from fastff.training.glue import GlueSettings
-    from fastff.training.glue import glue as run
+    from fastff.train.glue import GlueSettings
+    from fastff.train.glue import glue as run
 
     options: dict[str, Any] = {
         name: value for name, value in locals().items() if name in GlueSettings.__dataclass_fields__
@@ -281,7 +281,7 @@ def glue(
 @app.command()
 def variants(preset: Annotated[str, typer.Argument(help="tiny, small or base.")] = "base") -> None:
     """List the feedforwards of a preset with what a token costs in each."""
-    from fastff.training.presets import NARROW, VARIANTS, costs, preset_of
+    from fastff.train.presets import NARROW, VARIANTS, costs, preset_of
 
     with _errors_as_messages():
         trees = [name for name, variant in VARIANTS.items() if "depth" in variant.options]

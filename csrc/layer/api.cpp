@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "internal.h"
+#include "base/internal.h"
 
 namespace fastff {
 namespace {

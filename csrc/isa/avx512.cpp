@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "layer/kernels.h"
 
 namespace fastff {
 namespace {
@@ -68,4 +68,4 @@ bool supported() {
 }  // namespace fastff
 
 #define FASTFF_ISA_NAME avx512
-#include "kernels_impl.h"
+#include "layer/kernels_impl.h"

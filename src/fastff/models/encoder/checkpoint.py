@@ -1,7 +1,7 @@
 """Strict reading of model directories: our own layout and the published one.
 
 A published directory holds `config.json` with `model_type` "crammedBERT", or the flat `model_config.json`, beside
-`model.safetensors` or `pytorch_model.bin`; `fastff.models.ultrafastbert.published` checks and renames its tensors.
+`model.safetensors` or `pytorch_model.bin`; `fastff.models.encoder.published` checks and renames its tensors.
 Auto classes need a `config.json`; the model classes and `convert_published` read the flat layout too.
 """
 
@@ -24,8 +24,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
 from fastff.errors import CheckpointError
-from fastff.models.ultrafastbert import published
-from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
+from fastff.models.encoder import published
+from fastff.models.encoder.configuration import UltraFastBertConfig
 
 _HEADS = frozenset(
     f"{name}.{part}" for name in ("decoder", "pooler.dense", "classifier") for part in ("weight", "bias")

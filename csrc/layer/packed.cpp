@@ -9,7 +9,7 @@
 
 #include <sys/mman.h>
 
-#include "internal.h"
+#include "base/internal.h"
 
 namespace fastff {
 namespace {

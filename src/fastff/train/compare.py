@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fastff.drawing import svg
+from fastff.report.drawing import svg
 
 WIDE = "dense-swiglu"
 NEARLY = 1.05  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
@@ -27,7 +27,7 @@ def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry an arm from records of finished runs, group by group, most arithmetic first.
 
-    records: those of `fastff.training.pretrain`, and "arm" and "group" beside. A loss is the mean over an arm's seeds,
+    records: those of `fastff.train.pretrain`, and "arm" and "group" beside. A loss is the mean over an arm's seeds,
     with each seed's beside it in losses; recovered_gap is made of the means, gaps of each seed by itself.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -32,13 +32,13 @@ from transformers import (
 from fastff import models
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
-from fastff.training import tasks
-from fastff.training.checkpoint import check_identity
-from fastff.training.files import read_json, write_json
-from fastff.training.pretrain import machine, quietly
-from fastff.training.tasks import TASKS, Rows, Task
-from fastff.training.tokens import load_tokenizer
-from fastff.training.trainer import parameter_groups
+from fastff.io import read_json, write_json
+from fastff.text.tokens import load_tokenizer
+from fastff.train import tasks
+from fastff.train.checkpoint import check_identity
+from fastff.train.pretrain import machine, quietly
+from fastff.train.tasks import TASKS, Rows, Task
+from fastff.train.trainer import parameter_groups
 
 RESULT = "glue.json"
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "classifier_dropout")

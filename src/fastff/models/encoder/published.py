@@ -17,7 +17,7 @@ from fastff.errors import CheckpointError
 from fastff.layers import FFF
 
 if TYPE_CHECKING:
-    from fastff.models.ultrafastbert.configuration import UltraFastBertConfig
+    from fastff.models.encoder.configuration import UltraFastBertConfig
 
 MODEL_TYPE = "crammedBERT"
 OWN_CLASSES = {

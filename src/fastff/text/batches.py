@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastff.errors import TrainingError
-from fastff.training.data import mask_tokens
-from fastff.training.tokens import Tokens
+from fastff.text.tokens import Tokens
+from fastff.text.windows import mask_tokens
 
 Batch = dict[str, Tensor]
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]

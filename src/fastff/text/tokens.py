@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastff.errors import TrainingError
-from fastff.training.files import read_json, replace_file, write_json
-from fastff.training.text import documents
+from fastff.io import read_json, replace_file, write_json
+from fastff.text.reading import documents
 
 SPECIALS = {
     "pad_token": "[PAD]",

@@ -25,16 +25,17 @@ from transformers.utils import logging
 
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
+from fastff.io import read_json, write_json
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.interface import BACKENDS, why_unavailable_cached
-from fastff.training import checkpoint, tokens
-from fastff.training.batches import Batch, Batches
-from fastff.training.files import read_json, write_json
-from fastff.training.interrupt import Stop
-from fastff.training.presets import Preset, configuration, cost_of, feedforward_of, preset_of, with_changes
-from fastff.training.routing import LayerTraining
-from fastff.training.schedule import Budget
-from fastff.training.trainer import Plan, PretrainTrainer, Report, Source
+from fastff.text import tokens
+from fastff.text.batches import Batch, Batches
+from fastff.train import checkpoint
+from fastff.train.interrupt import Stop
+from fastff.train.presets import Preset, configuration, cost_of, feedforward_of, preset_of, with_changes
+from fastff.train.routing import LayerTraining
+from fastff.train.schedule import Budget
+from fastff.train.trainer import Plan, PretrainTrainer, Report, Source
 
 RESULT = "result.json"
 MODEL = "model"
@@ -47,9 +48,9 @@ class Settings:
     """One run of pretraining; None takes the preset's value.
 
     out            folder of checkpoints, the model and `result.json`; an equal run goes on from what is there
-    text           sources, see `fastff.training.text.documents`; column names the text of tables
+    text           sources, see `fastff.text.reading.documents`; column names the text of tables
     valid          sources of held-out text; without, the last windows of the text are held out
-    feedforward    a name or a description, see `fastff.training.presets.feedforward_of`
+    feedforward    a name or a description, see `fastff.train.presets.feedforward_of`
     objective      "masked" or "causal"
     steps, seconds the budget, one of them: optimiser steps, or seconds of training over all continuations
     batch, micro_batch  rows of a step over all processes, and rows of one forward pass

@@ -11,8 +11,8 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from fastff.errors import CheckpointError, ShapeError
+from fastff.models.encoder import published
 from fastff.models.feedforward import build_feedforward, complete
-from fastff.models.ultrafastbert import published
 
 POOLERS = ("masked_avg", "avg", "zero_index")
 FEEDFORWARD_INITS = ("published", "fan_in")

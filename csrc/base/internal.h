@@ -6,8 +6,8 @@
 #include <memory>
 #include <string>
 
-#include "kernels.h"
-#include "plan.h"
+#include "layer/kernels.h"
+#include "layer/plan.h"
 
 namespace fastff {
 

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "internal.h"
+#include "base/internal.h"
 
 namespace fastff {
 namespace {

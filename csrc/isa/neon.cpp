@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "layer/kernels.h"
 
 namespace fastff {
 namespace {
@@ -81,4 +81,4 @@ bool supported() { return true; }
 }  // namespace fastff
 
 #define FASTFF_ISA_NAME neon
-#include "kernels_impl.h"
+#include "layer/kernels_impl.h"

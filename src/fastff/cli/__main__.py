@@ -1,0 +1,5 @@
+"""`python -m fastff.cli`."""
+
+from fastff.cli.main import main
+
+main()

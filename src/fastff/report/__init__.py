@@ -1,0 +1,1 @@
+"""What reports share: drawings, pages, tables."""
