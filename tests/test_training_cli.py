@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from fastff import cli
-from fastff.cli import app
+from fastff.cli import app, commands
 from training_cases import write_text
 
 
@@ -51,7 +50,7 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
 
 
 def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(commands, "LINE_SECONDS", 0.0)
     words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 3, "--batch", 2]
     words += ["--micro-batch", 2, "--length", 16, "--vocab-size", 200, "--valid-windows", 2, "--log-every", 1, "--cpu"]
     done = run(*words)

@@ -1,5 +1,5 @@
 """The command line: `fastff`."""
 
-from fastff.cli.main import app, main
+from fastff.cli.commands import app, main
 
 __all__ = ["app", "main"]

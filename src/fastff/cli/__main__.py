@@ -1,5 +1,5 @@
 """`python -m fastff.cli`."""
 
-from fastff.cli.main import main
+from fastff.cli.commands import main
 
 main()
