@@ -34,7 +34,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
-	$(BIN)/fastff bench --out results/cpu
+	$(BIN)/fastff bench --out build/bench
 
 # For C programs: the header, shared and static library, and files for pkg-config and CMake. Needs neither Python nor torch.
 PREFIX ?= /usr/local

@@ -17,10 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_tables_match_results(monkeypatch):
-    script = str(ROOT / "runs" / "readme_tables.py")
-    monkeypatch.setattr(sys, "argv", [script, "--check"])
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    runpy.run_path(script, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["tools.tables", "--check"])
+    monkeypatch.syspath_prepend(str(ROOT))
+    runpy.run_module("tools.tables", run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["small-causal", "small-causal-rates", "tiny-causal", "masked-524m"])
@@ -60,7 +59,11 @@ def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(glue_arms):
 
 
 def test_pictures_of_the_pages_are_there():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(p for room in ("results", "benchmarks", "experiments") for p in (ROOT / room).rglob("*.md")),
+    ]
     found = [page.parent / path for page in pages for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text())]
     assert len(found) > 5
     assert not [str(path) for path in found if not path.is_file()]
@@ -108,8 +111,8 @@ def test_the_first_example_runs():
 
 
 def test_a_run_of_the_whole_conversion_is_a_table(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    convert_tables = importlib.import_module("convert_tables")
+    monkeypatch.syspath_prepend(str(ROOT))
+    convert_tables = importlib.import_module("experiments.convert.tables")
     monkeypatch.setattr(convert_tables, "FOLDER", tmp_path)
     made = convert_tables.TABLES["convert-command-causal"]
     arm = {"active": 0.1, "before": 1500.0, "after": 42.0, "further": {}, "latency_ms": [5.0], "feedforward_ms": [1.0]}

@@ -208,7 +208,7 @@ def _scene(of: Timing | Scene) -> tuple[int, int, int, bool]:
 
 
 def document(record: Record, *, whole: bool = True) -> dict[str, Any]:
-    """A run as plain values: what runs/readme_tables.py reads. whole: whether all of its scenes are finished."""
+    """A run as plain values: what tools/tables reads. whole: whether all of its scenes are finished."""
     return {
         "whole": whole,
         "machine": record.machine,

@@ -58,7 +58,7 @@ def bench(
         from fastff.bench.gpu.run import Settings
 
         chosen = Settings(seconds=seconds, jobs=jobs, tune=tune, only=tuple(only or ()))
-        raise typer.Exit(bench_gpu(chosen, out or Path("results/gpu"), console))
+        raise typer.Exit(bench_gpu(chosen, out or Path("bench-results"), console))
     if device != "cpu":
         raise typer.BadParameter(f"{device!r} is not cpu or cuda", param_hint="--device")
     try:

@@ -13,7 +13,7 @@ from fastff.convert.student import fit_tree, stored_neurons
 from fastff.models.families import DenseWeights
 
 TREES, DEPTHS = (8, 4, 2, 1), (3, 4, 5)
-PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: results/convert/README.md
+PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: experiments/convert/README.md
 LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
 AROUND = (0.5, 1.0, 2.0)  # of the share asked for
 SLOWER = 1.3  # a richer shape may take so much longer than the fastest

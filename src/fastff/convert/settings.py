@@ -11,7 +11,7 @@ from fastff.convert.distil import Kind, Recipe
 DEFAULT_ACTIVE = 0.1
 CONTROLS = ("narrow", "pruned", "none")
 DEVICES = ("cpu", "cuda")
-# Examples a step, as in the runs of results/convert; sentences of two dozen tokens, blocks of 128.
+# Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
 BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
 _POSITIVE = ("rows", "layer_steps", "steps", "max_length", "max_tokens", "probe_rows")
 

@@ -258,7 +258,7 @@ def scout_plan(config: TreeConfig) -> ScoutPlan | None:
 
 @functools.lru_cache(maxsize=4096)  # every call asks
 def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ForwardPlan:
-    """The form that was faster where it was measured: on an H200, in bf16 (results/gpu)."""
+    """The form that was faster where it was measured: on an H200, in bf16 (benchmarks/results/nvidia-h200)."""
     return _forward_choice(config, rows, itemsize)[0]
 
 

@@ -1,6 +1,6 @@
 """Do quantised layers take the leaves of the fp32 layer? On the real inputs of a trained model's feedforward layers.
 
-`python runs/check_quantized_routing.py MODEL_DIR TEXT --rows 1000000 --out results/cpu/quantized-routing.json`
+`python benchmarks/quantized_routing.py MODEL_DIR TEXT --rows 1000000 --out quantized-routing.json`
 
 Every feedforward input of an encoder (its activations, layer by layer) goes through 1x11 trees with three kinds of
 routing directions: random ones, differences of two activations with the threshold halfway between them, and the same

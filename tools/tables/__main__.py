@@ -1,5 +1,5 @@
-"""Write the tables of README.md and of the pages under docs/ and results/ from the files under results/. `--check` only
-says whether they are up to date.
+"""Write the tables of README.md and of every page with tables from the result files. `--check` only says whether they
+are up to date. Run as `python -m tools.tables`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -15,20 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import convert_tables
-import glue_arms
+from experiments.convert import tables as convert_tables
+
 from fastff.bench.report import figure
 from fastff.train.compare import at_step, compare, health_table, left_out, table
 from fastff.train.presets import feedforward_of, layer_name
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "runs"))
+import glue_arms
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINES = ROOT / "benchmarks" / "results"
+INTEL, AMD, H200 = (MACHINES / name for name in ("intel-xeon-amx-2-cores", "amd-epyc-2-cores", "nvidia-h200"))
 TRAINING = ROOT / "results" / "training"
 PLAIN = "1x11"  # the layer of the first table
 ABSENT = "-"
 
 
-def record(folder: str = "cpu") -> dict[str, Any]:
-    return json.loads((ROOT / "results" / folder / "layer-cpu.json").read_text())
+def record(folder: Path = INTEL) -> dict[str, Any]:
+    return json.loads((folder / "layer-cpu.json").read_text())
 
 
 def layer_cpu() -> str:
@@ -55,7 +60,7 @@ def layer_cpu() -> str:
     return "\n".join([*lines, "", _machine(found)])
 
 
-def layers_cpu(folder: str = "cpu") -> str:
+def layers_cpu(folder: Path = INTEL) -> str:
     """Every other layer, and the published one on all threads, each beside its fastest dense layer."""
     lines = [
         "| layer | us a row | threads | fastest dense fp32 | fastff fp32 | faster | fastff bf16 | fastff int8 "
@@ -81,7 +86,7 @@ def layers_cpu(folder: str = "cpu") -> str:
 
 def recommended_cpu() -> str:
     """The trees that trained best, beside the fastest dense layers, and the machine."""
-    return f"{layers_cpu('cpu-recommended')}\n\n{_versions(record('cpu-recommended'))}."
+    return f"{layers_cpu(AMD)}\n\n{_versions(record(AMD))}."
 
 
 def _alone(found: dict[str, Any], best: dict[str, Any]) -> str:
@@ -151,7 +156,7 @@ def _machine(found: dict[str, Any]) -> str:
 
 def end_to_end() -> str:
     """A whole encoder: every engine's latency, and how many times faster than the fastest fp32 dense one it is."""
-    found = json.loads((ROOT / "results" / "cpu" / "end-to-end.json").read_text())
+    found = json.loads((INTEL / "end-to-end.json").read_text())
     shapes = sorted({cell["shape"] for cell in found["cells"]}, key=lambda shape: int(shape.split("x")[0]))
     ms = {(cell["shape"], cell["engine"]): cell["ms"] for cell in found["cells"]}
     engines = list(dict.fromkeys(cell["engine"] for cell in found["cells"]))
@@ -249,7 +254,7 @@ def slower_cpu() -> str:
 
 def layer_gpu() -> str:
     """Every bf16 case with a flushed cache: fastff beside the fastest dense provider; then the steps of a model."""
-    found = json.loads((ROOT / "results" / "gpu" / "layer-gpu.json").read_text())
+    found = json.loads((H200 / "layer-gpu.json").read_text())
     by_key = {timing["key"]: timing for timing in found["timings"]}
     lines = ["| layer | against dense | rows | | fastest dense, us | fastff, us | faster |", "|---" * 7 + "|"]
     shown = [(by_key[best["dense"]], by_key[best["ours"]], best["ratio"]) for best in found["best"]]
@@ -275,7 +280,7 @@ def layer_gpu() -> str:
         "| training step of 12 layers, 256 x 128 tokens, eager unless it says graph | ms (quartiles) | peak GiB |",
         "|---" * 3 + "|",
     ]
-    for step in json.loads((ROOT / "results" / "gpu" / "training-step.json").read_text())["steps"]:
+    for step in json.loads((H200 / "training-step.json").read_text())["steps"]:
         spread = f"{figure(step['step_ms_p50'])} ({figure(step['step_ms_p25'])}-{figure(step['step_ms_p75'])})"
         # A graph's memory is taken when it is captured, before the peak is noted.
         peak = "" if step["name"].endswith("graph") else figure(step["peak_bytes"] / 2**30)
@@ -449,7 +454,11 @@ RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"layer-cpu": layer_cpu, "layers-cpu": layers_cpu, "end-to-end": end_to_end, "layer-gpu": layer_gpu},
-    "results/cpu/NOTES.md": {"goals-cpu": goals_cpu, "threads-cpu": threads_cpu, "slower-cpu": slower_cpu},
+    "benchmarks/results/intel-xeon-amx-2-cores/NOTES.md": {
+        "goals-cpu": goals_cpu,
+        "threads-cpu": threads_cpu,
+        "slower-cpu": slower_cpu,
+    },
     "docs/training.md": {
         "gpus": training_gpus,
         "from-dense": CAUSAL["from-dense"],
@@ -500,7 +509,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "glue": partial(glue, "small-masked"),
     },
     "docs/convert.md": {name: convert_tables.TABLES[name] for name in ("convert-minilm", "convert-latency")},
-    "results/convert/README.md": convert_tables.TABLES,
+    "experiments/convert/README.md": convert_tables.TABLES,
 }
 
 
@@ -523,7 +532,7 @@ def main() -> None:
         if "--check" not in sys.argv[1:]:
             path.write_text(after)
         elif after != before:
-            raise SystemExit(f"{page} does not match results/: run runs/readme_tables.py")
+            raise SystemExit(f"{page} does not match the result files: run python -m tools.tables")
 
 
 if __name__ == "__main__":

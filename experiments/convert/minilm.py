@@ -1,8 +1,8 @@
 """Convert an embedding model in several ways, each distilled alike, and compare them.
 
-python runs/convert_minilm.py DIR OUT [--seconds 240]       one process an arm and seed, on a GPU if there is one
+python experiments/convert/minilm.py DIR OUT [--seconds 240]       one process an arm and seed, on a GPU if there is one
 
-DIR  what runs/convert_carry.py wrote. Only STS-B dev was looked at while the recipe was chosen. Writes OUT/minilm.json.
+DIR  what carry.py wrote. Only STS-B dev was looked at while the recipe was chosen. Writes OUT/minilm.json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from carry import MAX_LENGTH, restore
 from transformers import AutoModel, AutoTokenizer
 
 import fastff.models  # noqa: F401
-from convert_carry import MAX_LENGTH, restore
-from convert_tables import minilm_table
 from fastff.convert.capture import capture
 from fastff.convert.distil import Recipe, distil
 from fastff.convert.evaluate import read_table, similarity
@@ -34,6 +33,7 @@ from fastff.convert.settings import BATCH, Settings
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops
 from fastff.models.families import family_of
 from fastff.text.examples import tokenise
+from tables import minilm_table
 
 TABLES = {"sts-b dev": "glue/STS-B/dev", "sts-b test": "glue/STS-B/test", "sick test": "extra/SICK/test"}
 TIMED_STEPS = 20

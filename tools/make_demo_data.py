@@ -1,6 +1,6 @@
 """Make the text that `fastff demo` ships: eight novelists, two books of each to learn from, one to score on.
 
-    python runs/make_demo_data.py BOOKS [BOOKS ...] --out src/fastff/demo/data
+    python tools/make_demo_data.py BOOKS [BOOKS ...] --out src/fastff/demo/data
 
 BOOKS are text files, plain or .xz, of documents: a title line `= Author_Title_Year`, one paragraph a line, an empty
 line between documents; or folders of `Author_Title_Year.txt`, the layout of computationalstylistics/100_english_novels,

@@ -1,6 +1,6 @@
 """Time a converted embedding model beside the dense one: whole calls, and the feedforward layers alone.
 
-python runs/convert_latency.py MODEL STUDENTS OUT [--seconds 2]
+python experiments/convert/latency.py MODEL STUDENTS OUT [--seconds 2]
 
 MODEL     directory of all-MiniLM-L6-v2
 STUDENTS  folder of the models that are timed, made by the first call, which then times nothing: their layers are
@@ -24,7 +24,6 @@ import torch
 from transformers import AutoModel
 
 import fastff.models  # noqa: F401
-from convert_tables import latency_table
 from fastff.convert.arms import active_share, control
 from fastff.convert.initialise import initialise
 from fastff.convert.plan import Shape
@@ -33,6 +32,7 @@ from fastff.convert.student import dense_layers
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from tables import latency_table
 
 SHAPES = ((1, 128), (32, 128))
 TREES = (  # shapes, and the share of the dense layer's work: those whose quality was measured, and trees alone

@@ -1,6 +1,6 @@
 """How long a whole encoder takes with dense, conditional and no feedforward layers, on one CPU thread.
 
-`python runs/end_to_end.py --out results/cpu/end-to-end.json`
+`python benchmarks/encoder.py --out benchmarks/results/intel-xeon-amx-2-cores/end-to-end.json`
 
 Twelve layers of BERT-base size with random weights: speed does not depend on their values, except that routing is as
 even as random weights make it. The dense model runs in PyTorch, `torch.compile`, ONNX Runtime and OpenVINO, all in

@@ -1,8 +1,8 @@
 """Convert a causal model and a classifier, both made here, at a share of the work; with controls distilled alike.
 
-python runs/convert_tasks.py DIR OUT [--tasks causal classifier] [--train-seconds 100] [--seconds 45]
+python experiments/convert/tasks.py DIR OUT [--tasks causal classifier] [--train-seconds 100] [--seconds 45]
 
-DIR  what runs/convert_carry.py wrote. Writes OUT/tasks.json. The tasks run at the same time, a process each.
+DIR  what experiments/convert/carry.py wrote. Writes OUT/tasks.json. The tasks run at the same time, a process each.
 
 causal      a decoder of SIZE is pretrained as `fastff pretrain --objective causal` does, on documents of Wikipedia;
             perplexity on documents that neither pretraining nor conversion saw
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from carry import CAUSAL, restore
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from convert_carry import CAUSAL, restore
 from fastff.convert.arms import Course, active_share, control, teach
 from fastff.convert.budget import step_seconds
 from fastff.convert.capture import capture

@@ -1,4 +1,4 @@
-"""The tables of conversions, from what runs/convert_*.py wrote."""
+"""The tables of conversions, from what the scripts here wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastff.convert.chart import LABELS
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "convert"
+FOLDER = Path(__file__).resolve().parent
 Row = dict[str, Any]
 
 

@@ -1,9 +1,9 @@
 """Run the whole `fastff convert` on a real model and keep its report as one file.
 
-python runs/convert_command.py embedding PACKED WORK OUT.json [--options "--seconds 480 --curve 3%"]
-python runs/convert_command.py causal TOKENS.tar WORK OUT.json [--pretrain "--seconds 60 ..."] [--options "..."]
+python experiments/convert/command.py embedding PACKED WORK OUT.json [--options "--seconds 480 --curve 3%"]
+python experiments/convert/command.py causal TOKENS.tar WORK OUT.json [--pretrain "--seconds 60 ..."] [--options "..."]
 
-embedding  all-MiniLM-L6-v2. PACKED is what runs/convert_carry.py wrote. Evaluated on STS-B dev, which decides, and on
+embedding  all-MiniLM-L6-v2. PACKED is what carry.py wrote. Evaluated on STS-B dev, which decides, and on
            STS-B test and SICK test (relatedness), which are only told
 causal     a decoder that `fastff pretrain --objective causal` makes first, or has made of these tokens (--dense).
            TOKENS.tar is of runs/pack_tokens.py. The conversion reads part of the text of the pretraining; perplexity
@@ -28,10 +28,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from carry import restore
 from transformers import AutoTokenizer
 
-from convert_carry import restore
-from convert_tables import command_table
+from tables import command_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "runs"))
 from pack_tokens import unpack
 
 TABLES = ("STS-B/dev.parquet", "STS-B/test.parquet", "SICK/test.parquet")
@@ -48,7 +50,7 @@ def fastff(*arguments: str, work: Path) -> None:
 
 
 def _source() -> str:
-    return str(Path(__file__).resolve().parents[1] / "src")
+    return str(Path(__file__).resolve().parents[2] / "src")
 
 
 def decoded(tokenizer: Any, rows: list[np.ndarray[Any, Any]], special: bool) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Time a joint step of every student of a conversion on this machine's CPU: what a night is enough for.
 
-python runs/convert_steps.py PACKED WORK OUT.json --students tree narrow none [--threads 2]
+python experiments/convert/steps.py PACKED WORK OUT.json --students tree narrow none [--threads 2]
 
-PACKED is what runs/convert_carry.py wrote. The students are those of `fastff convert --active 10%` on all-MiniLM-L6-v2,
+PACKED is what carry.py wrote. The students are those of `fastff convert --active 10%` on all-MiniLM-L6-v2,
 with fresh weights, their steps those of its defaults. Later calls find the model in WORK and add to OUT.json, so that
 each can be short.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from carry import MAX_LENGTH, restore
+from latency import cpu
 
-from convert_carry import MAX_LENGTH, restore
-from convert_latency import cpu
 from fastff.convert.arms import Course, control
 from fastff.convert.budget import step_seconds
 from fastff.convert.load import load_dense
@@ -26,7 +26,7 @@ from fastff.convert.settings import BATCH, DEFAULT_ACTIVE, Settings
 from fastff.convert.student import dense_layers
 from fastff.text.examples import tokenise
 
-TREE = Shape(2, 5, part=0.75)  # the shape that was measured most: results/convert/README.md
+TREE = Shape(2, 5, part=0.75)  # the shape that was measured most: experiments/convert/README.md
 
 
 def measure(packed: Path, students: list[str], work: Path) -> tuple[dict[str, float], dict[str, Any]]:

@@ -1,6 +1,6 @@
 // Times several builds of libfastff in turn on one case, for judging a change to the kernels.
 //
-//   c++ -O2 -std=c++17 -I csrc runs/compare_builds.cpp -o compare_builds -ldl
+//   c++ -O2 -std=c++17 -I csrc benchmarks/compare_builds.cpp -o compare_builds -ldl
 //   ./compare_builds old.so new.so -- trees=32 depth=6 rows=128
 //
 // Options after --: features, trees, depth, leaf_width, node_output, activation, gate, rows, layers (packed separately and

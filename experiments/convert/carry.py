@@ -1,6 +1,6 @@
 """Everything that the comparisons of conversions read, packed into one small folder that can be carried elsewhere.
 
-python runs/convert_carry.py MODEL DATA DIR [--tokens 5500000]
+python experiments/convert/carry.py MODEL DATA DIR [--tokens 5500000]
 
 MODEL  directory of all-MiniLM-L6-v2; kept in half precision
 DATA   folder with glue/, extra/ (parquet tables) and text/ (documents, packed with xz)
