@@ -19,3 +19,8 @@ class CheckpointError(FastffError, ValueError):
 
 class TrainingError(FastffError, RuntimeError):
     """Training cannot start or go on: unusable text, settings that do not fit, a loss not finite, a full disk."""
+
+
+class FileError(CheckpointError, TrainingError):
+    """A file is missing or damaged, belongs to another run, or cannot be written; the message names it and says what to
+    do."""

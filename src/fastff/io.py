@@ -1,36 +1,90 @@
-"""Writing so that a crash or a full disk leaves the old content or the new, never a part."""
+"""Files: written so that a crash or a full disk leaves the old content or the new, read so that damage is told.
+
+Every writer raises FileError with what was there before unchanged; every reader raises FileError that names the file
+and what to do. A kill between the two leaves a temporary `.NAME.PID.tmp` beside the file: the next writer of that file,
+or `remove_stale`, takes it away.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from fastff.errors import TrainingError
+from fastff.errors import FileError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SETTINGS = "settings.json"
+REMEDY = "remove it and run the same command again"
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a new file beside `path`, bring it to the disk, and rename it. Raises OSError; `path` is then untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path`, brought to the disk, when the block ends without an error.
+
+    Libraries that write to a path are given the file's `name`. Raises FileError if it cannot be written.
+    """
+    with _errors_of_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        # Tidying up after a failed write may fail for the reason that is being reported.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        remove_stale(path.parent, path.name)
+        file = _locked(_temporary(path))
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            sync(path.parent)
+        finally:
+            # Tidying up after a failed write may fail for the reason that is being reported.
+            with suppress(OSError):
+                os.unlink(file.name)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path`, its files brought to the disk, when the block ends without an error.
+
+    Raises FileError if it cannot be written.
+    """
+    with _errors_of_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path.parent, path.name)
+        folder = _temporary(path)
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            yield folder
+            publish(folder, path)
+        finally:
+            os.close(handle)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Bring a folder's files to the disk and give it the name `target`, instead of what is there. Raises OSError."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(folder, target)
+    sync(target.parent)
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a directory's list of names, to the disk."""
+    """Bring a file's content, or a directory's list of names, to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,18 +92,214 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Remove the temporaries that killed writers of `name` (default: of any file) left in a folder.
+
+    One that a running process, on this machine or on another, still writes is locked, and stays.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a UTF-8 file."""
+    write_bytes(path, content.encode())
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file. Raises TrainingError if it cannot be written; the old one is then untouched."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Replace a JSON file. Raises ValueError for a number that is not finite."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Replace a .npy file."""
+    import numpy as np
+
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_torch(path: Path, state: Any) -> None:
+    """Replace a file of `torch.save`."""
+    import torch
+
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Replace a safetensors file."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as file:
+        save_file(tensors, file.name, metadata)
+
+
+def read_json(path: Path, *, needs: Mapping[str, type] | None = None, remedy: str = REMEDY) -> Any:
+    """Content of a JSON file. needs: the names, and types, without which its object is of no use."""
+    with _errors_of_reading(path, remedy):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check(content, needs)
+    return content
+
+
+def read_json_lines(path: Path, *, remedy: str = REMEDY) -> list[dict[str, Any]]:
+    """The objects of a file to which `append_json_line` wrote; a last line that a kill cut short is left out."""
+    with _errors_of_reading(path, remedy):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        content = [json.loads(line) for line in lines[:-1]]
+        for number, line in enumerate(content, 1):
+            if not isinstance(line, dict):
+                raise ValueError(f"line {number} is {type(line).__name__}, expected an object")
+    return content
+
+
+def append_json_line(path: Path, content: dict[str, Any]) -> None:
+    """Add an object to a file of lines, brought to the disk. What a kill cut short at its end is dropped first."""
+    with _errors_of_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_array(path: Path, *, remedy: str = REMEDY) -> np.ndarray[Any, Any]:
+    """The array of a .npy file."""
+    import numpy as np
+
+    with _errors_of_reading(path, remedy):
+        array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+    return array
+
+
+def read_torch(path: Path, *, needs: Mapping[str, type] | None = None, device: Any = None, remedy: str = REMEDY) -> Any:
+    """What `write_torch` wrote, tensors on `device`; nothing in it is executed. needs: as in `read_json`."""
+    import torch
+
+    with _errors_of_reading(path, remedy):
+        state = torch.load(path, map_location=device, weights_only=True)
+        _check(state, needs)
+    return state
+
+
+def read_tensors(path: Path, *, remedy: str = REMEDY) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name."""
+    from safetensors.torch import load_file
+
+    with _errors_of_reading(path, remedy):
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    return tensors
+
+
+def claim(folder: Path, identity: Mapping[str, Any], *, name: str = SETTINGS, free: Iterable[str] = ()) -> bool:
+    """Make a folder that of the run `identity`; returns whether it already holds that run's state.
+
+    identity is kept in `folder`/`name`; `free` of it may differ. Raises FileError, naming each difference, for a folder
+    that another run has claimed, or with a damaged `name`. Stale temporaries are removed.
+    """
+    path = folder / name
+    remove_stale(folder)
+    if path.is_file():
+        differing = differences(read_json(path, needs={}), identity, free=free)
+        if differing:
+            raise FileError(f"{folder} holds another run: {'; '.join(differing)}. Choose another folder, or empty it")
+        return True
+    write_json(path, _as_stored(identity))
+    return False
+
+
+def differences(kept: Mapping[str, Any], asked: Mapping[str, Any], *, free: Iterable[str] = ()) -> list[str]:
+    """What a run on disk and the one asked for do not share, in words; `asked` is compared as JSON would hold it."""
+    now = _as_stored(asked)
+    return [
+        f"{name} {kept.get(name)!r} there, {now.get(name)!r} asked for"
+        for name in sorted({*kept, *now} - set(free))
+        if kept.get(name) != now.get(name)
+    ]
+
+
+def _as_stored(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON holds it: tuples are lists, paths are strings."""
+    stored: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return stored
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}.tmp")
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A new file under a lock, by which `remove_stale` knows that its writer lives."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks: nothing there is stale either
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file.fileno()).st_nlink:  # not removed between opening and locking
+            return file
+        file.close()
+
+
+def _check(content: Any, needs: Mapping[str, type] | None) -> None:
+    if needs is None:
+        return
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, expected an object")
+    for name, kind in needs.items():
+        if name not in content:
+            raise ValueError(f"it lacks {name!r}")
+        value = content[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"its {name} is {value!r:.80}, expected {kind.__name__}")
+
+
+@contextmanager
+def _errors_of_writing(path: Path) -> Iterator[None]:
+    """Failures of the disk as FileError; torch and safetensors report theirs under names of their own."""
     try:
-        replace_file(path, lambda file: file.write(text.encode()))
+        yield
     except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}; the old file is unchanged") from error
+        raise FileError(f"cannot write {path}: {error.strerror or error}; the old one is unchanged") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" or (isinstance(error, RuntimeError) and _of_disk(error)):
+            raise FileError(f"cannot write {path}: {error}; the old one is unchanged") from error
+        raise
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file. Raises TrainingError if it cannot be read."""
+def _of_disk(error: RuntimeError) -> bool:
+    return "PytorchStreamWriter" in str(error) or "file write" in str(error)
+
+
+@contextmanager
+def _errors_of_reading(path: Path, remedy: str) -> Iterator[None]:
+    """Every failure as FileError: what a damaged file makes the libraries raise is of many kinds, and some of what they
+    say about it is advice to trust the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
+        yield
+    except MemoryError as error:
+        raise FileError(f"cannot read {path}: it asks for more memory than there is") from error
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EPERM):
+            raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(f"{path} is damaged ({error}): {remedy}") from error
+    except Exception as error:
+        what = str(error) if type(error) is ValueError or isinstance(error, UnicodeError) else type(error).__name__
+        if isinstance(error, json.JSONDecodeError):
+            what = f"not JSON: {error}"
+        raise FileError(f"{path} is damaged ({what}): {remedy}") from error

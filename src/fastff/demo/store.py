@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastff.errors import FastffError
-from fastff.io import replace_file
+from fastff.errors import FastffError, FileError
+from fastff.io import write_bytes
 
 SCHEMA = 1
 
@@ -27,11 +27,9 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises DemoError when it cannot be written; the old file is then untouched.
     """
     try:
-        replace_file(path, lambda file: file.write(content))
-    except OSError as error:
-        raise DemoError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
+        write_bytes(path, content)
+    except FileError as error:
+        raise DemoError(str(error)) from error
 
 
 class Store:

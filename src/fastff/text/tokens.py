@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastff.errors import TrainingError
-from fastff.io import read_json, replace_file, write_json
+from fastff.io import read_json, replacing, write_json
 from fastff.text.reading import documents
 
 SPECIALS = {
@@ -162,7 +162,8 @@ def prepare_tokens(
                 if counts["tokens"] == most:
                     return
 
-        replace_file(folder / "tokens.bin", write)
+        with replacing(folder / "tokens.bin") as file:
+            write(file)
         if counts["tokens"] == 0:
             raise TrainingError(f"the text is empty: {', '.join(sources)}")
         write_json(path, {**asked, **counts})
