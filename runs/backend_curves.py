@@ -1,6 +1,6 @@
 """Train one small model on several backends from one seed and say how far their loss curves are apart.
 
-python runs/backend_curves.py DATA --out results/training/NAME [--backends native,reference] [--steps 200]
+python runs/backend_curves.py DATA --out experiments/NAME [--backends native,reference] [--steps 200]
 
 DATA is a folder of tokens named train and valid (`runs/pack_tokens.py unpack`). Also trained is the first backend from
 another seed: what a run differs by for no reason that matters. Without a GPU, `triton` needs TRITON_INTERPRET=1.

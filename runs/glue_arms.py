@@ -1,6 +1,6 @@
 """Fine-tune pretrained arms on GLUE, many processes at once, and say how much of the dense model's scores each keeps.
 
-python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out results/training/NAME [options]
+python runs/glue_arms.py --runs DIR --arms NAME,NAME --data TABLES --out experiments/NAME [options]
 
 DIR holds what `runs/pretrain_plan.py` left. NAME@OPTION=VALUE@... is an arm with options of its own. `--at-once`
 processes take one arm, task and seed after the other; after `--seconds` they are stopped, and the same command goes on

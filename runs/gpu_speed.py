@@ -1,6 +1,6 @@
 """Tokens a second of pretraining on one GPU and on several of one host, with DDP and with FSDP2.
 
-python runs/gpu_speed.py --data DATA --runs DIR --out results/training/gpus [--gpus 1,2,4] [options]
+python runs/gpu_speed.py --data DATA --runs DIR --out experiments/gpus [--gpus 1,2,4] [options]
 
 DATA holds tokens named train and valid, as `runs/pack_tokens.py unpack` leaves them. `torchrun -m fastff.cli pretrain`
 trains every feedforward for `--steps`, with `--rows` rows a GPU each time; the speed is that of the second half of the

@@ -1,6 +1,6 @@
 """Pretrain the arms of a plan, each with options of its own, within so many seconds; table, chart and every record.
 
-python runs/pretrain_plan.py PLAN.json --data DATA --runs DIR --out results/training/NAME --steps N [options]
+python runs/pretrain_plan.py PLAN.json --data DATA --runs DIR --out experiments/NAME --steps N [options]
 python runs/pretrain_plan.py PLAN.json --text FILES --valid FILE --data DATA ...
 
 PLAN.json is a list of arms: {"name", "feedforward" (a name or a description)}, and optionally "group" (arms are

@@ -24,9 +24,9 @@ def test_tables_match_results(monkeypatch):
 
 @pytest.mark.parametrize("name", ["small-causal", "small-causal-rates", "tiny-causal", "masked-524m"])
 def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_path):
-    script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "results" / "training" / name
+    script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "experiments" / name
     shutil.copy(folder / "records.json", tmp_path)
-    plan = str(ROOT / "runs" / "plans" / f"{name}.json")
+    plan = str(folder / "plan.json")
     monkeypatch.setattr(sys, "argv", [script, plan, "--out", str(tmp_path), "--anew"])
     runpy.run_path(script, run_name="__main__")
     for made in ("table.md", "records.json"):
@@ -80,7 +80,7 @@ def test_charts_name_arms_without_the_end_that_all_have(glue_arms):
 
 @pytest.mark.parametrize(
     "scores",
-    sorted((ROOT / "results" / "training").glob("*/glue*/glue.json")),
+    sorted((ROOT / "experiments").glob("*/glue*/glue.json")),
     ids=lambda path: "-".join(path.parts[-3:-1]),
 )
 def test_tables_of_scores_are_made_of_their_files(scores, glue_arms, monkeypatch, tmp_path):
@@ -99,7 +99,7 @@ def test_scores_are_not_made_of_nothing(glue_arms, monkeypatch, tmp_path):
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():
     text = (ROOT / "docs" / "training.md").read_text()
-    speeds = re.findall(r"([\d,]+) tokens/s", (ROOT / "results" / "training" / "gpus" / "compile.txt").read_text())
+    speeds = re.findall(r"([\d,]+) tokens/s", (ROOT / "experiments" / "gpus" / "compile.txt").read_text())
     assert len(speeds) == 2
     assert all(speed in text for speed in speeds)
 

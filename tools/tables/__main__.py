@@ -27,7 +27,7 @@ import glue_arms
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = ROOT / "benchmarks" / "results"
 INTEL, AMD, H200 = (MACHINES / name for name in ("intel-xeon-amx-2-cores", "amd-epyc-2-cores", "nvidia-h200"))
-TRAINING = ROOT / "results" / "training"
+TRAINING = ROOT / "experiments"
 PLAIN = "1x11"  # the layer of the first table
 ABSENT = "-"
 
@@ -307,7 +307,7 @@ def plan_tables(plan: str, step: int | None = None, **groups: str) -> dict[str, 
         return table([entry for entry in found if entry["group"] == group])
 
     def missing() -> str:
-        names = [arm["name"] for arm in json.loads((ROOT / "runs" / "plans" / f"{plan}.json").read_text())]
+        names = [arm["name"] for arm in json.loads((TRAINING / plan / "plan.json").read_text())]
         return "\n".join(f"- {line}" for line in left_out(names, records_of(plan)))
 
     made = {f"{plan}-routing": lambda: health_table(records_of(plan)), f"{plan}-left-out": missing}
@@ -469,10 +469,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "recommended-cpu": recommended_cpu,
         "backends": backends,
     },
-    "results/training/small-causal/README.md": CAUSAL,
-    "results/training/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
-    "results/training/small-causal-balance/README.md": BALANCE,
-    "results/training/small-300m/README.md": {
+    "experiments/small-causal/README.md": CAUSAL,
+    "experiments/small-causal-rates/README.md": {k: v for k, v in RATES.items() if not k.endswith("left-out")},
+    "experiments/small-causal-balance/README.md": BALANCE,
+    "experiments/small-300m/README.md": {
         **LONG,
         "300m-growth": partial(growth, "small-300m", "causal", (1000, 2000, 3000, 4500, 6000, 7500, 9100)),
         "300m-rates": partial(recipes, "small-300m"),
@@ -480,7 +480,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "glue-five": partial(glue, "small-300m", "glue-five"),
         "glue-375": partial(glue, "small-300m", "glue-375"),
     },
-    "results/training/masked-524m/README.md": {
+    "experiments/masked-524m/README.md": {
         **{name: made for name, made in LONG_MASKED.items() if not name.endswith("left-out")},
         "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
         "524m-retention": RETENTION,
@@ -491,19 +491,19 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "glue": partial(glue, "masked-524m"),
         "glue-seed-1": partial(glue, "masked-524m", "glue-seed-1"),
     },
-    "results/training/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
-    "results/training/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
-    "results/training/tiny-1x11-long/README.md": {
+    "experiments/tiny-causal/README.md": {name: TINY[name] for name in ("tiny-causal", "tiny-causal-routing")},
+    "experiments/tiny-1x11/README.md": {name: PUBLISHED[name] for name in ("tiny-1x11", "tiny-1x11-routing")},
+    "experiments/tiny-1x11-long/README.md": {
         name: PUBLISHED_LONG[name] for name in ("tiny-1x11-long", "tiny-1x11-long-routing")
     },
-    "results/training/wide-1x11/README.md": {name: PUBLISHED_WIDE[name] for name in ("wide-1x11", "wide-1x11-routing")},
-    "results/training/small-glue/README.md": {
+    "experiments/wide-1x11/README.md": {name: PUBLISHED_WIDE[name] for name in ("wide-1x11", "wide-1x11-routing")},
+    "experiments/small-glue/README.md": {
         **{name: made for name, made in GLUE.items() if not name.endswith("routing")},
         "small-glue-rates": partial(recipes, "small-glue"),
     },
-    "results/training/gpus/README.md": {"gpus": training_gpus},
-    "results/training/backends/README.md": {"backends": backends},
-    "results/training/small-masked/README.md": {
+    "experiments/gpus/README.md": {"gpus": training_gpus},
+    "experiments/backends/README.md": {"backends": backends},
+    "experiments/small-masked/README.md": {
         "small-masked": MASKED["small-masked"],
         "small-masked-routing": MASKED["small-masked-routing"],
         "glue": partial(glue, "small-masked"),
