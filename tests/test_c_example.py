@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fastff
 from conftest import make_layer, make_rows
-from fastff.ops import native
+from fastff.ops.library import ABI_VERSION, find_library
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "c"
@@ -53,7 +53,7 @@ def compile_example(to, *options, static=False):
         if static:
             flags = [f"{folder}/libfastff.a" if flag == "-lfastff" else flag for flag in flags]
     else:
-        library = native._find_library()
+        library = find_library()
         folder, flags = str(library.parent), [f"-I{ROOT / 'csrc'}", str(library)]
     strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1", "-g"]
     rpath = [] if static else [f"-Wl,-rpath,{folder}"]
@@ -311,15 +311,15 @@ def isas():
 @needs_installation
 def test_the_installed_library_has_the_abi_version_in_its_name(program):
     libraries = {path.name for path in Path(INSTALLED).rglob("libfastff*")}
-    version = f"{native._ABI_VERSION}.{fastff.__version__}"
+    version = f"{ABI_VERSION}.{fastff.__version__}"
     assert libraries == {
         "libfastff.a",
         "libfastff.so",
-        f"libfastff.so.{native._ABI_VERSION}",
+        f"libfastff.so.{ABI_VERSION}",
         f"libfastff.so.{version}",
     }
     needed = run(["readelf", "-d", str(program)]).stdout
-    assert f"Shared library: [libfastff.so.{native._ABI_VERSION}]" in needed
+    assert f"Shared library: [libfastff.so.{ABI_VERSION}]" in needed
     assert pkg_config("--modversion") == [fastff.__version__]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SANITIZED
-from fastff.ops import native
+from fastff.ops.library import find_library
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def program(tmp_path_factory):
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
-    to, library = tmp_path_factory.mktemp("core") / "check_core", str(native._find_library())
+    to, library = tmp_path_factory.mktemp("core") / "check_core", str(find_library())
     source = [
         f"-I{ROOT / 'csrc'}",
         str(ROOT / "tests" / "c" / "check_core.c"),

@@ -237,13 +237,13 @@ def test_many_python_threads_share_one_layer():
 
 def test_threads_that_meet_at_the_first_call_pack_once(monkeypatch):
     """A second pack would write what the first thread already reads."""
-    packs, call = [], native._call
+    packs, call = [], native.call
 
     def counted(name, *arguments):
         packs.append(name)
         return call(name, *arguments)
 
-    monkeypatch.setattr(native, "_call", counted)
+    monkeypatch.setattr(native, "call", counted)
     layer, x = make_layer(64, depth=9).eval(), make_rows(3, 64, dtype=torch.float32)
     together = Barrier(8)
 

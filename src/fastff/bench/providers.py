@@ -26,6 +26,7 @@ from fastff.bench.cases import DenseConfig, Subject, weights_of
 from fastff.bench.layers import DenseLayer, activate, dense, train_step
 from fastff.layers import Quantization
 from fastff.ops import native, reference
+from fastff.ops.library import library
 
 Call = Callable[[Any], Any]
 Make = Callable[[Sequence[Any], int], list[Call]]  # layers and rows a call to a function a layer
@@ -209,7 +210,7 @@ def _fastff_kernel(quantization: str | None) -> Make:
     """The C function on packed weights, its output preallocated: what an embedder of the C core pays, plus ctypes."""
 
     def make(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
-        infer, threads = native.library().fastff_infer_f32, torch.get_num_threads()
+        infer, threads = library().fastff_infer_f32, torch.get_num_threads()
         y = torch.empty(rows, layers[0].out_features)
         address = y.data_ptr()
 

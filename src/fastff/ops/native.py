@@ -1,18 +1,11 @@
-"""The C++ kernels of csrc, called through ctypes: fp32 and fp64 on the CPU.
-
-The library knows nothing of torch. It runs on torch's own thread pool, handed to it as a C function pointer: two
-spinning pools in one process slow each other down a hundredfold.
-"""
+"""The C++ kernels of a tree layer, called through ctypes: fp32 and fp64 on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +14,17 @@ from fastff.config import ACTIVATIONS, GATES, TreeConfig
 from fastff.errors import BackendUnavailable, FastffError
 from fastff.ops.cost import conditional_us, dense_us
 from fastff.ops.explanation import Explanation
+from fastff.ops.library import OK, SUFFIXES, call, library, pointer
 from fastff.ops.reference import Routed
 
-_ABI_VERSION = 2
-_OK, _STALE = 0, 4
+_STALE = 4
 _WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
 _NAMES = ("w_in", "b_in", "w_out", "b_out")
 _FLOAT32, _empty_like, _get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
-_DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 # From this size on a tensor may be memory that malloc has fresh from the system, to be faulted in page by page as it is
 # written (above 32 MB it always is, with glibc). On small pages that doubles the time of 16384 rows of 768 features; on
 # huge pages it adds a fifth.
 _FRESH_BYTES = 2**22
-_LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
 
 
 class _Tree(ctypes.Structure):
@@ -67,81 +58,6 @@ def _c_tree(config: TreeConfig) -> _Tree:
     )
 
 
-def _find_library() -> Path:
-    """The library's file: the one that FASTFF_LIBRARY names in the environment (another build, say one with
-    sanitizers), else the one beside the package."""
-    named = os.environ.get("FASTFF_LIBRARY")
-    if named:
-        return Path(named)
-    import fastff
-
-    # An editable install keeps the Python in src/ and the library in site-packages: both are on the package's path.
-    places = [Path(entry) for entry in fastff.__path__]
-    for place in places:
-        for name in _LIBRARY_NAMES:
-            if (place / name).is_file():
-                return place / name
-    raise BackendUnavailable(
-        f"backend 'native' needs {_LIBRARY_NAMES[0]}, which is in none of {', '.join(map(str, places))}"
-    )
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    for suffix in _DTYPES.values():
-        forward = getattr(library, f"fastff_forward_{suffix}")
-        forward.argtypes = [pointer] * 6 + [int64] + [pointer] * 4 + [int32]
-        for kind in ("backward", "backward_visited"):
-            backward = getattr(library, f"fastff_{kind}_{suffix}")
-            backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
-    library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
-    library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
-    library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
-    library.fastff_repack_f32.argtypes = [pointer] * 5
-    library.fastff_packed_watch_f32.argtypes = [pointer] * 3
-    # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
-    library.fastff_infer_f32.argtypes = [pointer] * 5
-    library.fastff_forward_packed_f32.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, int32]
-    library.fastff_packed_free.argtypes = [pointer]
-    library.fastff_advise_huge_pages.argtypes = [pointer, int64]
-    library.fastff_advise_huge_pages.restype = None
-    library.fastff_packed_bytes.argtypes = [pointer]
-    library.fastff_packed_bytes.restype = int64
-    library.fastff_set_parallel_for.argtypes = [pointer]
-    library.fastff_set_parallel_for.restype = None
-    library.fastff_set_isa.argtypes = [ctypes.c_char_p]
-    library.fastff_error.restype = ctypes.c_char_p
-    library.fastff_isa.restype = ctypes.c_char_p
-
-
-def _torch_pool() -> int | None:
-    """Address of torch's parallel_for, None where this torch does not export it (then the library's own pool runs)."""
-    for directory in (Path(torch.__file__).parent / "lib",):
-        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-            if (directory / name).is_file():
-                function = getattr(ctypes.CDLL(str(directory / name)), "torch_parallel_for", None)
-                return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-    return None
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library. Raises BackendUnavailable saying what is missing."""
-    path = _find_library()
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendUnavailable(f"backend 'native' could not load {path}: {error}") from error
-    version = loaded.fastff_abi_version()
-    if version != _ABI_VERSION:
-        raise BackendUnavailable(f"{path} has ABI version {version}, expected {_ABI_VERSION}: reinstall fastff")
-    _declare(loaded)
-    if not loaded.fastff_isa():
-        raise BackendUnavailable(loaded.fastff_error().decode())
-    loaded.fastff_set_parallel_for(_torch_pool())
-    return loaded
-
-
 def isa() -> str:
     """Name of the instruction set in use: scalar, avx2, avx512 or neon."""
     name: bytes = library().fastff_isa()
@@ -150,7 +66,7 @@ def isa() -> str:
 
 def set_isa(name: str) -> None:
     """Use another instruction set from now on. Raises BackendUnavailable if it is unknown or this CPU lacks it."""
-    if library().fastff_set_isa(name.encode()) != _OK:
+    if library().fastff_set_isa(name.encode()) != OK:
         raise BackendUnavailable(library().fastff_error().decode())
 
 
@@ -166,18 +82,9 @@ def why_not(x: Tensor, config: TreeConfig) -> str | None:
     """The reason why this backend cannot take x, None if it can."""
     if x.device.type != "cpu":
         return f"backend 'native' runs on the CPU, x is on {x.device}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in SUFFIXES:
         return f"backend 'native' takes float32 and float64, x is {x.dtype}"
     return None
-
-
-def _call(name: str, *arguments: Any) -> None:
-    if getattr(library(), name)(*arguments) != _OK:
-        raise FastffError(library().fastff_error().decode())
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -201,10 +108,10 @@ def forward(
     margin = x.new_empty(rows)
     scores = x.new_empty(rows, config.trees, config.path_scores)
     kept = _dense(w_in, b_in, w_out, b_out, x)
-    inputs = [_pointer(tensor) for tensor in kept]
-    outputs = [_pointer(tensor) for tensor in (y, leaf, margin, scores)]
-    name = f"fastff_forward_{_DTYPES[x.dtype]}"
-    _call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, torch.get_num_threads())
+    inputs = [pointer(tensor) for tensor in kept]
+    outputs = [pointer(tensor) for tensor in (y, leaf, margin, scores)]
+    name = f"fastff_forward_{SUFFIXES[x.dtype]}"
+    call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, torch.get_num_threads())
     return y, leaf, margin, scores
 
 
@@ -245,7 +152,7 @@ def backward_visited(
     room = [torch.empty(0 if w is None else w.shape[0] * w.shape[1], dtype=torch.int64) for w in weights.values()]
     counts = torch.empty(3, dtype=torch.int64)
     tree, rows = ctypes.addressof(_c_tree(config)), leaf.contiguous()
-    _call("fastff_visited", tree, _pointer(rows), len(rows), *map(_pointer, room), _pointer(counts))
+    call("fastff_visited", tree, pointer(rows), len(rows), *map(pointer, room), pointer(counts))
     visited = [numbers[:count] for numbers, count in zip(room, counts.tolist(), strict=True)]
     values = [
         x.new_empty(0 if w is None else (len(numbers), w.shape[2]))
@@ -284,13 +191,13 @@ def _backward(
     for grad in grads:
         if grad is not None:
             _on_huge_pages(grad)
-    _call(
-        f"fastff_{kind}_{_DTYPES[x.dtype]}",
+    call(
+        f"fastff_{kind}_{SUFFIXES[x.dtype]}",
         ctypes.addressof(_c_tree(config)),
-        *map(_pointer, kept),
+        *map(pointer, kept),
         x.shape[0],
-        *map(_pointer, saved),
-        *map(_pointer, grads),
+        *map(pointer, saved),
+        *map(pointer, grads),
         torch.get_num_threads(),
     )
 
@@ -309,11 +216,11 @@ class _Plan(ctypes.Structure):
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
     """How the kernels would cut the work, and what it is expected to cost. Raises BackendUnavailable for the dtype."""
-    if dtype not in _DTYPES:
+    if dtype not in SUFFIXES:
         raise BackendUnavailable(f"backend 'native' takes float32 and float64, not {dtype}")
     plan = _Plan()
     asked = threads or torch.get_num_threads()
-    _call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
+    call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
     if plan.sorted_levels:
         form, reason = "sorted", "many rows: sorted by subtree, so that a subtree's rows and weights stay in the cache"
     elif rows >= plan.lockstep_below:
@@ -393,7 +300,7 @@ class PackedLayer:
         if status == _STALE:
             self._pack(parameters, edited=True)
             return self(x, parameters)
-        if status != _OK:
+        if status != OK:
             raise FastffError(library().fastff_error().decode())
         return y
 
@@ -404,12 +311,12 @@ class PackedLayer:
         y = _on_huge_pages(rows.new_empty(len(rows), self._config.out_features))
         leaf = torch.empty(len(rows), self._config.trees, dtype=torch.int64)
         margin = rows.new_empty(len(rows))
-        _call(
+        call(
             "fastff_forward_packed_f32",
             self._handle,
-            _pointer(rows),
+            pointer(rows),
             len(rows),
-            *(_pointer(tensor) for tensor in (y, leaf, margin)),
+            *(pointer(tensor) for tensor in (y, leaf, margin)),
             torch.get_num_threads(),
         )
         return Routed(y, leaf, margin)
@@ -431,14 +338,14 @@ class PackedLayer:
             if same and not edited:
                 return True
             self._w_in = self._w_out = None
-            pointers = [_pointer(tensor) for tensor in ordered]
+            pointers = [pointer(tensor) for tensor in ordered]
             if self._handle:
-                _call("fastff_repack_f32", self._handle, *pointers)
+                call("fastff_repack_f32", self._handle, *pointers)
             else:
                 tree = ctypes.addressof(_c_tree(self._config))
-                _call("fastff_pack_f32", tree, *pointers, self._weights, ctypes.byref(self._handle))
+                call("fastff_pack_f32", tree, *pointers, self._weights, ctypes.byref(self._handle))
                 self.address = self._handle.value or 0
-            _call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
+            call("fastff_packed_watch_f32", self._handle, pointers[0], pointers[2])
             self._state, self._biases = state, biases
             self._w_in, self._w_out = w_in, w_out
         return True

@@ -1,0 +1,108 @@
+"""The C++ core: its shared library found, loaded once through ctypes, and the signatures of csrc/fastff.h.
+
+The library knows nothing of torch. It runs on torch's own thread pool, handed to it as a C function pointer: two
+spinning pools in one process slow each other down a hundredfold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastff.errors import BackendUnavailable, FastffError
+
+ABI_VERSION = 2
+OK = 0
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}  # of a function, by the dtype that it takes
+_LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
+
+
+def find_library() -> Path:
+    """The library's file: the one that FASTFF_LIBRARY names in the environment (another build, say one with
+    sanitizers), else the one beside the package."""
+    named = os.environ.get("FASTFF_LIBRARY")
+    if named:
+        return Path(named)
+    import fastff
+
+    # An editable install keeps the Python in src/ and the library in site-packages: both are on the package's path.
+    places = [Path(entry) for entry in fastff.__path__]
+    for place in places:
+        for name in _LIBRARY_NAMES:
+            if (place / name).is_file():
+                return place / name
+    raise BackendUnavailable(
+        f"backend 'native' needs {_LIBRARY_NAMES[0]}, which is in none of {', '.join(map(str, places))}"
+    )
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    for suffix in SUFFIXES.values():
+        forward = getattr(library, f"fastff_forward_{suffix}")
+        forward.argtypes = [pointer] * 6 + [int64] + [pointer] * 4 + [int32]
+        for kind in ("backward", "backward_visited"):
+            backward = getattr(library, f"fastff_{kind}_{suffix}")
+            backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
+    library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
+    library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
+    library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
+    library.fastff_repack_f32.argtypes = [pointer] * 5
+    library.fastff_packed_watch_f32.argtypes = [pointer] * 3
+    # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
+    library.fastff_infer_f32.argtypes = [pointer] * 5
+    library.fastff_forward_packed_f32.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, int32]
+    library.fastff_packed_free.argtypes = [pointer]
+    library.fastff_advise_huge_pages.argtypes = [pointer, int64]
+    library.fastff_advise_huge_pages.restype = None
+    library.fastff_packed_bytes.argtypes = [pointer]
+    library.fastff_packed_bytes.restype = int64
+    library.fastff_set_parallel_for.argtypes = [pointer]
+    library.fastff_set_parallel_for.restype = None
+    library.fastff_set_isa.argtypes = [ctypes.c_char_p]
+    library.fastff_error.restype = ctypes.c_char_p
+    library.fastff_isa.restype = ctypes.c_char_p
+
+
+def _torch_pool() -> int | None:
+    """Address of torch's parallel_for, None where this torch does not export it (then the library's own pool runs)."""
+    for directory in (Path(torch.__file__).parent / "lib",):
+        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+            if (directory / name).is_file():
+                function = getattr(ctypes.CDLL(str(directory / name)), "torch_parallel_for", None)
+                return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises BackendUnavailable saying what is missing."""
+    path = find_library()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailable(f"backend 'native' could not load {path}: {error}") from error
+    version = loaded.fastff_abi_version()
+    if version != ABI_VERSION:
+        raise BackendUnavailable(f"{path} has ABI version {version}, expected {ABI_VERSION}: reinstall fastff")
+    _declare(loaded)
+    if not loaded.fastff_isa():
+        raise BackendUnavailable(loaded.fastff_error().decode())
+    loaded.fastff_set_parallel_for(_torch_pool())
+    return loaded
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function that returns a status. Raises FastffError with the library's message."""
+    if getattr(library(), name)(*arguments) != OK:
+        raise FastffError(library().fastff_error().decode())
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
