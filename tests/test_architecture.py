@@ -80,7 +80,7 @@ def test_public_names():
     public = {"FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"}
     public |= {"load", "save"}
     assert set(fastff.__all__) == public
-    assert set(fastff.ops.__all__) >= {"forward", "available_backends", "use_backend", "Routed"}
+    assert set(fastff.ops.__all__) >= {"forward", "conditional_matmul", "available_backends", "use_backend", "Routed"}
     for name in (*fastff.__all__, *(f"ops.{n}" for n in fastff.ops.__all__)):
         item = fastff
         for part in name.split("."):

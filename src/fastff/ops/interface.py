@@ -99,7 +99,7 @@ def forward(
     out_dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_in, b_in, w_out, b_out = _autocast(x, w_in, b_in, w_out, b_out)
+        x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
     check_dtypes(x, w_in, b_in, w_out, b_out)
     free, name = name is None, resolve(name, x, config)
     rows = x.reshape(-1, config.in_features)
@@ -112,7 +112,7 @@ def forward(
         y, leaf, margin = reference.forward_masked(rows, w_in, b_in, w_out, b_out, config=config)
     elif name == "reference":
         y, leaf, margin = reference.forward(rows, w_in, b_in, w_out, b_out, config=config)
-    elif _eager(rows, w_in, b_in, w_out, b_out):
+    elif untouched(rows, w_in, b_in, w_out, b_out):
         if torch.is_grad_enabled():
             y, leaf, margin = _apply(rows, w_in, b_in, w_out, b_out, config, name, sparse)
         else:
@@ -215,11 +215,14 @@ def check_shapes(
             raise ShapeError(f"{label} {seen_shape} does not match {shape}")
 
 
-def check_dtypes(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None) -> None:
+def check_dtypes(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, **others: Tensor
+) -> None:
     """Raise ShapeError unless all tensors share x's floating dtype and its device."""
     if not x.dtype.is_floating_point:
         raise ShapeError(f"x is {x.dtype}, expected a floating dtype")
-    for label, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+    weights = {"w_in": w_in, "b_in": b_in, "w_out": w_out, "b_out": b_out}
+    for label, tensor in (weights | others).items():
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
@@ -228,13 +231,14 @@ def check_dtypes(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_
             raise ShapeError(f"{label} is on {tensor.device}, x is on {x.device}: expected one device")
 
 
-def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
+def autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
+    """What the kernels compute with under autocast, x first."""
     # On the CPU the kernels work in fp32 and gain nothing from casting 25 MB of weights down; a GPU's matrix units do.
     dtype = torch.float32 if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *weights))
 
 
-def _eager(*tensors: Tensor | None) -> bool:
+def untouched(*tensors: Tensor | None) -> bool:
     """Whether nothing watches or transforms the call, so that the registered op, which costs the host several times as
     much as the kernels' launches, has nothing to add."""
     return not (

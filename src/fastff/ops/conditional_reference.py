@@ -1,0 +1,36 @@
+"""The truth of conditional matrix multiplication: pure PyTorch in the dtype it is given, differentiable by autograd.
+
+Shapes, rows flattened to one dimension:
+x (rows, in_features); leaf (rows, k) int64; gate (rows, k); w_in (leaves, in_rows, in_features);
+b_in (leaves, in_rows) or None; w_out (leaves, width, out_features); b_out (leaves, out_features) or None.
+in_rows is width, or for swiglu 2 * width: all gate rows of a leaf, then all value rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastff.ops.reference import activate
+
+
+def forward(
+    x: Tensor,
+    leaf: Tensor,
+    gate: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """y (rows, out_features), by gathering the weights of every leaf that a row chose."""
+    scores = torch.einsum("ri,rkni->rkn", x, w_in[leaf])
+    if b_in is not None:
+        scores = scores + b_in[leaf]
+    value = gate.unsqueeze(-1) * activate(scores, activation)
+    y = torch.einsum("rkw,rkwo->ro", value, w_out[leaf])
+    if b_out is not None:
+        y = y + torch.einsum("rk,rko->ro", gate, b_out[leaf])
+    return y
