@@ -39,7 +39,14 @@ extern "C" {
 
 #define FASTFF_ABI_VERSION 2
 
-enum fastff_status { FASTFF_OK = 0, FASTFF_BAD_ARGUMENT = 1, FASTFF_OUT_OF_MEMORY = 2, FASTFF_BAD_ISA = 3, FASTFF_STALE = 4 };
+enum fastff_status {
+  FASTFF_OK = 0,
+  FASTFF_BAD_ARGUMENT = 1,
+  FASTFF_OUT_OF_MEMORY = 2,
+  FASTFF_BAD_ISA = 3,
+  FASTFF_STALE = 4,
+  FASTFF_INTERNAL = 5 /* what should not happen: a fault of this library or of the host's thread pool */
+};
 
 enum fastff_activation {
   FASTFF_GELU = 0,      /* x * Phi(x), exact */

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "base/internal.h"
+#include "base/threads.h"
 
 namespace fastff {
 namespace {

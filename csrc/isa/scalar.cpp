@@ -1,45 +1,5 @@
-// Plain loops, one element at a time: the C++ truth, and the fallback on any CPU. Sums run in double for fp32 too: with
-// one lane a sum is one long chain, and its rounding errors would be several times those of the vector kernels.
-#include <cstdint>
-#include <cstring>
-
-#include "layer/kernels.h"
-
-namespace fastff {
-namespace {
-
-template <class T>
-struct Vec {
-  using Reg = double;
-  static constexpr int width = 1, registers = 16;
-  static Reg zero() { return 0; }
-  static Reg set(T v) { return v; }
-  static Reg load(const T* p) { return *p; }
-  static Reg load(const Bf16* p) {
-    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  static Reg load(const int8_t* p) { return *p; }
-  template <class W>
-  static Reg load_n(const W* p, int64_t) {
-    return load(p);
-  }
-  static void store(T* p, Reg v) { *p = static_cast<T>(v); }
-  static void stream(T* p, Reg v) { store(p, v); }
-  static void store_n(T* p, Reg v, int64_t) { *p = static_cast<T>(v); }
-  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
-  static Reg add(Reg a, Reg b) { return a + b; }
-  static T sum(Reg v) { return static_cast<T>(v); }
-};
-
-void fence() {}
-
-bool supported() { return true; }
-
-}  // namespace
-}  // namespace fastff
-
+// Every family of kernels for scalar.
 #define FASTFF_ISA_NAME scalar
-#include "layer/kernels_impl.h"
+#include "isa/scalar.h"
+
+#include "layer/families.h"

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "base/bf16.h"
+#include "base/dispatch.h"
 #include "fastff.h"
 
 namespace fastff {
@@ -27,16 +29,11 @@ struct Tree {
   int64_t path_outputs() const { return (node_output ? depth : 0) + leaf_width; }
 };
 
-// The upper half of an fp32 number.
-struct Bf16 {
-  uint16_t bits;
-};
-
 // What a quantised neuron says of itself, in the cache line after its row of w_in.
 struct Neuron {
   float scale_in, scale_out;  // a stored weight times its scale is the weight meant
-  float error;                // ||w_in - what was stored||
-  float norm;                 // ||w_in||
+  float error;                // what a score may be off by, as a multiple of ||x|| (store.h)
+  float reach;                // the larger of ||w_in|| and of the norm of the numbers stored for it
 };
 
 // Where the rows of one tree lie: plain tensors and packed buffers differ in strides only (counted in elements).
@@ -62,6 +59,12 @@ struct View {
     return leaf_out + leaf * leaf_out_stride + j * leaf_out_row_stride;
   }
   const Neuron& neuron(const W* row) const { return *reinterpret_cast<const Neuron*>(row + neuron_at); }
+};
+
+// A caller's weights as fastff.h lays them out; biases may be null.
+template <class T>
+struct Weights {
+  const T *w_in, *b_in, *w_out, *b_out;
 };
 
 // Outputs of a forward; all but y may be null.
@@ -118,21 +121,15 @@ template <class W>
 using QuantisedForward = void (*)(const Tree&, const View<float, W>* views, const float* x, int64_t begin, int64_t end,
                                   const Forward<float>&);
 
-struct Isa {
-  const char* name;
-  bool (*supported)();
+// The family of kernels of one instruction set (base/dispatch.h).
+struct TreeKernels {
   Kernels<float> f32;
   Kernels<double> f64;
   QuantisedForward<Bf16> forward_bf16;
   QuantisedForward<int8_t> forward_int8;
 };
+FASTFF_DECLARE_TABLES(TreeKernels, tree_kernels);
 
-extern const Isa isa_scalar;
-#if defined(__x86_64__)
-extern const Isa isa_avx2;
-extern const Isa isa_avx512;
-#elif defined(__aarch64__)
-extern const Isa isa_neon;
-#endif
+inline const TreeKernels& tree_kernels() { return FASTFF_CHOSEN_TABLE(TreeKernels, tree_kernels); }
 
 }  // namespace fastff

@@ -1,121 +1,13 @@
 // A copy of a layer's weights for inference: the rows of a neuron side by side, in one buffer on huge pages, in fp32 or
 // quantised.
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <new>
-#include <stdexcept>
+#include <memory>
 #include <vector>
 
-#include <sys/mman.h>
-
-#include "base/internal.h"
-
-namespace fastff {
-namespace {
-
-constexpr int64_t kHugePage = int64_t{1} << 21;
-constexpr int64_t kLine = 64;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Where the system has huge pages that programs ask for; elsewhere the same code runs on small ones.
-void advise_huge_pages(char* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  madvise(data, bytes, MADV_HUGEPAGE);
-#else
-  static_cast<void>(data), static_cast<void>(bytes);
-#endif
-}
-
-// Zeroed memory, aligned to huge pages and on them where the system has them.
-class HugeBuffer {
- public:
-  explicit HugeBuffer(int64_t bytes) : bytes_(round_up(bytes, kHugePage)) {
-    mapped_ = mmap(nullptr, bytes_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped_ == MAP_FAILED) throw std::bad_alloc();
-    data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(mapped_), kHugePage));
-    advise_huge_pages(data_, bytes_);
-  }
-  ~HugeBuffer() { munmap(mapped_, bytes_ + kHugePage); }
-  HugeBuffer(const HugeBuffer&) = delete;
-  HugeBuffer& operator=(const HugeBuffer&) = delete;
-
-  char* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_;
-  void* mapped_;
-  char* data_;
-};
-
-// How a row of fp32 weights is stored as W. Each returns the scale: stored times scale is the weight meant.
-float store(float* to, const float* from, int64_t n) {
-  std::memcpy(to, from, n * sizeof(float));
-  return 1;
-}
-
-float store(Bf16* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const bool nan = from[i] != from[i];
-    to[i].bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even
-  }
-  return 1;
-}
-
-float store(int8_t* to, const float* from, int64_t n) {
-  float largest = 0;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    largest = std::max(largest, std::fabs(from[i]));
-    finite &= std::isfinite(from[i]);
-  }
-  if (!finite) return NAN;  // the row then counts as NaN
-  const float scale = largest / 127;
-  if (!(scale > 0)) return 0;
-  for (int64_t i = 0; i < n; ++i)
-    to[i] = static_cast<int8_t>(std::nearbyint(std::max(-127.0f, std::min(127.0f, from[i] / scale))));
-  return scale;
-}
-
-double loaded(Bf16 w) {
-  const uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-double loaded(int8_t w) { return w; }
-
-// What the score of a row x may differ from its fp32 score by, as a multiple of ||x||: the weights' own error, and the
-// rounding of two sums, each of at most n / 16 + 8 additions one after the other in any kernel (linear.h).
-template <class W>
-float error_bound(const W* stored, float scale, const float* exact, int64_t n) {
-  double error = 0, norm = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double difference = loaded(stored[i]) * scale - exact[i];
-    error += difference * difference;
-    norm += static_cast<double>(exact[i]) * exact[i];
-  }
-  const double rounding = 2 * (n / 16.0 + 10) * std::ldexp(1.0, -24);
-  return static_cast<float>(1.0001 * (std::sqrt(error) + rounding * (std::sqrt(norm) + std::sqrt(error))));
-}
-
-template <class W>
-constexpr bool kQuantised = !std::is_same_v<W, float>;
-
-// Elements of a row as stored. fp32 rows end with a cache line, unless padding would cost more than an eighth; quantised
-// rows always do, in zeros, because kernels load whole registers of them.
-template <class W>
-int64_t row_elements(int64_t features) {
-  const int64_t line = kLine / sizeof(W);
-  return kQuantised<W> || features >= 8 * line ? round_up(features, line) : features;
-}
-
-}  // namespace
-}  // namespace fastff
+#include "base/errors.h"
+#include "base/huge_pages.h"
+#include "layer/forward_rows.h"
+#include "layer/store.h"
 
 using namespace fastff;
 
@@ -125,7 +17,7 @@ struct fastff_packed {
   fastff_packed(const fastff_packed&) = delete;
   fastff_packed& operator=(const fastff_packed&) = delete;
 
-  virtual void fill(const float* w_in, const float* b_in, const float* w_out, const float* b_out) = 0;
+  virtual void fill(const Weights<float>& w) = 0;
   virtual void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const = 0;
   virtual int64_t bytes() const = 0;
 
@@ -163,24 +55,24 @@ class Pack final : public fastff_packed {
   explicit Pack(const Tree& t)
       : fastff_packed(t),
         in_row_(row_elements<W>(t.in_features)),
-        in_unit_(in_row_ + (kQuantised<W> ? kLine / static_cast<int64_t>(sizeof(W)) : 0)),
+        in_unit_(in_row_ + (kIsQuantised<W> ? kLine / static_cast<int64_t>(sizeof(W)) : 0)),
         out_row_(row_elements<W>(t.out_features)),
         node_stride_(in_unit_ + (t.node_output ? out_row_ : 0)),
         leaf_stride_(t.leaf_in_rows() * in_unit_ + t.leaf_width * out_row_),
         tree_stride_(t.nodes() * node_stride_ + t.leaves() * leaf_stride_),
-        exact_stride_(kQuantised<W> ? t.nodes() * t.in_features : 0),
+        exact_stride_(kIsQuantised<W> ? t.nodes() * t.in_features : 0),
         weights_(t.trees * tree_stride_ * static_cast<int64_t>(sizeof(W))),
         exact_(t.trees * exact_stride_ * static_cast<int64_t>(sizeof(float))) {}
 
-  void fill(const float* w_in, const float* b_in, const float* w_out, const float* b_out) override {
-    assign(b_in_, b_in, tree.trees * tree.in_rows());
-    assign(b_out_, b_out, tree.trees * tree.leaves() * tree.out_features);
+  void fill(const Weights<float>& w) override {
+    assign(b_in_, w.b_in, tree.trees * tree.in_rows());
+    assign(b_out_, w.b_out, tree.trees * tree.leaves() * tree.out_features);
     views_.clear();
     for (int64_t t = 0; t < tree.trees; ++t) {
       views_.push_back(view(t));
-      fill_tree(views_.back(), plain_view(tree, t, w_in, b_in, w_out, b_out));
+      fill_tree(views_.back(), plain_view(tree, t, w));
     }
-    remember(w_in, w_out);
+    remember(w.w_in, w.w_out);
   }
 
   void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const override {
@@ -191,9 +83,9 @@ class Pack final : public fastff_packed {
 
  private:
   static auto kernel() {
-    if constexpr (std::is_same_v<W, Bf16>) return isa().forward_bf16;
-    else if constexpr (std::is_same_v<W, int8_t>) return isa().forward_int8;
-    else return isa().f32.forward;
+    if constexpr (std::is_same_v<W, Bf16>) return tree_kernels().forward_bf16;
+    else if constexpr (std::is_same_v<W, int8_t>) return tree_kernels().forward_int8;
+    else return tree_kernels().f32.forward;
   }
 
   View<float, W> view(int64_t t) const {
@@ -217,7 +109,7 @@ class Pack final : public fastff_packed {
     for (int64_t n = 0; n < tree.nodes(); ++n) {
       put(to, to.in_row(n), from.in_row(n), tree.node_output ? to.out_row(n) : nullptr,
           tree.node_output ? from.out_row(n) : nullptr);
-      if constexpr (kQuantised<W>)
+      if constexpr (kIsQuantised<W>)
         std::memcpy(const_cast<float*>(to.exact_in) + n * tree.in_features, from.in_row(n),
                     tree.in_features * sizeof(float));
     }
@@ -234,8 +126,10 @@ class Pack final : public fastff_packed {
     Neuron neuron{};
     neuron.scale_in = store(const_cast<W*>(in), from_in, tree.in_features);
     if (out) neuron.scale_out = store(const_cast<W*>(out), from_out, tree.out_features);
-    if constexpr (kQuantised<W>) {
-      neuron.error = error_bound(in, neuron.scale_in, from_in, tree.in_features);
+    if constexpr (kIsQuantised<W>) {
+      const StoreError error = store_error(in, neuron.scale_in, from_in, tree.in_features);
+      neuron.error = error.bound;
+      neuron.reach = error.reach;
       const_cast<Neuron&>(view.neuron(in)) = neuron;
     }
   }
@@ -273,9 +167,10 @@ int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float*
   return guarded([&] {
     need_not_null(packed);
     const Tree valid = checked(tree);
-    need_weights(valid, w_in, b_in, w_out, b_out);
+    const Weights<float> w = {w_in, b_in, w_out, b_out};
+    need_weights(valid, w);
     auto fresh = make_pack(valid, weights);
-    fresh->fill(w_in, b_in, w_out, b_out);
+    fresh->fill(w);
     *packed = fresh.release();
   });
 }
@@ -284,8 +179,9 @@ int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float*
                           const float* b_out) {
   return guarded([&] {
     need_not_null(packed);
-    need_weights(packed->tree, w_in, b_in, w_out, b_out);
-    packed->fill(w_in, b_in, w_out, b_out);
+    const Weights<float> w = {w_in, b_in, w_out, b_out};
+    need_weights(packed->tree, w);
+    packed->fill(w);
   });
 }
 
@@ -312,12 +208,5 @@ int32_t fastff_infer_f32(const fastff_packed* packed, const float* x, float* y, 
 }
 
 void fastff_packed_free(fastff_packed* packed) { delete packed; }
-
-void fastff_advise_huge_pages(void* data, int64_t bytes) {
-  const auto begin = reinterpret_cast<intptr_t>(data);
-  if (begin <= 0 || bytes <= 0 || bytes > std::numeric_limits<intptr_t>::max() - begin - kHugePage) return;
-  const int64_t first = round_up(begin, kHugePage), end = (begin + bytes) / kHugePage * kHugePage;
-  if (first < end) advise_huge_pages(reinterpret_cast<char*>(first), end - first);
-}
 
 }  // extern "C"

@@ -1,0 +1,42 @@
+// The instruction set in use, and the choice of a family of kernels by it.
+//
+// Every file of csrc/isa defines one table of each family, named <family>_<instruction set>. A family declares them with
+// FASTFF_DECLARE_TABLES(Type, family) and finds the one in use with FASTFF_CHOSEN_TABLE(Type, family).
+#pragma once
+
+namespace fastff {
+
+// All that this build holds, the plainest first. The order is that of FASTFF_CHOSEN_TABLE.
+enum class Isa : int {
+  scalar,
+#if defined(__x86_64__)
+  avx2,
+  avx512,
+#elif defined(__aarch64__)
+  neon,
+#endif
+};
+
+// The one in use: the best of this CPU, or the one that FASTFF_ISA names. Throws BadIsa at first use if that cannot run.
+Isa isa();
+const char* isa_name();
+void set_isa(const char* name);  // throws BadIsa
+
+template <class Table, int tables>
+const Table& chosen(const Table* const (&table)[tables]) {
+  return *table[static_cast<int>(isa())];
+}
+
+#if defined(__x86_64__)
+#define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar, family##_avx2, family##_avx512
+#define FASTFF_CHOSEN_TABLE(Type, family) \
+  ::fastff::chosen<Type>({&family##_scalar, &family##_avx2, &family##_avx512})
+#elif defined(__aarch64__)
+#define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar, family##_neon
+#define FASTFF_CHOSEN_TABLE(Type, family) ::fastff::chosen<Type>({&family##_scalar, &family##_neon})
+#else
+#define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar
+#define FASTFF_CHOSEN_TABLE(Type, family) ::fastff::chosen<Type>({&family##_scalar})
+#endif
+
+}  // namespace fastff

@@ -1,0 +1,65 @@
+// AVX-512 (F, VL, BW, DQ) with FMA.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "base/bf16.h"
+
+namespace fastff {
+namespace {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using Reg = __m512;
+  static constexpr int width = 16, registers = 32;
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set(float v) { return _mm512_set1_ps(v); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static Reg load(const Bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Reg load_n(const Bf16* p, int64_t) { return load(p); }
+  static Reg load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Reg load_n(const int8_t* p, int64_t) { return load(p); }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) _mm512_stream_ps(p, v);
+    else store(p, v);
+  }
+  static void store_n(float* p, Reg v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static float sum(Reg v) { return _mm512_reduce_add_ps(v); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = __m512d;
+  static constexpr int width = 8, registers = 32;
+  static __mmask8 first(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static Reg zero() { return _mm512_setzero_pd(); }
+  static Reg set(double v) { return _mm512_set1_pd(v); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static Reg load_n(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
+  static void stream(double* p, Reg v) { store(p, v); }
+  static void store_n(double* p, Reg v, int64_t n) { _mm512_mask_storeu_pd(p, first(n), v); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static double sum(Reg v) { return _mm512_reduce_add_pd(v); }
+};
+
+void fence() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace fastff

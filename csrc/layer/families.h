@@ -1,0 +1,2 @@
+// Every family of kernels, for the instruction set whose Vec<T> the including file has defined.
+#include "layer/tree_kernels_impl.h"
