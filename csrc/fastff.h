@@ -187,6 +187,55 @@ FASTFF_API void fastff_packed_free(fastff_packed* packed);
  * write: faulting in its small pages one by one can take as long as the layer. Advice: changes no content, never fails. */
 FASTFF_API void fastff_advise_huge_pages(void* data, int64_t bytes);
 
+/* ---- conditional matrix multiplication, for a router of the caller's own ----
+ *
+ * Every row multiplies only the leaves that were chosen for it:
+ *   y[r] = sum over s of gate[r][s] * (act(x[r] w_in[leaf[r][s]]^T + b_in[leaf[r][s]]) w_out[leaf[r][s]] + b_out[leaf[r][s]])
+ *
+ *   w_in  [leaves][in_rows][in_features]      in_rows = leaf_width * (2 for swiglu: gates, then values)
+ *   b_in  [leaves][in_rows]                   or NULL
+ *   w_out [leaves][leaf_width][out_features]
+ *   b_out [leaves][out_features]              or NULL
+ *   leaf  [rows][k]    int64, 0 to leaves - 1; the same leaf twice in a row counts twice
+ *   gate  [rows][k]    any number; what is not finite stays in its row
+ *   scores[rows][k][in_rows]    x w_in^T + b_in, which a backward needs
+ *
+ * k = 0 gives zeros. A row's sums run over its leaves in ascending order, equal ones in the order of their slots: its bits
+ * depend neither on the rows beside it nor on the number of threads. rows * k is at most 2^31 - 1. */
+typedef struct fastff_leaves {
+  int64_t in_features;
+  int64_t out_features;
+  int64_t leaves;
+  int64_t leaf_width;
+  int32_t activation; /* enum fastff_activation */
+} fastff_leaves;
+
+/* scores may be NULL. */
+FASTFF_API int32_t fastff_conditional_forward_f32(const fastff_leaves* leaves, const float* w_in, const float* b_in,
+                                                  const float* w_out, const float* b_out, const float* x,
+                                                  const int64_t* leaf, const float* gate, int64_t rows, int64_t k,
+                                                  float* y, float* scores, int32_t threads);
+FASTFF_API int32_t fastff_conditional_forward_f64(const fastff_leaves* leaves, const double* w_in, const double* b_in,
+                                                  const double* w_out, const double* b_out, const double* x,
+                                                  const int64_t* leaf, const double* gate, int64_t rows, int64_t k,
+                                                  double* y, double* scores, int32_t threads);
+
+/* Gradients of sum(y * grad_y), from `scores` of the forward, in time that the chosen leaves alone determine. Every grad_
+ * output has the shape of what it is the gradient of and is written whole, the rows of leaves that nobody chose with zeros;
+ * a NULL one is not computed. */
+FASTFF_API int32_t fastff_conditional_backward_f32(const fastff_leaves* leaves, const float* w_in, const float* w_out,
+                                                   const float* b_out, const float* x, const int64_t* leaf,
+                                                   const float* gate, const float* grad_y, int64_t rows, int64_t k,
+                                                   const float* scores, float* grad_x, float* grad_gate,
+                                                   float* grad_w_in, float* grad_b_in, float* grad_w_out,
+                                                   float* grad_b_out, int32_t threads);
+FASTFF_API int32_t fastff_conditional_backward_f64(const fastff_leaves* leaves, const double* w_in, const double* w_out,
+                                                   const double* b_out, const double* x, const int64_t* leaf,
+                                                   const double* gate, const double* grad_y, int64_t rows, int64_t k,
+                                                   const double* scores, double* grad_x, double* grad_gate,
+                                                   double* grad_w_in, double* grad_b_in, double* grad_w_out,
+                                                   double* grad_b_out, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

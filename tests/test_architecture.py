@@ -36,7 +36,7 @@ ORDER = [
     "cli",
 ]
 ONLY_IN = {
-    "ctypes": {"ops/library.py", "ops/native.py"},
+    "ctypes": {"ops/library.py", "ops/native.py", "ops/native_conditional.py"},
     "triton": {"ops/triton_kernels"},
     "transformers": {"models", "text", "train", "convert", "demo"},
 }

@@ -1,2 +1,3 @@
 // Every family of kernels, for the instruction set whose Vec<T> the including file has defined.
+#include "layer/conditional_impl.h"
 #include "layer/tree_kernels_impl.h"

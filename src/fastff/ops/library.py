@@ -50,6 +50,10 @@ def _declare(library: ctypes.CDLL) -> None:
         for kind in ("backward", "backward_visited"):
             backward = getattr(library, f"fastff_{kind}_{suffix}")
             backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
+        conditional = getattr(library, f"fastff_conditional_forward_{suffix}")
+        conditional.argtypes = [pointer] * 8 + [int64, int64, pointer, pointer, int32]
+        conditional = getattr(library, f"fastff_conditional_backward_{suffix}")
+        conditional.argtypes = [pointer] * 8 + [int64, int64] + [pointer] * 7 + [int32]
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
