@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import os
+import pickle
+import subprocess
+import sys
 
+import joblib
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +19,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 
 from fastff.errors import CheckpointError
@@ -200,3 +210,166 @@ def test_a_head_that_the_architecture_lacks_is_refused(tmp_path):
     converted("mistral", AutoModel).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="mistral has no AutoModelForMaskedLM"):
         AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_tensor_outside_the_new_layers_is_an_error(tmp_path):
+    """It would load as random numbers."""
+    converted("bert", AutoModelForMaskedLM).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    lost = ["bert.embeddings.LayerNorm.weight", "bert.encoder.layer.1.output.dense.bias"]
+    lost.append("cls.predictions.transform.dense.weight")  # a part of the head, which the others do not make anew
+    save_file({k: v for k, v in tensors.items() if k not in lost}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"missing tensor {', '.join(lost)} in"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing tensor embeddings\.LayerNorm\.weight"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+@pytest.mark.parametrize("model_type", ["bert", "ultrafastbert"])
+def test_heads_of_tokens_and_answers_start_anew_and_are_kept(model_type, auto, tmp_path):
+    if model_type == "bert":
+        converted("bert", AutoModel).save_pretrained(tmp_path)
+    else:
+        config = AutoConfig.for_model(
+            "ultrafastbert",
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            feedforward=TREE,
+        )
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    classes = {"num_labels": 5} if auto is AutoModelForTokenClassification else {}
+    model = auto.from_pretrained(tmp_path, **classes).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    labels = torch.tensor([[1, -100, 4, 0]])
+    if auto is AutoModelForTokenClassification:
+        out = model(ids, labels=labels)
+        assert out.logits.shape == (1, 4, 5)
+        want = torch.nn.functional.cross_entropy(out.logits[0, [0, 2, 3]], labels[0, [0, 2, 3]])
+    else:
+        out = model(ids, start_positions=torch.tensor([2]), end_positions=torch.tensor([3]))
+        pairs = ((out.start_logits, 2), (out.end_logits, 3))
+        want = sum(torch.nn.functional.cross_entropy(scores, torch.tensor([at])) for scores, at in pairs) / 2
+    assert torch.allclose(out.loss, want)
+    out.loss.backward()
+    head = model.classifier if auto is AutoModelForTokenClassification else model.qa_outputs
+    assert head.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids)[0], model(ids)[0])
+
+
+def _output(model):
+    with torch.no_grad():
+        return model(torch.tensor([[5, 6, 7]]))[0]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "ultrafastbert"])
+def test_models_are_pickled_as_objects(model_type, tmp_path):
+    model = converted(model_type, AutoModelForCausalLM if model_type != "bert" else AutoModel)
+    want = _output(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    joblib.dump(model, tmp_path / "model.joblib")
+    copies = [torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    for other in (*copies, joblib.load(tmp_path / "model.joblib")):
+        assert type(other) is type(model)
+        assert torch.equal(_output(other), want)
+        other.save_pretrained(tmp_path / "saved")
+    assert torch.equal(_output(type(model).from_pretrained(tmp_path / "saved", config=model.config).eval()), want)
+
+
+def test_the_configuration_has_the_sizes_that_tools_ask_for(tmp_path):
+    converted("gpt2", AutoModelForCausalLM).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 4)
+    assert (config.vocab_size, config.max_position_embeddings) == (100, 1024)
+    assert not hasattr(config, "num_key_value_heads")
+    assert not hasattr(ConvertedConfig(), "hidden_size")
+    assert "hidden_size" not in config.to_dict()
+
+
+def test_the_hub_gets_the_configuration_of_the_converted_model(tmp_path, monkeypatch):
+    uploaded = {}
+
+    def upload(self, folder, *_, **__):
+        uploaded.update(json.loads((tmp_path / "config.json").read_text()))
+
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: SimpleHub())
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: SimpleHub())
+    converted().save_pretrained(tmp_path, push_to_hub=True)
+    assert uploaded["model_type"] == "fastff-converted"
+
+
+class SimpleHub:
+    def create_repo(self, name, **_):
+        return type("Repository", (), {"repo_id": name})
+
+    def save(self, _path):
+        """The model card, of no interest here."""
+
+
+def test_only_the_main_process_writes(tmp_path):
+    converted().save_pretrained(tmp_path / "other", is_main_process=False)
+    assert list((tmp_path / "other").glob("*.json")) == []
+
+
+def test_generation_settings_are_kept(tmp_path):
+    dense = tiny("gpt2", AutoModelForCausalLM)
+    dense.generation_config.max_length = 77
+    make_converted(dense, (TREE, None)).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.max_length == 77
+
+
+UNPREPARED = """
+import pickle, sys
+from transformers import AutoConfig, AutoModel
+try:
+    AutoModel.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("loaded without being asked to")
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).hidden_size)
+with open(sys.argv[2], "rb") as file:
+    model, ids, want = pickle.load(file)
+print(type(model).__name__, bool((model(ids)[0] == want).all()))
+"""
+
+
+def run(source, *arguments, **environment):
+    """Words that a fresh interpreter prints, with nobody to answer its questions."""
+    command = [sys.executable, "-c", source, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_fresh_process_is_told_how_to_load_and_takes_a_pickled_model(tmp_path):
+    """Transformers' error must not only advise to upgrade; a pool's process knows nothing of the classes made here."""
+    model, ids = converted("gpt2"), torch.tensor([[5, 6, 7]])
+    converted().save_pretrained(tmp_path / "model")
+    (tmp_path / "pickle").write_bytes(pickle.dumps((model, ids, _output(model))))
+    words = run(UNPREPARED, tmp_path / "model", tmp_path / "pickle", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert words[-4:] == ["ConvertedBertModel", "32", "ConvertedGPT2Model", "True"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 2**31])
+def test_a_number_of_blocks_without_descriptions_is_refused_before_it_is_built(count, tmp_path):
+    converted().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["base"]["num_hidden_layers"] = count
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"2 feedforward descriptions for {count} blocks"):
+        AutoModel.from_pretrained(tmp_path)

@@ -95,6 +95,7 @@ class FFF(nn.Module):
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
     _leaf_counts: Tensor
+    masked_training: bool = False  # train by products over all neurons and a mask: the same function at dense cost
     # _quantized_forward for torch.compile to leave alone; made when first needed, since making it imports the compiler.
     _outside_graphs: ClassVar[Callable[[FFF, Tensor], Routed]]
 
@@ -190,8 +191,8 @@ class FFF(nn.Module):
             y = self._shortcut(x)
             if y is not None:
                 return y
-        if self.surrogate is not None and self.training:
-            return self._surrogate_forward(x)
+        if self.training and (self.surrogate is not None or self.masked_training):
+            return self._dense_cost_forward(x)
         routed = self.routed(x)
         if self.training or self._track_in_eval:
             self._count(routed.leaf)
@@ -317,7 +318,7 @@ class FFF(nn.Module):
         lead = x.shape[:-1]
         return Mixed(mixed.y.reshape(*lead, -1), mixed.entropy, mixed.mixture.reshape(*lead, *mixed.mixture.shape[1:]))
 
-    def _surrogate_forward(self, x: Tensor) -> Tensor:
+    def _dense_cost_forward(self, x: Tensor) -> Tensor:
         if self.surrogate == "soft":
             mixed = self.soft(x)
             self._entropy = mixed.entropy
@@ -325,7 +326,8 @@ class FFF(nn.Module):
             return mixed.y
         check_shapes(x, *self._weights(), config=self.config)
         rows = x.reshape(-1, self.config.in_features)
-        routed = reference.forward_masked(rows, *self._weights(), config=self.config, straight_through=True)
+        straight = self.surrogate == "straight_through"
+        routed = reference.forward_masked(rows, *self._weights(), config=self.config, straight_through=straight)
         self._count(routed.leaf)
         return routed.y.reshape(*x.shape[:-1], -1)
 

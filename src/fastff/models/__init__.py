@@ -8,18 +8,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from fastff.models.converted import ConvertedConfig, make_converted, register
 from fastff.models.encoder.checkpoint import convert_published
 from fastff.models.encoder.configuration import CrammedBertConfig, UltraFastBertConfig
-from fastff.models.encoder.modeling import (
+from fastff.models.encoder.heads import (
     UltraFastBertForCausalLM,
     UltraFastBertForMaskedLM,
+    UltraFastBertForQuestionAnswering,
     UltraFastBertForSequenceClassification,
-    UltraFastBertModel,
+    UltraFastBertForTokenClassification,
 )
+from fastff.models.encoder.modeling import UltraFastBertModel
 from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, build_feedforward, quantize
 
 __all__ = [
@@ -29,7 +33,9 @@ __all__ = [
     "UltraFastBertConfig",
     "UltraFastBertForCausalLM",
     "UltraFastBertForMaskedLM",
+    "UltraFastBertForQuestionAnswering",
     "UltraFastBertForSequenceClassification",
+    "UltraFastBertForTokenClassification",
     "UltraFastBertModel",
     "build_feedforward",
     "convert_published",
@@ -42,5 +48,7 @@ AutoConfig.register(CrammedBertConfig.model_type, CrammedBertConfig)
 AutoModel.register(UltraFastBertConfig, UltraFastBertModel)
 AutoModelForCausalLM.register(UltraFastBertConfig, UltraFastBertForCausalLM)
 AutoModelForMaskedLM.register(UltraFastBertConfig, UltraFastBertForMaskedLM)
+AutoModelForQuestionAnswering.register(UltraFastBertConfig, UltraFastBertForQuestionAnswering)
 AutoModelForSequenceClassification.register(UltraFastBertConfig, UltraFastBertForSequenceClassification)
+AutoModelForTokenClassification.register(UltraFastBertConfig, UltraFastBertForTokenClassification)
 register()

@@ -3,7 +3,8 @@
 A directory written here holds `config.json` with model_type "fastff-converted": the original configuration and, per
 block, the description of its new feedforward (`fastff.models.feedforward`) or null where the dense layer stayed. After
 `import fastff.models` the Auto classes load it: the result is the original Transformers class with other layers inside,
-so generation, heads and pooling work as before.
+so generation, heads and pooling work as before. For those who did not import it, `fastff_models.py` does, if they pass
+`trust_remote_code=True`, which Transformers' error then asks for.
 """
 
 # Transformers' own methods are not typed.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -22,7 +24,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -31,9 +36,25 @@ from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward, complete, split_shared
+from fastff.models.weight_files import check_dtypes, hub_options, naming, stored_dtypes
 
 # Of the arguments of from_pretrained these are the model's own, whatever its configuration.
 LOADING = ("dtype", "torch_dtype", "attn_implementation", "name_or_path", "return_unused_kwargs")
+# What tools ask the configuration of any transformer; the original one answers.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_LOADER = "fastff_models"
+_LOADER_SOURCE = """# The classes of this model, for trust_remote_code=True; `import fastff.models` does the same.
+from fastff.models.converted import *
+"""
 
 
 class ConvertedConfig(PreTrainedConfig):
@@ -49,20 +70,36 @@ class ConvertedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.base is None:
             return  # Transformers makes an empty configuration to find what differs from the defaults
-        family_of(self.base.get("model_type", ""))
+        if not isinstance(self.feedforwards, list | tuple | None):
+            raise CheckpointError(f"'feedforwards' {self.feedforwards!r} is not a list")
+        _original(self.base)
         for description in self.feedforwards or ():
             if description is not None:
                 complete(split_shared(description)[0])
 
+    def __getattr__(self, name: str) -> Any:
+        if name not in _SIZES or self.__dict__.get("base") is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.base_config(), name)
+
     def base_config(self) -> PreTrainedConfig:
-        """The original configuration as an object, with the descriptions in `fastff_feedforwards`."""
+        """The original configuration as an object, with the descriptions in `fastff_feedforwards`.
+
+        Raises CheckpointError for one that does not describe a model with as many blocks."""
         if self.base is None or self.feedforwards is None:
             raise CheckpointError("a converted model's configuration needs 'base' and 'feedforwards'")
-        config = AutoConfig.for_model(**self.base)
+        config: PreTrainedConfig = _original(self.base)
+        blocks = getattr(config, "num_hidden_layers", None)
+        if blocks != len(self.feedforwards):
+            raise CheckpointError(f"{len(self.feedforwards)} feedforward descriptions for {blocks} blocks")
         config.fastff_feedforwards = self.feedforwards
         if self._attn_implementation is not None:
             config._attn_implementation = self._attn_implementation
         return config
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: a saved directory names its loader anyway, and this class's own source is not to be copied."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
@@ -71,8 +108,7 @@ class ConvertedConfig(PreTrainedConfig):
         base = config_dict.get("base")
         if base is None:
             return made(config_dict, **kwargs)
-        family_of(base.get("model_type", ""))
-        original = AutoConfig.for_model(**base)
+        original = _original(base)
         given = {name: kwargs[name] for name in kwargs if name not in LOADING and hasattr(original, name)}
         if not given:
             return made(config_dict, **kwargs)
@@ -81,6 +117,17 @@ class ConvertedConfig(PreTrainedConfig):
         empty = cls()
         rest = {name: value for name, value in kwargs.items() if name not in given or hasattr(empty, name)}
         return made({**config_dict, "base": original.to_dict()}, **rest)
+
+
+def _original(base: Any) -> Any:
+    """The configuration of a foreign architecture. Raises CheckpointError."""
+    if not isinstance(base, dict):
+        raise CheckpointError(f"'base' {base!r} is not a dict")
+    family_of(base.get("model_type", ""))
+    try:
+        return AutoConfig.for_model(**base)
+    except Exception as error:  # each architecture checks in its own way, and all mean the same here
+        raise CheckpointError(f"'base' of a converted model's configuration describes no model: {error}") from error
 
 
 class _Converted:
@@ -107,14 +154,40 @@ class _Converted:
         load: Any = PreTrainedModel.from_pretrained
         return load.__func__(cls, *arguments, **options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
-        converted_config(self.config, original_class(self)).save_pretrained(save_directory)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)  # type: ignore[misc]
+        if is_main_process:
+            self._write_configuration(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
+        # Called within save_pretrained(push_to_hub=True): the hub, too, gets the configuration of a converted model.
+        self._write_configuration(working_dir)
+        return super()._upload_modified_files(working_dir, *arguments, **options)  # type: ignore[misc]
+
+    def _write_configuration(self, folder: str | os.PathLike[str]) -> None:
+        if Path(folder, "config.json").exists():  # PEFT's format saves adapters alone
+            converted_config(self.config, original_class(self)).save_pretrained(folder)
+            Path(folder, f"{_LOADER}.py").write_text(_LOADER_SOURCE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made in each process from the original one, which can be imported.
+        return _empty, (_original_type(self),), self.__dict__
+
+
+def _empty(original: type) -> Any:
+    converted: Any = _class_for(original)
+    return converted.__new__(converted)
+
+
+def _original_type(model: object) -> type:
+    return next(c for c in type(model).__mro__ if c.__module__ != __name__)
 
 
 def original_class(model: object) -> str:
     """Name of the class, without the layers swapped, that a (converted or not) model is."""
-    return next(c.__name__ for c in type(model).__mro__ if c.__module__ != __name__)
+    return _original_type(model).__name__
 
 
 def converted_config(config: PreTrainedConfig, architecture: str) -> ConvertedConfig:
@@ -122,7 +195,10 @@ def converted_config(config: PreTrainedConfig, architecture: str) -> ConvertedCo
     base = config.to_dict()
     feedforwards = base.pop("fastff_feedforwards")
     base["architectures"] = [architecture]
-    return ConvertedConfig(base=base, feedforwards=feedforwards, architectures=[architecture])
+    made = ConvertedConfig(base=base, feedforwards=feedforwards, architectures=[architecture])
+    classes: dict[str, type] = {"AutoConfig": ConvertedConfig, **AUTO_CLASSES}
+    made.auto_map = {name: f"{_LOADER}.{found.__name__}" for name, found in classes.items()}
+    return made
 
 
 def swap(model: nn.Module, descriptions: Sequence[Mapping[str, Any] | None]) -> None:
@@ -141,8 +217,13 @@ def make_converted(model: PreTrainedModel, descriptions: Sequence[Mapping[str, A
     """A converted copy of a live model, with fresh layers where a description is not None and its weights elsewhere."""
     config = copy.deepcopy(model.config)
     config.fastff_feedforwards = [None if d is None else dict(d) for d in descriptions]
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise CheckpointError("weights of the model are on meta, not in memory: load it without offloading")
     converted: Any = _class_for(type(model))(config)
-    converted.load_state_dict(model.state_dict(), strict=False)  # the dense layers' own tensors are left over
+    converted.load_state_dict(weights, strict=False)  # the dense layers' own tensors are left over
+    if getattr(model, "generation_config", None) is not None:
+        converted.generation_config = copy.deepcopy(model.generation_config)
     moved: PreTrainedModel = converted.to(device=model.device, dtype=model.dtype).train(model.training)
     return moved
 
@@ -178,18 +259,42 @@ class _AutoConverted:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-        """As in Transformers. Raises CheckpointError if a replaced layer's tensor is missing."""
+        """As in Transformers, but strict: a head that the directory does not have at all starts anew. Any other missing
+        or (unless ignore_mismatched_sizes=True) misshapen tensor and a damaged file raise CheckpointError."""
         config = options.pop("config", None) or ConvertedConfig.from_pretrained(path)
         base = config.base_config()
         wants_info = options.pop("output_loading_info", False)
-        model, info = cls._class_of(base).from_pretrained(
-            path, *arguments, config=base, output_loading_info=True, **options
-        )
-        layers = {name for name, module in model.named_modules() if isinstance(module, ConvertedFeedforward)}
-        missing = sorted(key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in layers))
+        made = cls._class_of(base)
+        stored = stored_dtypes(path, hub_options(options))
+        with naming(path, lambda: made._from_config(copy.deepcopy(base))):
+            model, info = made.from_pretrained(path, *arguments, config=base, output_loading_info=True, **options)
+        saved_by = (config.architectures or [None])[0]
+        missing = _wrongly_missing(model, info["missing_keys"], original_class(model) == saved_by)
         if missing:
             raise CheckpointError(f"missing tensor {', '.join(missing)} in {path}")
+        check_dtypes(path, model, stored)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing, as in ConvertedConfig."""
+
+
+def _wrongly_missing(model: Any, missing: Collection[str], same_class: bool) -> list[str]:
+    """Tensors that should have been in a directory: all, but a head or a pooler of which it has nothing, when another
+    class wrote it."""
+    prefix = f"{model.base_model_prefix}."
+    parts: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        inside = name.removeprefix(prefix)
+        head = not name.startswith(prefix) and model is not model.base_model
+        parts.setdefault("head" if head else "pooler" if inside.startswith("pooler.") else "body", []).append(name)
+    anew: set[str] = set()
+    for part in ("head", "pooler"):
+        names = set(parts.get(part, ())) - set(model.all_tied_weights_keys)
+        if names <= set(missing) and not same_class:
+            anew |= names
+    return sorted(set(missing) - anew)
 
 
 class ConvertedModel(_AutoConverted):
@@ -208,8 +313,23 @@ class ConvertedForSequenceClassification(_AutoConverted):
     auto = AutoModelForSequenceClassification
 
 
+class ConvertedForTokenClassification(_AutoConverted):
+    auto = AutoModelForTokenClassification
+
+
+class ConvertedForQuestionAnswering(_AutoConverted):
+    auto = AutoModelForQuestionAnswering
+
+
+class ConvertedForMultipleChoice(_AutoConverted):
+    auto = AutoModelForMultipleChoice
+
+
+AUTO_CLASSES: dict[str, type[_AutoConverted]] = {c.auto.__name__: c for c in _AutoConverted.__subclasses__()}
+
+
 def register() -> None:
     """Make the Auto classes know converted models."""
     AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
-    for found in (ConvertedModel, ConvertedForMaskedLM, ConvertedForCausalLM, ConvertedForSequenceClassification):
+    for found in AUTO_CLASSES.values():
         found.auto.register(ConvertedConfig, found)

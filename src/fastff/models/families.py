@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastff.errors import CheckpointError
 from fastff.models.feedforward import GATED_ACTIVATIONS, DenseFeedforward
@@ -118,25 +119,37 @@ def activation_name(config: Any) -> str:
     raise CheckpointError(f"the configuration of {config.model_type} names no activation")
 
 
+def _plain(module: Any) -> Any:
+    """A projection whose weight is all that it computes with: no adapter, quantised or offloaded layer, whose module
+    gives something else. Raises CheckpointError."""
+    hooked = hasattr(module, "_hf_hook") or module.weight.is_meta if type(module) in (nn.Linear, Conv1D) else True
+    if hooked:
+        raise CheckpointError(
+            f"{type(module).__module__}.{type(module).__name__} stands where an ordinary layer is expected whose "
+            "weights can be read: merge adapters and load without quantisation and offloading"
+        )
+    return module
+
+
 def _read_bert(block: Any, config: Any) -> DenseWeights:
-    up, down = block.intermediate.dense, block.output.dense
+    up, down = _plain(block.intermediate.dense), _plain(block.output.dense)
     return DenseWeights(up.weight, up.bias, down.weight.t(), down.bias, activation_name(config))
 
 
 def _read_gpt2(block: Any, config: Any) -> DenseWeights:
-    up, down = block.mlp.c_fc, block.mlp.c_proj  # their weights are (in, out)
+    up, down = _plain(block.mlp.c_fc), _plain(block.mlp.c_proj)  # their weights are (in, out)
     return DenseWeights(up.weight.t(), up.bias, down.weight, down.bias, activation_name(config))
 
 
 def _read_llama(block: Any, config: Any) -> DenseWeights:
-    gate, up, down = block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj
+    gate, up, down = map(_plain, (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj))
     return DenseWeights(
         gate.weight, gate.bias, down.weight.t(), down.bias, activation_name(config), v_in=up.weight, v_b=up.bias
     )
 
 
 def _read_modernbert(block: Any, config: Any) -> DenseWeights:
-    both, down = block.mlp.Wi, block.mlp.Wo
+    both, down = _plain(block.mlp.Wi), _plain(block.mlp.Wo)
     (w_in, v_in) = both.weight.chunk(2)
     (b_in, v_b) = (None, None) if both.bias is None else both.bias.chunk(2)
     return DenseWeights(w_in, b_in, down.weight.t(), down.bias, activation_name(config), v_in=v_in, v_b=v_b)
@@ -146,7 +159,7 @@ def _read_ours(block: Any, config: Any) -> DenseWeights:
     layer = block.feedforward
     if not isinstance(layer, DenseFeedforward):
         raise CheckpointError(f"feedforward {type(layer).__name__} is not a dense layer: nothing is to be converted")
-    up, down = layer.linear_in, layer.linear_out
+    up, down = _plain(layer.linear_in), _plain(layer.linear_out)
     if layer.activation not in GATED_ACTIVATIONS:
         return DenseWeights(up.weight, up.bias, down.weight.t(), down.bias, layer.activation)
     w_in, v_in = up.weight.chunk(2)

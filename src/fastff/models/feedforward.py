@@ -17,12 +17,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
 from fastff.layers import FFF, Quantization
-from fastff.ops import reference
 from fastff.ops.reference import activate
 
 GATED_ACTIVATIONS = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
@@ -99,7 +97,8 @@ class DenseFeedforward(nn.Module):
     @property
     def flops_per_row(self) -> int:
         """Floating-point operations of one row's matrix work (a multiply and an add are two)."""
-        return 2 * (self.linear_in.weight.numel() + self.linear_out.weight.numel())
+        layers = (self.linear_in, self.linear_out)
+        return 2 * sum(layer.in_features * layer.out_features for layer in layers)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, neurons={self.neurons}"
@@ -110,9 +109,6 @@ class ConvertedFeedforward(nn.Module):
 
     The description of a tree may add `shared`: neurons of an ordinary layer beside the trees, computed for every row;
     their activation is `shared_activation` (default: the trees' own, geglu's kind where the leaves are gated).
-
-    masked_training  compute a tree by dense products and a mask while training: the same function at dense cost,
-                     faster than conditional kernels for small layers on a GPU
     """
 
     def __init__(
@@ -128,28 +124,26 @@ class ConvertedFeedforward(nn.Module):
             self.shared = DenseFeedforward(hidden_size, **beside, device=device)
             self.shared.linear_out.register_parameter("bias", None)  # there is one for the sum
         self.bias = nn.Parameter(torch.zeros(hidden_size, device=device))
-        self.masked_training = False
 
     def forward(self, x: Tensor) -> Tensor:
+        # New memory for every sum: a hook may keep what a part gave, or give the same tensor again and again.
         if self.layer is None:
-            return self.bias.expand_as(x)
-        if self.masked_training and self.training and isinstance(self.layer, FFF):
-            rows = x.reshape(-1, self.layer.in_features)
-            weights = (self.layer.w_in, self.layer.b_in, self.layer.w_out, self.layer.b_out)
-            y = reference.forward_masked(rows, *weights, config=self.layer.config).y.reshape(x.shape)
-        else:
-            y = self.layer(x)
-        return self._with_shared(x, y)
+            return self.bias.expand_as(x).clone(memory_format=torch.contiguous_format)
+        y: Tensor = self.layer(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y + self.bias
 
-    def _with_shared(self, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the shared part and the bias, in y's own memory where no gradient needs it as it was."""
-        if self.shared is None:
-            return y + self.bias if y.requires_grad or y.dtype != self.bias.dtype else y.add_(self.bias)
-        value, weight = self.shared.values(x), self.shared.linear_out.weight
-        if y.requires_grad or not y.dtype == value.dtype == weight.dtype:
-            return y + F.linear(value, weight, self.bias)
-        y.view(-1, y.shape[-1]).addmm_(value.view(-1, value.shape[-1]), weight.t())
-        return y.add_(self.bias)
+    @property
+    def masked_training(self) -> bool:
+        """Whether a tree is computed by dense products and a mask while training: the same function at dense cost,
+        faster than conditional kernels for small layers on a GPU."""
+        return isinstance(self.layer, FFF) and self.layer.masked_training
+
+    @masked_training.setter
+    def masked_training(self, enabled: bool) -> None:
+        if isinstance(self.layer, FFF):
+            self.layer.masked_training = enabled
 
     @property
     def neurons(self) -> int:

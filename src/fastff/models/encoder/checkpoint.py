@@ -7,33 +7,44 @@ Auto classes need a `config.json`; the model classes and `convert_published` rea
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils.hub import cached_file
 
 from fastff.errors import CheckpointError
 from fastff.models.encoder import published
 from fastff.models.encoder.configuration import UltraFastBertConfig
+from fastff.models.weight_files import (
+    Source,
+    check_dtypes,
+    hub_options,
+    locate,
+    naming,
+    read_object,
+    stored_dtypes,
+)
 
 _HEADS = frozenset(
-    f"{name}.{part}" for name in ("decoder", "pooler.dense", "classifier") for part in ("weight", "bias")
+    f"{name}.{part}" for name in ("decoder", "pooler.dense", "classifier", "qa_outputs") for part in ("weight", "bias")
 )
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-
-Source = str | os.PathLike[str]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 
 
 def load(
@@ -50,7 +61,7 @@ def load(
 
     Returns the model, or with output_loading_info the model and what Transformers reports. Raises CheckpointError.
     """
-    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    hub = hub_options(kwargs)
     options: dict[str, Any] = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config_file, content = _read_config(source, hub)
     saved_by: str | None
@@ -64,11 +75,10 @@ def load(
         model, info = transformers_load(None, *model_args, config=config, state_dict=state, **options)
         model.name_or_path = model.config.name_or_path = str(source)
     else:
-        saved_by = _check_own(source, content, config)
-        try:
+        saved_by, stored = _check_own(source, content, config), stored_dtypes(source, hub)
+        with naming(source, lambda: model_class(config or UltraFastBertConfig.from_dict(content or {}))):
             model, info = transformers_load(source, *model_args, config=config, **options)
-        except SafetensorError as error:
-            raise CheckpointError(f"{source} holds weights that cannot be read: {error}") from error
+        check_dtypes(source, model, stored)
     _check_loaded(source, model, info, saved_by, ignore_mismatched_sizes)
     return (model, info) if output_loading_info else model
 
@@ -90,29 +100,18 @@ def convert_published(source: Source, target: Source) -> Path:
     config.save_pretrained(path)
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     for name in _TOKENIZER_FILES:
-        found = _locate(source, name, {})
+        found = locate(source, name, {})
         if found is not None:
             shutil.copyfile(found, path / name)
     return path
 
 
-def _locate(source: Source, name: str, hub: dict[str, Any]) -> str | None:
-    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    return found
-
-
 def _read_config(source: Source, hub: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
     """Path and content of the configuration file, None if there is none."""
-    path = _locate(source, "config.json", hub) or _locate(source, "model_config.json", hub)
+    path = locate(source, "config.json", hub) or locate(source, "model_config.json", hub)
     if path is None:
         return None, None
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
-    return path, content
+    return path, read_object(path)
 
 
 def _check_own(source: Source, content: dict[str, Any] | None, config: Any) -> str | None:
@@ -125,7 +124,7 @@ def _check_own(source: Source, content: dict[str, Any] | None, config: Any) -> s
     if found != known:
         raise CheckpointError(f"{source} has model_type {found!r}, expected {known!r} or {published.MODEL_TYPE!r}")
     names = content.get("architectures") or [None]
-    return str(names[0])
+    return str(names[0]) if isinstance(names, list) else None
 
 
 def _read_published(
@@ -142,15 +141,15 @@ def _read_published(
 
 
 def _read_weights(source: Source, hub: dict[str, Any]) -> dict[str, Tensor]:
-    path = _locate(source, "model.safetensors", hub)
+    path = locate(source, "model.safetensors", hub)
     read: Callable[[str], Any] = load_file
     if path is None:
-        path, read = _locate(source, "pytorch_model.bin", hub), _load_pickle
+        path, read = locate(source, "pytorch_model.bin", hub), _load_pickle
     if path is None:
         raise CheckpointError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
     try:
         state = read(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle makes its reader fail in any way
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} does not hold a dict of tensors")
@@ -169,15 +168,18 @@ def _check_loaded(
     own_modules = {name.partition(".")[0] for name in own}
     foreign_heads = {name for name in _HEADS if name.partition(".")[0] not in own_modules}
     head = (own & _HEADS) - set(model.all_tied_weights_keys)
+    mismatched = {entry[0]: entry[1:] for entry in mismatched}
+    if saved_by != type(model).__name__:  # another class's head of the same name
+        missing = missing | (mismatched.keys() & head)
+        mismatched = {name: both for name, both in mismatched.items() if name not in head}
     starts_anew = head <= missing and saved_by != type(model).__name__
     problems = [
         *_named("missing", missing - head if starts_anew else missing),
         *_named("unexpected", unexpected - foreign_heads),
     ]
     if not allow_mismatched:
-        problems += (
-            f"{name} has shape {tuple(found)}, expected {tuple(expected)}" for name, found, expected in mismatched
-        )
+        shapes = {name: [tuple(shape) for shape in both] for name, both in mismatched.items()}
+        problems += (f"{name} has shape {found}, expected {expected}" for name, (found, expected) in shapes.items())
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
 

@@ -1,4 +1,4 @@
-"""UltraFastBERT models: pre-norm encoder, scaled sinusoidal positions, any feedforward of `fastff.models.feedforward`.
+"""The UltraFastBERT encoder: pre-norm, scaled sinusoidal positions, any layer of `fastff.models.feedforward`.
 
 Shapes  input_ids (batch, length) int64, hidden states (batch, length, hidden_size).
 Source  Belcak & Wattenhofer 2023, arXiv:2311.10770; Geiping & Goldstein 2022, arXiv:2212.14034 (the cramming recipe).
@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    CausalLMOutput,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
@@ -143,28 +138,6 @@ class Layer(GradientCheckpointingLayer):
         if self.feedforward is not None:
             hidden = hidden + self.dropout(self.feedforward(self.feedforward_norm(hidden)))
         return hidden, weights
-
-
-class Pooler(nn.Module):
-    """One vector (batch, head_dim) for a sequence; `config.pooler` says of which positions."""
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        super().__init__()
-        self.kind = config.pooler
-        self.dense = nn.Linear(config.hidden_size, config.head_dim)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """hidden (batch, length, hidden_size), attention_mask (batch, length) or None."""
-        if self.kind == "zero_index":
-            pooled = hidden[:, 0]
-        elif self.kind == "avg" or attention_mask is None:
-            pooled = hidden.mean(1)
-        else:
-            kept = attention_mask.to(hidden.dtype).unsqueeze(-1)
-            pooled = (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
-        vector: Tensor = self.dropout(self.dense(pooled).tanh())
-        return vector
 
 
 class UltraFastBertPreTrainedModel(PreTrainedModel):
@@ -296,135 +269,3 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
         if self.config.is_decoder:
             return create_causal_mask(self.config, hidden, attention_mask, None)
         return create_bidirectional_mask(self.config, hidden, attention_mask)
-
-
-class _WithDecoder(UltraFastBertPreTrainedModel):
-    """The encoder with a decoder tied to the word embedding, without head transform."""
-
-    _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}  # noqa: RUF012
-    _output: type[MaskedLMOutput | CausalLMOutput]
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        super().__init__(config)
-        self.encoder = UltraFastBertModel(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.decoder = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **loss_options: Any,
-    ) -> MaskedLMOutput | CausalLMOutput:
-        """Logits and, with labels, the mean cross-entropy (nats) over what they name.
-
-        labels        (batch, length) int64, -100 where nothing counts. A masked-word model predicts each at its
-                      place; a causal one shifts by one here, so that labels are usually input_ids themselves
-        loss_options  as Transformers' loss functions take them, such as num_items_in_batch
-        Other arguments as for UltraFastBertModel.
-
-        logits are (batch, length, vocab_size); of a masked-word model with config.sparse_prediction, in training mode
-        and with labels, they are (labelled positions, vocab_size), in the order of the flattened labels.
-        """
-        encoded = self.encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        hidden = encoded.last_hidden_state
-        if labels is not None and self.training and self.config.sparse_prediction and not self.config.is_decoder:
-            chosen = labels != -100
-            hidden, labels = hidden[chosen], labels[chosen]
-        logits = self.decoder(hidden)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_options)
-        return self._output(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
-
-
-class UltraFastBertForMaskedLM(_WithDecoder):
-    """The encoder with a decoder that fills in masked words. Raises ValueError for `config.is_decoder`."""
-
-    _output = MaskedLMOutput
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        if config.is_decoder:
-            raise ValueError("is_decoder True is for UltraFastBertForCausalLM; a masked-word model needs False")
-        super().__init__(config)
-
-
-class UltraFastBertForCausalLM(_WithDecoder):
-    """The stack as a left-to-right language model. Raises ValueError unless `config.is_decoder`.
-
-    It keeps no cache of keys and values and does not generate: it is here to train and to score.
-    """
-
-    _output = CausalLMOutput
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        if not config.is_decoder:
-            raise ValueError("is_decoder False is for a masked-word model; UltraFastBertForCausalLM needs True")
-        super().__init__(config)
-
-
-class UltraFastBertForSequenceClassification(UltraFastBertPreTrainedModel):
-    """The encoder with a pooler and a linear classifier (or, with one label, a regressor)."""
-
-    def __init__(self, config: UltraFastBertConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels or 0
-        self.encoder = UltraFastBertModel(config)
-        self.pooler = Pooler(config)
-        self.classifier = nn.Linear(config.head_dim, self.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **loss_options: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels) and, with labels, the loss.
-
-        labels  (batch,) float for one label: mean squared error; (batch,) int64 classes: cross-entropy;
-                (batch, num_labels) float: binary cross-entropy. config.problem_type, when set, decides.
-        Other arguments as for UltraFastBertForMaskedLM.
-        """
-        encoded = self.encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        logits = self.classifier(self.pooler(encoded.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **loss_options)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
