@@ -42,12 +42,20 @@ def why_unavailable() -> str | None:
 
 def why_not(x: Tensor, config: TreeConfig) -> str | None:
     """The reason why these kernels cannot take this input, None if they can."""
+    reason = why_not_tensor(x)
+    if reason is not None:
+        return reason
+    if config.gate not in (None, "boundary"):
+        return f"backend 'triton' has no gate {config.gate!r}"
+    return None
+
+
+def why_not_tensor(x: Tensor) -> str | None:
+    """The reason why no kernel here can take this dtype and device, None if they can."""
     if x.dtype not in _DTYPES:
         return _wrong_dtype(x.dtype)
     if x.device.type != "cuda" and not _interpreted():
         return f"backend 'triton' needs tensors on a CUDA device, x is on {x.device}"
-    if config.gate not in (None, "boundary"):
-        return f"backend 'triton' has no gate {config.gate!r}"
     return None
 
 

@@ -1,0 +1,129 @@
+"""Conditional products on a GPU: rows grouped by their leaf, tensor cores for each group, no product thrown away.
+
+Rows are sorted by the leaf that stands in each place of their list of leaves (a slot). One kernel takes them to the
+neurons' values, over all slots at once; the values then spread over y slot after slot, each adding to the last, so
+that sums have one order and need no atomics: x is read, and y read and written, once for every slot. Blocks of rows
+that stay in the second-level cache were tried and are slower: more launches, each too small. The interface is that of
+every kernel module of ops.conditional.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastff.ops import triton_kernels
+from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
+
+MOST_COLUMNS = 64  # neurons of a leaf that one program takes: their products stay in registers
+MOST_LEAVES = 4096  # groups of the counting sort
+PROGRAMS = 528  # enough for a weight gradient to fill a GPU: four for each of 132 multiprocessors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tiles: of the kernels that take rows to neurons; spread: of the one that takes neurons to features (its rows are
+    those of `tiles`); outer: of the weight gradients, whose `inner` is rows; splits: parts into which the rows of a
+    leaf are cut there."""
+
+    tiles: Tiles
+    spread: Tiles
+    outer: Tiles
+    splits: int = 1
+
+
+def plan(rows: int, leaves: int, width: int, features: int) -> Plan:
+    """Tiles as high as a leaf has rows in one slot, if all leaves are used alike."""
+    columns = max(16, min(MOST_COLUMNS, power_of_two(width)))
+    height = max(16, min(64, power_of_two(ceil_div(rows, leaves))))
+    across = ceil_div(features, 128)
+    return Plan(
+        Tiles(rows=height, columns=columns, inner=64, outer=0, warps=4, stages=4),
+        Tiles(rows=height, columns=MOST_COLUMNS, inner=0, outer=128, warps=4, stages=1),
+        Tiles(rows=0, columns=MOST_COLUMNS, inner=64, outer=128, warps=4, stages=3),
+        splits=max(1, min(16, PROGRAMS // (leaves * across), ceil_div(rows, leaves * 128))),
+    )
+
+
+def why_unavailable() -> str | None:
+    """The reason why these kernels cannot run on this machine, None if they can."""
+    return triton_kernels.why_unavailable()
+
+
+def why_not(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
+    """The reason why these kernels cannot take these tensors, None if they can."""
+    reason = triton_kernels.why_not_tensor(x)
+    if reason is None and w_in.shape[0] > MOST_LEAVES:
+        reason = f"backend 'triton' sorts rows by at most {MOST_LEAVES} leaves, these are {w_in.shape[0]}"
+    return reason
+
+
+def forward(
+    x: Tensor,
+    leaf: Tensor,
+    gate: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """y (rows, out_features) and scores (rows, k, in_rows), which the backward needs; sums are in float32."""
+    rows, slots = leaf.shape
+    if rows == 0 or slots == 0:
+        return x.new_zeros(rows, w_out.shape[2]), x.new_empty(rows, slots, w_in.shape[1])
+    y, scores = _run("forward", (x, leaf, gate, w_in, b_in, w_out, b_out), activation)
+    return y, scores
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    leaf: Tensor,
+    gate: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    scores: Tensor,
+    *,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate, w_in, b_in, w_out, b_out, in their dtype; an empty tensor for an absent bias.
+
+    Leaves that no row uses get exactly zero. Deterministic: sums run in a fixed order, in float32."""
+    rows, slots = leaf.shape
+    if rows == 0 or slots == 0:
+        given = (x, gate, w_in, b_in, w_out, b_out)
+        gx, ggate, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
+        return gx, ggate, gw_in, gb_in, gw_out, gb_out
+    operands = (grad_y, x, leaf, gate, w_in, b_in, w_out, b_out, scores)
+    gx, ggate, gw_in, gb_in, gw_out, gb_out = _run("backward", operands, activation)
+    return gx, ggate, gw_in, gb_in, gw_out, gb_out
+
+
+def _run(kind: str, operands: tuple[Tensor | None, ...], activation: str) -> tuple[Tensor, ...]:
+    """One pass, recorded by all that decides what it allocates and launches."""
+    from fastff.ops.triton_kernels import conditional_kernels
+    from fastff.ops.triton_kernels.launch import replay
+    from fastff.ops.triton_kernels.linear import precision_of
+
+    operands = triton_kernels.contiguous(*operands)
+    x: Tensor = operands[0]  # type: ignore[assignment]  # or grad_y: of the same rows, dtype and device
+    w_in, w_out = operands[-4 if kind == "forward" else -5], operands[-2 if kind == "forward" else -3]
+    assert w_in is not None
+    assert w_out is not None
+    chosen = plan(x.shape[0], w_in.shape[0], w_out.shape[1], max(w_in.shape[2], w_out.shape[2]))
+    function: Any = getattr(conditional_kernels, kind)
+    shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in operands)
+    key = (function, chosen, shapes, activation, x.dtype, x.device, precision_of(x.dtype))
+
+    def run(*given: Tensor | None) -> tuple[Tensor, ...]:
+        return triton_kernels.fitting(chosen, lambda fitted: function(*given, activation=activation, plan=fitted))
+
+    with triton_kernels.on_device(x):
+        return replay(key, run, *operands)
