@@ -11,7 +11,7 @@ from torch import nn
 import fastff
 from fastff.inspect import collect, turns, visited
 from fastff.inspect.picture import draw_path, draw_tree, relative_use
-from fastff.layers import Usage
+from fastff.routers import Usage
 
 
 @pytest.fixture

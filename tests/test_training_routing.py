@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import make_layer, make_rows
 from fastff.errors import TrainingError
-from fastff.layers import Usage
+from fastff.routers import Usage
 from fastff.train.routing import Health, LayerTraining, Pace, balance, layer_training
 
 

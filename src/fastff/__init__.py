@@ -8,6 +8,7 @@ from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
 from fastff.files import load, save
 from fastff.layers import FFF
+from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "BackendUnavailable",
     "CheckpointError",
     "FastffError",
+    "FlatRouter",
+    "ProductKeyRouter",
     "ShapeError",
     "TreeConfig",
+    "TreeRouter",
     "load",
     "ops",
     "save",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fastff.ops.cost import mostly_active
 from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
 from fastff.ops.native import PackedLayer
 from fastff.ops.reference import Mixed, Routed
+from fastff.routers.usage import Usage
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
 _grad_enabled, _compiling, _autocast_enabled = (
@@ -38,40 +39,6 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees eac
 
 Surrogate = Literal["straight_through", "soft"]
 Quantization = Literal["bf16", "int8"]
-
-
-class Usage(NamedTuple):
-    """How rows spread over the leaves: counts (trees, leaves) int64, and per tree the entropy in bits of that
-    distribution (`depth` when all leaves are equally used) and the number of leaves no row reached."""
-
-    counts: Tensor
-    entropy_bits: Tensor
-    dead_leaves: Tensor
-
-    @classmethod
-    def of(cls, counts: Tensor) -> Usage:
-        """From counts (trees, leaves)."""
-        share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-        return cls(counts, -torch.xlogy(share, share).sum(-1) / math.log(2), (counts == 0).sum(-1))
-
-    @property
-    def visits(self) -> Tensor:
-        """Rows that visited each node (trees, 2 * leaves - 1), heap order, leaves last."""
-        levels = [self.counts]
-        while levels[0].shape[1] > 1:
-            levels.insert(0, levels[0].unflatten(1, (-1, 2)).sum(2))
-        return torch.cat(levels, 1)
-
-    def one_sided(self, *, share: float = 0.99, least: int = 100) -> float:
-        """Share of the routing nodes visited by `least` rows or more that send `share` of them or more to one side;
-        NaN if no node was visited as often."""
-        visits = self.visits
-        nodes = self.counts.shape[1] - 1
-        children = visits[:, 1:].unflatten(1, (nodes, 2)) if nodes else visits.new_zeros(visits.shape[0], 0, 2)
-        here = visits[:, :nodes]
-        known = here >= least
-        one = known & (children.amax(2) >= share * here)
-        return int(one.sum()) / int(known.sum()) if bool(known.any()) else math.nan
 
 
 class FFF(nn.Module):

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastff.layers import FFF, Usage
+from fastff.layers import FFF
+from fastff.routers import Usage
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
-from fastff.layers import FFF, Usage
+from fastff.layers import FFF
+from fastff.routers import Usage
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,320 @@
+"""Routers: modules that give every row `k` leaves and a gate for each, for `fastff.ConditionalFeedforward`.
+
+Shapes  input (..., in_features), leaf (..., k) int64 ascending, gate (..., k). k is `router.k`, over all trees.
+Errors  ShapeError when the last dimension is not in_features.
+Any module that returns such a pair, and says how many `leaves` it knows, can stand in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastff.errors import ShapeError
+from fastff.routers.choose import beam, best, histogram, normalised, preference
+from fastff.routers.config import RouterConfig, RouterGate
+from fastff.routers.usage import Usage
+
+BALANCE_STEP = 1e-3
+Auto = Literal["auto"]
+
+
+class Chosen(NamedTuple):
+    """What a router chose: leaf (..., k) int64, ascending in a row, and gate (..., k), differentiable."""
+
+    leaf: Tensor
+    gate: Tensor
+
+
+class Router(nn.Module):
+    """What the routers share: weights, the balance of their load, statistics. `config` says which router it is.
+
+    weight (config.shape_of_weight) and, with bias, bias: the only parameters.
+    balance (config.shape_of_balance), float32: added to selections, never to gates; a buffer that every forward in
+    training moves by `balance_step`, up where fewer rows went than the mean and down where more, summed over all
+    processes of torch.distributed. 0 leaves it alone.
+    """
+
+    bias: nn.Parameter | None
+    balance: Tensor | None
+    _leaf_counts: Tensor
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        balance_step: float = BALANCE_STEP,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= balance_step < math.inf:
+            raise ValueError(f"balance_step {balance_step} is not a finite number of at least 0")
+        self.config = config
+        self.balance_step = balance_step
+        self.weight = nn.Parameter(torch.empty(config.shape_of_weight, device=device, dtype=dtype))
+        shape = config.shape_of_bias
+        bias = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
+        shape = config.shape_of_balance
+        self.register_buffer("balance", None if shape is None else torch.zeros(shape, device=device))
+        self._balance_before: Tensor | None = None  # the last move
+        usage = (config.trees, config.leaves // config.trees)
+        self.register_buffer("_leaf_counts", torch.zeros(usage, dtype=torch.int64, device=device), persistent=False)
+        self._track_in_eval = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scores start with unit variance for inputs of unit variance; no balance."""
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.config.in_features))
+        for other in (self.bias, self.balance):
+            if other is not None:
+                nn.init.zeros_(other)
+        self.reset_usage()
+
+    def forward(self, x: Tensor) -> Chosen:
+        """(..., in_features) to leaf and gate (..., k). Raises ShapeError."""
+        if x.dim() == 0 or x.shape[-1] != self.config.in_features:
+            raise ShapeError(f"x {tuple(x.shape)} does not match in_features {self.config.in_features} of the router")
+        rows = x.reshape(-1, self.config.in_features)
+        # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
+        again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        balance = self._balance_before if again and self._balance_before is not None else self.balance
+        leaf, gate, visited = self._route(rows, balance)
+        if (self.training or self._track_in_eval) and not again:
+            self._count(leaf)
+        if self.training and not again and self.balance_step:
+            self._rebalance(visited)
+        lead = (*x.shape[:-1], self.config.k)
+        return Chosen(leaf.reshape(lead), gate.reshape(lead))
+
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """leaf and gate (rows, k), and what was selected, as indices into the flattened balance."""
+        raise NotImplementedError
+
+    def _scores(self, rows: Tensor) -> Tensor:
+        """A score of every row of weight (rows, ...), as float32 or wider."""
+        weight = self.weight.flatten(0, -2)
+        return self._linear(rows, weight, None if self.bias is None else self.bias.flatten())
+
+    def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if rows.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as the leaves: autocast gains nothing here
+            with torch.autocast("cpu", enabled=False):
+                return F.linear(rows.to(weight.dtype), weight, bias)
+        score = F.linear(rows, weight, bias)
+        return score if score.dtype == torch.float64 else score.float()
+
+    def _gate(self, score: Tensor) -> Tensor:
+        return torch.ones_like(score) if self.config.gate is None else normalised(score)
+
+    @torch.no_grad()
+    def _rebalance(self, visited: Tensor) -> None:
+        if self.balance is None:
+            return
+        if not torch.compiler.is_compiling():
+            self._balance_before = self.balance.clone()
+        load = histogram(visited, self.balance.numel()).view(self.balance.shape)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load)
+        for level in self._levels(load):
+            level.copy_(torch.sign(level.sum(-1, keepdim=True) - level * level.shape[-1]))
+        self.balance.add_(load, alpha=self.balance_step)
+
+    def _levels(self, load: Tensor) -> list[Tensor]:
+        """The parts of load whose members compete with one another, as views."""
+        return [load]
+
+    def _count(self, leaf: Tensor) -> None:
+        with torch.no_grad():
+            self._leaf_counts += histogram(leaf, self._leaf_counts.numel()).view(self._leaf_counts.shape)
+
+    def usage(self, x: Tensor | None = None) -> Usage:
+        """How rows spread over the leaves of each tree (one "tree" where there is none): those of `x`, or, without it,
+        all seen in training mode (and in evaluation after `track_usage()`) since the last `reset_usage()`."""
+        if x is None:
+            return Usage.of(self._leaf_counts.clone())
+        with torch.no_grad():
+            leaf = self._route(x.reshape(-1, self.config.in_features), self.balance)[0]
+        return Usage.of(histogram(leaf, self._leaf_counts.numel()).view(self._leaf_counts.shape))
+
+    def track_usage(self, enabled: bool = True) -> None:
+        """Count leaves in evaluation too."""
+        self._track_in_eval = enabled
+
+    def reset_usage(self) -> None:
+        """Forget the rows counted so far."""
+        self._leaf_counts.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # In half precision a balance would soon be too large for its step to move it.
+        before = self.balance
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.balance is not None and self.balance.dtype != before.dtype:
+            self.balance = before.to(self.balance.device)
+        return self
+
+    @property
+    def in_features(self) -> int:
+        return self.config.in_features
+
+    @property
+    def leaves(self) -> int:
+        """Leaves that it knows."""
+        return self.config.leaves
+
+    @property
+    def k(self) -> int:
+        """Leaves that it chooses for a row."""
+        return self.config.k
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's matrix work (a multiply and an add are two)."""
+        return self.config.flops_per_row
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{c.in_features}, leaves={c.leaves}, k={c.k}, gate={c.gate!r}, bias={c.bias}"
+
+
+class TreeRouter(Router):
+    """Binary trees: a row takes one leaf of each tree by a greedy descent, or with `paths` that many by a beam.
+
+    in_features  width of a row
+    depth        decisions from root to leaf; a tree has 2**depth leaves
+    trees        their leaves follow one another: leaf tree * 2**depth + leaf in the tree
+    paths        None: greedy, score > 0 turns right; zero, negative and NaN turn left.
+                 k: the k best leaves of each tree by the sum of +score where the path turns right and -score where it
+                 turns left, found by a beam that keeps k nodes a level
+    gate         greedy: None, "boundary" (default) or "boundary_min", as in TreeConfig, with their tau;
+                 with paths: None or "normalised" (default)
+    bias, balance_step  see Router; only with paths there is something to balance
+
+    weight (trees, nodes, in_features), heap order. Raises ShapeError, ValueError.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        depth: int,
+        trees: int = 1,
+        paths: int | None = None,
+        *,
+        gate: RouterGate | Auto | None = "auto",
+        tau: float = 0.5,
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        config = RouterConfig(
+            kind="tree" if paths is None else "paths",
+            in_features=in_features,
+            depth=depth,
+            trees=trees,
+            chosen=1 if paths is None else paths,
+            gate=("boundary" if paths is None else "normalised") if gate == "auto" else gate,
+            tau=tau,
+            bias=bias,
+        )
+        super().__init__(config, **options)
+
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        score = self._scores(rows).view(-1, config.trees, config.nodes)
+        first = torch.arange(config.trees, device=rows.device)[:, None]
+        if config.kind == "tree":
+            leaf, gate = self._descend(score)
+            leaf = leaf + first * 2**config.depth
+            return leaf.flatten(1), gate.flatten(1), leaf
+        found = beam(score, config.chosen, balance)
+        leaf = found.leaf + first * 2**config.depth
+        return leaf.flatten(1), self._gate(found.score).flatten(1), found.kept + first * (2 * 2**config.depth - 1)
+
+    def _descend(self, score: Tensor) -> tuple[Tensor, Tensor]:
+        """Leaf and gate (rows, trees, 1) of a greedy descent by node scores (rows, trees, nodes)."""
+        node = torch.zeros(*score.shape[:2], 1, dtype=torch.int64, device=score.device)
+        gate = score.new_ones(node.shape)
+        for _ in range(self.config.depth):
+            own = score.gather(2, node)
+            decision = torch.tanh(own.abs() / self.config.tau)
+            gate = torch.minimum(gate, decision) if self.config.gate == "boundary_min" else gate * decision
+            node = 2 * node + 1 + (own > 0).to(node.dtype)
+        if self.config.gate is None:
+            gate = torch.ones_like(gate)
+        return node - self.config.nodes, gate
+
+    def _levels(self, load: Tensor) -> list[Tensor]:
+        return [load[:, 2**level - 1 : 2 ** (level + 1) - 1] for level in range(self.config.depth + 1)]
+
+
+class FlatRouter(Router):
+    """One linear score a leaf, the k best: what a mixture of experts does.
+
+    in_features width of a row; leaves to choose among; k of them for a row; gate None or "normalised"; options as of
+    Router. weight (leaves, in_features). Raises ShapeError, ValueError.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        leaves: int,
+        k: int,
+        *,
+        gate: RouterGate | None = "normalised",
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        config = RouterConfig(kind="flat", in_features=in_features, candidates=leaves, chosen=k, gate=gate, bias=bias)
+        super().__init__(config, **options)
+
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self._best(self._scores(rows), balance)
+
+    def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The k best of leaf scores (rows, leaves)."""
+        leaf = best(preference(score, balance), self.config.chosen)
+        return leaf, self._gate(score.gather(1, leaf)), leaf
+
+
+class ProductKeyRouter(FlatRouter):
+    """Two codebooks of n keys, one for each half of a row; of the n * n leaves the k whose two scores sum highest.
+
+    Leaf a * n + b scores first[a] + second[b]: n * n leaves at the price of n. in_features must be even; gate None or
+    "normalised"; options as of Router. weight (2, n, in_features / 2). Raises ShapeError, ValueError.
+    Source: Lample et al. 2019, arXiv:1907.05242.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n: int,
+        k: int,
+        *,
+        gate: RouterGate | None = "normalised",
+        bias: bool = False,
+        **options: Any,
+    ) -> None:
+        config = RouterConfig(kind="product_key", in_features=in_features, candidates=n, chosen=k, gate=gate, bias=bias)
+        Router.__init__(self, config, **options)
+
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        biases = (None, None) if self.bias is None else self.bias
+        halves = zip(rows.chunk(2, -1), self.weight, biases, strict=True)
+        first, second = (self._linear(half, keys, bias) for half, keys, bias in halves)
+        return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
+
+
+def make_router(config: RouterConfig, **options: Any) -> Router:
+    """The router that a configuration describes; options: balance_step, device and dtype."""
+    options |= {"gate": config.gate, "bias": config.bias}
+    if config.kind == "flat":
+        return FlatRouter(config.in_features, config.candidates, config.chosen, **options)
+    if config.kind == "product_key":
+        return ProductKeyRouter(config.in_features, config.candidates, config.chosen, **options)
+    paths = None if config.kind == "tree" else config.chosen
+    return TreeRouter(config.in_features, config.depth, config.trees, paths, tau=config.tau, **options)
