@@ -15,7 +15,7 @@ import psutil
 import fastff
 from fastff.ops import native
 
-PACKAGES = ("torch", "triton", "onnxruntime", "openvino")
+PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "nncf")
 
 
 def machine() -> dict[str, Any]:
