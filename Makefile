@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 
-.PHONY: demo test sanitize test-c test-arm check format bench setup install-c wheel clean
+.PHONY: demo test sanitize test-c test-arm check format bench docs setup install-c wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
@@ -35,6 +35,10 @@ format: setup
 
 bench: setup
 	$(BIN)/fastff bench --out build/bench
+
+# The documentation as a site in build/site; a broken link is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # For C programs: the header, shared and static library, and files for pkg-config and CMake. Needs neither Python nor torch.
 PREFIX ?= /usr/local
@@ -67,7 +71,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,bench,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,bench,dev,docs]'
 	touch $@
 
 clean:

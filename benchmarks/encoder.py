@@ -42,7 +42,7 @@ TREES = ("36x5-swiglu4-gate", "18x6-swiglu8-gate", "1x11")
 # The engines of each feedforward; those of RUNTIMES load a file that --build wrote.
 ENGINES: dict[str, tuple[str, ...]] = {
     "dense-gelu": ("torch", "onnxruntime", "openvino", "torch int8", "onnxruntime int8", "openvino int8"),
-    "dense-swiglu": ("openvino", "openvino int8"),
+    "dense-swiglu": ("torch", "openvino", "torch int8", "openvino int8"),
     "narrow": ("torch", "openvino", "torch int8", "openvino int8"),
     "none": ("torch", "openvino", "torch int8", "openvino int8"),
     **dict.fromkeys(TREES, ("torch", "torch int8")),

@@ -98,10 +98,23 @@ def test_scores_are_not_made_of_nothing(glue_arms, monkeypatch, tmp_path):
 
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "benchmarks-gpu.md").read_text()
     speeds = re.findall(r"([\d,]+) tokens/s", (ROOT / "experiments" / "gpus" / "compile.txt").read_text())
     assert len(speeds) == 2
     assert all(speed in text for speed in speeds)
+
+
+def test_the_first_page_is_short_and_names_its_limits():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 110
+    assert lines.count("<!-- speed-and-quality -->") == 1
+    assert "## Limits" in lines
+
+
+def test_the_picture_of_a_path_is_what_its_script_draws(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    drawn = importlib.import_module("tools.path_picture")
+    assert drawn.OUT.read_text() == drawn.picture()
 
 
 def test_the_first_example_runs():

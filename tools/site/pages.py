@@ -1,9 +1,9 @@
 """What the documentation site adds to the files of docs/ when it is built (a hook of mkdocs).
 
-Pages that lie elsewhere in the repository (README, CONTRIBUTING, the logs of experiments, the notes of benchmarks) become
-pages of the site; the command reference is generated from the commands. Links are written as they are in the repository:
-here they become links within the site, or links to the repository's file. A link to nothing is a warning, which
-`mkdocs build --strict` takes for an error.
+Pages that lie elsewhere in the repository (README, CONTRIBUTING, the logs of experiments, the notes of benchmarks)
+become pages of the site; the command reference is generated from the commands. Links are written as they are in the
+repository: here they become links within the site, or links to the repository's file. A link to nothing is a warning,
+which `mkdocs build --strict` takes for an error.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = link(match["target"], home, here, config)
         return f"{match['head']}{target}{match['tail']}"
 
-    return "".join(
-        part if code else SOURCE.sub(turned, LINK.sub(turned, part)) for code, part in _split_code(markdown)
-    )
+    return "".join(part if code else SOURCE.sub(turned, LINK.sub(turned, part)) for code, part in _split_code(markdown))
 
 
 def _split_code(markdown: str) -> Iterator[tuple[bool, str]]:

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from fastff.report.markdown import replace_marked
-
 from tools.tables import cpu, encoder, gpu, training
 from tools.tables.places import INTEL, ROOT
+
+from fastff.report.markdown import replace_marked
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed-and-quality": encoder.speed_and_quality},

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tools.tables.places import AMD, INTEL, read
+
 from fastff.report.markdown import markdown_table
 from fastff.report.numbers import three_digits, times_faster
-
-from tools.tables.places import AMD, INTEL, read
 
 PLAIN = "1x11"  # the layer of the first table
 ABSENT = "-"

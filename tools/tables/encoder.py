@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from tools.tables.places import INTEL, read
+from tools.tables.training import records_of
+
 from fastff.report.markdown import markdown_table
 from fastff.report.numbers import three_digits
 from fastff.train.compare import compare
 from fastff.train.presets import feedforward_flops, feedforward_of
-
-from tools.tables.places import INTEL, read
-from tools.tables.training import records_of
 
 WIDTH = 768  # of BERT-base
 STRONGEST = "openvino int8"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tools.tables.places import H200, read
+
 from fastff.report.markdown import markdown_table
 from fastff.report.numbers import three_digits
-
-from tools.tables.places import H200, read
 
 
 def layers() -> str:

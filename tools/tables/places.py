@@ -14,6 +14,5 @@ H200 = MACHINES / "nvidia-h200"
 TRAINING = ROOT / "experiments"
 
 
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text())

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tools.tables.places import ROOT, TRAINING, read
+
 from fastff.report.markdown import markdown_table
 from fastff.train.compare import at_step, compare, health_table, left_out, table
 from fastff.train.presets import feedforward_of, layer_name
-
-from tools.tables.places import ROOT, TRAINING, read
 
 sys.path.insert(0, str(ROOT / "runs"))
 import glue_arms

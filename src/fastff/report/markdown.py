@@ -21,7 +21,10 @@ def _line(cells: Sequence[object]) -> str:
 
 
 def replace_marked(text: str, name: str, body: str) -> str:
-    """A page with `body` between `<!-- NAME -->` and `<!-- /NAME -->`. Raises ValueError unless there is one such place."""
+    """A page with `body` between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises ValueError unless there is exactly one such place.
+    """
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
     text, found = pattern.subn(lambda match: f"{match[1]}{body}\n{match[2]}", text)
     if found != 1:
