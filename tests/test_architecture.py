@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,34 +13,10 @@ import pytest
 import fastff
 
 SOURCE = Path(__file__).parents[1] / "src" / "fastff"
-# A module may import from its own layer and from those to its left.
-ORDER = [
-    "errors",
-    "config",
-    "io",
-    "report",
-    "ops",
-    "routers",
-    "layers",
-    "files",
-    "models",
-    "inspect",
-    "text",
-    "engine",
-    "train",
-    "convert",
-    "explore",
-    "serve",
-    "bench",
-    "experiment",
-    "demo",
-    "cli",
-]
-ONLY_IN = {
-    "ctypes": {"ops/library.py", "ops/native.py", "ops/native_conditional.py"},
-    "triton": {"ops/triton_kernels"},
-    "transformers": {"models", "text", "train", "convert", "demo"},
-}
+RULES = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["fastff"]
+# A module may import from its own group of rooms and from those to its left.
+ORDER = {room: index for index, group in enumerate(RULES["import-order"]) for room in group.split()}
+ONLY_IN = {package: set(places.split()) for package, places in RULES["only-in"].items()}
 
 
 def imports(path):
@@ -60,11 +37,11 @@ FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_point_one_way(path):
-    own = ORDER.index(layer_of(path))
+    own = ORDER[layer_of(path)]
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "fastff" and len(parts) > 1:
-            assert ORDER.index(parts[1]) <= own, f"{path.name} imports {name}"
+            assert ORDER[parts[1]] <= own, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("package", ONLY_IN)

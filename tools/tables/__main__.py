@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from tools.tables import cpu, encoder, gpu, training
+from tools.tables import cpu, encoder, gpu, rules, training
 from tools.tables.places import INTEL, ROOT
 
 from fastff.report.markdown import replace_marked
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"speed-and-quality": encoder.speed_and_quality},
+    "CONTRIBUTING.md": {"imports": rules.imports},
     "docs/benchmarks-cpu.md": {
         "encoder": encoder.engines,
         "layer-cpu": cpu.published_layer,
