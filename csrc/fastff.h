@@ -95,8 +95,8 @@ FASTFF_API int32_t fastff_abi_version(void);
 /* The message of this thread's last error, "" if the last call succeeded. Never NULL. */
 FASTFF_API const char* fastff_error(void);
 
-/* Name of the instruction set in use: scalar, avx2, avx512 or neon. Chosen at load; FASTFF_ISA in the environment forces
- * one. */
+/* Name of the instruction set in use: scalar, avx2, avx512, avx512dot (with VNNI and BF16) or neon. Chosen at load;
+ * FASTFF_ISA in the environment forces one. */
 FASTFF_API const char* fastff_isa(void);
 
 /* Use another instruction set from now on. FASTFF_BAD_ISA if it is unknown or this CPU lacks it. Not thread-safe. */

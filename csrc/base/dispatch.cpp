@@ -25,10 +25,14 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
+bool has_avx512dot() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 const Candidate kByPreference[] = {
 #if defined(__x86_64__)
+    {Isa::avx512dot, "avx512dot", has_avx512dot},
     {Isa::avx512, "avx512", has_avx512},
     {Isa::avx2, "avx2", has_avx2},
 #elif defined(__aarch64__)

@@ -1,7 +1,9 @@
 // The instruction set in use, and the choice of a family of kernels by it.
 //
 // Every file of csrc/isa defines one table of each family, named <family>_<instruction set>. A family declares them with
-// FASTFF_DECLARE_TABLES(Type, family) and finds the one in use with FASTFF_CHOSEN_TABLE(Type, family).
+// FASTFF_DECLARE_TABLES(Type, family) and finds the one in use with FASTFF_CHOSEN_TABLE(Type, family). A family that gains
+// from dot products of short numbers has a table for avx512dot too: FASTFF_DECLARE_DOT_TABLES, FASTFF_CHOSEN_DOT_TABLE;
+// the others run their avx512 one there.
 #pragma once
 
 namespace fastff {
@@ -12,6 +14,7 @@ enum class Isa : int {
 #if defined(__x86_64__)
   avx2,
   avx512,
+  avx512dot,  // with VNNI and BF16
 #elif defined(__aarch64__)
   neon,
 #endif
@@ -30,13 +33,22 @@ const Table& chosen(const Table* const (&table)[tables]) {
 #if defined(__x86_64__)
 #define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar, family##_avx2, family##_avx512
 #define FASTFF_CHOSEN_TABLE(Type, family) \
-  ::fastff::chosen<Type>({&family##_scalar, &family##_avx2, &family##_avx512})
+  ::fastff::chosen<Type>({&family##_scalar, &family##_avx2, &family##_avx512, &family##_avx512})
+#define FASTFF_DECLARE_DOT_TABLES(Type, family) \
+  FASTFF_DECLARE_TABLES(Type, family);          \
+  extern const Type family##_avx512dot
+#define FASTFF_CHOSEN_DOT_TABLE(Type, family) \
+  ::fastff::chosen<Type>({&family##_scalar, &family##_avx2, &family##_avx512, &family##_avx512dot})
 #elif defined(__aarch64__)
 #define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar, family##_neon
 #define FASTFF_CHOSEN_TABLE(Type, family) ::fastff::chosen<Type>({&family##_scalar, &family##_neon})
 #else
 #define FASTFF_DECLARE_TABLES(Type, family) extern const Type family##_scalar
 #define FASTFF_CHOSEN_TABLE(Type, family) ::fastff::chosen<Type>({&family##_scalar})
+#endif
+#if !defined(__x86_64__)
+#define FASTFF_DECLARE_DOT_TABLES(Type, family) FASTFF_DECLARE_TABLES(Type, family)
+#define FASTFF_CHOSEN_DOT_TABLE(Type, family) FASTFF_CHOSEN_TABLE(Type, family)
 #endif
 
 }  // namespace fastff

@@ -1,0 +1,2 @@
+// Every family of kernels that gains from dot products of short numbers, for the instruction set whose Vec<T> the including
+// file has defined.
