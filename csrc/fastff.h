@@ -61,7 +61,8 @@ enum fastff_activation {
 enum fastff_gate {
   FASTFF_UNGATED = 0,
   FASTFF_BOUNDARY = 1,    /* each ancestor multiplies what hangs below it by tanh(|score| / tau) */
-  FASTFF_BOUNDARY_MIN = 2 /* the least of those factors alone */
+  FASTFF_BOUNDARY_MIN = 2, /* the least of those factors alone */
+  FASTFF_NORMALISED = 3    /* of routers that choose several: sigmoid(score) over the sum of the chosen, times their number */
 };
 
 /* How a pack stores weights. */
@@ -182,6 +183,61 @@ FASTFF_API int32_t fastff_forward_packed_f32(const fastff_packed* packed, const 
 
 /* NULL is allowed. */
 FASTFF_API void fastff_packed_free(fastff_packed* packed);
+
+/* ---- Routers: the leaves a row goes to, and a gate for each ----
+ *
+ * `leaf [rows][per_row]` counts leaves over all trees and is ascending in a row; `gate [rows][per_row]`. per_row is trees * chosen.
+ * A score is <x, w> + b. A tie chooses the lower leaf, and a NaN score loses to every other.
+ *
+ * w [weight_rows][in_features] and b [weight_rows] or NULL: the nodes of every tree in heap order, or one row to a leaf.
+ * Product keys: w [2][candidates][in_features / 2], the first half for the first half of x.
+ * What is compared is sigmoid(score) + balance, or without balance the score, whose order is that of its sigmoid; a gate
+ * never sees balance. FASTFF_PATHS: balance [trees][nodes + leaves] in heap order (the root's is not read); FASTFF_FLAT and
+ * FASTFF_PRODUCT_KEYS: [leaves]; FASTFF_TREES: NULL.
+ */
+enum fastff_router_kind {
+  FASTFF_TREES = 0,       /* each tree's leaf, score > 0 turns right; gates as of fastff_tree */
+  FASTFF_PATHS = 1,       /* of each tree the `chosen` best leaves that a beam of as many nodes a level finds; a leaf's
+                             score is the sum along its path of +score where it turns right and -score where left */
+  FASTFF_FLAT = 2,        /* the `chosen` best of `candidates` leaves */
+  FASTFF_PRODUCT_KEYS = 3 /* the `chosen` best of candidates^2 leaves: leaf a * candidates + b scores first[a] + second[b] */
+};
+
+typedef struct fastff_router {
+  int64_t in_features;
+  int64_t trees;      /* 1 for FASTFF_FLAT and FASTFF_PRODUCT_KEYS */
+  int64_t candidates; /* 0 for trees and paths */
+  int64_t chosen;     /* 1 for FASTFF_TREES */
+  int32_t kind;       /* enum fastff_router_kind */
+  int32_t depth;      /* 0 to 24; 0 for FASTFF_FLAT and FASTFF_PRODUCT_KEYS */
+  int32_t gate;       /* enum fastff_gate. FASTFF_TREES: all but FASTFF_NORMALISED; else it or FASTFF_UNGATED */
+  int32_t reserved;   /* 0 */
+  double tau;         /* score units; read only with a boundary gate */
+} fastff_router;
+
+/* A copy of a router's weights laid out for inference; opaque. */
+typedef struct fastff_packed_router fastff_packed_router;
+
+/* scores, or NULL: what a backward needs. FASTFF_TREES: [rows][trees][depth], those of the path; else [rows][per_row], each
+ * chosen leaf's, without balance. */
+FASTFF_API int32_t fastff_route_f32(const fastff_router* router, const float* w, const float* b, const float* balance,
+                                    const float* x, int64_t rows, int64_t* leaf, float* gate, float* scores,
+                                    int32_t threads);
+FASTFF_API int32_t fastff_route_f64(const fastff_router* router, const double* w, const double* b,
+                                    const double* balance, const double* x, int64_t rows, int64_t* leaf, double* gate,
+                                    double* scores, int32_t threads);
+
+/* weights: enum fastff_weights. FASTFF_BF16 and FASTFF_INT8 both route in 16 bits: few enough to halve the memory that is
+ * read, enough to decide. What 16 bits leave in doubt is computed again from the fp32 rows, which the pack keeps: leaves are
+ * those of FASTFF_F32. */
+FASTFF_API int32_t fastff_router_pack_f32(const fastff_router* router, const float* w, const float* b,
+                                          const float* balance, int32_t weights, fastff_packed_router** packed);
+FASTFF_API int32_t fastff_router_infer_f32(const fastff_packed_router* packed, const float* x, int64_t rows,
+                                           int64_t* leaf, float* gate, int32_t threads);
+/* Memory of the pack in bytes; 0 for NULL. */
+FASTFF_API int64_t fastff_router_bytes(const fastff_packed_router* packed);
+/* NULL is allowed. */
+FASTFF_API void fastff_router_free(fastff_packed_router* packed);
 
 /* Advise the system to use huge pages where they fit wholly into this memory. For a large fresh output before its first
  * write: faulting in its small pages one by one can take as long as the layer. Advice: changes no content, never fails. */

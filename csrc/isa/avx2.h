@@ -69,6 +69,32 @@ struct Vec<double> {
   }
 };
 
+// Sums of products in 16 bits, in sixteen parts: element i in part (i / 2) % 16. A Reg is 32 elements, Sums the sixteen
+// parts, and sums() adds up the parts of four of them. No part overflows (layer/router_quantise.h).
+template <>
+struct Vec<int16_t> {
+  struct Reg {
+    __m256i low, high;
+  };
+  using Sums = Reg;
+  static constexpr int width = 32;
+  static Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Reg load(const int16_t* p) {
+    const auto* at = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+  }
+  static Sums dot(Reg a, Reg b, Sums c) {
+    return {_mm256_add_epi32(c.low, _mm256_madd_epi16(a.low, b.low)),
+            _mm256_add_epi32(c.high, _mm256_madd_epi16(a.high, b.high))};
+  }
+  static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
+    const __m256 wx = _mm256_hadd_ps(halves(a), halves(b)), yz = _mm256_hadd_ps(halves(c), halves(d));
+    const __m256 all = _mm256_hadd_ps(wx, yz);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+  static __m256 halves(Sums a) { return _mm256_add_ps(_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)); }
+};
+
 void fence() { _mm_sfence(); }
 
 }  // namespace

@@ -59,6 +59,33 @@ struct Vec<double> {
   static double sum(Reg v) { return _mm512_reduce_add_pd(v); }
 };
 
+// Sums of products in 16 bits, in sixteen parts: element i in part (i / 2) % 16. A Reg is 32 elements, Sums the sixteen
+// parts, and sums() adds up the parts of four of them. No part overflows (layer/router_quantise.h).
+template <>
+struct Vec<int16_t> {
+  using Reg = __m512i;
+  using Sums = __m512i;
+  static constexpr int width = 32;
+  static Sums zero() { return _mm512_setzero_si512(); }
+  static Reg load(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static Sums dot(Reg a, Reg b, Sums c) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(c, a, b);
+#else
+    return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
+#endif
+  }
+  static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
+    const __m512 w = _mm512_cvtepi32_ps(a), x = _mm512_cvtepi32_ps(b);
+    const __m512 y = _mm512_cvtepi32_ps(c), z = _mm512_cvtepi32_ps(d);
+    const __m512 wx = _mm512_add_ps(_mm512_unpacklo_ps(w, x), _mm512_unpackhi_ps(w, x));
+    const __m512 yz = _mm512_add_ps(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(wx, yz, 0x44), _mm512_shuffle_ps(wx, yz, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
+};
+
 void fence() { _mm_sfence(); }
 
 }  // namespace

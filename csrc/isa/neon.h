@@ -75,6 +75,36 @@ struct Vec<double> {
   static double sum(Reg v) { return vaddvq_f64(v); }
 };
 
+// Sums of products in 16 bits, in sixteen parts: element i in part (i / 2) % 16. A Reg is 32 elements, Sums the sixteen
+// parts, and sums() adds up the parts of four of them. No part overflows (layer/router_quantise.h).
+template <>
+struct Vec<int16_t> {
+  struct Reg {
+    int16x8_t part[4];
+  };
+  struct Sums {
+    int32x4_t part[4];
+  };
+  static constexpr int width = 32;
+  static Sums zero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Reg load(const int16_t* p) { return {{vld1q_s16(p), vld1q_s16(p + 8), vld1q_s16(p + 16), vld1q_s16(p + 24)}}; }
+  static Sums dot(const Reg& a, const Reg& b, Sums c) {
+    for (int i = 0; i < 4; ++i) {
+      const int32x4_t low = vmull_s16(vget_low_s16(a.part[i]), vget_low_s16(b.part[i]));
+      c.part[i] = vaddq_s32(c.part[i], vpaddq_s32(low, vmull_high_s16(a.part[i], b.part[i])));
+    }
+    return c;
+  }
+  static void sums(const Sums& a, const Sums& b, const Sums& c, const Sums& d, float* out) {
+    const Sums* const all[4] = {&a, &b, &c, &d};
+    for (int k = 0; k < 4; ++k) {
+      const float32x4_t low = vaddq_f32(vcvtq_f32_s32(all[k]->part[0]), vcvtq_f32_s32(all[k]->part[1]));
+      const float32x4_t high = vaddq_f32(vcvtq_f32_s32(all[k]->part[2]), vcvtq_f32_s32(all[k]->part[3]));
+      out[k] = vaddvq_f32(vaddq_f32(low, high));
+    }
+  }
+};
+
 void fence() {}
 
 }  // namespace

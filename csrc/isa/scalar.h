@@ -30,6 +30,38 @@ struct Vec {
   static T sum(Reg v) { return static_cast<T>(v); }
 };
 
+// Sums of products in 16 bits, in sixteen parts: element i in part (i / 2) % 16. A Reg is 32 elements, Sums the sixteen
+// parts, and sums() adds up the parts of four of them. No part overflows (layer/router_quantise.h).
+template <>
+struct Vec<int16_t> {
+  struct Reg {
+    int16_t element[32];
+  };
+  struct Sums {
+    int32_t part[16];
+  };
+  static constexpr int width = 32;
+  static Sums zero() { return {}; }
+  static Reg load(const int16_t* p) {
+    Reg reg;
+    for (int i = 0; i < width; ++i) reg.element[i] = p[i];
+    return reg;
+  }
+  static Sums dot(const Reg& a, const Reg& b, Sums c) {
+    for (int i = 0; i < 16; ++i)
+      c.part[i] += a.element[2 * i] * b.element[2 * i] + a.element[2 * i + 1] * b.element[2 * i + 1];
+    return c;
+  }
+  static void sums(const Sums& a, const Sums& b, const Sums& c, const Sums& d, float* out) {
+    const Sums* const all[4] = {&a, &b, &c, &d};
+    for (int k = 0; k < 4; ++k) {
+      float total = 0;
+      for (int i = 0; i < 16; ++i) total += static_cast<float>(all[k]->part[i]);
+      out[k] = total;
+    }
+  }
+};
+
 void fence() {}
 
 }  // namespace

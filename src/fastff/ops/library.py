@@ -54,6 +54,14 @@ def _declare(library: ctypes.CDLL) -> None:
         conditional.argtypes = [pointer] * 8 + [int64, int64, pointer, pointer, int32]
         conditional = getattr(library, f"fastff_conditional_backward_{suffix}")
         conditional.argtypes = [pointer] * 8 + [int64, int64] + [pointer] * 7 + [int32]
+        route = getattr(library, f"fastff_route_{suffix}")
+        route.argtypes = [pointer] * 5 + [int64] + [pointer] * 3 + [int32]
+    library.fastff_router_pack_f32.argtypes = [pointer] * 4 + [int32, pointer]
+    library.fastff_router_infer_f32.argtypes = [pointer, pointer, int64, pointer, pointer, int32]
+    library.fastff_router_bytes.argtypes = [pointer]
+    library.fastff_router_bytes.restype = int64
+    library.fastff_router_free.argtypes = [pointer]
+    library.fastff_router_free.restype = None
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
