@@ -8,10 +8,13 @@
 
 #include "fastff.h"
 
+// Inlined whatever else a file holds: only then do loops over them vectorise.
+#define FASTFF_INLINE [[gnu::always_inline]] inline
+
 namespace fastff {
 namespace {
 
-inline float exp_(float x) {
+FASTFF_INLINE float exp_(float x) {
   // exp(x) = 2^k * exp(r), |r| <= ln(2)/2, with ln(2) split in two so that r is exact.
   float bounded = x > 88.0f ? 88.0f : x;
   bounded = bounded < -87.0f ? -87.0f : bounded;
@@ -33,7 +36,7 @@ inline float exp_(float x) {
   return x != x ? x : p * scale;
 }
 
-inline float erf_(float x) {
+FASTFF_INLINE float erf_(float x) {
   // Least-squares fits: erf(x) / x in x^2 below 1, log(erfc) on [1, 4]. Absolute error below 1.5e-7.
   const float a = std::fabs(x);
   const float u = x * x;
@@ -59,7 +62,7 @@ inline float erf_(float x) {
   return a < 1.0f ? small : big;
 }
 
-inline float tanh_(float x) {
+FASTFF_INLINE float tanh_(float x) {
   const float a = std::fabs(x);
   const float u = x * x;
   // Odd Taylor terms below 0.3 keep the relative error small where 1 - 2 / (e + 1) cancels.
@@ -74,9 +77,9 @@ inline float tanh_(float x) {
   return x != x ? x : y;
 }
 
-inline double exp_(double x) { return std::exp(x); }
-inline double erf_(double x) { return std::erf(x); }
-inline double tanh_(double x) { return std::tanh(x); }
+FASTFF_INLINE double exp_(double x) { return std::exp(x); }
+FASTFF_INLINE double erf_(double x) { return std::erf(x); }
+FASTFF_INLINE double tanh_(double x) { return std::tanh(x); }
 
 template <class T>
 constexpr T kRootHalf = T(0.70710678118654752440);
@@ -88,28 +91,28 @@ template <class T>
 constexpr T kGeluCubic = T(0.044715);
 
 template <class T>
-T sigmoid(T x) {
+FASTFF_INLINE T sigmoid(T x) {
   return T(1) / (T(1) + exp_(-x));
 }
 
 // One struct an activation: value(x) and slope(x).
 struct Gelu {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return x * T(0.5) * (T(1) + erf_(x * kRootHalf<T>));
   }
   template <class T>
-  static T slope(T x) {
+  FASTFF_INLINE static T slope(T x) {
     return T(0.5) * (T(1) + erf_(x * kRootHalf<T>)) + x * kInvRootTwoPi<T> * exp_(T(-0.5) * x * x);
   }
 };
 struct GeluTanh {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return T(0.5) * x * (T(1) + tanh_(kRootTwoOverPi<T> * (x + kGeluCubic<T> * x * x * x)));
   }
   template <class T>
-  static T slope(T x) {
+  FASTFF_INLINE static T slope(T x) {
     const T t = tanh_(kRootTwoOverPi<T> * (x + kGeluCubic<T> * x * x * x));
     const T inner = kRootTwoOverPi<T> * (T(1) + T(3) * kGeluCubic<T> * x * x);
     return T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * inner;
@@ -117,42 +120,42 @@ struct GeluTanh {
 };
 struct Relu {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return x <= T(0) ? T(0) : x;  // NaN stays NaN
   }
   template <class T>
-  static T slope(T x) {
+  FASTFF_INLINE static T slope(T x) {
     return x <= T(0) ? T(0) : T(1);
   }
 };
 struct Silu {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return x * sigmoid(x);
   }
   template <class T>
-  static T slope(T x) {
+  FASTFF_INLINE static T slope(T x) {
     const T s = sigmoid(x);
     return s * (T(1) + x * (T(1) - s));
   }
 };
 struct Identity {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return x;
   }
   template <class T>
-  static T slope(T) {
+  FASTFF_INLINE static T slope(T) {
     return T(1);
   }
 };
 struct Abs {
   template <class T>
-  static T value(T x) {
+  FASTFF_INLINE static T value(T x) {
     return std::fabs(x);
   }
   template <class T>
-  static T slope(T x) {
+  FASTFF_INLINE static T slope(T x) {
     return x > T(0) ? T(1) : x < T(0) ? T(-1) : T(0);
   }
 };

@@ -32,7 +32,7 @@ class Descent {
  public:
   Descent(const Block<T, W>& block, int64_t rows)
       : block_(block), tree_(block.tree), view_(block.view), write_(way_to_write(block.tree, rows)),
-        output_(block_, write_), scratch_(Scratch<T>::local()),
+        output_(block_, write_), scratch_(block.scratch),
         row_elements_(kQuantised ? block.view.neuron_at + sizeof(Neuron) / sizeof(W) : block.tree.in_features) {}
 
   void run(int64_t rows) {
@@ -248,16 +248,17 @@ void lower_margin(const T* scores, int64_t stride, int64_t rows, int depth, T* m
 template <class T, class W>
 void forward(const Tree& tree, const View<T, W>* views, const T* x, int64_t begin, int64_t end, const Forward<T>& out) {
   const int64_t rows_at_once = block_rows(tree, sizeof(W), sizeof(T));
+  Scratch<T>& scratch = Scratch<T>::local();
   const int64_t own = tree.path_scores(), stride = out.scores ? tree.trees * own : own;
   for (int64_t at = begin; at < end; at += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, end - at);
-    T* norms = std::is_same_v<T, W> ? nullptr : Scratch<T>::local().norm.at_least(rows);
+    T* norms = std::is_same_v<T, W> ? nullptr : scratch.norm.at_least(rows);
     if (out.margin) std::fill_n(out.margin + at, rows, std::numeric_limits<T>::infinity());
     for (int64_t t = 0; t < tree.trees; ++t) {
-      T* scores = out.scores ? out.scores + at * stride + t * own : Scratch<T>::local().scores.at_least(rows * own);
+      T* scores = out.scores ? out.scores + at * stride + t * own : scratch.scores.at_least(rows * own);
       int64_t* leaf = out.leaf ? out.leaf + at * tree.trees + t : nullptr;
       const Block<T, W> block = {tree, views[t], x + at * tree.in_features, out.y + at * tree.out_features, scores,
-                                 stride, leaf, norms, t > 0};
+                                 stride, leaf, norms, t > 0, scratch};
       Descent<T, W>(block, rows).run(rows);
       if (out.margin) lower_margin(scores, stride, rows, tree.depth, out.margin + at);
     }

@@ -31,30 +31,42 @@ inline void dots_tile(const T* const* x, const W* const* w, int64_t n, T* out, i
   using V = Vec<T>;
   constexpr int kUnroll = chains(N);
   typename V::Reg acc[M][N][kUnroll];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int k = 0; k < N; ++k)
+#pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) acc[m][k][u] = V::zero();
   int64_t i = 0;
   for (; i + kUnroll * V::width <= n; i += kUnroll * V::width) {
+#pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) {
       typename V::Reg row[M];
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) row[m] = V::load(x[m] + i + u * V::width);
+#pragma GCC unroll 8
       for (int k = 0; k < N; ++k) {
         const auto weight = V::load(w[k] + i + u * V::width);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) acc[m][k][u] = V::fma(row[m], weight, acc[m][k][u]);
       }
     }
   }
   for (; i < n; i += V::width) {
     const int64_t left = std::min<int64_t>(V::width, n - i);
+#pragma GCC unroll 8
     for (int k = 0; k < N; ++k) {
       const auto weight = V::load_n(w[k] + i, left);
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m][k][0] = V::fma(V::load_n(x[m] + i, left), weight, acc[m][k][0]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int k = 0; k < N; ++k) {
       auto total = acc[m][k][0];
+#pragma GCC unroll 8
       for (int u = 1; u < kUnroll; ++u) total = V::add(total, acc[m][k][u]);
       out[m * out_stride + k] = V::sum(total);
     }

@@ -29,6 +29,7 @@ struct Block {
   int64_t* leaf;         // of each row, tree.trees apart; or null
   T* norm;               // quantised: of each row, filled by the first tree
   bool accumulate;       // y already holds the part of other trees
+  Scratch<T>& scratch;
 
   const T* x_row(int64_t row) const { return x + row * tree.in_features; }
   T* score_row(int32_t row) const { return scores + row * score_stride; }
@@ -40,7 +41,7 @@ class PathOutput {
 
  public:
   PathOutput(const Block<T, W>& block, Write write)
-      : block_(block), tree_(block.tree), view_(block.view), write_(write), scratch_(Scratch<T>::local()) {}
+      : block_(block), tree_(block.tree), view_(block.view), write_(write), scratch_(block.scratch) {}
 
   // n rows that reached this leaf.
   void leaf(int64_t leaf, const int32_t* rows, int64_t n) {
