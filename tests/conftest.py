@@ -39,7 +39,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             "pytest",
             "-p",
             "no:cacheprovider",
-            *(str(Path(__file__).with_name(f"test_triton{part}.py")) for part in ("", "_conditional")),
+            *(str(Path(__file__).with_name(f"test_triton{part}.py")) for part in ("", "_conditional", "_choose")),
         ]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         said = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the session ends

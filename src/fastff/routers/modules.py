@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
+from fastff.ops import choose
 from fastff.routers.choose import beam, best, histogram, normalised, preference
 from fastff.routers.config import RouterConfig, RouterGate
 from fastff.routers.usage import Usage
 
 BALANCE_STEP = 1e-3
 Auto = Literal["auto"]
+Load = Callable[[], Tensor]
 
 
 class Chosen(NamedTuple):
@@ -86,16 +88,18 @@ class Router(nn.Module):
         # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
         again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         balance = self._balance_before if again and self._balance_before is not None else self.balance
-        leaf, gate, visited = self._route(rows, balance)
+        leaf, gate, load = self._route(rows, balance)
         if (self.training or self._track_in_eval) and not again:
-            self._count(leaf)
-        if self.training and not again and self.balance_step:
-            self._rebalance(visited)
+            with torch.no_grad():
+                self._leaf_counts += self._of_leaves(load())
+                if self.training and self.balance_step:
+                    self._rebalance(load())
         lead = (*x.shape[:-1], self.config.k)
         return Chosen(leaf.reshape(lead), gate.reshape(lead))
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """leaf and gate (rows, k), and what was selected, as indices into the flattened balance."""
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
+        """leaf and gate (rows, k), and what counts the rows that selected each part of the balance: of its shape, or
+        (trees, leaves) where there is none."""
         raise NotImplementedError
 
     def _scores(self, rows: Tensor) -> Tensor:
@@ -113,13 +117,12 @@ class Router(nn.Module):
     def _gate(self, score: Tensor) -> Tensor:
         return torch.ones_like(score) if self.config.gate is None else normalised(score)
 
-    @torch.no_grad()
-    def _rebalance(self, visited: Tensor) -> None:
+    def _rebalance(self, load: Tensor) -> None:
         if self.balance is None:
             return
         if not torch.compiler.is_compiling():
             self._balance_before = self.balance.clone()
-        load = histogram(visited, self.balance.numel()).view(self.balance.shape)
+        load = load.clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for level in self._levels(load):
@@ -130,9 +133,9 @@ class Router(nn.Module):
         """The parts of load whose members compete with one another, as views."""
         return [load]
 
-    def _count(self, leaf: Tensor) -> None:
-        with torch.no_grad():
-            self._leaf_counts += histogram(leaf, self._leaf_counts.numel()).view(self._leaf_counts.shape)
+    def _of_leaves(self, load: Tensor) -> Tensor:
+        """The load of the leaves (trees, leaves)."""
+        return load.view(self._leaf_counts.shape)
 
     def usage(self, x: Tensor | None = None) -> Usage:
         """How rows spread over the leaves of each tree (one "tree" where there is none): those of `x`, or, without it,
@@ -140,8 +143,8 @@ class Router(nn.Module):
         if x is None:
             return Usage.of(self._leaf_counts.clone())
         with torch.no_grad():
-            leaf = self._route(x.reshape(-1, self.config.in_features), self.balance)[0]
-        return Usage.of(histogram(leaf, self._leaf_counts.numel()).view(self._leaf_counts.shape))
+            load = self._route(x.reshape(-1, self.config.in_features), self.balance)[2]
+            return Usage.of(self._of_leaves(load()))
 
     def track_usage(self, enabled: bool = True) -> None:
         """Count leaves in evaluation too."""
@@ -223,17 +226,24 @@ class TreeRouter(Router):
         )
         super().__init__(config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         config = self.config
         score = self._scores(rows).view(-1, config.trees, config.nodes)
         first = torch.arange(config.trees, device=rows.device)[:, None]
         if config.kind == "tree":
             leaf, gate = self._descend(score)
             leaf = leaf + first * 2**config.depth
-            return leaf.flatten(1), gate.flatten(1), leaf
+            return leaf.flatten(1), gate.flatten(1), _counted(leaf, (config.trees, 2**config.depth))
+        if choose.available(score, 2**config.depth):
+            leaf, total, counts = choose.beam(score, balance, config.chosen)
+            return (leaf + first * 2**config.depth).flatten(1), self._gate(total).flatten(1), lambda: counts
         found = beam(score, config.chosen, balance)
-        leaf = found.leaf + first * 2**config.depth
-        return leaf.flatten(1), self._gate(found.score).flatten(1), found.kept + first * (2 * 2**config.depth - 1)
+        leaf, per_tree = found.leaf + first * 2**config.depth, 2 * 2**config.depth - 1
+        load = _counted(found.kept + first * per_tree, (config.trees, per_tree))
+        return leaf.flatten(1), self._gate(found.score).flatten(1), load
+
+    def _of_leaves(self, load: Tensor) -> Tensor:
+        return load[:, -(2**self.config.depth) :]
 
     def _descend(self, score: Tensor) -> tuple[Tensor, Tensor]:
         """Leaf and gate (rows, trees, 1) of a greedy descent by node scores (rows, trees, nodes)."""
@@ -272,13 +282,16 @@ class FlatRouter(Router):
         config = RouterConfig(kind="flat", in_features=in_features, candidates=leaves, chosen=k, gate=gate, bias=bias)
         super().__init__(config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         return self._best(self._scores(rows), balance)
 
-    def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         """The k best of leaf scores (rows, leaves)."""
+        if choose.available(score, self.leaves):
+            leaf, counts = choose.best(score, balance, self.config.chosen)
+            return leaf, self._gate(score.gather(1, leaf)), lambda: counts
         leaf = best(preference(score, balance), self.config.chosen)
-        return leaf, self._gate(score.gather(1, leaf)), leaf
+        return leaf, self._gate(score.gather(1, leaf)), _counted(leaf, (self.leaves,))
 
 
 class ProductKeyRouter(FlatRouter):
@@ -302,11 +315,15 @@ class ProductKeyRouter(FlatRouter):
         config = RouterConfig(kind="product_key", in_features=in_features, candidates=n, chosen=k, gate=gate, bias=bias)
         Router.__init__(self, config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         biases = (None, None) if self.bias is None else self.bias
         halves = zip(rows.chunk(2, -1), self.weight, biases, strict=True)
         first, second = (self._linear(half, keys, bias) for half, keys, bias in halves)
         return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
+
+
+def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:
+    return lambda: histogram(index, math.prod(shape)).view(shape)
 
 
 def make_router(config: RouterConfig, **options: Any) -> Router:
