@@ -62,6 +62,6 @@ def test_path_sums_have_the_gradient_of_the_plain_form():
 def test_the_ops_are_registered_as_they_behave():
     score = normal(5, 2, 7).requires_grad_()
     torch.library.opcheck(torch.ops.fastff.choose_best.default, (score.detach().flatten(1), None, 3))
-    # Not its fourth test, which adds the outputs up and takes an integer one, which comes first here, for the sum's dtype.
+    # Not its fourth test: it adds the outputs up, in the dtype of the first, which is an integer here.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fastff.choose_beam.default, (score, normal(2, 15), 2), test_utils=tests)
