@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import torch
 import fastff
 from conftest import make_rows
 from fastff.config import ACTIVATIONS
-from fastff.ops import conditional, conditional_matmul, conditional_reference
+from fastff.ops import conditional, conditional_matmul
 
 SIZES = {"in_features": 6, "out_features": 5, "leaves": 7, "width": 3, "k": 2}
 NAMES = ("x", "gate", "w_in", "w_out", "b_in", "b_out")
@@ -51,43 +50,6 @@ def gradients(given, backend):
         "y": y.detach(),
         **dict(zip(leaves, torch.autograd.grad((y * weights).sum(), [*leaves.values()]), strict=True)),
     }
-
-
-@torch.autocast("cpu", enabled=False)
-def _standin_forward(x, leaf, gate, w_in, b_in, w_out, b_out, *, activation):
-    y = conditional_reference.forward(x, leaf, gate, w_in, b_in, w_out, b_out, activation=activation)
-    return y, torch.einsum("ri,rkni->rkn", x, w_in[leaf])
-
-
-def _standin_backward(*arguments, activation):
-    """In a thread of its own: within the registered op, autograd is switched off in this one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_differentiated, *arguments, activation=activation).result()
-
-
-def _differentiated(grad_y, x, leaf, gate, w_in, b_in, w_out, b_out, scores, *, activation):
-    assert scores.shape == (*leaf.shape, w_in.shape[1])
-    given = (x, gate, w_in, b_in, w_out, b_out)
-    with torch.enable_grad():
-        x, gate, w_in, b_in, w_out, b_out = (None if t is None else t.detach().requires_grad_() for t in given)
-        y = conditional_reference.forward(x, leaf, gate, w_in, b_in, w_out, b_out, activation=activation)
-        inputs = [t for t in (x, gate, w_in, b_in, w_out, b_out) if t is not None]
-        found = iter(torch.autograd.grad(y, inputs, grad_y))
-    return tuple(given[0].new_empty(0) if t is None else next(found) for t in given)
-
-
-@pytest.fixture(params=["stand-in", "native"])
-def kernel(request, monkeypatch):
-    """A backend behind the registered op: a stand-in for kernels in PyTorch, and the CPU's kernels."""
-    if request.param == "stand-in":
-        module = SimpleNamespace(why_unavailable=lambda: None, why_not=lambda *_: None)
-        module.forward, module.backward = _standin_forward, _standin_backward
-        monkeypatch.setitem(conditional._modules, "stand-in", module)
-        monkeypatch.setitem(conditional._KERNEL_MODULES, "stand-in", "stand_in")
-        monkeypatch.setitem(conditional._unavailable, "stand-in", None)
-    elif conditional.why_unavailable(request.param) is not None:
-        pytest.skip(conditional.why_unavailable(request.param))
-    return request.param
 
 
 def backends():
@@ -134,44 +96,44 @@ def test_float32_errs_at_most_twice_as_much_as_the_reference(backend):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_gradcheck_of_the_op(kernel, activation):
+def test_gradcheck_of_the_op(activation):
     given = make(5, activation=activation, in_features=3, out_features=2, leaves=4)
     inputs = [given[name].requires_grad_() for name in NAMES]
     assert torch.autograd.gradcheck(
-        lambda *tensors: run(given, kernel, **dict(zip(NAMES, tensors, strict=True))), inputs, atol=1e-7
+        lambda *tensors: run(given, "native", **dict(zip(NAMES, tensors, strict=True))), inputs, atol=1e-7
     )
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(kernel, bias):
+def test_opcheck(bias):
     given = make(5, dtype=torch.float32, bias=bias)
     for name in NAMES[: 6 if bias else 4]:
         given[name].requires_grad_()
     tensors = [given.get(name) for name in ("x", "leaf", "gate", "w_in", "b_in", "w_out", "b_out")]
-    torch.library.opcheck(torch.ops.fastff.conditional_matmul, (*tensors, "gelu", kernel))
+    torch.library.opcheck(torch.ops.fastff.conditional_matmul, (*tensors, "gelu", "native"))
 
 
-def test_leaves_that_no_row_chose_have_no_gradient(kernel):
+def test_leaves_that_no_row_chose_have_no_gradient():
     given = make(20)
     given["leaf"] = given["leaf"] % 3
-    for backend in (kernel, "eager"):
+    for backend in ("native", "eager"):
         grads = gradients(given, backend)
         assert all((grads[name][3:] == 0).all() and (grads[name][:3] != 0).any() for name in NAMES[2:])
 
 
-def test_a_leaf_that_stands_twice_in_a_row_adds_twice(kernel):
+def test_a_leaf_that_stands_twice_in_a_row_adds_twice():
     given = make(6, k=2)
     twice = {**given, "leaf": given["leaf"][:, :1].expand(-1, 2)}
     once = {**given, "leaf": given["leaf"][:, :1], "gate": given["gate"].sum(1, keepdim=True)}
-    for backend in ("reference", "eager", kernel):
+    for backend in ("reference", "eager", "native"):
         assert (run(twice, backend) - run(once, backend)).abs().max() <= 1e-12
 
 
-def test_gates_and_rows_that_are_not_finite_stay_in_their_row(kernel):
+def test_gates_and_rows_that_are_not_finite_stay_in_their_row():
     given = make(6)
     bad = {**given, "x": given["x"].clone(), "gate": given["gate"].clone()}
     bad["x"][1, 2], bad["gate"][3, 1], bad["gate"][4, 0] = float("nan"), float("nan"), float("inf")
-    for backend in ("reference", "eager", kernel):
+    for backend in ("reference", "eager", "native"):
         y, clean = run(bad, backend), run(given, backend)
         assert y[[1, 3]].isnan().all()
         assert not y[4].isfinite().any()
@@ -188,24 +150,23 @@ def test_infinite_weights_of_a_leaf_that_no_row_chose_change_nothing():
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3), (0, 2)])
-def test_any_leading_shape(kernel, shape):
+def test_any_leading_shape(shape):
     given = make(1)
     many = {name: given[name][0].expand(*shape, -1) for name in ("x", "leaf", "gate")}
-    for backend in ("reference", "eager", kernel):
+    for backend in ("reference", "eager", "native"):
         got = run(given, backend, **many)
         assert got.shape == (*shape, 5)
         assert torch.allclose(got, run(given, backend)[0].expand(got.shape), atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["eager", "kernel"])
-def test_compile_without_graph_breaks_forward_and_backward(backend, kernel):
-    name = kernel if backend == "kernel" else backend
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_compile_without_graph_breaks_forward_and_backward(backend):
     given = make(9, dtype=torch.float32)
-    want = gradients(given, name)
+    want = gradients(given, backend)
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     leaves = {n: given[n].detach().requires_grad_() for n in NAMES}
-    y = compiled(given, name, **leaves)
+    y = compiled(given, backend, **leaves)
     grads = torch.autograd.grad((y * make_rows(*y.shape, seed=9, dtype=y.dtype)).sum(), [*leaves.values()])
     close({"y": y.detach(), **dict(zip(leaves, grads, strict=True))}, want, 1e-6)
 
@@ -219,19 +180,19 @@ class Product(torch.nn.Module):
         return run(self.given, self.backend, x=x, leaf=leaf, gate=gate)
 
 
-def test_export_keeps_the_op(kernel):
+def test_export_keeps_the_op():
     given, other = make(9, dtype=torch.float32), make(4, dtype=torch.float32, seed=3)
     rows = {0: torch.export.Dim("rows", min=2, max=64)}
     arguments = (given["x"], given["leaf"], given["gate"])
-    program = torch.export.export(Product(given, kernel), arguments, dynamic_shapes=(rows,) * 3)
+    program = torch.export.export(Product(given, "native"), arguments, dynamic_shapes=(rows,) * 3)
     assert "fastff.conditional_matmul" in str(program.graph)
     got = program.module()(other["x"], other["leaf"], other["gate"])
-    assert torch.equal(got, run({**other, **{n: given[n] for n in NAMES[2:]}}, kernel))
+    assert torch.equal(got, run({**other, **{n: given[n] for n in NAMES[2:]}}, "native"))
 
 
-def test_autocast_computes_in_float32_and_returns_the_autocast_dtype(kernel):
+def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():
     given = make(8, dtype=torch.float32)
-    for backend in ("eager", kernel):
+    for backend in ("eager", "native"):
         want = run(given, backend)
         with torch.autocast("cpu", torch.bfloat16):
             got = run(given, backend)
@@ -239,12 +200,12 @@ def test_autocast_computes_in_float32_and_returns_the_autocast_dtype(kernel):
 
 
 @pytest.mark.parametrize("batched", [("x",), ("x", "leaf", "gate"), ("w_in", "w_out"), NAMES])
-def test_vmap_over_rows_and_over_weights(kernel, batched):
+def test_vmap_over_rows_and_over_weights(batched):
     sets = [make(4, seed=10 * i) for i in range(3)]
     given = {**sets[0], **{name: torch.stack([s[name] for s in sets]) for name in batched}}
     names = [name for name in given if name != "activation"]
     dims = tuple(0 if name in batched else None for name in names)
-    for backend in ("eager", "reference", kernel):
+    for backend in ("eager", "reference", "native"):
         got = torch.vmap(lambda *t, b=backend: run(dict(zip(names, t, strict=True)) | {"activation": "gelu"}, b), dims)(
             *(given[name] for name in names)
         )
@@ -252,7 +213,7 @@ def test_vmap_over_rows_and_over_weights(kernel, batched):
         assert (got - want).abs().max() <= 1e-12
 
 
-def test_gradients_of_each_row_by_torch_func_and_the_jacobian_of_the_op(kernel):
+def test_gradients_of_each_row_by_torch_func_and_the_jacobian_of_the_op():
     """The weights' gradient of every row alone: vmap(grad) where the backend is free; vmap over the op's backward."""
     given = make(4)
 
@@ -265,7 +226,7 @@ def test_gradients_of_each_row_by_torch_func_and_the_jacobian_of_the_op(kernel):
         for backend in ("reference", None)
     )
     w_in = given["w_in"].detach().requires_grad_()
-    y = run(given, kernel, w_in=w_in)
+    y = run(given, "native", w_in=w_in)
     each = torch.eye(4, dtype=y.dtype).unsqueeze(-1).expand(4, 4, 5)
     (jacobian,) = torch.autograd.grad(y, w_in, each, is_grads_batched=True)
     assert (free - want).abs().max() <= 1e-12
@@ -284,23 +245,23 @@ def test_the_plain_backends_have_forward_and_second_derivatives():
         assert tangent.shape == (4, 2)
 
 
-def test_kernels_refuse_second_and_forward_derivatives_and_name_what_can(kernel):
+def test_kernels_refuse_second_and_forward_derivatives_and_name_what_can():
     given = make(4)
     x = given["x"].detach().requires_grad_()
-    (first,) = torch.autograd.grad(run(given, kernel, x=x).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(run(given, "native", x=x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only: name backend='eager'"):
         first.sum().backward()
     with pytest.raises(fastff.BackendUnavailable, match=r"within torch\.func: name backend='eager'"):
-        torch.func.jvp(lambda x: run(given, kernel, x=x), (given["x"],), (given["x"],))
+        torch.func.jvp(lambda x: run(given, "native", x=x), (given["x"],), (given["x"],))
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "kernel"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
 @pytest.mark.parametrize("value", [-1, 7, 2**40, -(2**62)])
-def test_a_leaf_out_of_range_is_named(backend, value, kernel):
+def test_a_leaf_out_of_range_is_named(backend, value):
     given = make(4)
     given["leaf"][2, 1] = value
     with pytest.raises(fastff.ShapeError, match=f"leaf {value} is not in 0 to 6"):
-        run(given, kernel if backend == "kernel" else backend)
+        run(given, backend)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 """
 
 from fastff import ops
+from fastff.conditional import ConditionalFeedforward
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
 from fastff.files import load, save
@@ -15,6 +16,7 @@ __all__ = [
     "FFF",
     "BackendUnavailable",
     "CheckpointError",
+    "ConditionalFeedforward",
     "FastffError",
     "FlatRouter",
     "ProductKeyRouter",

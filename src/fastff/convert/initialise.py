@@ -210,6 +210,8 @@ def features(module: ConvertedFeedforward, x: Tensor) -> Tensor:
         return ones
     if isinstance(module.layer, DenseFeedforward):
         return torch.cat((module.layer.values(x), ones), 1)
+    if not isinstance(module.layer, FFF):
+        raise TypeError(f"a {type(module.layer).__name__} cannot be initialised from a dense layer, only trees")
     beside = () if module.shared is None else (module.shared.values(x),)
     return torch.cat((_tree_values(module.layer, x), *beside, ones), 1)
 

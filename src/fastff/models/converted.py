@@ -32,11 +32,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward, complete, split_shared
 from fastff.models.weight_files import check_dtypes, hub_options, naming, stored_dtypes
+from fastff.routers import Router
 
 # Of the arguments of from_pretrained these are the model's own, whatever its configuration.
 LOADING = ("dtype", "torch_dtype", "attn_implementation", "name_or_path", "return_unused_kwargs")
@@ -143,6 +145,10 @@ class _Converted:
         if isinstance(module, FFF):
             module.reset_parameters()
             module.reset_usage()
+        elif isinstance(module, ConditionalFeedforward):
+            module.reset_leaves()
+        elif isinstance(module, Router):
+            module.reset_parameters()
         elif isinstance(module, ConvertedFeedforward):
             nn.init.zeros_(module.bias)
         else:

@@ -1,11 +1,14 @@
 """The feedforward layer of one transformer block, built from its description in a model's configuration.
 
-A description is a dict with `kind` and the options of that kind:
+A description is a name that `fastff.conditional.parse_layer` reads, or a dict with `kind` and the options of that kind:
 
 fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`, `activation`, `gate`, `tau`, `bias`,
        `surrogate`, `region_leak`, `quantization`, with the meaning and the defaults of `fastff.FFF`; with `shared` it
        is a ConvertedFeedforward, trees with so many (or 0) ordinary neurons beside them and an output bias, and
        `shared_activation` is theirs
+paths, flat, product_key  conditional, behind another router: `depth`, `trees` (default 1) and `paths`; `leaves` and
+       `k`; `n` and `k`, with the meaning of `fastff.TreeRouter`, `FlatRouter`, `ProductKeyRouter`; for all of them
+       `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate` and `balance_step`
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the control that shows what attention does alone
 """
@@ -13,15 +16,18 @@ none   no feedforward at all: the control that shows what attention does alone
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastff.conditional import ConditionalFeedforward, parse_layer
 from fastff.errors import ShapeError
 from fastff.layers import FFF, Quantization
 from fastff.ops.reference import activate
+from fastff.routers import FlatRouter, ProductKeyRouter, Router, TreeRouter
+from fastff.routers.modules import BALANCE_STEP
 
 GATED_ACTIVATIONS = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
 DENSE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED_ACTIVATIONS)
@@ -39,6 +45,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "dense": {"intermediate_size": inspect.Parameter.empty, "activation": "gelu", "bias": False},
     "none": {},
 }
+_ROUTERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {  # and what sizes them
+    "paths": (TreeRouter, {"depth": inspect.Parameter.empty, "trees": 1, "paths": inspect.Parameter.empty}),
+    "flat": (FlatRouter, {"leaves": inspect.Parameter.empty, "k": inspect.Parameter.empty}),
+    "product_key": (ProductKeyRouter, {"n": inspect.Parameter.empty, "k": inspect.Parameter.empty}),
+}
+_ROUTER_OPTIONS = {"gate": "normalised", "balance_step": BALANCE_STEP}
+_LEAF_OPTIONS = {"leaf_width": inspect.Parameter.empty, "activation": "swiglu", "bias": False}
+_DEFAULTS |= {kind: sizes | _LEAF_OPTIONS | _ROUTER_OPTIONS for kind, (_, sizes) in _ROUTERS.items()}
 
 
 class DenseFeedforward(nn.Module):
@@ -179,8 +193,8 @@ def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def build_feedforward(
-    description: Mapping[str, Any], hidden_size: int, *, device: torch.device | str | None = None
-) -> FFF | DenseFeedforward | ConvertedFeedforward | None:
+    description: Mapping[str, Any] | str, hidden_size: int, *, device: torch.device | str | None = None
+) -> FFF | ConditionalFeedforward | DenseFeedforward | ConvertedFeedforward | None:
     """The layer that `description` describes, for rows of `hidden_size`; None for the kind "none".
 
     Raises ShapeError for a size out of range, ValueError for an unknown kind, option or value.
@@ -189,11 +203,16 @@ def build_feedforward(
     kind = options.pop("kind")
     if kind == "fff":
         if options["shared"] is not None:
-            return ConvertedFeedforward(description, hidden_size, device=device)
+            return ConvertedFeedforward({"kind": kind, **options}, hidden_size, device=device)
         own = {name: value for name, value in options.items() if name not in ("shared", "shared_activation")}
         return FFF(hidden_size, **own, device=device)
     if kind == "dense":
         return DenseFeedforward(hidden_size, **options, device=device)
+    if kind in _ROUTERS:
+        cls, sizes = _ROUTERS[kind]
+        router = cls(hidden_size, **{name: options[name] for name in (*sizes, *_ROUTER_OPTIONS)}, device=device)
+        own = {name: options[name] for name in _LEAF_OPTIONS}
+        return ConditionalFeedforward(hidden_size, router=router, leaves=router.leaves, **own, device=device)
     return None
 
 
@@ -215,8 +234,10 @@ def quantize(model: Model, quantization: Quantization | None) -> Model:
     return model
 
 
-def complete(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description with every default written out. Raises ValueError for an unknown kind or option."""
+def complete(description: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The description with every default written out. Raises ValueError for an unknown kind, option or name."""
+    if isinstance(description, str):
+        description = parse_layer(description)
     if not isinstance(description, Mapping):
         raise ValueError(f"feedforward {description!r} is not a dict with 'kind' and options")
     kind = description.get("kind")

@@ -24,11 +24,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.errors import ShapeError
 from fastff.layers import FFF
 from fastff.models.encoder import checkpoint
 from fastff.models.encoder.configuration import UltraFastBertConfig
 from fastff.models.feedforward import ConvertedFeedforward, build_feedforward
+from fastff.routers import Router
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -162,6 +164,10 @@ class UltraFastBertPreTrainedModel(PreTrainedModel):
             else:
                 self._init_published(module)
             module.reset_usage()
+        elif isinstance(module, ConditionalFeedforward):
+            module.reset_leaves()
+        elif isinstance(module, Router):
+            module.reset_parameters()
         elif isinstance(module, ConvertedFeedforward):
             initialization.zeros_(module.bias)
         elif isinstance(module, Embeddings):
