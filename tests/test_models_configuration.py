@@ -71,7 +71,7 @@ def test_one_description_per_layer():
         ({"layer_norm_eps": float("nan")}, ValueError, "layer_norm_eps nan"),
         ({"pooler": "max"}, ValueError, "pooler 'max' is not one of masked_avg, avg, zero_index"),
         ({"feedforward_init": "zeros"}, ValueError, "feedforward_init 'zeros' is not one of published, fan_in"),
-        ({"feedforward": "fff"}, ValueError, "feedforward 'fff' is not a dict"),
+        ({"feedforward": "fff"}, ValueError, "layer 'fff' is not of the form"),
         ({"feedforward": {}}, ValueError, "feedforward kind None is not one of fff, dense, none"),
         ({"feedforward": {"kind": "moe"}}, ValueError, "feedforward kind 'moe' is not one of fff, dense, none"),
         ({"feedforward": {"kind": "fff"}}, ValueError, "feedforward kind 'fff' needs the option 'depth'"),
