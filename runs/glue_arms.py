@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 from fastff.errors import TrainingError
 from fastff.io import read_json, write_json
 from fastff.report.drawing import svg
-from fastff.train.checkpoint import check_identity
+from fastff.train.checkpoint import claim_run
 from fastff.train.compare import label_points, over_arithmetic, set_gaps
 from fastff.train.glue import GlueSettings, missing, record_path, score
 from fastff.train.placement import environments
@@ -78,7 +78,7 @@ def fine_tune(asked: argparse.Namespace, every: list[GlueSettings]) -> None:
     """Run what is missing, until it is done or the time is over."""
     began = time.monotonic()
     for settings in every:
-        check_identity(settings.out, settings.identity)
+        claim_run(settings.out, settings.identity)
     jobs = [(settings, *job) for settings in every for job in missing(settings)]
     jobs.sort(key=lambda job: ORDER.index(job[1]))  # all arms of a task, then the next
     if not jobs:

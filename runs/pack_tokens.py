@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastff.io import read_json, write_json
-from fastff.text.tokens import fingerprint, load_tokenizer
+from fastff.text.tokenizer import fingerprint, load_tokenizer
 
 PARTS = ("train", "valid")
 _PIECE = 4 * 2**20  # tokens compressed alone, so that a file of them unpacks on several cores

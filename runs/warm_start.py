@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import fastff.models  # noqa: F401  registers the model type
 from fastff.convert.student import build_student
-from fastff.text.tokens import Tokens, Vocabulary, load_tokenizer
+from fastff.text.tokenizer import Vocabulary, load_tokenizer
+from fastff.text.tokens import Tokens
 from fastff.train.presets import feedforward_of
 from fastff.train.pretrain import quietly
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+import pytest
 from typer.testing import CliRunner
 
 from fastff.cli import app, commands
+from fastff.text.batches import Batches
 from training_cases import write_text
 
 
@@ -58,3 +63,23 @@ def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
     lines = [line for line in done.output.splitlines() if line.startswith("pretrain: step ")]
     assert [line.split(",")[0] for line in lines] == [f"pretrain: step {n}" for n in (1, 2, 3)]
     assert lines[2].endswith(", 100%")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_a_signal_stopped_says_so_by_its_exit_status(number, tmp_path, monkeypatch):
+    words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 4, "--batch", 2]
+    words += ["--micro-batch", 2, "--length", 16, "--vocab-size", 200, "--valid-windows", 2, "--cpu"]
+    draw, calls = Batches.micro_batch, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "micro_batch", stopped)
+        done = run(*words)
+    assert done.exit_code == 128 + number, done.output
+    assert "stopped; the same command goes on" in done.output
+    assert run(*words).exit_code == 0

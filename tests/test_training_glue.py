@@ -19,7 +19,7 @@ from fastff.cli import app
 from fastff.demo.data import labelled
 from fastff.errors import CheckpointError, TrainingError
 from fastff.models import make_converted
-from fastff.text.tokens import load_tokenizer
+from fastff.text.tokenizer import load_tokenizer
 from fastff.train import glue as module
 from fastff.train import tasks
 from fastff.train.glue import GlueSettings, encode, glue

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from fastff import FFF, io
 from fastff.errors import TrainingError
 from fastff.text.batches import Batches
-from fastff.text.tokens import Tokens, Vocabulary
+from fastff.text.tokenizer import Vocabulary
+from fastff.text.tokens import Tokens
 from fastff.train import checkpoint
-from fastff.train.presets import PRESETS, cost_of
+from fastff.train.presets import PRESETS, Preset, cost_of
 from fastff.train.pretrain import Settings, pretrain, read_text, tokens_per_second
 from fastff.train.routing import LayerTraining
 from fastff.train.trainer import release_unused
@@ -157,7 +159,7 @@ def test_a_budget_of_seconds(text, tmp_path):
     assert record["steps"] >= 1
 
 
-@pytest.mark.parametrize("where", ["torch.save", "fastff.train.checkpoint.sync"])
+@pytest.mark.parametrize("where", ["torch.save", "fastff.io.sync"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(where, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     pretrain(small(out, text, piece_seconds=1e-9))
@@ -225,8 +227,65 @@ def test_a_damaged_checkpoint_is_named(text, tmp_path):
     out = tmp_path / "run"
     pretrain(small(out, text, piece_seconds=1e-9))
     (out / "checkpoint-1" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(TrainingError, match=r"checkpoint-1 cannot be read.*remove it"):
+    with pytest.raises(TrainingError, match=r"model.safetensors is damaged .*: remove .*checkpoint-1 to go on from"):
         pretrain(small(out, text))
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "position.json", "trainer_state.json"]
+)
+@pytest.mark.parametrize("described", [True, False])
+def test_a_checkpoint_without_one_of_its_files_is_not_trained_on_from(name, described, text, tmp_path):
+    """Transformers goes on with a new optimiser, or schedule, without a word."""
+    out = tmp_path / "run"
+    pretrain(small(out, text, piece_seconds=1e-9))
+    folder = out / "checkpoint-1"
+    (folder / name).unlink()
+    if not described:  # as an earlier version left it
+        (folder / checkpoint.FILES).unlink()
+    with pytest.raises(TrainingError, match=rf"checkpoint-1/{name} is missing: remove"):
+        pretrain(small(out, text))
+
+
+def test_a_text_that_changes_in_the_middle_of_a_run_is_another_run(tmp_path):
+    text = write_text(tmp_path)
+    pretrain(small(tmp_path / "run", text, piece_seconds=1e-9))
+    text.write_text(text.read_text(encoding="utf-8") + " More.", encoding="utf-8")
+    with pytest.raises(TrainingError, match="holds another run: text_sha256"):
+        pretrain(small(tmp_path / "run", text))
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+    """tests/golden/pretrain-1f96a58.tar.xz: stopped by an exception after step 5 of 8 with a checkpoint of step 3, and
+    what the same version made of the whole run."""
+    with tarfile.open(Path(__file__).parent / "golden" / "pretrain-1f96a58.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path / "pretrain-1f96a58")
+    monkeypatch.setitem(PRESETS, "toy", Preset("toy", 16, 1, 2, 16, 90, 4, 2, 2e-3, 8, 100_000))
+    feedforward = '{"kind": "fff", "depth": 2, "trees": 1, "gate": "boundary", "bias": true}'
+    record = pretrain(
+        Settings(
+            out=Path("run"),
+            text=("text.txt",),
+            preset="toy",
+            data=Path("data"),
+            steps=8,
+            save_every=3,
+            valid_windows=4,
+            log_every=1,
+            cpu=True,
+            rate=3e-3,
+            warm_up=0.25,
+            length=16,
+            feedforward=feedforward,
+            layer=LayerTraining(rate=0.5),
+            seed=3,
+        )
+    )
+    want = io.read_json(Path("expected.json"))
+    assert record["finished"]
+    assert [loss for _, loss in record["curve"]] == pytest.approx([loss for _, loss in want["curve"]], abs=2e-4)
+    assert record["valid_loss"] == pytest.approx(want["valid_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, processors
 
-from fastff.text.tokens import train_tokenizer
+from fastff.text.tokenizer import train_tokenizer
 
 # author: (full name, year of death, books to learn from, unseen book)
 AUTHORS = {
@@ -142,7 +142,7 @@ def pick(paragraphs: list[str], count: int, rng: random.Random, taken: set[str])
 
 def make_tokenizer(text: list[str]) -> Tokenizer:
     """The tokenizer of `fastff pretrain`, for single sentences and with few characters."""
-    tokenizer = train_tokenizer(text, VOCABULARY, alphabet=ALPHABET)
+    tokenizer = train_tokenizer(lambda: text, VOCABULARY, alphabet=ALPHABET)
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer

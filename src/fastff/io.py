@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,12 +29,25 @@ REMEDY = "remove it and run the same command again"
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Failures of the disk in the block as FileError; torch and safetensors report theirs under names of their own."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}; the old one is unchanged") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" or (isinstance(error, RuntimeError) and _of_disk(error)):
+            raise FileError(f"cannot write {path}: {error}; the old one is unchanged") from error
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path`, brought to the disk, when the block ends without an error.
 
     Libraries that write to a path are given the file's `name`. Raises FileError if it cannot be written.
     """
-    with _errors_of_writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         file = _locked(_temporary(path))
@@ -56,7 +70,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     Raises FileError if it cannot be written.
     """
-    with _errors_of_writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         folder = _temporary(path)
@@ -147,9 +161,32 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         save_file(tensors, file.name, metadata)
 
 
+@contextmanager
+def reading(path: Path, remedy: str = REMEDY) -> Iterator[None]:
+    """Every failure of the block as FileError: what a damaged file makes the libraries raise is of many kinds, and some
+    of what they say about it is advice to trust the file."""
+    try:
+        yield
+    except FileError:
+        raise
+    except MemoryError as error:
+        raise FileError(f"cannot read {path}: it asks for more memory than there is") from error
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EPERM):
+            raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(f"{path} is damaged ({error}): {remedy}") from error
+    except Exception as error:
+        what = str(error) if type(error) is ValueError or isinstance(error, UnicodeError) else type(error).__name__
+        if isinstance(error, json.JSONDecodeError):
+            what = f"not JSON: {error}"
+        raise FileError(f"{path} is damaged ({what}): {remedy}") from error
+
+
 def read_json(path: Path, *, needs: Mapping[str, type] | None = None, remedy: str = REMEDY) -> Any:
     """Content of a JSON file. needs: the names, and types, without which its object is of no use."""
-    with _errors_of_reading(path, remedy):
+    with reading(path, remedy):
         content = json.loads(path.read_text(encoding="utf-8"))
         _check(content, needs)
     return content
@@ -157,7 +194,7 @@ def read_json(path: Path, *, needs: Mapping[str, type] | None = None, remedy: st
 
 def read_json_lines(path: Path, *, remedy: str = REMEDY) -> list[dict[str, Any]]:
     """The objects of a file to which `append_json_line` wrote; a last line that a kill cut short is left out."""
-    with _errors_of_reading(path, remedy):
+    with reading(path, remedy):
         lines = path.read_text(encoding="utf-8").split("\n")
         content = [json.loads(line) for line in lines[:-1]]
         for number, line in enumerate(content, 1):
@@ -168,7 +205,7 @@ def read_json_lines(path: Path, *, remedy: str = REMEDY) -> list[dict[str, Any]]
 
 def append_json_line(path: Path, content: dict[str, Any]) -> None:
     """Add an object to a file of lines, brought to the disk. What a kill cut short at its end is dropped first."""
-    with _errors_of_writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.seek(0)
@@ -182,7 +219,7 @@ def read_array(path: Path, *, remedy: str = REMEDY) -> np.ndarray[Any, Any]:
     """The array of a .npy file."""
     import numpy as np
 
-    with _errors_of_reading(path, remedy):
+    with reading(path, remedy):
         array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
     return array
 
@@ -191,7 +228,7 @@ def read_torch(path: Path, *, needs: Mapping[str, type] | None = None, device: A
     """What `write_torch` wrote, tensors on `device`; nothing in it is executed. needs: as in `read_json`."""
     import torch
 
-    with _errors_of_reading(path, remedy):
+    with reading(path, remedy):
         state = torch.load(path, map_location=device, weights_only=True)
         _check(state, needs)
     return state
@@ -201,21 +238,36 @@ def read_tensors(path: Path, *, remedy: str = REMEDY) -> dict[str, torch.Tensor]
     """The tensors of a safetensors file, by name."""
     from safetensors.torch import load_file
 
-    with _errors_of_reading(path, remedy):
+    with reading(path, remedy):
         tensors: dict[str, torch.Tensor] = load_file(path)
     return tensors
 
 
-def claim(folder: Path, identity: Mapping[str, Any], *, name: str = SETTINGS, free: Iterable[str] = ()) -> bool:
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with reading(path), path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+    return found.hexdigest()
+
+
+def claim(
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    name: str = SETTINGS,
+    free: Iterable[str] = (),
+    upgrade: Callable[[Any], Any] = lambda kept: kept,
+) -> bool:
     """Make a folder that of the run `identity`; returns whether it already holds that run's state.
 
-    identity is kept in `folder`/`name`; `free` of it may differ. Raises FileError, naming each difference, for a folder
+    identity is kept in `folder`/`name`; `free` of it may differ; `upgrade` turns one that an earlier version kept into
+    one of this. Raises FileError, naming each difference, for a folder
     that another run has claimed, or with a damaged `name`. Stale temporaries are removed.
     """
     path = folder / name
     remove_stale(folder)
     if path.is_file():
-        differing = differences(read_json(path, needs={}), identity, free=free)
+        differing = differences(upgrade(read_json(path, needs={})), identity, free=free)
         if differing:
             raise FileError(f"{folder} holds another run: {'; '.join(differing)}. Choose another folder, or empty it")
         return True
@@ -267,39 +319,5 @@ def _check(content: Any, needs: Mapping[str, type] | None) -> None:
             raise ValueError(f"its {name} is {value!r:.80}, expected {kind.__name__}")
 
 
-@contextmanager
-def _errors_of_writing(path: Path) -> Iterator[None]:
-    """Failures of the disk as FileError; torch and safetensors report theirs under names of their own."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}; the old one is unchanged") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError" or (isinstance(error, RuntimeError) and _of_disk(error)):
-            raise FileError(f"cannot write {path}: {error}; the old one is unchanged") from error
-        raise
-
-
 def _of_disk(error: RuntimeError) -> bool:
     return "PytorchStreamWriter" in str(error) or "file write" in str(error)
-
-
-@contextmanager
-def _errors_of_reading(path: Path, remedy: str) -> Iterator[None]:
-    """Every failure as FileError: what a damaged file makes the libraries raise is of many kinds, and some of what they
-    say about it is advice to trust the file."""
-    try:
-        yield
-    except MemoryError as error:
-        raise FileError(f"cannot read {path}: it asks for more memory than there is") from error
-    except FileNotFoundError as error:
-        raise FileError(f"{path} is missing") from error
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EPERM):
-            raise FileError(f"cannot read {path}: {error.strerror}") from error
-        raise FileError(f"{path} is damaged ({error}): {remedy}") from error
-    except Exception as error:
-        what = str(error) if type(error) is ValueError or isinstance(error, UnicodeError) else type(error).__name__
-        if isinstance(error, json.JSONDecodeError):
-            what = f"not JSON: {error}"
-        raise FileError(f"{path} is damaged ({what}): {remedy}") from error

@@ -24,6 +24,7 @@ from fastff.bench import limits
 from fastff.bench.cases import Cell, Subject, features_of
 from fastff.bench.layers import expected, make_layer
 from fastff.bench.providers import ERROR_LIMITS, PROVIDERS, Call
+from fastff.train.interrupt import end_with_parent
 
 INPUT_BYTES = 2**26  # inputs rotate over more than a core's private caches hold
 CHECKED_ROWS = 64
@@ -225,6 +226,7 @@ class Remote:
 
 
 def _serve(connection: Connection, threads: int, seed: int) -> None:
+    end_with_parent()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     station = Station(threads, seed)

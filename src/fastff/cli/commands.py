@@ -235,6 +235,8 @@ def pretrain(
     done = "finished" if record["finished"] else "stopped; the same command goes on"
     loss = f"held-out loss {record['valid_loss']:.4f} after {record['steps']} steps and {record['tokens']} tokens"
     console.print(f"{done}: {loss}, {record['seconds']} s; {out}", markup=False)
+    if record["stopped_by"]:
+        raise typer.Exit(128 + record["stopped_by"])
 
 
 @app.command()

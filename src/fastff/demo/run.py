@@ -58,7 +58,7 @@ def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> 
                 console.print("\ninterrupted: writing what there is", style="yellow")
                 conclude(store, console)
                 console.print("the same command goes on from here; `--restart` begins again")
-                return 130
+                return stop.exit_status
             conclude(store, console)
             return 0
     except DemoError as error:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastff.errors import CheckpointError
-from fastff.text.reading import open_text
+from fastff.errors import CheckpointError, FileError
+from fastff.io import read_array, remove_stale, replacing, write_array
+from fastff.text.reading import lines
 
 LINES_A_CALL = 4096
 
@@ -85,47 +86,67 @@ def tokenise(
         if not text.is_file():
             raise CheckpointError(f"{text} is not a file")
         folder.mkdir(parents=True, exist_ok=True)
-        lengths = _write_tokens(tokenizer, text, ids_path, max_length, max_tokens, whole_blocks)
-        np.save(offsets_path, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
-    offsets = np.load(offsets_path)
+        remove_stale(folder)
+        with replacing(ids_path) as file:
+            lengths = _write_tokens(tokenizer, text, file, max_length, max_tokens, whole_blocks)
+        write_array(offsets_path, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
     pad = tokenizer.pad_token_id
-    return Examples(_open(ids_path), offsets, 0 if pad is None else pad)
+    return Examples(*_open(ids_path, offsets_path), 0 if pad is None else pad)
 
 
-def _open(path: Path) -> np.ndarray[Any, Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=np.uint32)
-    return np.memmap(path, dtype=np.uint32, mode="r")
+def _open(ids_path: Path, offsets_path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Tokens and offsets. Raises FileError if they are not those of one text."""
+    remedy = f"remove {ids_path.parent} and run the same command again"
+    offsets = read_array(offsets_path, remedy=remedy)
+    fits = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) > 0 and offsets[0] == 0
+    if not (fits and bool((np.diff(offsets) >= 0).all())):
+        raise FileError(f"{offsets_path} is damaged (not offsets from 0 that do not fall): {remedy}")
+    if not ids_path.is_file():
+        raise FileError(f"{ids_path} is missing: {remedy}")
+    size, expected = ids_path.stat().st_size, int(offsets[-1]) * np.dtype(np.uint32).itemsize
+    if size != expected:
+        raise FileError(f"{ids_path} has {size} bytes, expected {expected}: {remedy}")
+    return (np.memmap(ids_path, dtype=np.uint32, mode="r") if size else np.zeros(0, dtype=np.uint32)), offsets
 
 
 def _write_tokens(
-    tokenizer: Any, text: Path, ids_path: Path, max_length: int, max_tokens: int, whole_blocks: bool
+    tokenizer: Any, text: Path, out: IO[bytes], max_length: int, max_tokens: int, whole_blocks: bool
 ) -> list[int]:
-    lengths: list[int] = []
-    total, rest = 0, np.zeros(0, dtype=np.uint32)
-    first = _first_tokens(tokenizer) if whole_blocks else rest
-    inner = max_length - len(first)
-    if inner < 1:
+    first = _first_tokens(tokenizer) if whole_blocks else np.zeros(0, dtype=np.uint32)
+    if max_length <= len(first):
         raise CheckpointError(f"max_length {max_length} has no room beside {len(first)} special tokens")
-    with open_text(text) as lines, ids_path.open("wb") as out:
-        stripped = (line.strip() for line in lines)
-        filled = (line for line in stripped if line)
-        while total < max_tokens and (some := list(islice(filled, LINES_A_CALL))):
-            if whole_blocks:
-                plain = tokenizer([s + "\n" for s in some], add_special_tokens=False, verbose=False)["input_ids"]
-                joined = np.fromiter((t for ids in plain for t in ids), dtype=np.uint32)
-                rest = np.concatenate((rest, joined))
-                count = len(rest) // inner
-                blocks, rest = rest[: count * inner].reshape(count, inner), rest[count * inner :]
-                rows = [np.concatenate((first, block)) for block in blocks]
-            else:
-                encoded = tokenizer(some, truncation=True, max_length=max_length)["input_ids"]
-                rows = [np.asarray(ids, dtype=np.uint32) for ids in encoded]
-            for row in rows:
-                row.tofile(out)
-                lengths.append(len(row))
-                total += len(row)
+    filled = (line for line in lines(text) if line)
+    cut = _blocks(tokenizer, filled, first, max_length) if whole_blocks else _cut(tokenizer, filled, max_length)
+    lengths: list[int] = []
+    total = 0
+    for rows in cut:
+        for row in rows:
+            out.write(row.tobytes())
+            lengths.append(len(row))
+            total += len(row)
+        if total >= max_tokens:
+            break
     return lengths
+
+
+def _cut(tokenizer: Any, filled: Iterator[str], max_length: int) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """The lines' tokens, a call's lines at once."""
+    while some := list(islice(filled, LINES_A_CALL)):
+        encoded = tokenizer(some, truncation=True, max_length=max_length)["input_ids"]
+        yield [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+
+
+def _blocks(
+    tokenizer: Any, filled: Iterator[str], first: np.ndarray[Any, Any], max_length: int
+) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """Blocks of the joined lines' tokens, a call's lines at once."""
+    inner, rest = max_length - len(first), np.zeros(0, dtype=np.uint32)
+    while some := list(islice(filled, LINES_A_CALL)):
+        plain = tokenizer([s + "\n" for s in some], add_special_tokens=False, verbose=False)["input_ids"]
+        rest = np.concatenate((rest, np.fromiter((t for ids in plain for t in ids), dtype=np.uint32)))
+        count = len(rest) // inner
+        blocks, rest = rest[: count * inner].reshape(count, inner), rest[count * inner :]
+        yield [np.concatenate((first, block)) for block in blocks]
 
 
 def _first_tokens(tokenizer: Any) -> np.ndarray[Any, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fastff.errors import TrainingError
+from fastff.errors import FileError, TrainingError
+from fastff.io import digest
 
 HUB = "datasets:"  # prefix of a source that is a data set of the hub
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
@@ -44,28 +46,57 @@ def files(source: Path) -> list[Path]:
     return found
 
 
-def open_text(path: Path) -> IO[str]:
-    """A text file as UTF-8, plain or packed (.xz, .gz)."""
-    stream: IO[str] = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8")
-    return stream
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file (UTF-8, also packed: .xz, .gz) without the spaces around them. Raises FileError."""
+    number = 0
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
+            for line in stream:
+                number += 1
+                yield line.strip()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
+    except (lzma.LZMAError, zlib.error, OSError, EOFError) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+
+
+def state_of(sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What tells whether the files of some sources have changed: size, time of change and digest of each, by path.
+    Sources that are not files here (data sets of the hub, tokens that were unpacked) have none."""
+    paths = [path for source in sources if Path(source).exists() for path in files(Path(source))]
+    return {str(path): {**_glance(path), "sha256": digest(path)} for path in paths}
+
+
+def changed(sources: Sequence[str], state: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first file of the sources that is not what `state_of` saw, None if there is none. Files that are gone do not
+    count: tokens outlive their text. A file with a new date is read to be sure."""
+    for path in (path for source in sources if Path(source).exists() for path in files(Path(source))):
+        before = state.get(str(path))
+        if before is None:
+            return str(path)
+        if _glance(path) != {name: before.get(name) for name in _GLANCE} and (
+            path.stat().st_size != before.get("size") or digest(path) != before.get("sha256")
+        ):
+            return str(path)
+    return None
+
+
+_GLANCE = ("size", "modified_ns")
+
+
+def _glance(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return dict(zip(_GLANCE, (found.st_size, found.st_mtime_ns), strict=True))
 
 
 def _from_text(path: Path) -> Iterator[str]:
     block: list[str] = []
-    number = 0
-    try:
-        with open_text(path) as stream:
-            for line in stream:
-                number += 1
-                if line.strip():
-                    block.append(line.strip())
-                elif block:
-                    yield "\n".join(block)
-                    block = []
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
-    except (lzma.LZMAError, OSError, EOFError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from error
+    for line in lines(path):
+        if line:
+            block.append(line)
+        elif block:
+            yield "\n".join(block)
+            block = []
     if block:
         yield "\n".join(block)
 
@@ -81,7 +112,7 @@ def _from_parquet(path: Path, column: str) -> Iterator[str]:
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
     except (ArrowException, OSError) as error:
-        raise TrainingError(f"{path} cannot be read: {error}") from error
+        raise FileError(f"{path} cannot be read: {error}") from error
 
 
 def _from_hub(name: str, column: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A tokenizer made or read, and the text as tokens on disk: windows of it are read through a memory map."""
+"""A text as tokens on disk: windows of it are read through a memory map."""
 
 # Transformers' own methods are not typed.
 # mypy: disallow-untyped-calls=False
@@ -6,93 +6,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastff.errors import TrainingError
-from fastff.io import read_json, replacing, write_json
-from fastff.text.reading import documents
+from fastff.errors import FileError, TrainingError
+from fastff.io import digest, read_json, remove_stale, replacing, sync, write_json, writing
+from fastff.text.reading import changed, documents, state_of
+from fastff.text.tokenizer import Vocabulary, fingerprint
 
-SPECIALS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+IDS, META = "tokens.bin", "tokens.json"
 _DOCUMENTS_A_CALL = 512
 Progress = Callable[[str, int], None]  # what, how many so far
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, alphabet: int | None = None) -> Tokenizer:
-    """A lower-casing WordPiece tokenizer with the five special tokens of BERT at the ids 0 to 4.
-
-    alphabet: how many characters get an entry, most frequent first; None: all."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = list(SPECIALS.values())
-    options: dict[str, Any] = {} if alphabet is None else {"limit_alphabet": alphabet}
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, **options)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def wrap(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with BERT's special tokens as Transformers uses it, for sequences of `length`."""
-    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **SPECIALS)
-
-
-def load_tokenizer(source: str | Path) -> Any:
-    """A tokenizer from a directory, a `tokenizer.json` or the hub. Raises TrainingError if it cannot be read."""
-    path = Path(source)
-    try:
-        if path.is_file():
-            return wrap(Tokenizer.from_file(str(path)), 128)
-        return AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # the libraries raise many kinds, all of which mean the same here
-        raise TrainingError(f"{source} holds no tokenizer that can be read: {error}") from error
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What packing and masking must know of a tokenizer; ids below `special` are special or unused."""
-
-    size: int
-    pad: int
-    first: int
-    last: int
-    mask: int
-    special: int
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Vocabulary:
-        """Raises TrainingError for a tokenizer without BERT's special tokens, or with special ids among the others."""
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask")}
-        missing = [name for name, value in ids.items() if value is None]
-        if missing:
-            raise TrainingError(f"the tokenizer has no {', '.join(missing)} token")
-        special = max(tokenizer.all_special_ids) + 1
-        if special > len(tokenizer) // 4:
-            raise TrainingError(
-                f"the tokenizer's special ids reach {special - 1} of {len(tokenizer)}; they must come before all others"
-            )
-        return cls(len(tokenizer), ids["pad"], ids["cls"], ids["sep"], ids["mask"], special)
 
 
 class Tokens:
@@ -100,14 +30,14 @@ class Tokens:
 
     A window is the token `first`, a piece of the text and, if it is closed, the token `last`, which a causal model
     would learn to expect in the last place of any window. What does not fill one at the end is not used. Raises
-    TrainingError for a text shorter than one window.
+    TrainingError for a text shorter than one window, FileError for files that are missing, damaged or not of one text.
     """
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary, length: int, *, closed: bool = True) -> None:
-        self.meta = read_json(folder / "tokens.json")
-        self.ids = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r", shape=(self.meta["tokens"],))
-        self.vocabulary, self.length = vocabulary, length
-        self.inner = length - 2 if closed else length - 1  # tokens of the text in a window
+    def __init__(self, folder: Path, vocabulary: Vocabulary, seq_len: int, *, closed: bool = True) -> None:
+        self.meta = read_json(folder / META, needs={"tokens": int, "dtype": str, "tokenizer": str})
+        self.ids = _open(folder / IDS, self.meta, vocabulary)
+        self.vocabulary, self.seq_len = vocabulary, seq_len
+        self.inner = seq_len - 2 if closed else seq_len - 1  # tokens of the text in a window
         if len(self) == 0:
             raise TrainingError(f"the text has {self.meta['tokens']} tokens, a window needs {self.inner}")
 
@@ -115,11 +45,32 @@ class Tokens:
         return int(len(self.ids) // self.inner)
 
     def windows(self, which: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
-        """Windows (windows, length) int64 by their numbers."""
-        ids = np.full((len(which), self.length), self.vocabulary.last, dtype=np.int64)
+        """Windows (windows, seq_len) int64 by their numbers."""
+        ids = np.full((len(which), self.seq_len), self.vocabulary.last, dtype=np.int64)
         ids[:, 0] = self.vocabulary.first
         ids[:, 1 : 1 + self.inner] = self.ids[: len(self) * self.inner].reshape(-1, self.inner)[np.asarray(which)]
         return torch.from_numpy(ids)
+
+
+def _open(path: Path, meta: dict[str, Any], vocabulary: Vocabulary) -> np.ndarray[Any, Any]:
+    """The tokens that `meta` describes. Raises FileError if the file is not what was written with it."""
+    remedy = f"remove {path.parent} and run the same command again"
+    if meta["dtype"] not in ("uint16", "uint32") or meta["tokens"] < 0:
+        raise FileError(f"{path.parent / META} is damaged (dtype {meta['dtype']!r}, tokens {meta['tokens']}): {remedy}")
+    if not path.is_file():
+        raise FileError(f"{path} is missing: {remedy}")
+    expected, found = meta["tokens"] * np.dtype(meta["dtype"]).itemsize, path.stat().st_size
+    if found != expected:
+        raise FileError(f"{path} has {found} bytes, expected {expected}: {remedy}")
+    if found == 0:
+        return np.zeros(0, dtype=meta["dtype"])
+    ids = np.memmap(path, dtype=meta["dtype"], mode="r")
+    if "sha256" in meta:
+        if digest(path) != meta["sha256"]:
+            raise FileError(f"{path} is damaged (it is not what {META} was written for): {remedy}")
+    elif int(ids.max()) >= vocabulary.size:  # written by an earlier version
+        raise FileError(f"{path} is damaged (token {ids.max()} of a vocabulary of {vocabulary.size}): {remedy}")
+    return ids
 
 
 def prepare_tokens(
@@ -127,7 +78,7 @@ def prepare_tokens(
     tokenizer: Any,
     folder: Path,
     *,
-    length: int,
+    seq_len: int,
     closed: bool = True,
     column: str = "text",
     most: int | None = None,
@@ -135,71 +86,69 @@ def prepare_tokens(
 ) -> Tokens:
     """Tokenise the sources into `folder`, at most `most` tokens, or open what an equal call has left there.
 
-    The file takes 2 bytes a token (4 for a vocabulary above 65536) and is renamed at the end: complete or not there.
-    Raises TrainingError for text that is empty or cannot be read, OSError for a full disk.
+    A text that has changed since is tokenised anew; one that is gone is not missed. The file takes 2 bytes a token (4
+    for a vocabulary above 65536). Raises TrainingError for text that is empty or cannot be read, FileError for a full
+    disk and for files that are damaged.
     """
     vocabulary = Vocabulary.of(tokenizer)
-    dtype = "uint16" if vocabulary.size <= 2**16 else "uint32"
     asked = {
         "sources": list(sources),
         "column": column,
         "most": most,
-        "dtype": dtype,
+        "dtype": "uint16" if vocabulary.size <= 2**16 else "uint32",
         "tokenizer": fingerprint(tokenizer),
     }
-    path = folder / "tokens.json"
-    if not path.is_file() or {key: value for key, value in read_json(path).items() if key in asked} != asked:
-        counts = {"tokens": 0, "documents": 0}
+    remove_stale(folder)
+    if not _made_of(folder / META, asked):
+        _tokenise(asked, tokenizer, vocabulary, folder, progress)
+    return Tokens(folder, vocabulary, seq_len, closed=closed)
 
-        def write(file: IO[bytes]) -> None:
-            for ids in _encoded(documents(sources, column=column), tokenizer, vocabulary.last):
-                kept = ids if most is None else ids[: most - counts["tokens"]]
-                file.write(np.asarray(kept, dtype=dtype).tobytes())
-                counts["tokens"] += len(kept)
-                counts["documents"] += 1
-                if counts["documents"] % _DOCUMENTS_A_CALL == 0:
-                    progress("tokens", counts["tokens"])
-                if counts["tokens"] == most:
-                    return
 
-        with replacing(folder / "tokens.bin") as file:
-            write(file)
-        if counts["tokens"] == 0:
-            raise TrainingError(f"the text is empty: {', '.join(sources)}")
-        write_json(path, {**asked, **counts})
-    return Tokens(folder, vocabulary, length, closed=closed)
+def _made_of(path: Path, asked: dict[str, Any]) -> bool:
+    """Whether the tokens beside `path` are those of an equal call on the same text."""
+    if not path.is_file():
+        return False
+    meta = read_json(path, needs={})
+    if any(meta.get(name) != value for name, value in asked.items()):
+        return False
+    files = meta.get("files")
+    return not isinstance(files, dict) or changed(asked["sources"], files) is None
+
+
+def _tokenise(asked: dict[str, Any], tokenizer: Any, vocabulary: Vocabulary, folder: Path, progress: Progress) -> None:
+    """Write tokens and what they are of. While the tokens are replaced no description is there, so that none ever lies
+    beside the tokens of another text."""
+    if (folder / META).exists():
+        with writing(folder / META):
+            (folder / META).unlink()
+            sync(folder)
+    files = state_of(asked["sources"])
+    with replacing(folder / IDS) as file:
+        counts = _write_ids(file, asked, tokenizer, vocabulary.last, progress)
+    if counts["tokens"] == 0:
+        raise TrainingError(f"the text is empty: {', '.join(asked['sources'])}")
+    write_json(folder / META, {**asked, **counts, "files": files})
+
+
+def _write_ids(
+    file: IO[bytes], asked: dict[str, Any], tokenizer: Any, separator: int, progress: Progress
+) -> dict[str, Any]:
+    tokens = count = 0
+    most, hashed = asked["most"], hashlib.sha256()
+    for ids in _encoded(documents(asked["sources"], column=asked["column"]), tokenizer, separator):
+        kept = np.asarray(ids if most is None else ids[: most - tokens], dtype=asked["dtype"]).tobytes()
+        file.write(kept)
+        hashed.update(kept)
+        tokens += len(kept) // np.dtype(asked["dtype"]).itemsize
+        count += 1
+        if count % _DOCUMENTS_A_CALL == 0:
+            progress("tokens", tokens)
+        if tokens == most:
+            break
+    return {"tokens": tokens, "documents": count, "sha256": hashed.hexdigest()}
 
 
 def _encoded(texts: Iterator[str], tokenizer: Any, separator: int) -> Iterator[list[int]]:
     while batch := list(islice(texts, _DOCUMENTS_A_CALL)):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         yield from ([*ids, separator] for ids in encoded["input_ids"] if ids)
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """A short hash of everything that decides how a tokenizer cuts text."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-
-
-def make_tokenizer(
-    sources: Sequence[str], folder: Path, *, vocab_size: int, length: int, column: str, most: int
-) -> Any:
-    """The tokenizer that an earlier call left in `folder`, or one trained on the first `most` characters."""
-    if not (folder / "tokenizer.json").is_file():
-
-        def beginning() -> Iterator[str]:
-            left = most
-            for text in documents(sources, column=column):
-                yield text[:left]
-                left -= len(text)
-                if left <= 0:
-                    return
-
-        trained = wrap(train_tokenizer(beginning(), vocab_size), length)
-        if len(trained) <= len(SPECIALS):
-            raise TrainingError(f"the text is empty: {', '.join(sources)}")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        trained.save_pretrained(partial)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(folder)
-    return load_tokenizer(folder)

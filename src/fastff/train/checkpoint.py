@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fastff.errors import TrainingError
-from fastff.io import read_json, sync, write_json
+from fastff.errors import FileError, TrainingError
+from fastff.io import SETTINGS, claim, digest, publish, read_json, read_tensors, write_json
 
 PARTIAL = ".partial"
-SETTINGS = "settings.json"
+FILES = "files.json"  # of a checkpoint: its files and their digests
+# Any of each group: FSDP leaves a folder where other runs leave a file.
+NEEDED = (
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp_0"),
+    ("optimizer.pt", "optimizer_0"),
+    ("scheduler.pt",),
+    ("trainer_state.json",),
+    ("position.json",),
+    ("rng_state.pth", "rng_state_0.pth"),
+)
 _PREFIX = "checkpoint-"
 
 
@@ -50,7 +57,8 @@ def save(
         write(folder)
         meet()
         if leader:
-            _publish(folder, target)
+            _describe(folder)
+            publish(folder, target)
     except (OSError, SafetensorError, RuntimeError) as error:
         if leader:
             shutil.rmtree(partial, ignore_errors=True)
@@ -64,38 +72,40 @@ def save(
     meet()
 
 
-def _publish(folder: Path, target: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
-    sync(folder)
-    if target.exists():  # the same step, saved by an earlier run
-        shutil.rmtree(target)
-    os.replace(folder, target)
-    sync(target.parent)
-
-
 def _drop_old(out: Path, keep: int) -> None:
     steps = sorted(int(path.name.removeprefix(_PREFIX)) for path in out.glob(f"{_PREFIX}*") if path.name[11:].isdigit())
     for step in steps[:-keep]:
         shutil.rmtree(checkpoint_path(out, step))
 
 
-def check_identity(out: Path, identity: dict[str, Any]) -> None:
-    """Write what a run is, or raise TrainingError if `out` holds another one: naming each difference."""
-    path = out / SETTINGS
-    if not path.is_file():
-        if last_checkpoint(out) is not None:
-            raise TrainingError(f"{out} holds checkpoints but no {SETTINGS} that says of which run")
-        write_json(path, identity)
-        return
-    before = read_json(path)
-    differing = [
-        f"{name} {before.get(name)!r} there, {identity.get(name)!r} asked for"
-        for name in sorted({*before, *identity})
-        if before.get(name) != identity.get(name)
-    ]
-    if differing:
-        raise TrainingError(f"{out} holds another run: {'; '.join(differing)}. Choose another folder to begin anew")
+def _describe(folder: Path) -> None:
+    """Write which files a checkpoint has, so that one that is missing or damaged later is not trained on from."""
+    files = {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_json(folder / FILES, files)
+
+
+def verify(folder: Path) -> None:
+    """Raise FileError, naming the file, unless all that `save` wrote is there and unchanged; of a checkpoint of an
+    earlier version, unless all that a run needs to go on is there."""
+    remedy = f"remove {folder} to go on from the checkpoint before, or from the beginning"
+    if (folder / FILES).is_file():
+        for name, expected in read_json(folder / FILES, needs={}, remedy=remedy).items():
+            path = folder / name
+            if not path.is_file():
+                raise FileError(f"{path} is missing: {remedy}")
+            if digest(path) != expected:
+                raise FileError(f"{path} is damaged (its content has changed): {remedy}")
+    for names in NEEDED:
+        if not any((folder / name).exists() for name in names):
+            raise FileError(f"{folder / names[0]} is missing: {remedy}")
+
+
+def claim_run(out: Path, identity: dict[str, Any], upgrade: Callable[[Any], Any] = lambda kept: kept) -> None:
+    """Write what a run is, or raise FileError if `out` holds another one: naming each difference. upgrade: gives what
+    an earlier version wrote the names of this one."""
+    if not (out / SETTINGS).is_file() and last_checkpoint(out) is not None:
+        raise TrainingError(f"{out} holds checkpoints but no {SETTINGS} that says of which run")
+    claim(out, identity, upgrade=upgrade)
 
 
 @torch.no_grad()
@@ -103,11 +113,8 @@ def take_over(model: torch.nn.Module, source: Path) -> None:
     """Give a model the weights of a model directory. Raises TrainingError, naming tensors, unless all names and shapes
     are the same; a tied weight may be absent."""
     found: dict[str, Tensor] = {}
-    try:
-        for path in sorted(source.glob("*.safetensors")):
-            found |= load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{source} cannot be read: {error}") from error
+    for path in sorted(source.glob("*.safetensors")):
+        found |= read_tensors(path, remedy="make that model again")
     if not found:
         raise TrainingError(f"{source} holds no model: no *.safetensors")
     own = dict(model.named_parameters()) | {name: t for name, t in model.state_dict().items() if name in found}

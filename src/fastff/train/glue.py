@@ -33,9 +33,9 @@ from fastff import models
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
 from fastff.io import read_json, write_json
-from fastff.text.tokens import load_tokenizer
+from fastff.text.tokenizer import load_tokenizer
 from fastff.train import tasks
-from fastff.train.checkpoint import check_identity
+from fastff.train.checkpoint import claim_run
 from fastff.train.pretrain import machine, quietly
 from fastff.train.tasks import TASKS, Rows, Task
 from fastff.train.trainer import parameter_groups
@@ -102,7 +102,7 @@ def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress
     `out`/TASK/seed-N.json holds the scores, the predictions and the notes of one. Raises TrainingError for data that is
     not there or a tokenizer that does not fit the model, CheckpointError for a model that cannot be read.
     """
-    check_identity(settings.out, settings.identity)
+    claim_run(settings.out, settings.identity)
     for name, seed in missing(settings):
         score(settings, name, seed, report=partial(report, name, seed))
     summary = summarise(settings)

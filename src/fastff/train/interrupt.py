@@ -1,20 +1,25 @@
-"""Ctrl-C at a moment of the program's choosing."""
+"""Ctrl-C at a moment of the program's choosing, and workers that end with the process that started them."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import FrameType
 
 
 class Stop:
     """Inside `deferred()`, the first Ctrl-C only asks; `check()` then raises KeyboardInterrupt. The second is obeyed at
-    once. SIGTERM counts as Ctrl-C throughout."""
+    once. SIGTERM counts as Ctrl-C throughout. number: the last signal that came, None if none did."""
 
     def __init__(self) -> None:
         self._deferring = False
         self._asked = False
+        self.number: int | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -39,12 +44,32 @@ class Stop:
         """Whether a Ctrl-C is waiting to be obeyed."""
         return self._asked
 
+    @property
+    def exit_status(self) -> int:
+        """What a command that was stopped ends with, as a shell counts: 130 after Ctrl-C, 143 after SIGTERM; else 0."""
+        return 0 if self.number is None else 128 + self.number
+
     def check(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
         if self._deferring and not self._asked:
             self._asked = True
             return
         raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """Called in a process of `multiprocessing`: end it as soon as the one that started it has ended, however that was.
+    Otherwise a killed command leaves workers that compute for some time until they notice."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end_with_parent").start()

@@ -13,7 +13,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,11 +25,12 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from fastff.errors import TrainingError
+from fastff.errors import FileError, TrainingError
 from fastff.inspect import conditional_layers
-from fastff.io import read_json, write_json
+from fastff.io import read_json, replacing_folder, write_json
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.interface import BACKENDS, why_unavailable_cached
+from fastff.text import tokenizer as tokenizers
 from fastff.text import tokens
 from fastff.text.batches import Batch, Batches
 from fastff.train import checkpoint
@@ -145,8 +148,8 @@ class Settings:
             steps=self.steps,
         )
 
-    def identity(self, tokenizer: Any) -> dict[str, Any]:
-        """What must be equal for a run to go on from a checkpoint."""
+    def identity(self, tokenizer: Any, text_sha256: str | None) -> dict[str, Any]:
+        """What must be equal for a run to go on from a checkpoint. text_sha256: of the tokens, None if not known."""
         free = (
             "out",
             "data",
@@ -164,10 +167,16 @@ class Settings:
         made = {
             "text": list(self.text),
             "valid": list(self.valid),
-            "tokenizer": tokens.fingerprint(tokenizer),
+            "tokenizer": tokenizers.fingerprint(tokenizer),
+            "text_sha256": text_sha256,
             "start": None if self.start is None else str(self.start),
         }
         return {**asked, **asdict(self.model), **made}
+
+
+def _upgraded(identity: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """What a run of an earlier version kept, as this one would have."""
+    return {"text_sha256": identity["text_sha256"], **kept}
 
 
 def pretrain(
@@ -176,16 +185,18 @@ def pretrain(
     """Train until the budget is spent; returns the record that `out`/result.json holds.
 
     A run that was stopped, by Ctrl-C, SIGTERM, piece_seconds or a kill, goes on from its last checkpoint; its record
-    has "finished": False until the budget is spent. The model is in `out`/model. Under torchrun, all processes call it.
-    Raises TrainingError (text, settings, a loss that is not finite, a full disk), ShapeError, ValueError.
+    has "finished": False until the budget is spent, and in "stopped_by" the number of the signal, if one came. The
+    model is in `out`/model. Under torchrun, all processes call it. Raises TrainingError (text, settings, a loss that is
+    not finite, a full disk), ShapeError, ValueError.
     """
     arguments = _arguments(settings)
     state = arguments.distributed_state
     tokenizer, text, valid = prepare(settings, state, progress or (lambda what, count: None))
     with state.main_process_first():
-        checkpoint.check_identity(settings.out, settings.identity(tokenizer))
+        identity = settings.identity(tokenizer, text.meta.get("sha256"))
+        checkpoint.claim_run(settings.out, identity, partial(_upgraded, identity))
     done = settings.out / RESULT
-    if done.is_file() and (record := read_json(done))["finished"]:
+    if done.is_file() and (record := read_json(done, needs={"finished": bool}))["finished"]:
         return dict(record)
     trainer = build(settings, tokenizer, text, valid, arguments)
     if report is not None:
@@ -231,10 +242,10 @@ def prepare(
     if state.is_main_process:
         try:
             read_text(settings, progress)
-        except (TrainingError, OSError) as error:
-            failed = str(error)
+        except TrainingError as error:
             if state.num_processes == 1:
-                raise TrainingError(failed) from error
+                raise
+            failed = str(error)
     if state.num_processes > 1:
         shared = [failed]
         torch.distributed.broadcast_object_list(shared)
@@ -250,18 +261,19 @@ def read_text(
     preset, folder = settings.model, settings.data or settings.out / "data"
     if settings.tokenizer is None:
         progress("tokenizer", 0)
-        tokenizer = tokens.make_tokenizer(
+        tokenizer = tokenizers.make_tokenizer(
             settings.text,
             folder / "tokenizer",
             vocab_size=preset.vocab_size,
-            length=preset.length,
+            exact=settings.vocab_size is not None,
+            seq_len=preset.length,
             column=settings.column,
             most=preset.tokenizer_characters,
         )
     else:
-        tokenizer = tokens.load_tokenizer(settings.tokenizer)
+        tokenizer = tokenizers.load_tokenizer(settings.tokenizer)
     options: dict[str, Any] = {
-        "length": preset.length,
+        "seq_len": preset.length,
         "closed": settings.objective == "masked",
         "column": settings.column,
         "progress": progress,
@@ -337,7 +349,7 @@ def _held_out(settings: Settings, batches: Batches, valid: tokens.Tokens | None)
     total = len(tokens_) - first
     count = min(settings.valid_windows, total)
     numbers = [first + index * total // count for index in range(count)]
-    rows = max(1, _LOGITS // (tokens_.length * tokens_.vocabulary.size))
+    rows = max(1, _LOGITS // (tokens_.seq_len * tokens_.vocabulary.size))
     found = []
     for begin in range(0, count, rows):
         windows = tokens_.windows(numbers[begin : begin + rows])
@@ -385,10 +397,11 @@ def _run(trainer: PretrainTrainer) -> None:
     if last is None:
         trainer.train()
         return
+    checkpoint.verify(last)
     try:
         trainer.go_on(last)
-    except (SafetensorError, OSError, EOFError, KeyError) as error:
-        raise TrainingError(f"{last} cannot be read: {error}; remove it to go on from the one before") from error
+    except (SafetensorError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        raise FileError(f"{last} cannot be read: {error}; remove it to go on from the one before") from error
 
 
 def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -> dict[str, Any]:
@@ -396,8 +409,9 @@ def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -
     model: Any = trainer.model
     history = state.log_history
     return {
-        "finished": plan.budget.spent(state.global_step),
-        "settings": settings.identity(trainer.tokenizer),
+        "finished": (finished := plan.budget.spent(state.global_step)),
+        "stopped_by": None if finished else plan.stop.number,
+        "settings": settings.identity(trainer.tokenizer, text.meta.get("sha256")),
         "cost": asdict(cost_of(settings.feedforward, preset)),
         "parameters": sum(layer.numel() for layer in model.parameters()),
         "text_tokens": text.meta["tokens"],
@@ -441,12 +455,6 @@ def _write_model(out: Path, trainer: PretrainTrainer) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not trainer.args.should_save:
         return
-    partial = out / f".{MODEL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        unwrapped.save_pretrained(partial, state_dict=weights)
-        trainer.tokenizer.save_pretrained(partial)
-        shutil.rmtree(out / MODEL, ignore_errors=True)
-        partial.rename(out / MODEL)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"cannot write {out / MODEL}: {error}; the checkpoints are unchanged") from error
+    with replacing_folder(out / MODEL) as folder:
+        unwrapped.save_pretrained(folder, state_dict=weights)
+        trainer.tokenizer.save_pretrained(folder)

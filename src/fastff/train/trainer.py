@@ -173,7 +173,7 @@ class PretrainTrainer(Trainer):
 
     def go_on(self, folder: Path) -> None:
         """Train on from a checkpoint until the budget is spent."""
-        position = read_json(folder / _POSITION)
+        position = read_json(folder / _POSITION, needs={"rows": int, "seconds": float})
         self.source.step = int(folder.name.rpartition("-")[2])
         self.source.position = position["rows"]
         self.plan.budget.used = position["seconds"]
