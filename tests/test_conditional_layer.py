@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +33,8 @@ def make(kind, *, dtype=torch.float64, **options):
     options = {"leaf_width": 3, "bias": True, **options}
     layer = fastff.ConditionalFeedforward(8, 5, router=router, leaves=router.leaves, dtype=dtype, **options)
     with torch.no_grad():
-        for i, parameter in enumerate((layer.w_in, layer.w_out, layer.b_in, layer.b_out)):
+        leaves = (layer.w_in, layer.w_out, layer.b_in, layer.b_out)
+        for i, parameter in enumerate(p for p in leaves if p is not None):
             parameter.copy_(0.5 * make_rows(*parameter.shape, seed=i))
     return layer
 
@@ -211,3 +214,54 @@ def test_a_model_trains_and_comes_back_from_its_files(name, tmp_path):
         assert torch.equal(a.router.balance, b.router.balance)
         assert int(b.usage().counts.sum()) == 0
     assert torch.equal(model.eval()(rows).logits, again.eval()(rows).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_layer_comes_back_from_its_file(kind, dtype, tmp_path):
+    layer = make(kind, bias=kind != "flat").to(dtype)
+    layer(make_rows(9, 8, dtype=dtype))
+    layer.router.balance_step = 0.25
+    fastff.save(layer, tmp_path / "layer")
+    again = fastff.load(tmp_path / "layer", backend="reference")
+    assert again.config == layer.config
+    assert (again.backend, again.router.balance_step) == ("reference", 0.25)
+    assert int(again.usage().counts.sum()) == 0
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+def test_files_that_describe_no_layer_are_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "layer"
+    with pytest.raises(TypeError, match="the layer's router is Hash, expected one of fastff's"):
+        fastff.save(fastff.ConditionalFeedforward(8, router=Hash(), leaves=8, leaf_width=2), path)
+    fastff.save(make("flat"), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for change, message in (
+        ({"layer": "other"}, "has layer 'other' in its metadata"),
+        ({"router.kind": "hash"}, "describes an impossible layer: router kind 'hash'"),
+        ({"leaves": "13"}, "describes an impossible layer: the router chooses among 12 leaves, the layer has 13"),
+        ({"balance_step": "x"}, "has balance_step 'x' in its metadata, expected float"),
+        ({"leaf_width": "4"}, "holds tensors .* expected"),
+    ):
+        save_file(tensors, path, metadata | change)
+        with pytest.raises(fastff.CheckpointError, match=message):
+            fastff.load(path)
+    del metadata["router.depth"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(fastff.CheckpointError, match=r"lacks router\.depth in its metadata"):
+        fastff.load(path)
+
+
+def test_the_examples_of_the_page_run():
+    page = (Path(__file__).parents[1] / "docs" / "primitive.md").read_text()
+    names = {}
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, names)
