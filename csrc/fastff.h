@@ -37,7 +37,7 @@ extern "C" {
 #define FASTFF_API
 #endif
 
-#define FASTFF_ABI_VERSION 2
+#define FASTFF_ABI_VERSION 3
 
 enum fastff_status {
   FASTFF_OK = 0,
@@ -169,9 +169,15 @@ FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, c
 /* Memory of the pack in bytes; 0 for NULL. */
 FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);
 
-/* From now on compare one weight of each array with its packed copy at every forward, and return FASTFF_STALE if they
- * differ: a cheap guard against edits nobody announced. The arrays must outlive the pack; NULL stops watching. */
-FASTFF_API int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out);
+/* Remember the 4 bytes at each place, and return FASTFF_STALE from every forward that finds others there: a cheap guard
+ * against edits of the packed tensors that nobody announced. count: 0 (stop watching) to FASTFF_WATCHED; a NULL place is
+ * passed over. The places must stay readable as long as they are watched. */
+#define FASTFF_WATCHED 4
+FASTFF_API int32_t fastff_packed_watch(fastff_packed* packed, const void* const* places, int32_t count);
+
+/* A checksum of memory, at about the speed of reading it: any change of one byte changes it, other changes all but one in
+ * 2^64. bytes: 0 or less gives a constant. Compare only values of one process. */
+FASTFF_API uint64_t fastff_checksum(const void* data, int64_t bytes);
 
 /* y on packed weights; the shortest way for a single row. */
 FASTFF_API int32_t fastff_infer_f32(const fastff_packed* packed, const float* x, float* y, int64_t rows,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastff
 from fastff.ops import native
+from fastff.ops.weights import Weights
 
 SANITIZED = "libasan" in os.environ.get(
     "LD_PRELOAD", ""
@@ -81,8 +82,8 @@ def make_rows(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) ->
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def weights_of(layer: fastff.FFF) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    return layer.w_in, layer.b_in, layer.w_out, layer.b_out
+def weights_of(layer: fastff.FFF) -> Weights:
+    return Weights(layer.w_in, layer.b_in, layer.w_out, layer.b_out)
 
 
 def supported_isas() -> list[str]:

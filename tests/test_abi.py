@@ -20,6 +20,7 @@ import fastff
 from conftest import SANITIZED, make_layer, make_rows, supported_isas, weights_of
 from fastff.config import ACTIVATIONS
 from fastff.ops import native, reference
+from fastff.ops.packed import PackedLayer
 
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2
 FORWARD = ("w_in", "b_in", "w_out", "b_out", "x", "rows", "y", "leaf", "margin", "scores", "threads")
@@ -173,7 +174,7 @@ def test_any_shape_in_float32(layer, rows, isa):
         assert a.call("forward", "f32") == OK, message()
         assert a.call("backward", "f32") == OK, message()
         with torch.no_grad():
-            packed = native.PackedLayer(mild.config)(x, dict(mild.named_parameters()) | absent(mild))
+            packed = PackedLayer(mild.config)(x, dict(mild.named_parameters()) | absent(mild))
     a.check_guards()
     assert packed is not None
     with torch.no_grad():
@@ -306,7 +307,7 @@ def test_null_trees_packs_and_names_are_refused():
         )
     assert not handle
     assert refused(library.fastff_repack_f32(None, *pointers), "packed must not be NULL")
-    assert refused(library.fastff_packed_watch_f32(None, *pointers[:2]), "packed must not be NULL")
+    assert refused(library.fastff_packed_watch(None, None, 0), "packed must not be NULL")
     assert refused(library.fastff_infer_f32(None, x, y, 5, 1), "packed must not be NULL")
     assert refused(library.fastff_set_isa(None), "name must not be NULL")
     assert library.fastff_packed_bytes(None) == 0

@@ -12,6 +12,8 @@
 using namespace fastff;
 
 struct fastff_packed {
+  static constexpr int32_t kWatched = FASTFF_WATCHED;
+
   explicit fastff_packed(const Tree& t) : tree(t) {}
   virtual ~fastff_packed() = default;
   fastff_packed(const fastff_packed&) = delete;
@@ -21,30 +23,28 @@ struct fastff_packed {
   virtual void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const = 0;
   virtual int64_t bytes() const = 0;
 
-  // The first weight of w_in and the last of w_out: enough for an edit of a whole tensor, and only two cache lines. Four
-  // lines of each tensor cost several microseconds where layers take turns and evict each other's page translations.
+  // Few places, because each is a cache line: four lines of each tensor cost several microseconds where layers take turns
+  // and evict each other's page translations.
   bool stale() const {
-    return watched_in && watched_out && (differ(first_in, *watched_in) || differ(last_out, *watched_out));
+    for (const Watched& w : watched)
+      if (w.at && std::memcmp(w.at, w.bytes, sizeof w.bytes) != 0) return true;
+    return false;
   }
-  void watch(const float* w_in, const float* w_out) {
-    watched_in = w_in;
-    watched_out = w_out ? w_out + last_weight() : nullptr;
+  void watch(const void* const* places, int32_t count) {
+    for (int32_t i = 0; i < kWatched; ++i) {
+      watched[i].at = i < count ? places[i] : nullptr;
+      if (watched[i].at) std::memcpy(watched[i].bytes, watched[i].at, sizeof watched[i].bytes);
+    }
   }
 
   const Tree tree;
 
- protected:
-  void remember(const float* w_in, const float* w_out) {
-    first_in = w_in[0];
-    last_out = w_out[last_weight()];
-  }
-
  private:
-  int64_t last_weight() const { return tree.trees * tree.out_rows() * tree.out_features - 1; }
-  static bool differ(float a, float b) { return std::memcmp(&a, &b, sizeof a) != 0; }
-
-  float first_in = 0, last_out = 0;
-  const float *watched_in = nullptr, *watched_out = nullptr;
+  struct Watched {
+    const void* at;
+    char bytes[4];
+  };
+  Watched watched[kWatched] = {};
 };
 
 namespace {
@@ -72,7 +72,6 @@ class Pack final : public fastff_packed {
       views_.push_back(view(t));
       fill_tree(views_.back(), plain_view(tree, t, w));
     }
-    remember(w.w_in, w.w_out);
   }
 
   void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const override {
@@ -187,10 +186,13 @@ int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float*
 
 int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed ? packed->bytes() : 0; }
 
-int32_t fastff_packed_watch_f32(fastff_packed* packed, const float* w_in, const float* w_out) {
+int32_t fastff_packed_watch(fastff_packed* packed, const void* const* places, int32_t count) {
   return guarded([&] {
     need_not_null(packed);
-    packed->watch(w_in, w_out);
+    if (count < 0 || count > FASTFF_WATCHED || (count > 0 && !places))
+      throw std::invalid_argument("count " + std::to_string(count) + " of places is not 0 to " +
+                                  std::to_string(FASTFF_WATCHED));
+    packed->watch(places, count);
   });
 }
 

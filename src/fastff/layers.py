@@ -9,8 +9,9 @@ Source  Belcak & Wattenhofer 2023, arXiv:2308.14711 (FFF) and arXiv:2311.10770 (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from fastff.config import Activation, Gate, TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
 from fastff.ops.cost import mostly_active
-from fastff.ops.interface import check_dtypes, check_shapes, forced, kernels, why_unavailable_cached
-from fastff.ops.native import PackedLayer
+from fastff.ops.eager import is_plain_call, is_recomputed
+from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, why_unavailable_cached
+from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
+from fastff.ops.weights import Weights
 from fastff.routers.usage import Usage
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
@@ -33,9 +36,6 @@ _grad_enabled, _compiling, _autocast_enabled = (
     torch.is_autocast_enabled,
 )
 _any_global_hook = cast(Callable[[], bool], module_calls._has_any_global_hook)
-_tracing = torch._C._get_tracing_state  # None outside torch.jit.trace
-_transformed = torch._C._functorch.maybe_current_level  # None outside vmap, jvp, ...
-_dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees each operation, as make_fx's does
 
 Surrogate = Literal["straight_through", "soft"]
 Quantization = Literal["bf16", "int8"]
@@ -63,8 +63,6 @@ class FFF(nn.Module):
     b_out: nn.Parameter | None
     _leaf_counts: Tensor
     masked_training: bool = False  # train by products over all neurons and a mask: the same function at dense cost
-    # _quantized_forward for torch.compile to leave alone; made when first needed, since making it imports the compiler.
-    _outside_graphs: ClassVar[Callable[[FFF, Tensor], Routed]]
 
     def __init__(
         self,
@@ -111,10 +109,11 @@ class FFF(nn.Module):
         self.sparse_grad = sparse_grad
         self.quantization = quantization
         make: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.w_in = nn.Parameter(torch.empty(config.shape_of_w_in, **make))
-        self.w_out = nn.Parameter(torch.empty(config.shape_of_w_out, **make))
-        self.register_parameter("b_in", _parameter(config.shape_of_b_in, make))
-        self.register_parameter("b_out", _parameter(config.shape_of_b_out, make))
+        with torch.inference_mode(False):  # tensors made in that mode would have no version counter to follow
+            self.w_in = nn.Parameter(torch.empty(config.shape_of_w_in, **make))
+            self.w_out = nn.Parameter(torch.empty(config.shape_of_w_out, **make))
+            self.register_parameter("b_in", _parameter(config.shape_of_b_in, make))
+            self.register_parameter("b_out", _parameter(config.shape_of_b_out, make))
         counts = torch.zeros(config.trees, config.leaves, dtype=torch.int64, device=device)
         self.register_buffer("_leaf_counts", counts, persistent=False)
         self._track_in_eval = False
@@ -135,10 +134,7 @@ class FFF(nn.Module):
     def __call__(self, x: Tensor) -> Tensor:
         """As nn.Module's, which takes longer to find that nothing surrounds `forward` than a row takes."""
         if not (
-            self.training
-            or _grad_enabled()
-            or _compiling()
-            or self._forward_hooks
+            self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks
             or self._backward_pre_hooks
@@ -154,10 +150,9 @@ class FFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features). Raises ShapeError."""
-        if not self.training and not _grad_enabled() and not _compiling():
-            y = self._shortcut(x)
-            if y is not None:
-                return y
+        y = self._shortcut(x)
+        if y is not None:
+            return y
         if self.training and (self.surrogate is not None or self.masked_training):
             return self._dense_cost_forward(x)
         routed = self.routed(x)
@@ -168,12 +163,12 @@ class FFF(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor | None:
         """Plain inference by the packed C++ layer; None where this call or this x needs what `routed` can do."""
         if (
-            self._direct is None
+            self.training
+            or _grad_enabled()
+            or not is_plain_call()
+            or self._direct is None
             or x.__class__ is not Tensor
-            or forced
-            or _transformed() is not None
-            or _tracing() is not None
-            or _dispatch_modes()
+            or forced_backend() is not None
             or _autocast_enabled("cpu")
         ):
             return None
@@ -184,23 +179,51 @@ class FFF(nn.Module):
         free = self.backend is None and self.config.depth > 0 and not mostly_active(self.config)
         named = self.backend == "native" or free
         wanted = (named and not self._track_in_eval) or self.quantization is not None
-        if self.quantization is not None and not hasattr(FFF, "_outside_graphs"):
-            FFF._outside_graphs = torch.compiler.disable(FFF._quantized_forward)
         ready = wanted and why_unavailable_cached("native") is None
-        self._packed = kernels("native").PackedLayer(self.config, self.quantization) if ready else None
+        self._packed = PackedLayer(self.config, self.quantization) if ready else None
         self._direct = None if self._track_in_eval else self._packed
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's. Entering or leaving training also drops the packed copy of the weights."""
+        if (mode or self.training) and self._packed is not None:
+            self._packed.drop()
+        return super().train(mode)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Edit weights within the block, by whatever means, while other threads may evaluate the layer on the CPU.
+
+        They use the weights from before the block or wait for its end, and every call after it uses the new ones, also
+        after an edit that autograd does not see: a part of `.data`, memory shared with numpy. `load_state_dict` does
+        this by itself. A single replaced parameter or an edit that autograd sees needs no block."""
+        if self._packed is None:
+            yield
+            return
+        with self._packed.updating():
+            yield
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self.updating():
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to() may swap a parameter's memory and come back to the same address with the same version.
-        self._find_direct()
-        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        before = self._leaf_counts
+        with self.updating():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self._leaf_counts.is_meta and self._leaf_counts is not before:  # to_empty() leaves what memory held
+            self._leaf_counts.zero_() if before.is_meta else self._leaf_counts.copy_(before)
+        return self
 
     def routed(self, x: Tensor) -> Routed:
         """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
         if self.quantization is not None:
-            return FFF._outside_graphs(self, x)
+            # Only a compiler that is at work needs the mark, and making it imports the compiler.
+            return _outside_graphs()(self, x) if _compiling() else self._quantized_forward(x)
         if self.sparse_grad and _compiling():
             raise RuntimeError("sparse_grad has no compiled form: leave the layer out with torch.compiler.disable")
+        if self._packed is not None and not _compiling() and _grad_enabled():
+            self._packed.doubt()  # an update of the weights may follow
         return ops.forward(x, *self._weights(), config=self.config, backend=self.backend, sparse_grad=self.sparse_grad)
 
     def quantize(self, quantization: Quantization | None) -> Self:
@@ -223,16 +246,16 @@ class FFF(nn.Module):
             )
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(f"no gradient flows through a layer quantized to {self.quantization!r}: use no_grad()")
-        backend = self.backend or (forced[-1] if forced else "native")
+        backend = self.backend or forced_backend() or "native"
         if backend != "native" or self._packed is None:
             reason = why_unavailable_cached("native") or f"backend {backend!r} has no quantized weights, only 'native'"
             raise BackendUnavailable(reason)
         check_shapes(x, *self._weights(), config=self.config)
         rows = x.detach().reshape(-1, self.config.in_features).float().contiguous()
-        routed = self._packed.routed(rows, self._parameters)
+        routed = self._packed.routed(rows, self._weights)
         if routed is None:
             raise BackendUnavailable(
-                f"quantized weights need contiguous float32 parameters and rows on the CPU, "
+                f"quantized weights need contiguous parameters of one dtype up to float32, and rows, on the CPU, "
                 f"got {self.w_in.dtype} on {self.w_in.device} and x on {x.device}"
             )
         lead = x.shape[:-1]
@@ -255,8 +278,8 @@ class FFF(nn.Module):
         """How rows spread over the leaves: those of `x`, or, without it, all rows seen in training mode (and in
         evaluation after `track_usage()`) since the last `reset_usage()`."""
         if x is None:
-            return Usage.of(self._leaf_counts.clone())
-        counts = torch.zeros_like(self._leaf_counts)
+            return Usage.of(self._counts().clone())
+        counts = torch.zeros_like(self._counts())
         _add_counts(counts, self.route(x))
         return Usage.of(counts)
 
@@ -267,7 +290,7 @@ class FFF(nn.Module):
 
     def reset_usage(self) -> None:
         """Forget the rows counted so far."""
-        self._leaf_counts.zero_()
+        self._counts().zero_()
 
     def hardening_loss(self) -> Tensor:
         """Mean node entropy (nats, scalar, differentiable) of the last training forward with surrogate="soft"."""
@@ -298,12 +321,21 @@ class FFF(nn.Module):
         self._count(routed.leaf)
         return routed.y.reshape(*x.shape[:-1], -1)
 
-    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        return self.w_in, self.b_in, self.w_out, self.b_out
+    def _weights(self) -> Weights:
+        """The tensors in use: the parameters, or what stands in their place, as a parametrization's or pruning's."""
+        return Weights(self.w_in, self.b_in, self.w_out, self.b_out)
 
     def _count(self, leaf: Tensor) -> None:
+        if leaf.is_meta or is_recomputed():
+            return
         with torch.no_grad():
-            _add_counts(self._leaf_counts, leaf)
+            _add_counts(self._counts(), leaf)
+
+    def _counts(self) -> Tensor:
+        """The counters, real where the weights are: loading may put weights in place of a layer without memory."""
+        if self._leaf_counts.is_meta and not self.w_in.is_meta:
+            self._leaf_counts = torch.zeros_like(self._leaf_counts, device=self.w_in.device)
+        return self._leaf_counts
 
     @property
     def in_features(self) -> int:
@@ -375,6 +407,11 @@ class FFF(nn.Module):
 
 
 _forward = FFF.forward
+
+
+def _outside_graphs() -> Callable[[FFF, Tensor], Routed]:
+    """`_quantized_forward` for torch.compile to leave alone."""
+    return cast(Callable[[FFF, Tensor], Routed], torch.compiler.disable(FFF._quantized_forward))
 
 
 def _check_quantization(quantization: str | None) -> None:

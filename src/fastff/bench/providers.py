@@ -27,6 +27,7 @@ from fastff.bench.layers import DenseLayer, activate, dense, train_step
 from fastff.layers import Quantization
 from fastff.ops import native, reference
 from fastff.ops.library import library
+from fastff.ops.packed import PackedLayer
 
 Call = Callable[[Any], Any]
 Make = Callable[[Sequence[Any], int], list[Call]]  # layers and rows a call to a function a layer
@@ -215,11 +216,12 @@ def _fastff_kernel(quantization: str | None) -> Make:
         address = y.data_ptr()
 
         def call(layer: fastff.FFF) -> Call:
-            pack = native.PackedLayer(layer.config, quantization)
+            pack = PackedLayer(layer.config, quantization)
             pack(torch.zeros(1, layer.in_features), layer._parameters)
+            packed = pack.address
 
-            def run(x: Tensor) -> Tensor:
-                infer(pack.address, x.data_ptr(), address, rows, threads)
+            def run(x: Tensor, _alive: PackedLayer = pack) -> Tensor:
+                infer(packed, x.data_ptr(), address, rows, threads)
                 return y
 
             return run

@@ -27,7 +27,7 @@ from fastff.ops.reference import Routed
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
 _modules: dict[str, ModuleType] = {}
-forced: list[str] = []  # backends named by the `use_backend` blocks that are open, innermost last
+_open_blocks: tuple[str, ...] = ()  # backends named by the `use_backend` blocks that are open, innermost last
 
 
 def available_backends() -> tuple[str, ...]:
@@ -41,11 +41,17 @@ def use_backend(name: str) -> Iterator[None]:
     reason = why_unavailable(name)
     if reason is not None:
         raise BackendUnavailable(reason)
-    forced.append(name)
+    global _open_blocks
+    _open_blocks = (*_open_blocks, name)
     try:
         yield
     finally:
-        forced.pop()
+        _open_blocks = _open_blocks[:-1]
+
+
+def forced_backend() -> str | None:
+    """The backend of the innermost `use_backend` block, None outside."""
+    return _open_blocks[-1] if _open_blocks else None
 
 
 def why_unavailable(name: str) -> str | None:
@@ -95,7 +101,7 @@ def forward(
     Source: Belcak & Wattenhofer 2023, arXiv:2311.10770.
     """
     check_shapes(x, w_in, b_in, w_out, b_out, config=config)
-    name = backend or (forced[-1] if forced else None)
+    name = backend or forced_backend()
     out_dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out_dtype = torch.get_autocast_dtype(x.device.type)
@@ -161,14 +167,14 @@ def explain(
     this machine, on its GPU if there is one.
     Raises BackendUnavailable for an unknown name or a dtype that the backend does not compute; ShapeError for rows < 0.
     """
-    free = backend is None and not forced
+    free = backend is None and forced_backend() is None
     if rows < 0:
         raise ShapeError(f"rows {rows} is not at least 0")
     if backend is not None and backend not in BACKENDS:
         raise BackendUnavailable(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        backend = resolve(forced[-1] if forced else None, torch.empty(0, dtype=dtype, device=device), config)
+        backend = resolve(forced_backend(), torch.empty(0, dtype=dtype, device=device), config)
     if backend == "reference":
         return reference.explain(config, rows)
     found: Explanation = kernels(backend).explain(config, rows, dtype, threads)

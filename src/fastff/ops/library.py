@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastff.errors import BackendUnavailable, FastffError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OK = 0
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}  # of a function, by the dtype that it takes
 _LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
@@ -29,10 +30,9 @@ def find_library() -> Path:
     named = os.environ.get("FASTFF_LIBRARY")
     if named:
         return Path(named)
-    import fastff
-
     # An editable install keeps the Python in src/ and the library in site-packages: both are on the package's path.
-    places = [Path(entry) for entry in fastff.__path__]
+    spec = importlib.util.find_spec("fastff")
+    places = [Path(entry) for entry in (spec and spec.submodule_search_locations) or ()]
     for place in places:
         for name in _LIBRARY_NAMES:
             if (place / name).is_file():
@@ -66,7 +66,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
     library.fastff_repack_f32.argtypes = [pointer] * 5
-    library.fastff_packed_watch_f32.argtypes = [pointer] * 3
+    library.fastff_packed_watch.argtypes = [pointer, pointer, int32]
+    library.fastff_checksum.argtypes = [pointer, int64]
+    library.fastff_checksum.restype = ctypes.c_uint64
     # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
     library.fastff_infer_f32.argtypes = [pointer] * 5
     library.fastff_forward_packed_f32.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, int32]

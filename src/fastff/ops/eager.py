@@ -1,0 +1,52 @@
+"""Whether a call is plain: run at once on plain tensors, with nothing that watches, records or transforms it.
+
+The private names of torch that tell are asked for here and nowhere else, looked up once: the shortest path of inference
+counts tenths of a microsecond.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state  # None outside torch.jit.trace
+_transform_level = torch._C._functorch.maybe_current_level  # None outside vmap, grad, jvp, ...
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees each operation, as make_fx's does
+_backward_task = torch._C._current_graph_task_id  # -1 outside a backward pass
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
+def is_plain_call() -> bool:
+    """Whether this thread runs operations as they come: no compiler, trace, function transform, dispatch mode or
+    forward-mode derivative is about."""
+    return (
+        not _compiling()
+        and _tracing_state() is None
+        and _transform_level() is None
+        and not _dispatch_modes()
+        and forward_ad._current_level < 0
+    )
+
+
+def are_plain(tensors: list[Tensor]) -> bool:
+    """Whether no tensor is of a class of its own."""
+    return all(tensor.__class__ in _PLAIN for tensor in tensors)
+
+
+def is_differentiated_functionally() -> bool:
+    """Whether `torch.func` takes derivatives of this call, or forward-mode autograd does: kernels give neither."""
+    if _compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if _transform_level() is None:
+        return False
+    return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def is_recomputed() -> bool:
+    """Whether this forward runs within a backward pass, as gradient checkpointing repeats one."""
+    return not _compiling() and _backward_task() != -1
