@@ -335,8 +335,6 @@ def test_what_stands_in_the_place_of_a_parameter_is_used(name, way, kind):
     layer = tree(quantization=kind).eval()
     before = answer(layer)
     REPLACED[way](layer, name)
-    with torch.no_grad():
-        layer.w_in  # spectral_norm draws anew in training only
     after = answer(layer)
     torch.testing.assert_close(after, answer(fresh(layer)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
@@ -471,7 +469,7 @@ def test_sixteen_threads_see_whole_weights_while_one_writes(write, kind):
     try:
         with ThreadPoolExecutor(16) as pool:
             readers = [pool.submit(read, i) for i in range(16)]
-            for turn in range(60):
+            for turn in range(40):
                 write(layer, states[turn % 2])
             done.set()
             results = [reader.result() for reader in readers]

@@ -22,7 +22,7 @@ from fastff.config import Activation, Gate, TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
 from fastff.ops.cost import mostly_active
-from fastff.ops.eager import is_plain_call, is_recomputed
+from fastff.ops.eager import is_autocast_enabled, is_plain_call, is_recomputed
 from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, why_unavailable_cached
 from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
@@ -30,11 +30,7 @@ from fastff.ops.weights import Weights
 from fastff.routers.usage import Usage
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
-_grad_enabled, _compiling, _autocast_enabled = (
-    torch.is_grad_enabled,
-    torch.compiler.is_compiling,
-    torch.is_autocast_enabled,
-)
+_grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 _any_global_hook = cast(Callable[[], bool], module_calls._has_any_global_hook)
 
 Surrogate = Literal["straight_through", "soft"]
@@ -119,7 +115,7 @@ class FFF(nn.Module):
         self._track_in_eval = False
         self._entropy: Tensor | None = None
         self._packed: PackedLayer | None = None
-        self._direct: Callable[[Tensor, Any], Tensor | None] | None = None
+        self._direct: PackedLayer | None = None
         self._find_direct()
         self.reset_parameters()
 
@@ -169,10 +165,10 @@ class FFF(nn.Module):
             or self._direct is None
             or x.__class__ is not Tensor
             or forced_backend() is not None
-            or _autocast_enabled("cpu")
+            or is_autocast_enabled()
         ):
             return None
-        return self._direct(x, self._parameters)
+        return self._direct.infer(x, self._parameters)
 
     def _find_direct(self) -> None:
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""

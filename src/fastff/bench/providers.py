@@ -217,7 +217,7 @@ def _fastff_kernel(quantization: str | None) -> Make:
 
         def call(layer: fastff.FFF) -> Call:
             pack = PackedLayer(layer.config, quantization)
-            pack(torch.zeros(1, layer.in_features), layer._parameters)
+            pack.infer(torch.zeros(1, layer.in_features), layer._parameters)
             packed = pack.address
 
             def run(x: Tensor, _alive: PackedLayer = pack) -> Tensor:

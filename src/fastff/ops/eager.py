@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state  # None outside torch.jit.trace
-_transform_level = torch._C._functorch.maybe_current_level  # None outside vmap, grad, jvp, ...
+_tracing = torch._C._is_tracing  # within torch.jit.trace
+_transformed = torch._C._are_functorch_transforms_active  # within vmap, grad, jvp, ...
+is_autocast_enabled = torch._C._is_any_autocast_enabled  # for any kind of device
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees each operation, as make_fx's does
 _backward_task = torch._C._current_graph_task_id  # -1 outside a backward pass
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -24,8 +25,8 @@ def is_plain_call() -> bool:
     forward-mode derivative is about."""
     return (
         not _compiling()
-        and _tracing_state() is None
-        and _transform_level() is None
+        and not _tracing()
+        and not _transformed()
         and not _dispatch_modes()
         and forward_ad._current_level < 0
     )
@@ -42,7 +43,7 @@ def is_differentiated_functionally() -> bool:
         return False
     if forward_ad._current_level >= 0:
         return True
-    if _transform_level() is None:
+    if not _transformed():
         return False
     return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack() or ())
 

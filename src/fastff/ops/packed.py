@@ -7,8 +7,8 @@ What is packed is compared with the layer's weights at every call:
 - four bytes of each tensor (the first of w_in, the last of the others), for edits of whole tensors that bypass the
   counters, as `p.data.mul_(2)` does;
 - a checksum of all weights, at the call after one that recorded gradients, and again after so many rows that they read
-  RECHECK times the bytes of all weights. It costs as much as reading the weights once, 2.5 ms for 25 MB; over those rows
-  that is about one hundredth of their time.
+  RECHECK times the bytes of all weights. It costs as much as reading the weights once, 2.5 ms for 25 MB, which is about
+  one hundredth of the time of those rows.
 An edit of a part of a tensor that bypasses the counters (`p.data[3] = 0`, a write through numpy) may therefore be
 missed until that check, unless it is made within `PackedLayer.updating`.
 """
@@ -16,7 +16,7 @@ missed until that check, unless it is made within `PackedLayer.updating`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
@@ -29,7 +29,7 @@ from fastff.config import TreeConfig
 from fastff.errors import FastffError, ShapeError
 from fastff.ops import native
 from fastff.ops.eager import are_plain
-from fastff.ops.library import OK, library
+from fastff.ops.library import library
 from fastff.ops.reference import Routed
 from fastff.ops.weights import Weights
 
@@ -65,28 +65,28 @@ class _Snapshot(NamedTuple):
     """What was packed."""
 
     weights: Weights
-    dtype: torch.dtype
-    counted: bool  # whether the tensors have version counters: those made in inference mode have none
-    stamp: _Stamp  # version and address of w_in and w_out
-    biases: _Stamp | None  # likewise of the biases; None without
+    stamp: _Stamp
     checksum: tuple[int, ...]
     pack: _Pack
 
     @property
     def quick(self) -> tuple[Any, ...]:
-        """What a call looks at, in this order: a plain tuple is taken apart fastest."""
-        return (*self.weights, self.dtype, self.counted, self.stamp, self.biases, self.pack.address, self)
+        """What a call looks at: the four tensors, their dtype, version and address of w_in and w_out, the tensors whose
+        stamp is compared beside these (the biases; all, of tensors made in inference mode, which have no version), that
+        stamp, the pack's address. A plain tuple is taken apart fastest."""
+        w_in, b_in, w_out, b_out = self.weights
+        counted = not any(tensor.is_inference() for tensor in self.weights.present)
+        short = (w_in._version, w_in.data_ptr(), w_out._version, w_out.data_ptr()) if counted else None
+        rest = [tensor for tensor in (b_in, b_out) if tensor is not None] if counted else self.weights.present
+        return (*self.weights, w_in.dtype, short, rest, _stamp(rest), self.pack.address, self)
 
     def shows(self, weights: Weights) -> bool:
         """Whether these are the tensors that were packed, unchanged as far as counters and addresses tell."""
-        return (
-            all(now is then for now, then in zip(weights, self.weights, strict=True))
-            and _stamp(weights.w_in, weights.w_out) == self.stamp
-            and _bias_stamp(weights) == self.biases
-        )
+        same = all(now is then for now, then in zip(weights, self.weights, strict=True))
+        return same and _stamp(weights.present) == self.stamp
 
 
-_NOTHING = (None, None, None, None, None, True, (), None, 0, None)
+_NOTHING = (None, None, None, None, None, None, (), (), 0, None)
 
 
 class PackedLayer:
@@ -142,7 +142,7 @@ class PackedLayer:
             finally:
                 self.drop()
 
-    def __call__(self, x: Tensor, parameters: Parameters) -> Tensor | None:
+    def infer(self, x: Tensor, parameters: Parameters) -> Tensor | None:
         """y (..., out_features) of x (..., in_features), or None if this x or these weights need the registered op.
 
         parameters: by the names w_in, b_in, w_out, b_out; None if one is missing, as where a parametrization computes
@@ -157,37 +157,36 @@ class PackedLayer:
             rows = x.numel() // self._config.in_features
             self._accepted = (x.shape, rows)
         try:
-            w_in, b_in, w_out, b_out = _take(parameters)
+            now_in, now_b_in, now_out, now_b_out = _take(parameters)
         except KeyError:
             return None
-        p_in, p_b_in, p_out, p_b_out, dtype, counted, stamp, biases, address, snapshot = self._quick
+        w_in, b_in, w_out, b_out, dtype, short, rest, stamp, address, snapshot = self._quick
         self._rows_left -= rows
         if (
-            w_in is not p_in
-            or w_out is not p_out
-            or b_in is not p_b_in
-            or b_out is not p_b_out
+            now_in is not w_in
+            or now_out is not w_out
+            or now_b_in is not b_in
+            or now_b_out is not b_out
             or x_dtype is not dtype
             or self._rows_left < 0
-            or (counted and (w_in._version, w_in.data_ptr(), w_out._version, w_out.data_ptr()) != stamp)
-            or (not counted and _stamp(w_in, w_out) != stamp)
-            or (biases is not None and _stamp(b_in, b_out) != biases)
+            or (short and (w_in._version, w_in.data_ptr(), w_out._version, w_out.data_ptr()) != short)
+            or (rest and _stamp(rest) != stamp)
         ):
-            renewed = self._renewed(partial(_weights, parameters), x_dtype)
-            if renewed is None:
+            snapshot = self._renewed(partial(_weights, parameters), x_dtype)
+            if snapshot is None:
                 return None
-            snapshot, address = renewed, renewed.pack.address
+            address = snapshot.pack.address
         if x_dtype is not _FLOAT32:
             x = x.float()
         y = _empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
         if rows >= self._large_rows:
             native.on_huge_pages(y)
         status = self._infer(address, x.data_ptr(), y.data_ptr(), rows, _get_num_threads())
-        if status == native.STALE:
+        if status:
+            if status != native.STALE:
+                raise FastffError(native.last_error())
             self._forget(snapshot)
-            return self(x.to(x_dtype), parameters)
-        if status != OK:
-            raise FastffError(native.last_error())
+            return self.infer(x.to(x_dtype), parameters)
         return y if x_dtype is _FLOAT32 else y.to(x_dtype)
 
     def routed(self, rows: Tensor, take: Callable[[], Weights]) -> Routed | None:
@@ -218,30 +217,26 @@ class PackedLayer:
             if not _packable(weights, self._config) or dtype not in (None, weights.w_in.dtype):
                 return None
             snapshot, checked = self._snapshot, self._rows_left >= 0
-            if snapshot is None or not snapshot.shows(weights):
-                snapshot = None
-            elif not checked and snapshot.checksum != _checksum(weights):
-                snapshot = None
-            if snapshot is None:
-                self.drop()  # before the new copy comes
-                snapshot = self._packed(weights)
-                self._quick = snapshot.quick
-            elif checked:
-                return snapshot
-            self._rows_left = self._recheck_rows
+            if snapshot is not None and snapshot.shows(weights):
+                if checked:
+                    return snapshot
+                if snapshot.checksum == _checksum(weights):
+                    self._rows_left = self._recheck_rows
+                    return snapshot
+            self.drop()  # before the new copy comes
+            snapshot = self._packed(weights)
+            self._quick, self._rows_left = snapshot.quick, self._recheck_rows
             return snapshot
 
     def _packed(self, weights: Weights) -> _Snapshot:
         """Pack again while another thread edits: what was read while it wrote belongs to no moment."""
-        w_in, w_out = weights.w_in, weights.w_out
-        counted = not any(tensor.is_inference() for tensor in weights.present)
+        quantization = self._quantization or ("bf16" if weights.w_in.dtype == torch.bfloat16 else None)
         for _ in range(_ATTEMPTS):
-            stamp, biases, checksum = _stamp(w_in, w_out), _bias_stamp(weights), _checksum(weights)
-            quantization = self._quantization or ("bf16" if w_in.dtype == torch.bfloat16 else None)
+            seen = _stamp(weights.present), _checksum(weights)
             pack = _Pack(self._config, weights, quantization)
-            if (stamp, biases, checksum) == (_stamp(w_in, w_out), _bias_stamp(weights), _checksum(weights)):
+            if seen == (_stamp(weights.present), _checksum(weights)):
                 break
-        return _Snapshot(weights, w_in.dtype, counted, stamp, biases, checksum, pack)
+        return _Snapshot(weights, *seen, pack)
 
 
 def _weights(parameters: Parameters) -> Weights:
@@ -266,17 +261,9 @@ def _packable(weights: Weights, config: TreeConfig) -> bool:
     )
 
 
-def _stamp(*tensors: Tensor | None) -> _Stamp:
+def _stamp(tensors: Sequence[Tensor]) -> _Stamp:
     """Version (0 without a counter) and address of each."""
-    stamp: list[int] = []
-    for tensor in tensors:
-        if tensor is not None:
-            stamp += (0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
-    return tuple(stamp)
-
-
-def _bias_stamp(weights: Weights) -> _Stamp | None:
-    return _stamp(weights.b_in, weights.b_out) if len(weights.present) > 2 else None
+    return tuple([x for t in tensors for x in (0 if t.is_inference() else t._version, t.data_ptr())])
 
 
 def _checksum(weights: Weights) -> tuple[int, ...]:
