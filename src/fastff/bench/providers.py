@@ -25,7 +25,7 @@ from fastff.bench import onnx_models
 from fastff.bench.cases import DenseConfig, Subject, weights_of
 from fastff.bench.layers import DenseLayer, activate, dense, train_step
 from fastff.layers import Quantization
-from fastff.ops import native, reference
+from fastff.ops import reference
 from fastff.ops.library import library
 from fastff.ops.packed import PackedLayer
 

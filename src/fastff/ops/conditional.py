@@ -98,7 +98,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def resolve(name: str | None, x: Tensor, leaves: Leaves, activation: str) -> str:
     """The backend that will run: the one named, or the first kernel that can take this input, or eager."""
-    name = name or (interface.forced[-1] if interface.forced else None)
+    name = name or interface.forced_backend()
     if name is not None:
         reason = _why_not(name, x, leaves, activation)
         if reason is not None:
