@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fastff import models
-from fastff.bench.machine import commit, machine
 from fastff.io import write_json
+from fastff.machine import commit, machine
 from fastff.timing import interleaved
 from fastff.train.presets import feedforward_of
 

@@ -26,9 +26,11 @@ import torch.multiprocessing as mp
 
 from fastff.errors import TrainingError
 from fastff.io import read_json, write_json
-from fastff.report.drawing import svg
+from fastff.report.axis import Axis
+from fastff.report.chart import Panel, Series
+from fastff.report.chart import chart as draw
 from fastff.train.checkpoint import claim_run
-from fastff.train.compare import label_points, over_arithmetic, set_gaps
+from fastff.train.compare import ARITHMETIC, set_gaps
 from fastff.train.glue import GlueSettings, missing, record_path, score
 from fastff.train.placement import environments
 from fastff.train.pretrain import MODEL, RESULT
@@ -206,22 +208,17 @@ def labels(names: list[str]) -> list[str]:
 
 def chart(found: dict[str, Any]) -> str:
     """Mean score against the arithmetic of a layer, as SVG text."""
-    with svg("glue", 6.4, 4.0) as (figure, out):
-        axes = figure.add_subplot()
-        over_arithmetic(axes, "mean GLUE score (dev)")
-        with_layers = [e for e in found["arms"] if e["flops"]]
-        for group, style in (("scratch", "o"), ("from-dense", "s")):
-            points = [e for e in with_layers if e["group"] == group]
-            if points:
-                axes.plot([e["flops"] for e in points], [e["mean"] for e in points], style, label=group)
-        for e in found["arms"]:
-            if not e["flops"]:
-                axes.axhline(e["mean"], linestyle=":", color="0.5", label="no feedforward")
-        axes.legend()
-        names = [e["name"] for e in found["arms"]]
-        short = dict(zip(names, labels(names), strict=True))
-        label_points(figure, axes, [(e["flops"], e["mean"], short[e["name"]]) for e in with_layers])
-    return out[0]
+    names = [e["name"] for e in found["arms"]]
+    short = dict(zip(names, labels(names), strict=True))
+    series = []
+    for color, (group, mark) in enumerate((("scratch", "circle"), ("from-dense", "square"))):
+        here = [e for e in found["arms"] if e["flops"] and e["group"] == group]
+        points = [(e["flops"], e["mean"]) for e in here]
+        if points:
+            series.append(Series(group, points, color, mark, labels=[short[e["name"]] for e in here]))
+    levels = [(e["mean"], "no feedforward") for e in found["arms"] if not e["flops"]]
+    panel = Panel(series, ARITHMETIC, Axis("mean GLUE score (dev)"), levels=levels)
+    return draw([panel], title="Mean GLUE score against the arithmetic of a layer")
 
 
 def arguments() -> argparse.Namespace:

@@ -16,23 +16,23 @@ import torch
 from rich.console import Console
 
 import fastff
-from fastff.bench import Grid, Only, Settings, cases, run_grid, station
-from fastff.bench import run as bench_run
-from fastff.bench.cases import Cell, DenseConfig, Scene, label, weights_of
-from fastff.bench.command import bench_cpu, conclude, saved, settings_of
+from fastff.bench import Grid, Only, Settings, run_grid, workers, workloads
+from fastff.bench import cpu_run as bench_run
+from fastff.bench.cpu_command import bench_cpu, conclude, saved, settings_of
+from fastff.bench.cpu_providers import PROVIDERS, Provider
+from fastff.bench.cpu_report import best_of, document, is_whole, notes, save, update
+from fastff.bench.cpu_run import PARTIAL, Record, Timing, resident_bytes, seatings
 from fastff.bench.layers import expected, make_layer
 from fastff.bench.limits import Limits, least_us, measure
-from fastff.bench.providers import PROVIDERS, Provider
-from fastff.bench.report import best_of, document, is_whole, notes, save, update
-from fastff.bench.run import PARTIAL, Record, Timing, resident_bytes, seatings
-from fastff.bench.station import Refused, Remote, Station
+from fastff.bench.workers import LocalWorker, Refused, RemoteWorker
+from fastff.bench.workloads import Cell, DenseConfig, Workload, label, weights_of
 from fastff.ops import reference
 from fastff.ops.cost import visited_weights
 
 DENSE = DenseConfig(features=32, neurons=64)
 GATED = DenseConfig(features=32, neurons=48, activation="swiglu")
-TREE = cases.tree(4, 32)
-FOREST = cases.tree(2, 32, trees=3, leaf_width=2, node_output=False, activation="swiglu")
+TREE = workloads.tree(4, 32)
+FOREST = workloads.tree(2, 32, trees=3, leaf_width=2, node_output=False, activation="swiglu")
 FAST = ("torch eager", "torch packed", "fastff", "fastff C", "torch gather+bmm", "torch masked")
 LIMITS = Limits(1, 10e9, 20e9, 101 * 10**6, 1e11)
 
@@ -41,13 +41,13 @@ LIMITS = Limits(1, 10e9, 20e9, 101 * 10**6, 1e11)
 def small(monkeypatch):
     """Two small trees in place of the table's, and no measuring of the machine."""
     trees = {TREE: (DENSE,), FOREST: (GATED, DENSE)}
-    monkeypatch.setattr(cases, "TREES", trees)
-    monkeypatch.setattr(cases, "BERT_BASE", TREE)
+    monkeypatch.setattr(workloads, "TREES", trees)
+    monkeypatch.setattr(workloads, "BERT_BASE", TREE)
     for config, twins in trees.items():
-        monkeypatch.setitem(cases.TWINS, label(config), tuple(map(label, twins)))
+        monkeypatch.setitem(workloads.TWINS, label(config), tuple(map(label, twins)))
     monkeypatch.setattr(bench_run, "TURN_SECONDS", 0.002)
-    monkeypatch.setattr(station, "INPUT_BYTES", 2**16)
-    monkeypatch.setattr(Station, "limits", lambda self: LIMITS)
+    monkeypatch.setattr(workers, "INPUT_BYTES", 2**16)
+    monkeypatch.setattr(LocalWorker, "limits", lambda self: LIMITS)
 
 
 TIMING = {
@@ -110,7 +110,7 @@ def test_a_conditional_provider_that_takes_other_leaves_is_refused(monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "fastff", dataclasses.replace(PROVIDERS["fastff"], make=mirrored))
     with pytest.raises(Refused, match="wrong output"):
-        Station(1, 0).prepare(cell("fastff"), 1.0)
+        LocalWorker(1, 0).prepare(cell("fastff"), 1.0)
 
 
 def test_a_provider_that_raises_is_told_and_the_others_go_on(monkeypatch):
@@ -125,7 +125,7 @@ def test_a_provider_that_raises_is_told_and_the_others_go_on(monkeypatch):
 
 def test_a_slow_provider_is_left_out():
     with pytest.raises(Refused, match=r"takes 0\.0 s, more than the 0\.0 s"):
-        Station(1, 0).prepare(cell("fastff"), 0.0)
+        LocalWorker(1, 0).prepare(cell("fastff"), 0.0)
 
 
 @pytest.mark.parametrize("slow_calls", [1, 2])
@@ -142,7 +142,7 @@ def test_a_provider_that_is_slow_at_first_stays(monkeypatch, slow_calls):
         return [functools.partial(call, layer) for layer in layers]
 
     monkeypatch.setitem(PROVIDERS, "fastff", dataclasses.replace(PROVIDERS["fastff"], make=slow_at_first))
-    assert Station(1, 0).prepare(cell("fastff"), 0.25).seconds < 0.25
+    assert LocalWorker(1, 0).prepare(cell("fastff"), 0.25).seconds < 0.25
 
 
 def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
@@ -165,13 +165,13 @@ def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
     with pytest.raises(ValueError, match="the results are of x"):
         update(saved(tmp_path), dataclasses.replace(record, machine={"cpu": "y"}))
     partly = dataclasses.replace(grid, only=Only(layer=("1x11",)))
-    with pytest.raises(ValueError, match="measures whole scenes"):
+    with pytest.raises(ValueError, match="measures whole workloads"):
         bench_cpu(Settings(partly), tmp_path, console, anew=True)
 
 
 def test_a_record_is_whole_when_all_of_its_grid_was_measured():
     grid = Grid(threads=(1,), rows=(2,), layers=(1,), gpt3_rows=(), train_rows=(), only=Only(layer=(label(TREE),)))
-    subjects = grid.scenes()[0].subjects
+    subjects = grid.workloads()[0].subjects
     both = [Timing(**TIMING, layer=label(subject), provider="p", kind="k", rows=2) for subject in subjects]
     assert len(both) == 2, "a tree and its dense layer"
     assert is_whole(Record({}, asdict(Settings(grid)), timings=both))
@@ -190,7 +190,7 @@ def test_missing_packages_are_told(monkeypatch):
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     settings = small_settings(rows=(2, 3), layer=(label(TREE),))
     prepared, stop_after = [], 7
-    prepare = Station.prepare
+    prepare = LocalWorker.prepare
 
     def interrupting(self, cell, longest_call):
         if stop_after is not None and len(prepared) >= stop_after:
@@ -198,7 +198,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         prepared.append(cell)
         return prepare(self, cell, longest_call)
 
-    monkeypatch.setattr(Station, "prepare", interrupting)
+    monkeypatch.setattr(LocalWorker, "prepare", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run_grid(settings, tmp_path)
     first = json.loads((tmp_path / PARTIAL).read_text())
@@ -235,7 +235,9 @@ def test_results_are_saved_whole(tmp_path):
     assert found == json.loads(json.dumps(document(record)))
     assert found["machine"]["torch"] == torch.__version__
     assert {best["layer"] for best in found["best"]} == {label(TREE), label(FOREST)}
-    assert (tmp_path / "layer-cpu.png").stat().st_size > 5000
+    drawn = (tmp_path / "layer-cpu.svg").read_text()
+    assert drawn.count("rows a call") == 2, "a panel for each tree"
+    assert "fp32, 1 thread" in drawn
     assert not (tmp_path / PARTIAL).exists()
 
 
@@ -245,19 +247,19 @@ def test_dense_providers_compute_the_dense_layer(name, subject):
     why = PROVIDERS[name].why_not(subject)
     if why is not None:
         pytest.skip(why)
-    checked = Station(1, 0).prepare(cell(name, subject, rows=5), 10.0)  # raises Refused if it is wrong
+    checked = LocalWorker(1, 0).prepare(cell(name, subject, rows=5), 10.0)  # raises Refused if it is wrong
     assert checked.relative_error > 0
 
 
 @pytest.mark.parametrize("subject", [TREE, FOREST], ids=label)
 @pytest.mark.parametrize("name", [name for name, p in PROVIDERS.items() if p.family == "fastff"])
 def test_fastff_computes_its_tree_in_every_precision(name, subject):
-    checked = Station(1, 0).prepare(cell(name, subject, rows=40), 10.0)
+    checked = LocalWorker(1, 0).prepare(cell(name, subject, rows=40), 10.0)
     assert checked.relative_error < {"fp32": 1e-6, "bf16": 5e-3, "int8": 5e-2}[PROVIDERS[name].precision]
 
 
 def test_a_station_in_another_process_answers_and_its_end_is_noticed():
-    remote = Remote(threads=1, seed=0)
+    remote = RemoteWorker(threads=1, seed=0)
     try:
         checked = remote.prepare(cell("fastff", rows=2), 10.0)
         assert 0 < checked.relative_error < 1e-6
@@ -300,7 +302,7 @@ def test_limits_of_a_conditional_layer():
     plain = fastff.TreeConfig(in_features=768, out_features=768, depth=11)
     assert visited_weights(plain, 1) == pytest.approx(12 * 2 * 768)
     assert visited_weights(plain, 10**7) == pytest.approx(weights_of(plain))
-    forest = cases.tree(4, trees=8, leaf_width=16, node_output=False, activation="swiglu")
+    forest = workloads.tree(4, trees=8, leaf_width=16, node_output=False, activation="swiglu")
     assert visited_weights(forest, 1) == pytest.approx(8 * 768 * (4 + 32 + 16))
     one = least_us(plain, LIMITS, rows=1, layers=1, precision="fp32")
     assert one == pytest.approx(1e6 * (12 * 2 * 768 * 4 + 2 * 768 * 4) / 20e9)
@@ -336,9 +338,9 @@ def test_layers_are_the_same_in_every_process_and_differ_from_each_other():
 
 def test_choices_are_parsed_and_refused():
     settings = settings_of(quick=True, only=["rows=1,8", "visits=16-layers", f"layer={label(TREE)}"], seconds=None)
-    scenes = settings.grid.scenes()
-    assert [scene.rows for scene in scenes] == [1]
-    assert scenes[0].subjects == (DENSE, TREE)
+    planned = settings.grid.workloads()
+    assert [workload.rows for workload in planned] == [1]
+    assert planned[0].subjects == (DENSE, TREE)
     for bad, message in (
         ("rows", "KIND=VALUE"),
         ("colour=red", "kind of"),
@@ -351,12 +353,12 @@ def test_choices_are_parsed_and_refused():
         settings_of(quick=True, only=["provider=numpy"], seconds=None)
 
 
-def test_the_whole_table_has_the_scenes_it_promises():
-    scenes = Grid(threads=(1, 2)).scenes()
-    assert len(scenes) == len({(s.name, s.subjects) for s in scenes})
-    plain = [s for s in scenes if not s.training and TREE in s.subjects]
+def test_the_whole_table_has_the_workloads_it_promises():
+    planned = Grid(threads=(1, 2)).workloads()
+    assert len(planned) == len({(s.name, s.subjects) for s in planned})
+    plain = [s for s in planned if not s.training and TREE in s.subjects]
     assert len(plain) == 5 * 2 * 2
-    assert isinstance(scenes[0], Scene)
+    assert isinstance(planned[0], Workload)
     assert isinstance(next(iter(PROVIDERS.values())), Provider)
 
 

@@ -10,19 +10,23 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastff.bench import cases as cpu_cases
-from fastff.bench.cases import DenseConfig, label, weights_of
-from fastff.bench.gpu import cases, check, command, providers, run
-from fastff.bench.gpu.cases import CORE, EXTRA, Case, Cell, Pair, StepCell
-from fastff.bench.gpu.device import Cuda, DryRun
-from fastff.bench.gpu.model import Sizes
-from fastff.bench.gpu.report import best_of, notes, save, tables
-from fastff.bench.gpu.run import LINES, Settings, run_gpu
-from fastff.bench.station import Refused
+from fastff.bench import gpu_cases as cases
+from fastff.bench import gpu_check as check
+from fastff.bench import gpu_command as command
+from fastff.bench import gpu_providers as providers
+from fastff.bench import gpu_run as run
+from fastff.bench import workloads
+from fastff.bench.gpu_cases import CORE, EXTRA, Case, Cell, Pair, StepCell
+from fastff.bench.gpu_device import Cuda, DryRun
+from fastff.bench.gpu_model import Sizes
+from fastff.bench.gpu_report import best_of, notes, save, tables
+from fastff.bench.gpu_run import LINES, Settings, run_gpu
+from fastff.bench.workers import Refused
+from fastff.bench.workloads import DenseConfig, label, weights_of
 
-PLAIN = Pair(cpu_cases.tree(3, 16), DenseConfig(16, 24))
+PLAIN = Pair(workloads.tree(3, 16), DenseConfig(16, 24))
 LEAVES = Pair(
-    cpu_cases.tree(2, 16, trees=2, leaf_width=2, node_output=False, activation="swiglu"),
+    workloads.tree(2, 16, trees=2, leaf_width=2, node_output=False, activation="swiglu"),
     DenseConfig(16, 8, "swiglu"),
 )
 FAST = [name for name in (*CORE, *EXTRA) if "compiled" not in name]
@@ -73,7 +77,7 @@ def test_compiled_providers_compile_each_layer(monkeypatch, tmp_path):
 
 
 def test_training_steps_of_whole_models(tmp_path):
-    tree = cpu_cases.tree(2, 16, gate="boundary")
+    tree = workloads.tree(2, 16, gate="boundary")
     steps = [StepCell("tree", tree), StepCell("tree", tree, graph=True), StepCell("dense", DenseConfig(16, 8))]
     record = run_gpu(steps, SMALL, DryRun(), tmp_path)
     assert [step.name for step in record.steps] == ["tree", "tree, graph", "dense"]

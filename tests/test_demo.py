@@ -133,18 +133,10 @@ def test_the_page_loads_nothing(finished):
     page = finished[3]
     loads = Loads()
     loads.feed(page)
-    assert loads.found, "the pictures refer to something"
-    assert all(target.startswith(("#", "data:image/png;base64,")) for target in loads.found), loads.found[:5]
-    assert not re.search(r"@import|url\((?!#)", page)
-
-
-@pytest.mark.slow
-def test_references_within_the_page_are_whole(finished):
-    page = finished[3]
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)), "ids must be unique over all drawings"
-    targets = set(re.findall(r'xlink:href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page))
-    assert targets <= set(ids)
+    assert page.count("<svg") == page.count("</svg>") >= 6, "its pictures are in the page"
+    assert loads.found == []
+    assert not re.search(r"@import|url\(", page)
+    assert re.findall(r'\bid="([^"]+)"', page) == [], "several drawings in one page share no names"
 
 
 @pytest.mark.slow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import fastff
 from fastff.inspect import collect, turns, visited
-from fastff.inspect.picture import draw_path, draw_tree, relative_use
+from fastff.inspect.picture import Box, colour, draw_path, draw_tree, relative_use
 from fastff.routers import Usage
 
 
@@ -96,9 +97,17 @@ def test_relative_use_is_zero_when_even_and_nan_when_dead():
 
 
 def test_a_path_is_drawn_through_the_middle_of_its_nodes():
-    axes = Figure().add_subplot()
-    draw_tree(axes, [8, 4, 4, 2, 2, 4, 0], 2)
-    draw_path(axes, [0, 2, 5], 2)
-    (line,) = axes.lines
-    assert list(line.get_xdata()) == [2.0, 3.0, 2.5]
-    assert list(line.get_ydata()) == [0, 1, 2]
+    line = draw_path([0, 2, 5], 2, Box(10, 100, 40, 30), "c1")
+    assert re.search(r'points="([^"]+)"', line)[1] == "30.0,105.0 40.0,115.0 35.0,125.0"
+
+
+def test_every_node_is_drawn_in_the_colour_of_its_use():
+    shapes = list(draw_tree([8, 4, 4, 2, 2, 4, 0], 2, Box(0, 0, 40, 30)))
+    kinds = [re.search(r'class="mark (\w+)"', shape)[1] for shape in shapes]
+    assert kinds == ["u4", "u4", "u4", "u4", "u4", "u5", "unused"]
+    assert 'x="20.0" y="10.0" width="20.0" height="10.0"' in shapes[2]
+
+
+@pytest.mark.parametrize(("use", "kind"), [(-9.0, "u0"), (-4.0, "u0"), (0.0, "u4"), (4.0, "u8"), (9.0, "u8")])
+def test_colours_end_where_use_is_sixteen_times_even_use(use, kind):
+    assert colour(use) == kind

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastff
-from fastff.bench.cases import DenseConfig, Subject, label
+from fastff.bench.workloads import DenseConfig, Subject, label
 from fastff.config import TreeConfig
 from fastff.ops import reference
 from fastff.ops.reference import Routed

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastff.bench.machine import cache_bytes
 from fastff.config import TreeConfig
+from fastff.machine import cache_bytes
 from fastff.ops.cost import levels, visited
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight

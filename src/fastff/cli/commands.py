@@ -51,11 +51,11 @@ def bench(
 
     The same command goes on with an interrupted run in the same folder.
     """
-    from fastff.bench.command import bench_cpu, settings_of
+    from fastff.bench.cpu_command import bench_cpu, settings_of
 
     if device == "cuda":
-        from fastff.bench.gpu.command import bench_gpu
-        from fastff.bench.gpu.run import Settings
+        from fastff.bench.gpu_command import bench_gpu
+        from fastff.bench.gpu_run import Settings
 
         chosen = Settings(seconds=seconds, jobs=jobs, tune=tune, only=tuple(only or ()))
         raise typer.Exit(bench_gpu(chosen, out or Path("bench-results"), console))

@@ -193,7 +193,7 @@ much of this task: look at the model without feedforward, and at the bag of word
 
 def routing(results: dict[str, Any]) -> str:
     parts = []
-    for name, arm in results["pretrain"].items():
+    for arm in results["pretrain"].values():
         if not arm["routing"]:
             continue
         facts = []
@@ -201,7 +201,7 @@ def routing(results: dict[str, Any]) -> str:
             entropy = sum(layer["entropy_bits"]) / layer["trees"]
             dead, leaves = sum(layer["dead_leaves"]), layer["trees"] * 2 ** layer["depth"]
             facts.append(f"layer {number}: {entropy:.2f} of {layer['depth']} bits, {dead} of {leaves} leaves unused")
-        parts.append(figure(charts.routing(arm, name), f"{escape(arm['title'])}. {'; '.join(facts)}."))
+        parts.append(figure(charts.routing(arm), f"{escape(arm['title'])}. {'; '.join(facts)}."))
     if not parts:
         return ""
     return f"""<section><h2>Where tokens go</h2>{"".join(parts)}

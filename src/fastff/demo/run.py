@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastff import bench
-from fastff.bench.cases import BERT, BERT_BASE, label
-from fastff.bench.machine import commit, machine
-from fastff.bench.report import best_of
+from fastff.bench.cpu_report import best_of
+from fastff.bench.workloads import BERT, BERT_BASE, label
 from fastff.demo import settings as sizes
 from fastff.demo import train
 from fastff.demo.authors import bag_of_words, score
@@ -30,6 +29,7 @@ from fastff.demo.store import DemoError, Store
 from fastff.demo.summary import missing_parts, summarise
 from fastff.demo.terminal import print_summary
 from fastff.inspect import collect
+from fastff.machine import commit, machine
 from fastff.ops import available_backends
 from fastff.train.interrupt import Stop
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
+
+from fastff.report import svg
 
 SPREAD = 4.0  # colours end at 2**4 times more or less use than in an evenly used tree
 # From rarely to often used, through a middle that is light on dark and dark on light paper alike.
-COLOURS = LinearSegmentedColormap.from_list("use", ["#08306b", "#2171b5", "#9ecae1", "#fdd49e", "#ec7014", "#7f2704"])
-DEAD = "#8a8a8a"
+COLOURS = ("#08306b", "#15529a", "#2171b5", "#6ab0d8", "#cfd3b8", "#fdb870", "#ec7014", "#b6490c", "#7f2704")
+STYLE = "\n".join(
+    [
+        ".fastff-chart .unused { fill: #8a8a8a }",
+        *(f".fastff-chart .u{k} {{ fill: {c} }}" for k, c in enumerate(COLOURS)),
+    ]
+)
 
 
 def relative_use(counts: Sequence[int], depth: int) -> NDArray[np.float64]:
@@ -32,26 +38,53 @@ def relative_use(counts: Sequence[int], depth: int) -> NDArray[np.float64]:
     return grid
 
 
-def draw_tree(axes: Axes, counts: Sequence[int], depth: int) -> Any:
-    """Draw one tree's use, root on top; returns the image for a colour bar. Grey: no row came."""
-    colours = COLOURS.with_extremes(bad=DEAD)
-    image = axes.imshow(
-        relative_use(counts, depth),
-        cmap=colours,
-        vmin=-SPREAD,
-        vmax=SPREAD,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, 2**depth, depth + 0.5, -0.5),
-    )
-    axes.set_xticks([])
-    return image
+def colour(use: float) -> str:
+    """The class of a node that is used 2**use times as often as in an evenly used tree; NaN: never."""
+    if math.isnan(use):
+        return "unused"
+    step = round((len(COLOURS) - 1) * (use + SPREAD) / (2 * SPREAD))
+    return f"u{min(max(step, 0), len(COLOURS) - 1)}"
 
 
-def draw_path(axes: Axes, path: Sequence[int], depth: int, **line: Any) -> None:
-    """Draw one token's way through a tree that `draw_tree` drew. path: heap indices, root first."""
-    middles = []
+@dataclass(frozen=True)
+class Box:
+    """Where a tree is drawn, in pixels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def node(self, level: int, index: int, depth: int) -> tuple[float, float, float, float]:
+        """Left, top, width and height of a node, by its index in its level."""
+        width, height = self.width / 2**level, self.height / (depth + 1)
+        return self.x + index * width, self.y + level * height, width, height
+
+
+def draw_tree(counts: Sequence[int], depth: int, box: Box) -> Iterator[str]:
+    """One tree's use, root on top. Grey: no row came. The drawing needs STYLE."""
+    use = relative_use(counts, depth)
+    for level in range(depth + 1):
+        for index in range(2**level):
+            kind = colour(float(use[level, index * 2 ** (depth - level)]))
+            yield svg.rect(*box.node(level, index, depth), kind)
+
+
+def draw_path(path: Sequence[int], depth: int, box: Box, kind: str) -> str:
+    """One token's way through a tree drawn in the same box. path: heap indices, root first."""
+    points = []
     for level, node in enumerate(path):
-        width = 2 ** (depth - level)
-        middles.append((node - (2**level - 1) + 0.5) * width)
-    axes.plot(middles, range(len(path)), **line)
+        x, y, width, height = box.node(level, node - (2**level - 1), depth)
+        points.append((x + width / 2, y + height / 2))
+    return svg.polyline(points, kind)
+
+
+def draw_scale(x: float, y: float, width: float) -> Iterator[str]:
+    """What the colours mean."""
+    each = width / len(COLOURS)
+    for index in range(len(COLOURS)):
+        yield svg.rect(x + index * each, y, each, 12, f"u{index}")
+    for tick in (-SPREAD, -SPREAD / 2, 0.0, SPREAD / 2, SPREAD):
+        place = x + each / 2 + (width - each) * (tick + SPREAD) / (2 * SPREAD)
+        yield svg.text(place, y + 27, f"{2**tick:g}", anchor="middle", kind="soft")
+    yield svg.text(x + width / 2, y + 44, "visits, relative to even use (grey: none)", anchor="middle")

@@ -13,10 +13,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fastff.report.drawing import svg
+from fastff.report.axis import Axis, si
+from fastff.report.chart import Panel, Series
+from fastff.report.chart import chart as draw
 
 WIDE = "dense-swiglu"
 NEARLY = 1.05  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
+
+# The axis of charts that compare layers.
+ARITHMETIC = Axis("FLOP a token and layer, routing included", log=True, format=si, margin=0.15)
 
 
 def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
@@ -157,39 +162,16 @@ def chart(entries: Sequence[dict[str, Any]]) -> str:
     dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
     trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
     others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
-    with svg("loss", 6.4, 4.0) as (figure, out):
-        axes = figure.add_subplot()
-        over_arithmetic(axes, "held-out loss, nats a token")
-        for kind, style, points in (("dense swiglu", "o-", dense), ("trees", "s", trees), ("dense gelu", "^", others)):
-            if points:
-                axes.plot([e["flops"] for e in points], [e["loss"] for e in points], style, label=kind)
-        for entry in entries:
-            if not entry["flops"]:
-                axes.axhline(entry["loss"], linestyle=":", color="0.5", label="no feedforward")
-        axes.legend()
-        label_points(figure, axes, [(e["flops"], e["loss"], e["name"]) for e in (*dense, *trees, *others)])
-    return out[0]
-
-
-def over_arithmetic(axes: Any, label: str) -> None:
-    """Axes of a quality, named by `label`, over the arithmetic of a layer, with room for labels."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    axes.set(xscale="log", xlabel="FLOP a token and layer, routing included", ylabel=label)
-    axes.margins(x=0.2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """A label at the right of every point, raised above those that it would cover."""
-    figure.draw_without_rendering()
-    scale = 72 / figure.dpi
-    taken: list[tuple[float, float]] = []
-    for x, y, label in sorted(points, key=lambda point: point[1]):
-        across, up = scale * axes.transData.transform((x, y))
-        beside = [place for other, place in taken if abs(other - across) < 100]
-        place = max([up, *(place + 9 for place in beside)])
-        taken.append((across, place))
-        axes.annotate(label, (x, y), (6, place - up), textcoords="offset points", fontsize=8, va="center")
+    looks = (
+        ("dense swiglu", dense, "circle", "solid"),
+        ("trees", trees, "square", ""),
+        ("dense gelu", others, "triangle", ""),
+    )
+    series = [
+        Series(name, [(e["flops"], e["loss"]) for e in points], color, mark, line, labels=[e["name"] for e in points])
+        for color, (name, points, mark, line) in enumerate(looks)
+        if points
+    ]
+    levels = [(e["loss"], "no feedforward") for e in entries if not e["flops"]]
+    panel = Panel(series, ARITHMETIC, Axis("held-out loss, nats a token"), levels=levels)
+    return draw([panel], title="Held-out loss against the arithmetic of a layer")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastff.bench.cases import Subject, features_of
-from fastff.bench.gpu.device import Device, Run
+from fastff.bench.gpu_device import Device, Run
 from fastff.bench.layers import make_layer
+from fastff.bench.workloads import Subject, features_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fastff.bench.gpu.run import Record, Timing
-from fastff.bench.report import figure
+from fastff.bench.gpu_run import Record, Timing
+from fastff.report.numbers import three_digits
 
 NAME = "layer-gpu"
 
@@ -60,19 +60,19 @@ def tables(record: Record) -> list[Table]:
             ours.dtype,
             "fwd+bwd" if ours.training else "forward",
             "cold" if ours.cold else "warm",
-            f"{figure(best.dense.latency_us_p50)} {best.dense.provider}",
-            figure(ours.latency_us_p50),
-            figure(best.ratio),
-            figure(ours.tflops),
-            "" if ours.gb_per_s is None else figure(ours.gb_per_s),
+            f"{three_digits(best.dense.latency_us_p50)} {best.dense.provider}",
+            three_digits(ours.latency_us_p50),
+            three_digits(best.ratio),
+            three_digits(ours.tflops),
+            "" if ours.gb_per_s is None else three_digits(ours.gb_per_s),
             "" if ours.copy_fraction is None else f"{ours.copy_fraction:.0%}",
         )
     steps = Table(title="a training step of a whole model", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("feedforward", "ms", "quartiles", "peak GiB"):
         steps.add_column(head, justify="left" if head == "feedforward" else "right")
     for step in record.steps:
-        spread = f"{figure(step.step_ms_p25)}-{figure(step.step_ms_p75)}"
-        steps.add_row(step.name, figure(step.step_ms_p50), spread, figure(step.peak_bytes / 2**30))
+        spread = f"{three_digits(step.step_ms_p25)}-{three_digits(step.step_ms_p75)}"
+        steps.add_row(step.name, three_digits(step.step_ms_p50), spread, three_digits(step.peak_bytes / 2**30))
     return [shown, steps] if record.steps else [shown]
 
 

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import torch
 
-from fastff.bench.cases import Cell, DenseConfig, Grid, Scene, Subject, features_of, label, weights_of
+from fastff.bench.cpu_providers import PROVIDERS
 from fastff.bench.limits import Limits, least_us
-from fastff.bench.machine import available_bytes, commit, machine
-from fastff.bench.providers import PROVIDERS
-from fastff.bench.station import FAILED, INPUT_BYTES, WRONG, Checked, Refused, Remote, Station
+from fastff.bench.workers import FAILED, INPUT_BYTES, WRONG, Checked, LocalWorker, Refused, RemoteWorker
+from fastff.bench.workloads import Cell, DenseConfig, Grid, Subject, Workload, features_of, label, weights_of
 from fastff.config import TreeConfig
+from fastff.machine import available_bytes, commit, machine
 
 PARTIAL = "partial.json"
 TURN_SECONDS = 0.12
@@ -31,7 +31,7 @@ HIDDEN = 5  # matrices of hidden values that a process may hold while it compute
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider on one layer of a scene. Latencies are microseconds a row and layer: quartiles over the samples.
+    """One provider on one layer of a workload. Latencies are microseconds a row and layer: quartiles over the samples.
     Errors are against float64, the relative one of norms. limit_fraction: the least time that the machine's measured
     limits allow this layer, of the median; only for fastff."""
 
@@ -68,8 +68,8 @@ class Settings:
 
 @dataclass
 class Record:
-    """What a run found. left_out: by cell, why; finished: scenes that are complete; updates: of runs that measured some
-    scenes anew later, their machine, settings, limits and scenes."""
+    """What a run found. left_out: by cell, why; finished: workloads that are complete; updates: of runs that measured
+    some workloads again later, their machine, settings, limits and workloads."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -86,7 +86,7 @@ class Record:
 
 
 class Worker(Protocol):
-    """A Station, here or in another process."""
+    """A LocalWorker, here or in another process."""
 
     def limits(self) -> Limits: ...
     def prepare(self, cell: Cell, longest_call: float) -> Checked: ...
@@ -100,50 +100,50 @@ Progress = Callable[[str, float, float], None]  # what is done now, seconds of w
 def run_grid(settings: Settings, out: Path | None = None, progress: Progress = lambda *_: None) -> Record:
     """Measure the table. With `out`, what is finished is kept there, and a run of the same settings goes on from it."""
     record = (begun(settings, out) if out is not None else None) or fresh(settings)
-    todo = [scene for scene in settings.grid.scenes() if _key(scene) not in record.finished]
-    total = sum(_expected_seconds(cell, settings) for scene in todo for cell in _cells(scene, settings))
+    todo = [workload for workload in settings.grid.workloads() if _key(workload) not in record.finished]
+    total = sum(_expected_seconds(cell, settings) for workload in todo for cell in _cells(workload, settings))
     clock = _Clock(progress, total)
-    crew: _Crew | None = None
+    pool: WorkerPool | None = None
     try:
-        for scene in todo:
-            if crew is None or not crew.serves(scene):
-                if crew is not None:
-                    crew.close()
-                crew = _Crew(settings, scene)
-            if settings.limits and scene.threads not in record.limits:
-                clock.now(f"limits of {scene.threads} threads")
-                record.limits[scene.threads] = crew.worker("torch").limits()
-            _measure(scene, settings, crew, record, clock)
-            record.finished.append(_key(scene))
+        for workload in todo:
+            if pool is None or not pool.serves(workload):
+                if pool is not None:
+                    pool.close()
+                pool = WorkerPool(settings, workload)
+            if settings.limits and workload.threads not in record.limits:
+                clock.now(f"limits of {workload.threads} threads")
+                record.limits[workload.threads] = pool.worker("torch").limits()
+            _measure(workload, settings, pool, record, clock)
+            record.finished.append(_key(workload))
             if out is not None:
                 _keep(record, out / PARTIAL)
     finally:
-        if crew is not None:
-            crew.close()
+        if pool is not None:
+            pool.close()
     return record
 
 
-def _key(scene: Scene) -> str:
-    return f"{scene.name} {' '.join(map(label, scene.subjects))}"
+def _key(workload: Workload) -> str:
+    return f"{workload.name} {' '.join(map(label, workload.subjects))}"
 
 
-class _Crew:
+class WorkerPool:
     """The workers of one number of threads and one set of layers, by family of providers."""
 
-    def __init__(self, settings: Settings, scene: Scene) -> None:
-        self._settings, self._scene = settings, scene
+    def __init__(self, settings: Settings, workload: Workload) -> None:
+        self._settings, self._workload = settings, workload
         self._workers: dict[str, Worker] = {}
-        self._threads = torch.get_num_threads()  # of this process, which a Station in it changes
+        self._threads = torch.get_num_threads()  # of this process, which a LocalWorker in it changes
         self.available = available_bytes()  # before its workers hold any
 
-    def serves(self, scene: Scene) -> bool:
-        return (scene.threads, scene.subjects) == (self._scene.threads, self._scene.subjects)
+    def serves(self, workload: Workload) -> bool:
+        return (workload.threads, workload.subjects) == (self._workload.threads, self._workload.subjects)
 
     def worker(self, family: str) -> Worker:
         key = family if self._settings.separate else "all"
         if key not in self._workers:
-            make = Remote if self._settings.separate else Station
-            self._workers[key] = make(self._scene.threads, self._settings.seed)
+            make = RemoteWorker if self._settings.separate else LocalWorker
+            self._workers[key] = make(self._workload.threads, self._settings.seed)
         return self._workers[key]
 
     def clear(self) -> None:
@@ -155,7 +155,7 @@ class _Crew:
 
     def close(self) -> None:
         for worker in self._workers.values():
-            if isinstance(worker, Remote):
+            if isinstance(worker, RemoteWorker):
                 worker.close()
         self._workers.clear()
         torch.set_num_threads(self._threads)
@@ -171,30 +171,30 @@ class _Clock:
         self._progress(self._what, self._done, self._total)
 
 
-def _cells(scene: Scene, settings: Settings) -> list[Cell]:
+def _cells(workload: Workload, settings: Settings) -> list[Cell]:
     chosen = settings.grid.only.provider
-    make = (scene.rows, scene.layers, scene.threads, scene.training)
+    make = (workload.rows, workload.layers, workload.threads, workload.training)
     return [
         Cell(subject, name, *make)
-        for subject in scene.subjects
+        for subject in workload.subjects
         for name, provider in PROVIDERS.items()
-        if provider.computes(subject, scene.training) and (not chosen or name in chosen)
+        if provider.computes(subject, workload.training) and (not chosen or name in chosen)
     ]
 
 
-def _measure(scene: Scene, settings: Settings, crew: _Crew, record: Record, clock: _Clock) -> None:
+def _measure(workload: Workload, settings: Settings, pool: WorkerPool, record: Record, clock: _Clock) -> None:
     cells = []
-    for cell in _cells(scene, settings):
+    for cell in _cells(workload, settings):
         why = PROVIDERS[cell.provider].why_not(cell.subject)
         if why is None:
             cells.append(cell)
         else:
             record.left_out[cell.name] = why
             clock.now("", _expected_seconds(cell, settings))
-    for together in seatings(cells, crew.available, record.left_out):
+    for together in seatings(cells, pool.available, record.left_out):
         if together != cells:  # not everything fits memory at once
-            crew.close()
-        _take_turns(scene, together, settings, crew, record, clock)
+            pool.close()
+        _interleave(workload, together, settings, pool, record, clock)
 
 
 def seatings(cells: Sequence[Cell], available: int, left_out: dict[str, str]) -> list[list[Cell]]:
@@ -228,25 +228,30 @@ def resident_bytes(cells: Iterable[Cell]) -> int:
     return int(sum(sources.values()) + sum(passing.values()) + copies)
 
 
-def _take_turns(
-    scene: Scene, cells: Sequence[Cell], settings: Settings, crew: _Crew, record: Record, clock: _Clock
+def _interleave(
+    workload: Workload, cells: Sequence[Cell], settings: Settings, pool: WorkerPool, record: Record, clock: _Clock
 ) -> None:
     checked: dict[Cell, Checked] = {}
     for cell in cells:
-        clock.now(f"{scene.name}: checking {cell.provider} on {label(cell.subject)}")
+        clock.now(f"{workload.name}: checking {cell.provider} on {label(cell.subject)}")
         try:
-            checked[cell] = crew.worker(PROVIDERS[cell.provider].family).prepare(cell, settings.longest_call)
+            checked[cell] = pool.worker(PROVIDERS[cell.provider].family).prepare(cell, settings.longest_call)
         except Refused as error:
             record.left_out[cell.name] = str(error)
-    samples = _rounds(scene, checked, settings, crew, record, clock)
+    samples = _rounds(workload, checked, settings, pool, record, clock)
     for cell, latencies in samples.items():
         record.timings.append(_timing(cell, checked[cell], latencies, record.limits.get(cell.threads)))
-    crew.clear()
+    pool.clear()
     clock.now("", sum(_expected_seconds(cell, settings) for cell in cells))
 
 
 def _rounds(
-    scene: Scene, checked: Mapping[Cell, Checked], settings: Settings, crew: _Crew, record: Record, clock: _Clock
+    workload: Workload,
+    checked: Mapping[Cell, Checked],
+    settings: Settings,
+    pool: WorkerPool,
+    record: Record,
+    clock: _Clock,
 ) -> dict[Cell, list[float]]:
     """Rounds over all cells, so that a slow second of the machine hits each; a cell leaves when it has its seconds."""
     samples: dict[Cell, list[float]] = {cell: [] for cell in checked}
@@ -257,12 +262,12 @@ def _rounds(
         return spent[cell] < settings.seconds or len(samples[cell]) < least
 
     while left := [cell for cell in samples if unfinished(cell)]:
-        clock.now(f"{scene.name}: timing {len(left)} of {len(checked)} providers")
+        clock.now(f"{workload.name}: timing {len(left)} of {len(checked)} providers")
         for cell in left:
             time.sleep(REST_SECONDS)
             start = time.perf_counter()
             try:
-                samples[cell] += crew.worker(PROVIDERS[cell.provider].family).sample(cell, TURN_SECONDS)
+                samples[cell] += pool.worker(PROVIDERS[cell.provider].family).sample(cell, TURN_SECONDS)
             except Refused as error:
                 record.left_out[cell.name] = str(error)
                 del samples[cell]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastff.bench.cases import features_of
-from fastff.bench.gpu.cases import Cell
-from fastff.bench.gpu.device import Device
-from fastff.bench.gpu.providers import Layer, call_of, layers_of, routed, rows_of
+from fastff.bench.gpu_cases import Cell
+from fastff.bench.gpu_device import Device
+from fastff.bench.gpu_providers import Layer, call_of, layers_of, routed, rows_of
 from fastff.bench.layers import DenseLayer, expected
-from fastff.bench.station import WRONG, Refused
+from fastff.bench.workers import WRONG, Refused
+from fastff.bench.workloads import features_of
 
 LIMITS = {"fp32": 1e-5, "bf16": 1e-2}  # relative, of norms, over rows that take the same leaves
 MOST_CHANGED = 0.1  # of rows that take another leaf than in float64

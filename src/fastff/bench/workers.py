@@ -1,7 +1,7 @@
 """One process's side of the benchmark: builds providers, checks their outputs, and times them when it is their turn.
 
 Between turns a process waits in the kernel for the next message: it does not spin, and the coordinator leaves it a
-moment for its pool of threads to fall asleep. `Remote` runs a `Station` in a process of its own.
+moment for its pool of threads to fall asleep. `RemoteWorker` runs a `LocalWorker` in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fastff.bench import limits
-from fastff.bench.cases import Cell, Subject, features_of
+from fastff.bench.cpu_providers import ERROR_LIMITS, PROVIDERS, Call
 from fastff.bench.layers import expected, make_layer
-from fastff.bench.providers import ERROR_LIMITS, PROVIDERS, Call
+from fastff.bench.workloads import Cell, Subject, features_of
 from fastff.train.interrupt import end_with_parent
 
 INPUT_BYTES = 2**26  # inputs rotate over more than a core's private caches hold
@@ -48,7 +48,7 @@ class Checked:
     seconds: float
 
 
-class Station:
+class LocalWorker:
     """Providers in this process, with `threads` threads. seed: of weights and inputs."""
 
     def __init__(self, threads: int, seed: int) -> None:
@@ -179,8 +179,8 @@ def _errors(cell: Cell, got: Tensor, want: Tensor, seconds: float) -> Checked:
     return Checked(largest, relative, seconds)
 
 
-class Remote:
-    """A Station in a process of its own, on as many cores as it has threads."""
+class RemoteWorker:
+    """A LocalWorker in a process of its own, on as many cores as it has threads."""
 
     def __init__(self, threads: int, seed: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -229,14 +229,14 @@ def _serve(connection: Connection, threads: int, seed: int) -> None:
     end_with_parent()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
-    station = Station(threads, seed)
+    worker = LocalWorker(threads, seed)
     while True:
         try:
             method, arguments = connection.recv()
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            answer = False, getattr(station, method)(*arguments)
+            answer = False, getattr(worker, method)(*arguments)
         except KeyboardInterrupt:
             return
         except Refused as error:

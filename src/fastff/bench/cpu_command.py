@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastff.bench.cases import Grid, Only
-from fastff.bench.machine import cores
-from fastff.bench.providers import PROVIDERS
-from fastff.bench.report import NAME, is_whole, notes, save, tables, update
-from fastff.bench.run import PARTIAL, Record, Settings, begun, fresh, run_grid
+from fastff.bench.cpu_providers import PROVIDERS
+from fastff.bench.cpu_report import NAME, is_whole, notes, save, tables, update
+from fastff.bench.cpu_run import PARTIAL, Record, Settings, begun, fresh, run_grid
+from fastff.bench.workloads import Grid, Only
+from fastff.machine import cores
 
 
 def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> Settings:
@@ -33,8 +33,8 @@ def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> S
 def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: bool = False) -> int:
     """Run, print and, with `out`, save; with `anew`, into what is saved there.
 
-    Returns the exit code: 1 if an output was wrong, 130 if interrupted. Raises ValueError if these scenes cannot take
-    the place of what is saved."""
+    Returns the exit code: 1 if an output was wrong, 130 if interrupted. Raises ValueError if these workloads cannot
+    take the place of what is saved."""
     if out is not None and anew:
         update(saved(out), fresh(settings))  # says at once what it would say after hours
     if out is not None and (out / PARTIAL).is_file() and begun(settings, out) is None:
@@ -61,7 +61,7 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: b
     merged = update(saved(out), record)
     save(merged, out, whole=is_whole(merged))
     (out / PARTIAL).unlink(missing_ok=True)
-    console.print(f"wrote {len(record.finished)} scenes anew into {out}", markup=False)
+    console.print(f"wrote {len(record.finished)} workloads anew into {out}", markup=False)
     return code
 
 
@@ -72,7 +72,7 @@ def saved(out: Path) -> dict[str, Any]:
 
 
 def conclude(record: Record, out: Path | None, console: Console, *, whole: bool = True) -> int:
-    """Print and save what was found; of an interrupted run, the finished scenes."""
+    """Print and save what was found; of an interrupted run, the finished workloads."""
     for table in tables(record, wide=console.width >= 150):
         console.print(table)
     for line in notes(record):

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from fastff.bench.cases import label, weights_of
-from fastff.bench.gpu.cases import Cell, StepCell
-from fastff.bench.gpu.check import Errors, check
-from fastff.bench.gpu.device import Cuda, Device, Run
-from fastff.bench.gpu.model import Sizes, training_step
-from fastff.bench.gpu.providers import chain, layers_of, rows_of
-from fastff.bench.machine import commit, machine
-from fastff.bench.run import quartiles
-from fastff.bench.station import FAILED, Refused
+from fastff.bench.cpu_run import quartiles
+from fastff.bench.gpu_cases import Cell, StepCell
+from fastff.bench.gpu_check import Errors, check
+from fastff.bench.gpu_device import Cuda, Device, Run
+from fastff.bench.gpu_model import Sizes, training_step
+from fastff.bench.gpu_providers import chain, layers_of, rows_of
+from fastff.bench.workers import FAILED, Refused
+from fastff.bench.workloads import label, weights_of
+from fastff.machine import commit, machine
 from fastff.ops.cost import visited_weights
 
 LINES = "layer-gpu.jsonl"

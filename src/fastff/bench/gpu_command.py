@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastff.bench.gpu.cases import cells
-from fastff.bench.gpu.device import Cuda
-from fastff.bench.gpu.report import notes, save, tables
-from fastff.bench.gpu.run import Settings, run_gpu
-from fastff.bench.station import FAILED, WRONG
+from fastff.bench.gpu_cases import cells
+from fastff.bench.gpu_device import Cuda
+from fastff.bench.gpu_report import notes, save, tables
+from fastff.bench.gpu_run import Settings, run_gpu
+from fastff.bench.workers import FAILED, WRONG
 
 
 def bench_gpu(settings: Settings, out: Path, console: Console) -> int:

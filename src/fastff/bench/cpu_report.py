@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fastff.bench.cases import TWINS, Grid, Only, Scene, label, visits
+from fastff.bench.cpu_run import PARTIAL, Record, Timing
 from fastff.bench.limits import Limits
-from fastff.bench.run import PARTIAL, Record, Timing
+from fastff.bench.workloads import TWINS, Grid, Only, Workload, label, visits
+from fastff.report.axis import Axis
+from fastff.report.chart import Panel, Series
+from fastff.report.chart import chart as draw
+from fastff.report.numbers import three_digits
 
 NAME = "layer-cpu"
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -23,7 +27,7 @@ OURS = {"fp32": "fastff", "bf16": "fastff bf16", "int8": "fastff int8"}
 
 @dataclass(frozen=True)
 class Best:
-    """One tree in one scene: fastff by precision beside the fastest dense provider of each precision."""
+    """One tree in one workload: fastff by precision beside the fastest dense provider of each precision."""
 
     layer: str
     rows: int
@@ -45,12 +49,12 @@ class Best:
 
 
 def best_of(timings: Sequence[Timing]) -> list[Best]:
-    """Of every tree in every scene, in the order of the run. The dense layers are those of the tree's twins, the faster
-    where one was measured in two scenes of the same rows, visits and threads."""
+    """Of every tree in every workload, in the order of the run. The dense layers are those of the tree's twins, the
+    faster where one was measured in two workloads of the same rows, visits and threads."""
     found = []
     for key in dict.fromkeys(_case(t) for t in timings if t.kind == "conditional"):
-        layer, *scene = key
-        here = [t for t in timings if _case(t)[1:] == tuple(scene)]
+        layer, *workload = key
+        here = [t for t in timings if _case(t)[1:] == tuple(workload)]
         ours = {p: t for p, name in OURS.items() for t in here if (t.layer, t.provider) == (layer, name)}
         twins = [t for t in here if t.kind == "dense" and t.layer in TWINS.get(layer, (t.layer,))]
         dense = {p: _fastest(t for t in twins if t.precision == p) for p in PRECISIONS}
@@ -93,7 +97,7 @@ def _table(title: str, found: Sequence[Best], wide: bool) -> Table:
             str(best.threads),
             _number(dense, wide) + (f" {dense.provider}" if dense else ""),
             *(_number(best.ours.get(p), wide) for p in PRECISIONS),
-            *("" if ratio is None else figure(ratio) for ratio in ratios),
+            *("" if ratio is None else three_digits(ratio) for ratio in ratios),
             limit or "",
         )
     return shown
@@ -102,13 +106,8 @@ def _table(title: str, found: Sequence[Best], wide: bool) -> Table:
 def _number(timing: Timing | None, wide: bool) -> str:
     if timing is None:
         return ""
-    spread = f" ({figure(timing.latency_us_p25)}-{figure(timing.latency_us_p75)})" if wide else ""
-    return figure(timing.latency_us_p50) + spread
-
-
-def figure(value: float) -> str:
-    """Three digits, and no exponent: 0.123, 1.23, 12.3, 123, 1234."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    spread = f" ({three_digits(timing.latency_us_p25)}-{three_digits(timing.latency_us_p75)})" if wide else ""
+    return three_digits(timing.latency_us_p50) + spread
 
 
 def notes(record: Record) -> list[str]:
@@ -135,9 +134,9 @@ def notes(record: Record) -> list[str]:
 
 
 def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
-    """Write layer-cpu.csv, .json and .png into a directory; returns their paths. A whole run leaves no partial one."""
+    """Write layer-cpu.csv, .json and .svg into a directory; returns their paths. A whole run leaves no partial one."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json", "png")]
+    paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json", "svg")]
     with paths[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
         writer.writeheader()
@@ -150,28 +149,28 @@ def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
 
 
 def update(found: Mapping[str, Any], record: Record) -> Record:
-    """A saved run with the scenes of `record` in the place of its own, whose limits and settings stay with them.
+    """A saved run with the workloads of `record` in the place of its own, whose limits and settings stay with them.
 
-    Raises ValueError if a scene was measured in part only, or on another CPU."""
+    Raises ValueError if a workload was measured in part only, or on another CPU."""
     only = record.settings["grid"]["only"]
     if only["layer"] or only["provider"]:
-        raise ValueError("an update measures whole scenes: choose them by rows, visits and threads")
+        raise ValueError("an update measures whole workloads: choose them by rows, visits and threads")
     if found["machine"]["cpu"] != record.machine["cpu"]:
         raise ValueError(f"measured on {record.machine['cpu']}, the results are of {found['machine']['cpu']}")
-    scenes = {_scene(t) for t in record.timings}
+    workloads = {_workload(t) for t in record.timings}
     fresh: dict[tuple[Any, ...], list[Timing]] = {}
     for timing in record.timings:
-        fresh.setdefault((timing.layer, timing.provider, *_scene(timing)), []).append(timing)
+        fresh.setdefault((timing.layer, timing.provider, *_workload(timing)), []).append(timing)
     timings: list[Timing] = []
     for old in (Timing(**values) for values in found["timings"]):  # in their order
-        again = fresh.get((old.layer, old.provider, *_scene(old)))
+        again = fresh.get((old.layer, old.provider, *_workload(old)))
         if again:
             timings.append(again.pop(0))
-        elif _scene(old) not in scenes:
+        elif _workload(old) not in workloads:
             timings.append(old)
     timings += [timing for again in fresh.values() for timing in again]
     marks = {
-        f"-{visits(layers, training)}-{rows}-rows-{threads}-threads " for rows, layers, threads, training in scenes
+        f"-{visits(layers, training)}-{rows}-rows-{threads}-threads " for rows, layers, threads, training in workloads
     }
     left_out = {name: why for name, why in found["left_out"].items() if not any(mark in name for mark in marks)}
     limits = {values["threads"]: Limits(**values) for values in found["limits"]}
@@ -192,23 +191,23 @@ def update(found: Mapping[str, Any], record: Record) -> Record:
 
 
 def is_whole(record: Record) -> bool:
-    """Whether every layer of every scene of the record's own grid was measured."""
+    """Whether every layer of every workload of the record's own grid was measured."""
     values = {name: tuple(given) for name, given in record.settings["grid"].items() if name != "only"}
     only = Only(**{kind: tuple(given) for kind, given in record.settings["grid"]["only"].items()})
-    measured = {(timing.layer, *_scene(timing)) for timing in record.timings}
+    measured = {(timing.layer, *_workload(timing)) for timing in record.timings}
     return all(
-        (label(subject), *_scene(scene)) in measured
-        for scene in Grid(**values, only=only).scenes()
-        for subject in scene.subjects
+        (label(subject), *_workload(workload)) in measured
+        for workload in Grid(**values, only=only).workloads()
+        for subject in workload.subjects
     )
 
 
-def _scene(of: Timing | Scene) -> tuple[int, int, int, bool]:
+def _workload(of: Timing | Workload) -> tuple[int, int, int, bool]:
     return of.rows, of.layers, of.threads, of.training
 
 
 def document(record: Record, *, whole: bool = True) -> dict[str, Any]:
-    """A run as plain values: what tools/tables reads. whole: whether all of its scenes are finished."""
+    """A run as plain values: what tools/tables reads. whole: whether all of its workloads are finished."""
     return {
         "whole": whole,
         "machine": record.machine,
@@ -251,46 +250,30 @@ def _short(value: Any) -> Any:
 def chart(record: Record, path: Path) -> None:
     """Times faster than the fastest dense fp32 layer, over rows: a panel a tree, a line a precision and threads.
 
-    Of the scenes that visit most layers."""
-    from matplotlib.figure import Figure as Drawing
-
+    Of the workloads that visit most layers.
+    """
     found = [best for best in best_of(record.timings) if not best.training]
-    names = _layers(found) or [""]
-    drawing = Drawing(figsize=(4.2 * len(names), 4.2), layout="constrained")
-    panels = drawing.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    panels = []
+    for name in _layers(found) or [""]:
         here = [best for best in found if best.layer == name]
         most = max((best.layers for best in here), default=1)
-        _panel(axes, [best for best in here if best.layers == most])
-        axes.set_title(f"{name}, {visits(most, False)}")
-        axes.set_xlabel("rows a call")
-    panels[0].set_ylabel("times faster than the fastest dense fp32 layer")
-    if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(fontsize=7)
-    drawing.savefig(path, dpi=110)
+        panels.append(_panel([best for best in here if best.layers == most], f"{name}, {visits(most, False)}"))
+    drawn = draw(panels, title="Times faster than the fastest dense fp32 layer", width=330 * len(panels), height=360)
+    path.write_text(drawn, encoding="utf-8")
 
 
-def _panel(axes: Any, here: Sequence[Best]) -> None:
-    from matplotlib.ticker import LogLocator
-
-    colours = dict(zip(PRECISIONS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+def _panel(here: Sequence[Best], title: str) -> Panel:
+    series = []
     for threads in dict.fromkeys(best.threads for best in here):
-        for precision in PRECISIONS:
+        for color, precision in enumerate(PRECISIONS):
             points = sorted(
                 (best.rows, ratio)
                 for best in here
                 if best.threads == threads and (ratio := best.ratio(precision)) is not None
             )
             if points:
-                style: dict[str, Any] = {"color": colours[precision], "linestyle": "-" if threads == 1 else "--"}
                 name = f"{precision}, {threads} thread{'s' * (threads > 1)}"
-                axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    rows = sorted({best.rows for best in here})
-    axes.set_xticks(rows, [f"{n:,}" for n in rows])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    number: Callable[[float, object], str] = lambda value, _: f"{value:g}"  # noqa: E731
-    axes.yaxis.set_major_formatter(number)
+                series.append(Series(name, points, color, line="solid" if threads == 1 else "dashed"))
+    rows = Axis("rows a call", log=True, ticks=sorted({best.rows for best in here}))
+    times = Axis("times faster than the fastest dense fp32 layer", log=True)
+    return Panel(series, rows, times, title, levels=[(1.0, "as fast")])

@@ -81,7 +81,7 @@ TWINS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Scene:
+class Workload:
     """What is timed side by side. layers: 1 keeps one layer's weights hot; 16 visits sixteen in turn, as a model does.
     training: forward and backward, else inference."""
 
@@ -102,7 +102,7 @@ def visits(layers: int, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One provider on one layer of a scene."""
+    """One provider on one layer of a workload."""
 
     subject: Subject
     provider: str
@@ -145,11 +145,11 @@ class Only:
         texts = {kind: found.get(kind, ()) for kind in ("layer", "provider", "visits")}
         return cls(**texts, **numbers)  # type: ignore[arg-type]
 
-    def allows(self, scene: Scene) -> bool:
+    def allows(self, workload: Workload) -> bool:
         return (
-            (not self.rows or scene.rows in self.rows)
-            and (not self.threads or scene.threads in self.threads)
-            and (not self.visits or visits(scene.layers, scene.training) in self.visits)
+            (not self.rows or workload.rows in self.rows)
+            and (not self.threads or workload.threads in self.threads)
+            and (not self.visits or visits(workload.layers, workload.training) in self.visits)
         )
 
     def subjects(self, trees: Mapping[TreeConfig, tuple[DenseConfig, ...]]) -> tuple[Subject, ...]:
@@ -166,7 +166,7 @@ def _numbers(kind: str, values: Sequence[str]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The scenes of the CPU table. threads: usually one and all cores."""
+    """The workloads of the CPU table. threads: usually one and all cores."""
 
     threads: tuple[int, ...]
     rows: tuple[int, ...] = (1, 8, 128, 1024, 16384)
@@ -175,16 +175,16 @@ class Grid:
     train_rows: tuple[int, ...] = (4096,)
     only: Only = field(default_factory=Only)
 
-    def scenes(self) -> list[Scene]:
+    def workloads(self) -> list[Workload]:
         """The published layer first and by itself: more processes at a time would share the caches. Ordered so that
-        processes with one number of threads and set of layers serve many scenes."""
+        processes with one number of threads and set of layers serve many workloads."""
         plain = self.only.subjects({BERT_BASE: TREES[BERT_BASE]})
         others = self.only.subjects({config: twins for config, twins in TREES.items() if config != BERT_BASE})
         wide = self.only.subjects({GPT3_TREE: (GPT3,)})
         found = []
         for threads in self.threads:
             for trees in (plain, others):
-                found += [Scene(n, layers, threads, False, trees) for layers in self.layers for n in self.rows]
-            found += [Scene(n, 1, threads, True, plain) for n in self.train_rows]
-            found += [Scene(n, 1, threads, False, wide) for n in self.gpt3_rows]
-        return [scene for scene in found if scene.subjects and self.only.allows(scene)]
+                found += [Workload(n, layers, threads, False, trees) for layers in self.layers for n in self.rows]
+            found += [Workload(n, 1, threads, True, plain) for n in self.train_rows]
+            found += [Workload(n, 1, threads, False, wide) for n in self.gpt3_rows]
+        return [workload for workload in found if workload.subjects and self.only.allows(workload)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastff.bench.cases import DenseConfig, Subject, label, tree
+from fastff.bench.workloads import DenseConfig, Subject, label, tree
 from fastff.config import TreeConfig
 
 CORE = ("dense graph", "dense compiled graph", "fastff graph")

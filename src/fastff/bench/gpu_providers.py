@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fastff
 from fastff import ops
-from fastff.bench.gpu.cases import Cell
-from fastff.bench.gpu.device import Device, Run
+from fastff.bench.gpu_cases import Cell
+from fastff.bench.gpu_device import Device, Run
 from fastff.bench.layers import DenseLayer, dense, make_layer
 from fastff.ops import reference
 from fastff.ops.reference import Routed

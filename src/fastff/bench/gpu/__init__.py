@@ -1,1 +1,0 @@
-"""The same comparison on a GPU: `fastff bench --device cuda`."""
