@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastff
 from conftest import make_rows
+from fastff.ops import native_router
 from fastff.routers import FlatRouter, ProductKeyRouter, RouterConfig, TreeRouter, make_router
 from fastff.routers.choose import best
 
@@ -34,6 +36,13 @@ def make(kind, *, seed=0, **options):
             scale = 0.2 if tensor is router.balance else 1.0
             tensor.copy_(scale * make_rows(*tensor.shape, seed=seed + i))
     return router
+
+
+@pytest.fixture(params=["reference", "native"])
+def inference(request):
+    """Routing without gradients, by PyTorch and by the C++ core."""
+    with torch.no_grad(), fastff.ops.use_backend(request.param):
+        yield
 
 
 def sigmoid(value):
@@ -85,10 +94,13 @@ def expected(router, row):
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_leaves_and_gates_are_those_of_the_definition(kind):
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_leaves_and_gates_are_those_of_the_definition(kind, backend):
     router = make(kind).eval()
     x = make_rows(50, 8)
-    leaf, gate = router(x)
+    with torch.no_grad(), fastff.ops.use_backend(backend):
+        assert native_router.can_route(x, router.weight) == (backend == "native")
+        leaf, gate = router(x)
     assert leaf.dtype == torch.int64
     assert leaf.shape == gate.shape == (50, router.k)
     for row in range(50):
@@ -146,6 +158,7 @@ def test_a_router_that_does_not_weigh_has_gates_of_one(kind):
 
 
 @pytest.mark.parametrize("kind", ["paths", "flat", "product_key"])
+@pytest.mark.usefixtures("inference")
 def test_gates_of_the_unlikely_are_still_gates(kind):
     """Scores so low that each sigmoid is 0 in float32."""
     router = ROUTERS[kind](bias=True).eval()
@@ -166,10 +179,10 @@ def test_best_breaks_ties_downwards_and_nan_loses():
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.usefixtures("inference")
 def test_ties_choose_the_lower_leaf(kind):
     router = ROUTERS[kind]().eval()
-    with torch.no_grad():
-        router.weight.zero_()
+    router.weight.zero_()
     leaf = router(make_rows(2, 8, dtype=torch.float32)).leaf.view(2, router.config.trees, -1)
     lowest = torch.arange(router.config.chosen) + torch.arange(router.config.trees)[:, None] * (
         router.leaves // router.config.trees
@@ -178,6 +191,7 @@ def test_ties_choose_the_lower_leaf(kind):
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.usefixtures("inference")
 def test_a_row_that_is_not_a_number_has_no_gate_and_disturbs_no_other(kind):
     router, x = make(kind).eval(), make_rows(5, 8)
     clean = router(x)
@@ -191,10 +205,10 @@ def test_a_row_that_is_not_a_number_has_no_gate_and_disturbs_no_other(kind):
     assert ((leaf >= 0) & (leaf < router.leaves)).all()
 
 
+@pytest.mark.usefixtures("inference")
 def test_one_score_that_is_not_a_number_loses():
     router, x = make("flat").eval(), make_rows(20, 8)
-    with torch.no_grad():
-        router.bias[4] = float("nan")
+    router.bias[4] = float("nan")
     leaf, gate = router(x)
     assert (leaf != 4).all()
     assert gate.isfinite().all()
@@ -284,6 +298,27 @@ def test_balance_sums_the_load_of_all_processes(tmp_path):
     assert not torch.equal(router.balance, alone.balance), "the halves must differ"
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"balance-{rank}.pt"), router.balance)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_inference_in_float32_routes_as_training_does_where_scores_are_apart(kind):
+    """By the C++ core, in both dtypes, and it counts the same leaves."""
+    router = make(kind).eval()
+    x = make_rows(200, 8)
+    with torch.no_grad():
+        exact = router(x)
+        single = copy.deepcopy(router).float()
+        got = single(x.float())
+    assert torch.equal(exact.leaf, router(x).leaf)
+    assert (got.leaf == exact.leaf).all(-1).double().mean() > 0.98
+    same = (got.leaf == exact.leaf).all(-1)
+    assert (got.gate[same] - exact.gate[same]).abs().max() < 1e-5
+    single.track_usage()
+    with torch.no_grad():
+        single(x.float())
+    assert (
+        single.usage().counts.flatten().tolist() == torch.bincount(got.leaf.flatten(), minlength=router.leaves).tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", ROUTERS)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
-from fastff.ops import choose
+from fastff.ops import choose, native_router
 from fastff.routers.choose import beam, best, histogram, normalised, preference
 from fastff.routers.config import RouterConfig, RouterGate
 from fastff.routers.usage import Usage
@@ -88,7 +88,10 @@ class Router(nn.Module):
         # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
         again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         balance = self._balance_before if again and self._balance_before is not None else self.balance
-        leaf, gate, load = self._route(rows, balance)
+        if not self.training and native_router.can_route(rows, self.weight):
+            leaf, gate, load = self._native(rows)
+        else:
+            leaf, gate, load = self._route(rows, balance)
         if (self.training or self._track_in_eval) and not again:
             with torch.no_grad():
                 self._leaf_counts += self._of_leaves(load())
@@ -101,6 +104,12 @@ class Router(nn.Module):
         """leaf and gate (rows, k), and what counts the rows that selected each part of the balance: of its shape, or
         (trees, leaves) where there is none."""
         raise NotImplementedError
+
+    def _native(self, rows: Tensor) -> tuple[Tensor, Tensor, Load]:
+        """As `_route`, by the C++ core; it counts leaves alone."""
+        leaf, gate = native_router.route(self.config, self.weight, self.bias, self.balance, rows)
+        shape = (self.config.trees, self.leaves // self.config.trees)
+        return leaf, gate, _counted(leaf, shape)
 
     def _scores(self, rows: Tensor) -> Tensor:
         """A score of every row of weight (rows, ...), as float32 or wider."""
