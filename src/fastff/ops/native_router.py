@@ -70,7 +70,7 @@ def can_route(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in SUFFIXES
-        and (not interface.forced or interface.forced[-1] == "native")
+        and interface.forced_backend() in (None, "native")
         and interface.untouched(x, weight)
         and interface.why_unavailable_cached("native") is None
     )
