@@ -298,6 +298,25 @@ FASTFF_API int32_t fastff_conditional_backward_f64(const fastff_leaves* leaves, 
                                                    double* grad_w_in, double* grad_b_in, double* grad_w_out,
                                                    double* grad_b_out, int32_t threads);
 
+/* A copy of leaves laid out for inference; opaque. */
+typedef struct fastff_packed_leaves fastff_packed_leaves;
+
+/* weights: enum fastff_weights. With FASTFF_BF16 x and the activations are rounded to bfloat16 too; with FASTFF_INT8 a row of
+ * x is rounded to 8 bits and a row's activations to 16, with one scale each. */
+FASTFF_API int32_t fastff_conditional_pack_f32(const fastff_leaves* leaves, const float* w_in, const float* b_in,
+                                               const float* w_out, const float* b_out, int32_t weights,
+                                               fastff_packed_leaves** packed);
+
+/* Memory of the pack in bytes; 0 for NULL. */
+FASTFF_API int64_t fastff_conditional_packed_bytes(const fastff_packed_leaves* packed);
+
+/* y on packed weights. Memory for intermediate results is kept by the calling thread from call to call. */
+FASTFF_API int32_t fastff_conditional_infer_f32(const fastff_packed_leaves* packed, const float* x, const int64_t* leaf,
+                                                const float* gate, int64_t rows, int64_t k, float* y, int32_t threads);
+
+/* NULL is allowed. */
+FASTFF_API void fastff_conditional_packed_free(fastff_packed_leaves* packed);
+
 #ifdef __cplusplus
 }
 #endif

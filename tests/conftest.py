@@ -86,10 +86,11 @@ def weights_of(layer: fastff.FFF) -> Weights:
     return Weights(layer.w_in, layer.b_in, layer.w_out, layer.b_out)
 
 
-def supported_isas() -> list[str]:
+def supported_isas(dots: bool = False) -> list[str]:
+    """The instruction sets that this CPU has; with dots also those that differ in products of short numbers alone."""
     names = []
     before = native.isa()
-    for name in ("scalar", "avx2", "avx512", "neon"):
+    for name in ("scalar", "avx2", "avx512", "neon", *(("avx512dot",) if dots else ())):
         try:
             native.set_isa(name)
             names.append(name)
@@ -102,6 +103,15 @@ def supported_isas() -> list[str]:
 @pytest.fixture(params=supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that this CPU has."""
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(params=supported_isas(dots=True))
+def dot_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As isa, for kernels that have a form for products of short numbers."""
     before = native.isa()
     native.set_isa(request.param)
     yield request.param

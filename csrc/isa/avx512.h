@@ -86,7 +86,7 @@ struct Vec<int16_t> {
   }
 };
 
-void fence() { _mm_sfence(); }
+[[maybe_unused]] void fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace fastff

@@ -1,5 +1,6 @@
 // Every family of kernels for neon.
 #define FASTFF_ISA_NAME neon
 #include "isa/neon.h"
+#include "isa/words_plain.h"
 
 #include "layer/families.h"

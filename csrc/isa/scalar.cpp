@@ -1,5 +1,6 @@
 // Every family of kernels for scalar.
 #define FASTFF_ISA_NAME scalar
 #include "isa/scalar.h"
+#include "isa/words_plain.h"
 
 #include "layer/families.h"

@@ -62,6 +62,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_router_bytes.restype = int64
     library.fastff_router_free.argtypes = [pointer]
     library.fastff_router_free.restype = None
+    library.fastff_conditional_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
+    library.fastff_conditional_infer_f32.argtypes = [pointer] * 4 + [int64, int64, pointer, int32]
+    library.fastff_conditional_packed_free.argtypes = [pointer]
+    library.fastff_conditional_packed_bytes.argtypes = [pointer]
+    library.fastff_conditional_packed_bytes.restype = int64
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]

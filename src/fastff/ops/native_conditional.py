@@ -1,6 +1,7 @@
 """The C++ kernels of conditional matrix multiplication, called through ctypes: fp32 and fp64 on the CPU.
 
-A kernel module of `fastff.ops.conditional`.
+A kernel module of `fastff.ops.conditional`. For inference `PackedLeaves` holds a copy of the weights laid out for it,
+in fp32, bf16 or int8.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from fastff.config import ACTIVATIONS
-from fastff.ops.library import SUFFIXES, call, pointer
+from fastff.ops.library import SUFFIXES, call, library, pointer
 from fastff.ops.native import why_unavailable
 
-__all__ = ["backward", "forward", "why_not", "why_unavailable"]
+__all__ = ["PackedLeaves", "backward", "forward", "why_not", "why_unavailable"]
+
+
+_WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
 
 
 class _Leaves(ctypes.Structure):
@@ -112,3 +116,51 @@ def backward(
         torch.get_num_threads(),
     )
     return tuple(grads)
+
+
+class PackedLeaves:
+    """A copy of fp32 leaves laid out for inference.
+
+    w_in: (leaves, in_rows, in_features); w_out: (leaves, width, out_features); biases as in `conditional_matmul`.
+    quantization: None, "bf16" or "int8". The copy does not follow later changes of the weights.
+    """
+
+    def __init__(
+        self,
+        w_in: Tensor,
+        w_out: Tensor,
+        *,
+        activation: str,
+        b_in: Tensor | None = None,
+        b_out: Tensor | None = None,
+        quantization: str | None = None,
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        self._free = library().fastff_conditional_packed_free
+        self._in_features, self._out_features = w_in.shape[2], w_out.shape[2]
+        kept = [None if t is None else t.detach().float().contiguous() for t in (w_in, b_in, w_out, b_out)]
+        call(
+            "fastff_conditional_pack_f32",
+            _leaves_of(w_in, w_out, activation),
+            *map(pointer, kept),
+            _WEIGHTS[quantization],
+            ctypes.byref(self._handle),
+        )
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._free(self._handle)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copy."""
+        size: int = library().fastff_conditional_packed_bytes(self._handle)
+        return size
+
+    def __call__(self, x: Tensor, leaf: Tensor, gate: Tensor) -> Tensor:
+        """y (rows, out_features) of x (rows, in_features), leaf and gate (rows, k), all contiguous; x and gate fp32."""
+        rows, k = leaf.shape
+        y = x.new_empty(rows, self._out_features)
+        given = (pointer(x), pointer(leaf), pointer(gate))
+        call("fastff_conditional_infer_f32", self._handle, *given, rows, k, pointer(y), torch.get_num_threads())
+        return y
