@@ -136,11 +136,12 @@ def test_fake_tensors_take_their_shape_from_the_op():
         assert run(layer, torch.empty(3, 2, 6)).y.shape == (3, 2, 5)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_of_the_registered_op_is_refused():
     layer, x = make_layer(6, 5, **PUBLISHED), make_rows(4, 6, dtype=torch.float32).requires_grad_()
-    (first,) = torch.autograd.grad(run(layer, x).y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with Watcher():
+        (first,) = torch.autograd.grad(run(layer, x).y.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="use backend='reference' or eager mode"):
+            first.sum().backward()
 
 
 def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():
@@ -159,15 +160,24 @@ def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():
         assert layer(x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAST, LEAVES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_on_the_reference(dtype):
-    layer = make_layer(16, **PUBLISHED, dtype=dtype)
-    x = make_rows(4, 16, dtype=dtype)
-    y = layer(x)
-    assert y.dtype == dtype
-    assert torch.equal(y, run(layer, x, "reference").y)
-    with pytest.raises(fastff.BackendUnavailable, match="takes float32 and float64, x is torch"):
-        run(layer, x, "native")
+def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype, options):
+    layer = make_layer(16, **options, dtype=dtype)
+    x = make_rows(40, 16, dtype=dtype).requires_grad_()
+    want = reference.forward(
+        x.float(), *(None if w is None else w.float() for w in weights_of(layer)), config=layer.config
+    )
+    for backend in (None, "native"):
+        routed = run(layer, x, backend)
+        assert routed.y.dtype == dtype
+        assert torch.equal(routed.leaf, want.leaf)
+        torch.testing.assert_close(routed.y, want.y.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    routed.y.sum().backward()
+    assert x.grad.dtype == layer.w_in.grad.dtype == dtype
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), want.y.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    assert layer._packed.bytes > 0
 
 
 @pytest.mark.parametrize("options", [PUBLISHED, GATED, LEAST, LEAVES, {"depth": 0}], ids=str)
@@ -363,3 +373,80 @@ def test_explain_refuses_what_cannot_be():
         fastff.ops.explain(PLAIN, 8, backend="no-such")
     with pytest.raises(fastff.ShapeError, match="rows -1"):
         fastff.ops.explain(PLAIN, -1)
+
+
+DIFFERENTIABLE = [GATED, LEAVES, PUBLISHED]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, for jvp
+@pytest.mark.parametrize("options", DIFFERENTIABLE, ids=str)
+def test_derivatives_by_function_transforms_are_those_of_the_reference(options):
+    layer = make_layer(6, **options, dtype=torch.float64).eval()
+    x, direction = make_rows(6), make_rows(6, seed=2)
+
+    def loss(row):
+        return layer(row.unsqueeze(0)).square().sum()
+
+    def truth(row):
+        return run(layer, row.unsqueeze(0), "reference").y.square().sum()
+
+    want = torch.autograd.functional.jacobian(truth, x)
+    second = torch.autograd.functional.hessian(truth, x)
+    assert second.abs().sum() > 0
+    transforms = {
+        "grad": (lambda: torch.func.grad(loss)(x), want),
+        "jacrev": (lambda: torch.func.jacrev(loss)(x), want),
+        "jacfwd": (lambda: torch.func.jacfwd(loss)(x), want),
+        "jvp": (lambda: torch.func.jvp(loss, (x,), (direction,))[1], want @ direction),
+        "vjp": (lambda: torch.func.vjp(loss, x)[1](torch.ones((), dtype=x.dtype))[0], want),
+        "hessian": (lambda: torch.func.hessian(loss)(x), second),
+        "hvp": (lambda: torch.func.jvp(torch.func.grad(loss), (x,), (direction,))[1], second @ direction),
+        "autograd hvp": (lambda: torch.autograd.functional.hvp(loss, x, direction)[1], second @ direction),
+        "autograd hessian": (lambda: torch.autograd.functional.hessian(loss, x), second),
+        "per row": (lambda: torch.func.vmap(torch.func.grad(loss))(x.unsqueeze(0))[0], want),
+    }
+    for name, (compute, expected) in transforms.items():
+        assert torch.allclose(compute(), expected, rtol=1e-9, atol=1e-12), name
+    with torch.no_grad():
+        assert torch.allclose(torch.func.jvp(loss, (x,), (direction,))[1], want @ direction)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, direction)
+            tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+            assert torch.allclose(tangent, want @ direction)
+
+
+@pytest.mark.parametrize("options", DIFFERENTIABLE, ids=str)
+def test_second_derivatives_reach_the_weights(options):
+    layer = make_layer(5, **options, dtype=torch.float64)
+    x = make_rows(4, 5).requires_grad_()
+
+    def penalty(backend):
+        y = run(layer, x, backend).y
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), list(layer.parameters()), allow_unused=True)
+
+    for got, want in zip(penalty("native"), penalty("reference"), strict=True):
+        assert (got is None) == (want is None)
+        assert want is None or torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, for jvp
+def test_a_named_backend_without_derivatives_says_what_to_use():
+    layer = make_layer(6, **GATED, backend="native")
+    with pytest.raises(fastff.BackendUnavailable, match=r"'native' has no derivatives under torch\.func .*'reference'"):
+        torch.func.jvp(layer, (make_rows(2, 6, dtype=torch.float32),), (make_rows(2, 6, dtype=torch.float32),))
+
+
+def test_function_transforms_leave_no_trace_in_the_usage():
+    layer = make_layer(6, **GATED)
+    torch.func.grad(lambda x: layer(x).sum())(make_rows(2, 6, dtype=torch.float32))
+    assert layer.usage().counts.sum() == 0
+
+
+def test_the_negative_bit_is_read():
+    layer = make_layer(6, **GATED).eval()
+    x = make_rows(3, 6, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(-x)
+        assert torch.equal(layer(torch._neg_view(x)), want)
+        torch.testing.assert_close(run(layer, torch._neg_view(x), "native").y, want)

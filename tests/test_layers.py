@@ -443,3 +443,56 @@ def test_published_states_load_in_their_dtype():
     lone = {k: v[:1] for k, v in FAST.items() if k in ("w1s", "b1s", "w2s", "b2s")}
     assert fastff.FFF.from_published(lone).config.depth == 0
     assert math.isfinite(fastff.FFF.from_published(lone)(torch.ones(2, 6)).sum().item())
+
+
+def test_a_layer_without_memory_runs_and_counts_nothing():
+    layer, x = fastff.FFF(8, depth=2, device="meta"), torch.empty(3, 8, device="meta")
+    assert layer(x).shape == layer.eval()(x).shape == (3, 8)
+    assert layer(x).is_meta
+
+
+def test_counters_are_defined_when_weights_get_memory():
+    with torch.device("meta"):
+        model = nn.Sequential(fastff.FFF(8, depth=2))
+    noise = [torch.full((4,), 2**40) for _ in range(64)]  # what fresh memory may hold
+    del noise
+    model.to_empty(device="cpu")
+    assert model[0].usage().counts.sum() == 0
+    layer = fastff.FFF(8, depth=2, device="meta")
+    layer.load_state_dict(make_layer(8, depth=2).state_dict(), assign=True)
+    assert layer.usage().counts.tolist() == [[0, 0, 0, 0]]
+    layer(torch.zeros(3, 8))
+    assert layer.usage().counts.sum() == 3
+    assert layer.to_empty(device="cpu").usage().counts.sum() == 3, "a move keeps what was counted"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_rows_once(reentrant):
+    layer = make_layer(8, depth=2)
+    x = make_rows(10, 8, dtype=torch.float32).requires_grad_()
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert layer.usage().counts.sum() == 10
+
+
+def test_a_layer_made_in_inference_mode_takes_the_packed_path():
+    with torch.inference_mode():
+        layer = make_layer(24, depth=4).eval()
+        assert not layer.w_in.is_inference()
+        layer(make_rows(1, 24, dtype=torch.float32))
+        assert layer._packed.bytes > 0
+        layer.load_state_dict(make_layer(24, depth=4, seed=3).state_dict(), assign=True)
+        y = layer(make_rows(1, 24, dtype=torch.float32))
+        assert layer._packed.bytes > 0
+    torch.testing.assert_close(y, expected(layer, make_rows(1, 24, dtype=torch.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_scripting_is_refused_and_a_program_of_standard_operators_is_not():
+    layer, x = make_layer(8, depth=2, gate="boundary").eval(), make_rows(3, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="Unknown type annotation"):
+        torch.jit.script(layer)
+    with torch.no_grad(), fastff.ops.use_backend("reference"):
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in names if name.startswith("fastff")]
+    torch.testing.assert_close(program.module()(x[:2]), expected(layer, x[:2]), rtol=1e-5, atol=1e-5)

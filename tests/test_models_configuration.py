@@ -121,3 +121,8 @@ def test_dense_feedforward(activation, function, bias):
     rows = 12 if activation.endswith("glu") else 6
     assert (layer.neurons, layer.active_neurons, layer.flops_per_row) == (6, 6, 2 * 4 * (rows + 6))
     assert repr(layer).startswith(f"DenseFeedforward(\n  activation='{activation}', neurons=6")
+
+
+def test_a_number_of_layers_beyond_all_memory_is_refused_at_once():
+    with pytest.raises(ShapeError, match="num_hidden_layers 2147483648 is more than 65536"):
+        UltraFastBertConfig(num_hidden_layers=2**31)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,3 +219,15 @@ def test_what_quantised_layers_refuse():
         layer(x[:, :9])
     with torch.no_grad(), pytest.raises(fastff.BackendUnavailable, match="float64"):
         layer.double()(x)
+
+
+def test_quantizing_does_not_import_the_compiler():
+    code = """
+import sys, torch, fastff
+layer = fastff.FFF(16, depth=3).quantize("int8").eval()
+with torch.no_grad():
+    layer(torch.zeros(1, 16))
+    layer.route(torch.zeros(1, 16))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

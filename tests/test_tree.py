@@ -54,3 +54,10 @@ def test_bad_values_are_named(options, message):
 def test_a_layer_too_large_to_address_is_refused_before_it_is_allocated():
     with pytest.raises(fastff.ShapeError, match="more than can be addressed"):
         fastff.FFF(2**20, depth=24, trees=64)
+
+
+@pytest.mark.parametrize("value", [2, 1, 0, "no", "false", None])
+@pytest.mark.parametrize("name", ["node_output", "bias"])
+def test_what_is_true_or_false_is_nothing_else(name, value):
+    with pytest.raises(fastff.ShapeError, match=f"{name} {value!r} is not True or False"):
+        fastff.TreeConfig(in_features=4, out_features=4, depth=2, **{name: value})

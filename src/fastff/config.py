@@ -54,6 +54,9 @@ class TreeConfig:
         for name in ("in_features", "out_features", "trees", "leaf_width"):
             _check_int(name, getattr(self, name), 1, None)
         _check_int("depth", self.depth, 0, MAX_DEPTH)
+        for name in ("node_output", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ShapeError(f"{name} {getattr(self, name)!r} is not True or False")
         if self.activation not in ACTIVATIONS:
             raise ShapeError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.gate not in (None, *GATES):

@@ -22,7 +22,7 @@ from fastff.config import Activation, Gate, TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
 from fastff.ops.cost import mostly_active
-from fastff.ops.eager import is_autocast_enabled, is_plain_call, is_recomputed
+from fastff.ops.eager import is_autocast_enabled, is_plain_call, is_side_effect_free
 from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, why_unavailable_cached
 from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
@@ -322,7 +322,7 @@ class FFF(nn.Module):
         return Weights(self.w_in, self.b_in, self.w_out, self.b_out)
 
     def _count(self, leaf: Tensor) -> None:
-        if leaf.is_meta or is_recomputed():
+        if leaf.is_meta or is_side_effect_free():
             return
         with torch.no_grad():
             _add_counts(self._counts(), leaf)

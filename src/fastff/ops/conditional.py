@@ -26,6 +26,7 @@ from torch import Tensor
 from fastff.config import ACTIVATIONS
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import conditional_eager, conditional_reference, interface
+from fastff.ops.eager import is_autocast
 
 BACKENDS = ("reference", "eager", "native", "triton")
 _PLAIN = {"reference": conditional_reference, "eager": conditional_eager}
@@ -71,7 +72,7 @@ def conditional_matmul(
     leaves = Leaves(w_in, b_in, w_out, b_out)
     check_shapes(x, leaf, gate, leaves, activation)
     out_dtype = x.dtype
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    autocast = is_autocast(x)
     if autocast:
         out_dtype = torch.get_autocast_dtype(x.device.type)
         x, gate, *weights = interface.autocast(x, gate, *leaves)

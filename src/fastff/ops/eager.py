@@ -48,6 +48,12 @@ def is_differentiated_functionally() -> bool:
     return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
-def is_recomputed() -> bool:
-    """Whether this forward runs within a backward pass, as gradient checkpointing repeats one."""
-    return not _compiling() and _backward_task() != -1
+def is_side_effect_free() -> bool:
+    """Whether this forward must leave nothing behind: within a backward pass, where gradient checkpointing repeats one
+    that has been counted, and within a function transform, whose tensors must not outlive it."""
+    return not _compiling() and (_backward_task() != -1 or _transformed())
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast changes the dtype of operations on x. Devices without memory have no autocast to ask for."""
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import cost, reference
+from fastff.ops.eager import are_plain, is_autocast, is_differentiated_functionally, is_plain_call
 from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
+from fastff.ops.weights import HALF, Weights
 
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
@@ -103,11 +104,20 @@ def forward(
     check_shapes(x, w_in, b_in, w_out, b_out, config=config)
     name = backend or forced_backend()
     out_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if is_autocast(x):
         out_dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, b_in, w_out, b_out = autocast(x, w_in, b_in, w_out, b_out)
     check_dtypes(x, w_in, b_in, w_out, b_out)
+    if is_differentiated_functionally():
+        if name not in (None, "reference"):
+            raise BackendUnavailable(
+                f"backend {name!r} has no derivatives under torch.func or in forward mode: use torch.autograd, or "
+                "backend='reference'"
+            )
+        name = "reference"
     free, name = name is None, resolve(name, x, config)
+    if name == "native" and x.dtype in HALF:  # as autocast does: in fp32, and the result rounded once
+        x, (w_in, b_in, w_out, b_out) = x.float(), Weights(w_in, b_in, w_out, b_out).map(Tensor.float)
     rows = x.reshape(-1, config.in_features)
     sparse = sparse_grad and torch.is_grad_enabled()
     if sparse and name != "native":
@@ -247,15 +257,7 @@ def autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
 def untouched(*tensors: Tensor | None) -> bool:
     """Whether nothing watches or transforms the call, so that the registered op, which costs the host several times as
     much as the kernels' launches, has nothing to add."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ) and all(tensor is None or tensor.__class__ in _PLAIN for tensor in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return is_plain_call() and are_plain([tensor for tensor in tensors if tensor is not None])
 
 
 class _Kernels(torch.autograd.Function):
@@ -282,15 +284,34 @@ class _Kernels(torch.autograd.Function):
         return y, leaf, margin
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_y is None:
             return (None,) * 8
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_differentiable_gradients(grad_y, *ctx.saved_tensors[:5], config=ctx.chosen[0]), None, None, None
         config, backend, sparse = ctx.chosen
         compute = kernels(backend).backward_visited if sparse else kernels(backend).backward
         x, w_in, b_in, w_out, b_out, leaf, scores = ctx.saved_tensors
         grads = compute(grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config)
         return *_of_given((x, w_in, b_in, w_out, b_out), grads), None, None, None
+
+
+def _differentiable_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    *,
+    config: TreeConfig,
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, by the reference: kernels give only the first derivative."""
+    given = (x, w_in, b_in, w_out, b_out)
+    wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+    y = reference.forward(*given, config=config).y
+    found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True, allow_unused=True))
+    return tuple(next(found) if tensor is not None and tensor.requires_grad else None for tensor in given)
 
 
 _apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Kernels.apply
@@ -397,9 +418,16 @@ def _autograd_backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*_of_given((x, w_in, b_in, w_out, b_out), grads), *(None for _ in ctx.flat_and_backend))
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "a compiled or traced layer has first derivatives only: for second ones use backend='reference' or eager mode"
+    )
+
+
 for _device in ("CPU", "CUDA"):
     torch.library.impl("fastff::forward", _device, _forward_impl)
     torch.library.impl("fastff::backward", _device, _backward_impl)
 torch.library.register_fake("fastff::forward", _forward_fake)
 torch.library.register_fake("fastff::backward", _backward_fake)
 torch.library.register_autograd("fastff::forward", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("fastff::backward", _no_second_derivative)

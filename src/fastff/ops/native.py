@@ -15,7 +15,7 @@ from fastff.ops.cost import conditional_us, dense_us
 from fastff.ops.explanation import Explanation
 from fastff.ops.library import OK, SUFFIXES, call, library, pointer
 from fastff.ops.reference import Routed
-from fastff.ops.weights import Weights
+from fastff.ops.weights import HALF, Weights
 
 STALE = 4
 _WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
@@ -80,8 +80,8 @@ def why_not(x: Tensor, config: TreeConfig) -> str | None:
     """The reason why this backend cannot take x, None if it can."""
     if x.device.type != "cpu":
         return f"backend 'native' runs on the CPU, x is on {x.device}"
-    if x.dtype not in SUFFIXES:
-        return f"backend 'native' takes float32 and float64, x is {x.dtype}"
+    if x.dtype not in SUFFIXES and x.dtype not in HALF:
+        return f"backend 'native' takes float64, float32, bfloat16 and float16, x is {x.dtype}"
     return None
 
 
@@ -214,8 +214,10 @@ class _Plan(ctypes.Structure):
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | None) -> Explanation:
     """How the kernels would cut the work, and what it is expected to cost. Raises BackendUnavailable for the dtype."""
+    if dtype in HALF:
+        dtype = torch.float32  # in which they are computed
     if dtype not in SUFFIXES:
-        raise BackendUnavailable(f"backend 'native' takes float32 and float64, not {dtype}")
+        raise BackendUnavailable(f"backend 'native' takes float64, float32, bfloat16 and float16, not {dtype}")
     plan = _Plan()
     asked = threads or torch.get_num_threads()
     call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))

@@ -31,14 +31,13 @@ from fastff.ops import native
 from fastff.ops.eager import are_plain
 from fastff.ops.library import library
 from fastff.ops.reference import Routed
-from fastff.ops.weights import Weights
+from fastff.ops.weights import HALF, Weights
 
 RECHECK = 256
 _ATTEMPTS = 3  # to pack weights that another thread is editing
 # One call into C: no other thread runs between the first tensor and the last.
 _take = itemgetter(*Weights._fields)
 _FLOAT32, _empty_like, _get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
-_HALF = (torch.bfloat16, torch.float16)
 
 Parameters = Mapping[str, Tensor | None]
 _Stamp = tuple[int, ...]
@@ -148,7 +147,7 @@ class PackedLayer:
         parameters: by the names w_in, b_in, w_out, b_out; None if one is missing, as where a parametrization computes
         it."""
         x_dtype = x.dtype
-        if (x_dtype is not _FLOAT32 and x_dtype not in _HALF) or not x.is_cpu or not x.is_contiguous() or x.is_neg():
+        if (x_dtype is not _FLOAT32 and x_dtype not in HALF) or not x.is_cpu or not x.is_contiguous() or x.is_neg():
             return None
         shape, rows = self._accepted
         if x.shape != shape:
@@ -252,7 +251,7 @@ def _packable(weights: Weights, config: TreeConfig) -> bool:
     present = weights.present
     return are_plain(present) and all(
         tensor.dtype == weights.w_in.dtype
-        and (tensor.dtype == torch.float32 or tensor.dtype in _HALF)
+        and (tensor.dtype == torch.float32 or tensor.dtype in HALF)
         and tensor.is_cpu
         and tensor.is_contiguous()
         and not tensor.is_neg()

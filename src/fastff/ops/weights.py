@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastff.config import TreeConfig
 from fastff.errors import ShapeError
+
+HALF = (torch.bfloat16, torch.float16)  # dtypes that the CPU kernels take and compute in fp32
 
 
 class Weights(NamedTuple):

@@ -14,6 +14,7 @@ from fastff.errors import CheckpointError, ShapeError
 from fastff.models.encoder import published
 from fastff.models.feedforward import build_feedforward, complete
 
+MOST_LAYERS = 2**16  # a damaged number must not build layers until memory ends
 POOLERS = ("masked_avg", "avg", "zero_index")
 FEEDFORWARD_INITS = ("published", "fan_in")
 
@@ -91,6 +92,8 @@ class UltraFastBertConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ShapeError(f"{name} {value!r} is not an integer of at least {least}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ShapeError(f"num_hidden_layers {self.num_hidden_layers} is more than {MOST_LAYERS}")
         if self.hidden_size % self.num_attention_heads:
             raise ShapeError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
