@@ -496,3 +496,19 @@ def test_scripting_is_refused_and_a_program_of_standard_operators_is_not():
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in names if name.startswith("fastff")]
     torch.testing.assert_close(program.module()(x[:2]), expected(layer, x[:2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own, of tracing and of its age
+@pytest.mark.parametrize("options", [{"depth": 3, "gate": "boundary", "bias": True}, {"depth": 2, "leaf_width": 3}])
+def test_onnx_needs_the_reference_as_documented(options, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x, path = make_layer(16, **options).eval(), make_rows(3, 16, dtype=torch.float32), tmp_path / "layer.onnx"
+    form = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": {0: "rows"}}}
+    with torch.no_grad():
+        with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="fastff::forward"):
+            torch.onnx.export(layer, (x,), path, **form)
+        with fastff.ops.use_backend("reference"):
+            torch.onnx.export(layer, (x,), path, **form)
+    session, other = onnxruntime.InferenceSession(path), make_rows(7, 16, seed=5, dtype=torch.float32)
+    got = torch.from_numpy(session.run(None, {"x": other.numpy()})[0])
+    torch.testing.assert_close(got, expected(layer, other), rtol=1e-5, atol=1e-5)

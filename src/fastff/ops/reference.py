@@ -13,6 +13,7 @@ Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,10 @@ def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
     if config.gate is None:
         return ones.expand(*score.shape[:-1], config.levels)
     turn = _turn(score, config)
-    return torch.cat((ones, turn.cummin(-1).values if config.gate == "boundary_min" else turn.cumprod(-1)), dim=-1)
+    if config.gate == "boundary_min":
+        return torch.cat((ones, turn.cummin(-1).values), dim=-1)
+    products = accumulate(turn.unbind(-1), torch.mul)  # cumprod, of operators that every exporter knows
+    return torch.stack((ones.squeeze(-1), *products), dim=-1)
 
 
 def margin_of(score: Tensor) -> Tensor:
