@@ -178,6 +178,9 @@ def layer_name(description: Mapping[str, Any], hidden: int) -> str:
             return "none"
         case "dense":
             return f"dense-{options['activation']} {options['intermediate_size']}"
+    if "shared" not in options:  # behind another router than a greedy tree
+        layer = build_feedforward(description, hidden, device="meta")
+        return str(layer.config.name)  # type: ignore[union-attr]
     own = {key: value for key, value in options.items() if key in TreeConfig.__dataclass_fields__}
     beside = f"+{options['shared']}" if options["shared"] else ""
     return TreeConfig(in_features=hidden, out_features=hidden, **own).name + beside
