@@ -5,7 +5,7 @@ python runs/warm_start.py MODEL DATA OUT --feedforward DESCRIPTION [--rows N] [-
 MODEL is what `fastff pretrain` left of a dense run, DATA its folder of tokens. Turns, leaves and outputs come from the
 dense layers and their inputs, as in `fastff convert`; each layer is then fitted alone to its dense layer. Nothing is
 distilled from the whole model. A tree's description must have bias and shared (0 for none), since a fitted layer ends
-in an output bias; a dense one must have bias. Prints, per layer, the share of the dense layer's effect that is missed.
+in an output bias; a dense one must have bias. Prints the share of each dense layer's effect that is unexplained.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     partial = asked.out / ".model.partial"
     save_file(renamed(student.state_dict(), description["kind"] == "dense"), partial)
     partial.rename(asked.out / "model.safetensors")
-    print("missed", " ".join(f"{error:.3f}" for error in errors if error is not None))
+    print("unexplained", " ".join(f"{error:.3f}" for error in errors if error is not None))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from conftest import make_rows
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import convert, pipeline
+from fastff.convert import conversion, convert
 from fastff.convert.capture import capture
-from fastff.convert.distil import chunks_of, missed
-from fastff.convert.evaluate import accuracy, perplexity, rank, read_table, spearman
+from fastff.convert.dense_model import load_dense
+from fastff.convert.distil import chunks_of, unexplained
 from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, prune, solve_outputs
-from fastff.convert.load import load_dense
+from fastff.convert.quality import accuracy, perplexity, read_table
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
@@ -136,7 +136,7 @@ def test_a_layer_with_every_neuron_is_the_dense_layer(gated, activation):
     narrow = ConvertedFeedforward(describe_narrow(dense, dense.neurons), 16).eval()
     initialise(narrow, dense, x, pieces(x))
     with torch.no_grad():
-        assert missed(lambda h: h, dense, narrow, x, x) < 1e-3
+        assert unexplained(lambda h: h, dense, narrow, x, x) < 1e-3
 
 
 def test_the_shared_part_takes_the_neurons_that_do_most():
@@ -161,7 +161,7 @@ def test_a_pruned_layer_is_the_dense_one_without_its_weak_neurons(gated):
     with torch.no_grad():
         difference = module(x) - dense_forward(dense, x)
         assert difference.mean(0).abs().max() < 1e-5
-        assert missed(lambda h: h, dense, module, x, x) < 1e-3
+        assert unexplained(lambda h: h, dense, module, x, x) < 1e-3
     tree = ConvertedFeedforward(describe_tree(dense, trees=1, depth=1, leaf_width=2), 16)
     with pytest.raises(ValueError, match="FFF cannot be made by leaving neurons out"):
         prune(tree, dense, x)
@@ -173,7 +173,7 @@ def test_a_layer_of_depth_zero_is_the_dense_layer_up_to_its_activation():
     tree = ConvertedFeedforward(describe_tree(dense, trees=1, depth=0, leaf_width=dense.neurons), 16).eval()
     initialise(tree, dense, x, pieces(x))
     with torch.no_grad():
-        assert missed(lambda h: h, dense, tree, x, x) < 0.01
+        assert unexplained(lambda h: h, dense, tree, x, x) < 0.01
 
 
 def test_the_initial_tree_beats_the_same_tree_with_random_turns():
@@ -183,11 +183,11 @@ def test_the_initial_tree_beats_the_same_tree_with_random_turns():
     module = ConvertedFeedforward(describe_tree(dense, trees=2, depth=3, leaf_width=6), 16).eval()
     with torch.no_grad():
         initialise(module, dense, x, pieces(x))
-        good = missed(lambda h: h, dense, module, x, x)
+        good = unexplained(lambda h: h, dense, module, x, x)
         torch.manual_seed(0)
         module.layer.w_in.copy_(torch.randn_like(module.layer.w_in) / 4)
         solve_outputs(module, dense, pieces(x))
-        random = missed(lambda h: h, dense, module, x, x)
+        random = unexplained(lambda h: h, dense, module, x, x)
     assert good < 0.7 * random
 
 
@@ -220,13 +220,6 @@ def test_the_tree_for_a_budget_keeps_it(gated, active, shared):
     assert 0.7 * active < flops(dense, description) / dense.flops_per_row <= active
     layer = ConvertedFeedforward(description, 384)
     assert layer.flops_per_row == flops(dense, description)
-
-
-def test_ranks_and_spearman():
-    assert rank(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert spearman(x, np.exp(x)) == pytest.approx(1)
-    assert spearman(x, -x) == pytest.approx(-1)
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(tokenizer, text, tmp_path):
@@ -271,18 +264,18 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         settings = replace(settings, tables=(table,))
     seen = []
     record = convert(settings, progress=lambda what, done, of: seen.append((what, done, of)))
-    taught = {f"{what} {arm}" for what in ("layers", "distil") for arm in ("tree", "narrow", "pruned", "none")}
+    taught = {f"{what} {variant}" for what in ("layers", "distil") for variant in ("tree", "narrow", "pruned", "none")}
     assert {what for what, _, _ in seen} == {"timing", "capture", "probe"} | taught
-    assert set(record["arms"]) == {"tree", "narrow", "pruned", "none"}
-    assert 0 < record["arms"]["tree"]["active"] <= 0.3
-    assert record["arms"]["tree"]["after"] is not None
+    assert set(record["variants"]) == {"tree", "narrow", "pruned", "none"}
+    assert 0 < record["variants"]["tree"]["active"] <= 0.3
+    assert record["variants"]["tree"]["after"] is not None
     auto = AutoModelForCausalLM if model_type == "gpt2" else AutoModel
     loaded = auto.from_pretrained(settings.out)
     blocks = loaded.transformer.h if model_type == "gpt2" else loaded.encoder.layer
     slots = [b.mlp if model_type == "gpt2" else b.intermediate for b in blocks]
     assert all(isinstance(slot, ConvertedFeedforward) for slot in slots)
     report = json.loads((settings.out / "report" / "report.json").read_text())
-    assert report["arms"] == record["arms"]
+    assert report["variants"] == record["variants"]
     assert "<svg" in (settings.out / "report" / "index.html").read_text()
     assert "narrow dense" in (settings.out / "report" / "index.html").read_text()
     assert "import fastff.models" in (settings.out / "README.md").read_text()
@@ -294,35 +287,35 @@ def test_a_classifier_is_converted_and_its_accuracy_measured(tokenizer, text, tm
     table = tmp_path / "sentences.tsv"
     rows = [f"{WORDS[k]} {WORDS[2 * k]}\t{k % 3}" for k in range(30)]
     table.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    settings = settings_for(tmp_path, model, text, tables=(table,), controls=("narrow",))
+    settings = settings_for(tmp_path, model, text, tables=(table,), baselines=("narrow",))
     record = convert(settings)
     assert (record["kind"], record["metric"]) == ("classifier", "accuracy, percent")
-    found = [record["dense"]["quality"], *(arm["after"] for arm in record["arms"].values())]
+    found = [record["dense"]["quality"], *(variant["after"] for variant in record["variants"].values())]
     assert all(0 <= percent <= 100 and abs(percent * 30 / 100 - round(percent * 30 / 100)) < 1e-9 for percent in found)
     loaded = AutoModelForSequenceClassification.from_pretrained(settings.out).eval()
-    assert accuracy(loaded, tokenizer, read_table(table)) == pytest.approx(record["arms"]["tree"]["after"])
+    assert accuracy(loaded, tokenizer, read_table(table)) == pytest.approx(record["variants"]["tree"]["after"])
     assert "AutoModelForSequenceClassification" in (settings.out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "ultrafastbert"])
 def test_a_decoder_is_converted_and_its_perplexity_measured(model_type, tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer, model_type)
-    settings = settings_for(tmp_path, model, text, controls=())
+    settings = settings_for(tmp_path, model, text, baselines=())
     record = convert(settings)
     assert (record["kind"], record["metric"]) == ("causal", "perplexity")
     loaded = AutoModelForCausalLM.from_pretrained(settings.out).eval()
     every = tokenise(tokenizer, text, tmp_path / "text", max_length=16, max_tokens=10**6, whole_blocks=True)
-    held_out = every.slice(len(every) - int(pipeline.HELD_OUT * len(every)), len(every))
-    assert perplexity(loaded, held_out) == pytest.approx(record["arms"]["tree"]["after"], rel=1e-4)
+    held_out = every.slice(len(every) - int(conversion.HELD_OUT * len(every)), len(every))
+    assert perplexity(loaded, held_out) == pytest.approx(record["variants"]["tree"]["after"], rel=1e-4)
     assert perplexity(tiny(model_type), held_out) == pytest.approx(record["dense"]["quality"], rel=1e-4)
 
 
 KILLED = """
 import os, pathlib, pickle, signal, sys
-from fastff.convert import arms, convert, plan
+from fastff.convert import choose, convert, distill_context
 settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-plan.TREES, plan.DEPTHS = (2,), (3,)
-arms.distil.__kwdefaults__["checkpoint_every"] = 2
+choose.TREES, choose.DEPTHS = (2,), (3,)
+distill_context.distil.__kwdefaults__["checkpoint_every"] = 2
 def progress(what, done, of):
     if (what, done) == ("distil tree", 5):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -332,13 +325,15 @@ convert(settings, progress=progress)
 
 def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer)
-    settings = settings_for(tmp_path, model, text, controls=(), shared=0, mild=0.9, average=0.9, rate_routing=0.3)
+    settings = settings_for(
+        tmp_path, model, text, baselines=(), shared=0, dense_fade=0.9, average=0.9, routing_lr_scale=0.3
+    )
     (tmp_path / "settings").write_bytes(pickle.dumps(settings))
     command = [sys.executable, "-c", KILLED, str(tmp_path / "settings")]
     same_bits = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.run(command, env=same_bits, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    with pytest.raises(CheckpointError, match="other settings"):
+    with pytest.raises(CheckpointError, match="holds another run: steps 6 there, 9 asked for"):
         convert(replace(settings, steps=9))
     plan = (tmp_path / "out" / "work" / "plan.json").read_bytes()
     steps = []
@@ -399,5 +394,5 @@ def test_the_first_layer_of_a_real_model_is_kept_by_a_tree(tmp_path):
     with torch.no_grad():
         initialise(module, dense, x, chunks_of(captured[0], torch.device("cpu")))
         norm = model.encoder.layer[0].output.LayerNorm
-        assert missed(norm, dense, module, x, x) < 0.5
+        assert unexplained(norm, dense, module, x, x) < 0.5
         assert hidden_of(dense, x).shape == (2000, 1536)

@@ -13,29 +13,30 @@ import torch
 from transformers import AutoModel
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import arms, convert, probe, resources
-from fastff.convert.plan import Clock, Option, Shape, choose, shapes_of, shares_of, shortlist
-from fastff.convert.probe import survey
-from fastff.convert.settings import Settings, percent, shape, times
+from fastff.convert import candidates, convert, resources
+from fastff.convert.candidates import survey
+from fastff.convert.choose import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
+from fastff.convert.conversion_settings import ConversionSettings, percent, shape, times
+from fastff.convert.distill_context import DistillContext, converted_blocks
 from fastff.convert.student import dense_layers, fit_tree, flops, stored_neurons
 from fastff.errors import CheckpointError
 from fastff.models import make_converted
 from fastff.models.families import family_of
 
-CLOCK = Clock(model_us=(100.0, 1000.0), dense_us=((30.0, 300.0), (30.0, 300.0)))
+PROFILE = LatencyProfile(model_us=(100.0, 1000.0), dense_us=((30.0, 300.0), (30.0, 300.0)))
 
 
 def settings(**changes):
-    return Settings(model="m", text="t", out="o", **changes)
+    return ConversionSettings(model="m", text="t", out="o", **changes)
 
 
-def options(*harms):
+def options(*loss_increases):
     """Per block: the dense layer, then candidates of 20, 10 and 5 % at times in proportion."""
     shares = (0.2, 0.1, 0.05)
     return [
         [Option(None, 1.0, (30.0, 300.0))]
-        + [Option({"kind": "fff"}, s, (30 * s, 300 * s), harm=h) for s, h in zip(shares, block, strict=True)]
-        for block in harms
+        + [Option({"kind": "fff"}, s, (30 * s, 300 * s), loss_increase=h) for s, h in zip(shares, block, strict=True)]
+        for block in loss_increases
     ]
 
 
@@ -77,10 +78,10 @@ def test_what_is_no_budget_is_refused_with_an_example(read, text):
         {"speedup": 1.0},
         {"speedup": 2.0, "active": 0.1},
         {"max_loss": 0.0},
-        {"mild": 1.0},
+        {"dense_fade": 1.0},
         {"average": -0.1},
         {"shared": -1},
-        {"controls": ("wide",)},
+        {"baselines": ("wide",)},
         {"shapes": ()},
         {"shapes": ((0, 4),)},
     ],
@@ -91,34 +92,34 @@ def test_settings_out_of_range_are_refused(change):
 
 
 def test_the_work_is_spent_where_it_matters():
-    assert choose(settings(active=0.1), options((1, 2, 9), (1, 2, 3)), CLOCK) == [2, 2]
-    assert choose(settings(active=0.15), options((0, 5, 90), (0, 2, 3)), CLOCK) == [1, 2]
-    assert choose(settings(active=0.2), options((1, 2, 9), (1, 2, 3)), CLOCK) == [1, 1]
+    assert choose(settings(active=0.1), options((1, 2, 9), (1, 2, 3)), PROFILE) == [2, 2]
+    assert choose(settings(active=0.15), options((0, 5, 90), (0, 2, 3)), PROFILE) == [1, 2]
+    assert choose(settings(active=0.2), options((1, 2, 9), (1, 2, 3)), PROFILE) == [1, 1]
 
 
 def test_a_layer_whose_trees_are_slower_stays_dense():
     tried = options((1, 2, 3), (1, 2, 3))
     tried[0][1:] = [replace(o, times_us=(5.0, 301.0)) for o in tried[0][1:]]
-    assert choose(settings(active=0.1), tried, CLOCK) == [0, 2]
-    assert choose(settings(active=0.1, keep_slow=True), tried, CLOCK) == [2, 2]
+    assert choose(settings(active=0.1), tried, PROFILE) == [0, 2]
+    assert choose(settings(active=0.1, keep_slow=True), tried, PROFILE) == [2, 2]
 
 
 @pytest.mark.parametrize("speedup", [1.05, 1.5, 1.8, 2.2, 2.3])
 def test_the_choice_for_a_speedup_is_the_best_of_all_choices(speedup):
-    harms = np.random.default_rng(0).random((2, 3))
-    tried = options(*np.sort(harms, axis=1))
-    picked = choose(settings(speedup=speedup), tried, CLOCK)
+    loss_increases = np.random.default_rng(0).random((2, 3))
+    tried = options(*np.sort(loss_increases, axis=1))
+    picked = choose(settings(speedup=speedup), tried, PROFILE)
     fits = {}
     for ks in itertools.product(range(4), repeat=2):
         chosen = [block[k] for block, k in zip(tried, ks, strict=True)]
-        if CLOCK.reach([o.times_us for o in chosen]) >= speedup:
-            fits[ks] = sum(o.harm for o in chosen)
+        if PROFILE.reach([o.times_us for o in chosen]) >= speedup:
+            fits[ks] = sum(o.loss_increase for o in chosen)
     assert fits[tuple(picked)] == min(fits.values())
 
 
 def test_an_impossible_speedup_names_the_best_and_the_ceiling():
     with pytest.raises(ValueError, match=r"speedup 3.00x cannot be reached here: .* give 2.33x, .* 2.50x faster"):
-        choose(settings(speedup=3.0), options((1, 2, 3), (1, 2, 3)), CLOCK)
+        choose(settings(speedup=3.0), options((1, 2, 3), (1, 2, 3)), PROFILE)
 
 
 def test_the_shortlist_prefers_many_neurons_among_the_fast():
@@ -127,7 +128,7 @@ def test_the_shortlist_prefers_many_neurons_among_the_fast():
 
 @pytest.mark.parametrize(("active", "leaf_width", "shared"), [(0.1, 15, 112), (0.03, 6, 24)])
 def test_the_shapes_that_did_best_are_tried(active, leaf_width, shared, monkeypatch):
-    """On all-MiniLM-L6-v2, whose layers have this size; every part of the work has its turn on the short list."""
+    """On all-MiniLM-L6-v2, whose layers have this size; every part of the work has its decision on the short list."""
     monkeypatch.undo()  # the two shapes that whole conversions try in tests
     dense = random_dense(neurons=1536, width=384)
     asked = settings(active=active)
@@ -171,11 +172,13 @@ def test_a_model_with_a_layer_replaced_is_itself_again_afterwards():
 
 
 def test_a_speedup_budget_leaves_the_harmful_layer_dense(tokenizer, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "clock", lambda *_: Clock(model_us=(100.0,), dense_us=((30.0,), (30.0,))))
-    monkeypatch.setattr(probe.Timer, "__call__", lambda *_: (10.0,))
-    monkeypatch.setattr(probe.Bench, "try_out", lambda _, block, __: (0.5, 1.0 + block))
+    monkeypatch.setattr(
+        candidates, "latency_profile", lambda *_: LatencyProfile(model_us=(100.0,), dense_us=((30.0,), (30.0,)))
+    )
+    monkeypatch.setattr(candidates.Timer, "__call__", lambda *_: (10.0,))
+    monkeypatch.setattr(candidates.Trials, "try_out", lambda _, block, __: (0.5, 1.0 + block))
     model = saved(tmp_path / "model", tokenizer)
-    changes = {"active": None, "speedup": 1.25, "controls": (), "keep_slow": False}
+    changes = {"active": None, "speedup": 1.25, "baselines": (), "keep_slow": False}
     record = convert(settings_for(tmp_path, model, text, **changes))
     assert [layer["description"] is None for layer in record["layers"]] == [False, True]
     page = (tmp_path / "out" / "report" / "index.html").read_text()
@@ -183,8 +186,10 @@ def test_a_speedup_budget_leaves_the_harmful_layer_dense(tokenizer, text, tmp_pa
 
 
 def test_trees_slower_than_the_layer_are_refused_before_any_work(tokenizer, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "clock", lambda *_: Clock(model_us=(100.0,), dense_us=((30.0,), (30.0,))))
-    monkeypatch.setattr(probe.Timer, "__call__", lambda *_: (40.0,))
+    monkeypatch.setattr(
+        candidates, "latency_profile", lambda *_: LatencyProfile(model_us=(100.0,), dense_us=((30.0,), (30.0,)))
+    )
+    monkeypatch.setattr(candidates.Timer, "__call__", lambda *_: (40.0,))
     model = saved(tmp_path / "model", tokenizer)
     with pytest.raises(ValueError, match=r"no layer is faster as a tree at active 30.0%"):
         convert(settings_for(tmp_path, model, text, keep_slow=False))
@@ -194,14 +199,14 @@ def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkey
     model = saved(tmp_path / "model", tokenizer)
     table = pairs_table(tmp_path / "pairs.tsv")
     monkeypatch.setattr(
-        arms, "held_out_loss", lambda _, student: sum(map(id_of_converted, arms._converted_blocks(student)))
+        DistillContext, "held_out_loss", lambda _, student: sum(map(id_of_converted, converted_blocks(student)))
     )
     scores = iter([80.0, 80.0, 50.0, 79.5])  # dense, before distillation, after it, one layer back
-    monkeypatch.setattr("fastff.convert.evaluate.similarity", lambda *_, **__: next(scores))
-    record = convert(settings_for(tmp_path, model, text, controls=(), tables=(table,), max_loss=0.01))
+    monkeypatch.setattr("fastff.convert.quality.similarity", lambda *_, **__: next(scores))
+    record = convert(settings_for(tmp_path, model, text, baselines=(), tables=(table,), max_loss=0.01))
     assert [layer["description"] is None for layer in record["layers"]] == [False, True]
     assert "more than the allowed loss" in record["layers"][1]["reason"]
-    assert record["arms"]["tree"]["after"] == 79.5
+    assert record["variants"]["tree"]["after"] == 79.5
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert torch.equal(dense_layers_of(loaded, 1), dense_layers(tiny())[1].w_in)
 
@@ -220,9 +225,9 @@ def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, m
     model = saved(tmp_path / "model", tokenizer)
     table = pairs_table(tmp_path / "pairs.tsv")
     scores = iter([80.0, 80.0, 50.0, 60.0])
-    monkeypatch.setattr("fastff.convert.evaluate.similarity", lambda *_, **__: next(scores))
+    monkeypatch.setattr("fastff.convert.quality.similarity", lambda *_, **__: next(scores))
     with pytest.raises(ValueError, match=r"max_loss 1.00% cannot be kept: the least loss .* is 25.00%"):
-        convert(settings_for(tmp_path, model, text, controls=(), tables=(table,), max_loss=0.01))
+        convert(settings_for(tmp_path, model, text, baselines=(), tables=(table,), max_loss=0.01))
     with pytest.raises(ValueError, match="needs an evaluation table"):
         convert(settings_for(tmp_path, model, text, max_loss=0.01, out=tmp_path / "out2"))
 
@@ -231,12 +236,12 @@ def test_a_curve_has_every_share_with_its_controls(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer, "gpt2")
     record = convert(settings_for(tmp_path, model, text, curve=(0.5,), steps=2, layer_steps=1))
     (point,) = record["curve"]
-    assert set(point["arms"]) == {"tree", "narrow", "pruned"}
+    assert set(point["variants"]) == {"tree", "narrow", "pruned"}
     assert point["asked"] == 0.5
-    assert 0 < point["arms"]["tree"]["active"] <= 0.5
-    for arm in (*record["arms"].values(), *point["arms"].values()):
-        assert len(arm["latency_ms"]) == len(arm["feedforward_ms"]) == 1
-        assert arm["after"] > 1
+    assert 0 < point["variants"]["tree"]["active"] <= 0.5
+    for variant in (*record["variants"].values(), *point["variants"].values()):
+        assert len(variant["latency_ms"]) == len(variant["feedforward_ms"]) == 1
+        assert variant["after"] > 1
     assert json.loads((tmp_path / "out" / "report" / "report.json").read_text())["curve"] == record["curve"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastff.cli import app
-from fastff.convert import Settings
+from fastff.convert import ConversionSettings
 
 RECORD = {
     "device": "NVIDIA H200",
@@ -19,7 +19,7 @@ RECORD = {
     "layers": [{"description": None}, {"description": {}}],
     "metric": "perplexity",
     "dense": {"quality": 20.0, "further": {"SICK/test": 30.0}, "latency_ms": [10.0], "feedforward_ms": [6.0]},
-    "arms": {
+    "variants": {
         "tree": {
             "active": 0.08,
             "after": 21.0,
@@ -59,17 +59,17 @@ def test_the_options_reach_the_conversion_and_the_summary_is_shown(tmp_path, mon
         return RECORD
 
     monkeypatch.setattr("fastff.convert.convert", fake)
-    arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), "--active", "5%", "--controls", "none"]
+    arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), "--active", "5%", "--baselines", "none"]
     arguments += ["--seconds", "600", "--time-on", "cpu", "--batch", "8", "--table", "a.tsv", "--table", "b.tsv"]
     arguments += ["--curve", "3%,25%", "--shapes", "4x64", "--max-loss", "1%", "--shared", "16"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (settings,) = seen
-    assert (settings.model, settings.active, settings.controls, settings.steps) == (
+    assert (settings.model, settings.active, settings.baselines, settings.steps) == (
         "model",
         0.05,
         ("none",),
-        Settings.steps,
+        ConversionSettings.steps,
     )
     assert (settings.curve, settings.shapes) == ((0.03, 0.25), ((4, 64),))
     assert (settings.max_loss, settings.shared, settings.speedup) == (0.01, 16, None)

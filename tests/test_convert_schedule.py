@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from conftest import make_rows
 from convert_cases import tiny
-from fastff.convert.distil import Recipe
-from fastff.convert.schedule import Average, Fade, SlowTurns
+from fastff.convert.distil import WARMUP, DenseFade, Recipe, averaged, cosine
+from fastff.convert.earlier import average_state
 from fastff.models import make_converted
+from fastff.train.routing import RoutingRows
 
 TREE = {"kind": "fff", "depth": 2, "trees": 2, "leaf_width": 3, "gate": "boundary", "bias": True}
 
@@ -19,7 +22,7 @@ def test_a_student_faded_to_its_teacher_gives_what_that_gives(model_type):
     teacher = tiny(model_type)
     student = make_converted(teacher, [TREE, None])
     ids = torch.arange(12).view(2, 6)
-    fade = Fade(student, teacher)
+    fade = DenseFade(student, teacher)
     with torch.no_grad():
         own, want = student(ids)[0], teacher(ids)[0]
         fade.share = 1.0
@@ -31,16 +34,16 @@ def test_a_student_faded_to_its_teacher_gives_what_that_gives(model_type):
             assert torch.equal(student(ids)[0], own)
 
 
-def test_turns_go_a_part_of_the_way_and_leaves_all_of_it():
+def test_routing_rows_go_a_part_of_the_way_and_leaves_all_of_it():
     student = make_converted(tiny(), [TREE, None])
     layer = student.encoder.layer[0].intermediate.layer
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    turns = SlowTurns(student, 0.25)
-    turns.remember()
+    routing = RoutingRows(student)
+    routing.remember()
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(1.0)
-    turns.shorten()
+    routing.shorten(0.25)
     nodes = layer.config.nodes
     for name in ("w_in", "b_in"):
         moved = getattr(layer, name).detach() - before[name]
@@ -50,32 +53,44 @@ def test_turns_go_a_part_of_the_way_and_leaves_all_of_it():
 
 
 def test_the_average_of_equal_weights_is_that_weight_and_lags_behind_a_change():
-    weight = torch.nn.Parameter(make_rows(5))
-    first = weight.detach().clone()
-    average = Average([weight], 0.9)
+    module = torch.nn.ParameterList([torch.nn.Parameter(make_rows(5))])
+    first = module[0].detach().clone()
+    average = averaged(module, 0.9)
     for _ in range(30):
-        average.add()
+        average.update_parameters(module)
     with torch.no_grad():
-        weight.add_(1.0)
-    average.add()
-    other = Average([weight], 0.9)
-    other.restore(average.state)
-    other.put()
-    moved = weight.detach() - first
+        module[0].add_(1.0)
+    average.update_parameters(module)
+    other = averaged(module, 0.9)
+    other.load_state_dict(average_state(average.state_dict()))
+    moved = next(other.parameters()).detach() - first
     assert torch.allclose(moved, torch.full_like(moved, 1 - 31 / 41))
 
 
-def test_without_an_average_the_last_weights_stay():
-    weight = torch.nn.Parameter(make_rows(5))
-    average = Average([weight], 0.0)
-    with torch.no_grad():
-        weight.add_(1.0)
-    average.add()
-    average.put()
-    assert torch.equal(weight.detach(), make_rows(5) + 1)
+def test_an_average_of_the_version_before_goes_on():
+    module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2))])
+    average = averaged(module, 0.9)
+    average.load_state_dict(average_state({"values": [torch.tensor([1.0, 2.0])], "count": 4}))
+    average.update_parameters(module)  # the fifth: 5 parts of 15 are kept
+    assert torch.allclose(next(average.parameters()), torch.tensor([1.0, 2.0]) / 3)
 
 
-@pytest.mark.parametrize("change", [{"mild": 1.0}, {"average": 1.0}])
+@pytest.mark.parametrize("done", [0, 3, 30])
+def test_learning_rates_rise_at_once_fall_to_nearly_zero_and_go_on(done):
+    steps = 100
+    optimiser = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 2.0}])
+    schedule = cosine(optimiser, steps, done=done)
+    rise, rates = int(WARMUP * steps), []
+    for _ in range(done, steps):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    whole = [2 * (k + 1) / rise for k in range(rise)]
+    whole += [1 + math.cos(math.pi * (k + 1 - rise) / (steps + 1 - rise)) for k in range(rise, steps)]
+    assert rates == pytest.approx(whole[done:])
+
+
+@pytest.mark.parametrize("change", [{"dense_fade": 1.0}, {"average": 1.0}])
 def test_recipes_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Recipe(steps=1, batch=1, **change)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from convert_cases import WORDS, few_shapes, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import budget, convert, distil
-from fastff.convert.budget import Timetable, duration, timetable, typical_batches
-from fastff.convert.evaluate import measures_of
-from fastff.convert.measure import place_name, place_of
-from fastff.convert.plan import Clock
-from fastff.convert.settings import BATCH, Settings
+from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
+from fastff.convert import candidates, conversion, convert, distil, latency, time_budget
+from fastff.convert.choose import LatencyProfile, Shape
+from fastff.convert.conversion_settings import BATCH, ConversionSettings
+from fastff.convert.latency import place_name, place_of
+from fastff.convert.quality import measures_of
+from fastff.convert.time_budget import TimeLeft, TimeLimit, Timetable, duration, timetable, typical_batches
 from fastff.errors import CheckpointError
 from fastff.text.examples import Examples
 
-CLOCK = Clock(model_us=(50_000.0,), dense_us=((30_000.0,),))
+PROFILE = LatencyProfile(model_us=(50_000.0,), dense_us=((30_000.0,),))
 
 
 def examples_of(lengths):
@@ -28,8 +29,10 @@ def examples_of(lengths):
     return Examples(np.zeros(offsets[-1], dtype=np.uint32), offsets, 0)
 
 
-def course_of(**changes):
-    settings = Settings(model="m", text="t", out="o", **{"steps": 1000, "batch": 10, "timing_s": 0.0, **changes})
+def context_of(**changes):
+    settings = ConversionSettings(
+        model="m", text="t", out="o", **{"steps": 1000, "batch": 10, "timing_s": 0.0, **changes}
+    )
     return SimpleNamespace(
         settings=settings, examples=examples_of([20] * 100), held_out=examples_of([20] * 5), captured=[]
     )
@@ -37,10 +40,11 @@ def course_of(**changes):
 
 def count(monkeypatch, **changes):
     """Two students, steps of 2 s, 30 s for the other's layers, 5 s for the scores of one."""
-    monkeypatch.setattr(budget, "step_seconds", lambda *_: 2.0)
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: 100.0)
-    options = {"build_s": 30.0, "scores_s": 5.0, "clock": CLOCK, "began": 40.0}
-    return timetable(course_of(**changes), [["a"], ["b"]], **options)
+    monkeypatch.setattr(time_budget, "step_seconds", lambda *_: 2.0)
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: 100.0)
+    options = {"build_s": 30.0, "scores_s": 5.0, "profile": PROFILE}
+    limit = TimeLimit(changes.get("seconds"), 40.0)
+    return timetable(context_of(**changes), [["a"], ["b"]], limit=limit, **options)
 
 
 def test_without_a_budget_all_steps_are_taken_and_the_rest_is_estimated(monkeypatch):
@@ -111,9 +115,9 @@ def test_models_are_timed_where_they_are_or_where_one_says():
     threads = torch.get_num_threads()
     assert place_name(torch.device("cpu")) == f"CPU, {threads} thread{'s' * (threads > 1)}"
     with pytest.raises(ValueError, match="time_on 'gpu' is not one of cpu, cuda"):
-        Settings(model="m", text="t", out="o", time_on="gpu")
+        ConversionSettings(model="m", text="t", out="o", time_on="gpu")
     with pytest.raises(ValueError, match="seconds -1"):
-        Settings(model="m", text="t", out="o", seconds=-1)
+        ConversionSettings(model="m", text="t", out="o", seconds=-1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -124,19 +128,21 @@ def test_timing_on_a_gpu_that_is_not_there_is_refused(tmp_path, text):
 
 def test_a_budget_that_is_too_small_is_mended_by_more_seconds(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer)
-    settings = settings_for(tmp_path, model, text, steps=50, batch=0, max_length=900, controls=("none",), time_on="cpu")
-    with pytest.raises(ValueError, match=r"seconds 0 are too few: \d+ are needed for 10 joint steps"):
+    settings = settings_for(
+        tmp_path, model, text, steps=12, batch=0, max_length=900, baselines=("none",), time_on="cpu"
+    )
+    with pytest.raises(ValueError, match=r"seconds 0 are too few: \d+ are needed for the dense model's part alone"):
         convert(replace(settings, seconds=0.01))
     said, taken = [], []
     record = convert(
         replace(settings, seconds=3600.0), say=said.append, progress=lambda what, done, of: taken.append((what, of))
     )
-    assert len(said) == 1
-    assert said[0].startswith("about ")
+    assert said[0].startswith("trying ")
+    assert len([line for line in said if line.startswith("about ")]) == 1
     assert record["continued"]
-    assert record["timetable"]["steps"] == 50
-    assert ("distil tree", 50) in taken
-    assert record["arms"]["tree"]["steps"] == record["arms"]["none"]["steps"] == 50
+    assert record["timetable"]["steps"] == 12
+    assert ("distil tree", 12) in taken
+    assert record["variants"]["tree"]["steps"] == record["variants"]["none"]["steps"] == 12
     assert record["settings"]["batch"] == BATCH["embedding"]
     assert record["settings"]["max_length"] == 512  # positions of the model
     assert "interrupted" in (tmp_path / "out" / "report" / "index.html").read_text()
@@ -154,10 +160,10 @@ def test_further_tables_are_told_but_decide_nothing(tokenizer, text, tmp_path):
     for name, lines in (("first", 40), ("second", 60)):
         (tmp_path / f"{name}.txt").write_text("\n".join(" ".join(WORDS[k % 50 :]) for k in range(lines)))
     tables = (tmp_path / "first.txt", tmp_path / "second.txt")
-    record = convert(settings_for(tmp_path, model, text, tables=tables, controls=("none",), steps=2, layer_steps=1))
+    record = convert(settings_for(tmp_path, model, text, tables=tables, baselines=("none",), steps=2, layer_steps=1))
     names = [f"{tmp_path.name}/{name}" for name in ("first", "second")]
     assert record["tables"] == names
-    for figures in (record["dense"], *record["arms"].values()):
+    for figures in (record["dense"], *record["variants"].values()):
         assert list(figures["further"]) == names[1:]
         assert all(score > 1 for score in figures["further"].values())
     head, dense = (
@@ -182,3 +188,103 @@ def test_a_table_of_no_use_is_refused_with_the_reason(kind, content, why, tokeni
     table.write_text(content + "\n")
     with pytest.raises(CheckpointError, match=why):
         measures_of(kind, tokenizer, (table,), tmp_path / "work", max_length=8, max_tokens=100)
+
+
+def test_a_slow_phase_says_within_a_minute_how_long_it_will_take(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now[0])
+    said, passed = [], []
+    report = TimeLeft(lambda *step: passed.append(step), said.append)
+    for done in range(1, 31):
+        now[0] += 12
+        report("probe", done, 30)
+    assert len(passed) == 30
+    assert said[0] == "probe: 3 of 30, about 5 min left"  # at 36 s
+    assert len(said) == 6  # every minute
+    report("layers tree", 1, 2)
+    assert len(said) == 6  # nothing is known of it yet
+
+
+def test_what_a_limit_leaves_no_time_for_is_refused_after_the_first_candidate(tokenizer, text, tmp_path, monkeypatch):
+    tried = []
+
+    def try_out(trials, block, description):
+        tried.append(block)
+        trials.taught_s = 1e6
+        return 0.5, 1.0
+
+    monkeypatch.setattr(candidates.Trials, "try_out", try_out)
+    settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=("narrow",), seconds=3600.0)
+    said = []
+    with pytest.raises(ValueError, match=r"seconds 3600 are too few: 400\d{4} are needed for the layers of 2 models"):
+        convert(settings, say=said.append)
+    assert tried == [1]
+    assert said[0].startswith("trying 8 candidates takes about ")
+    assert (tmp_path / "out" / "work" / "input-000.f16").is_file()  # with more seconds it goes on from here
+
+
+def test_the_layers_of_a_first_student_are_given_up_when_they_cannot_end_in_time(
+    tokenizer, text, tmp_path, monkeypatch
+):
+    class Slow(TimeLimit):
+        """Time flies while layers are taught."""
+
+        def check(self, needed_s, what):
+            super().check(needed_s * (1e9 if what.startswith("the layers") else 1), what)
+
+    monkeypatch.setattr(candidates.Trials, "taught_s", 0.0, raising=False)
+    monkeypatch.setattr(conversion, "TimeLimit", Slow)
+    monkeypatch.setattr(candidates.Trials, "try_out", lambda *_: (0.5, 1.0))
+    monkeypatch.setattr(conversion, "probe", cheap_probe)
+    taught = []
+    settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=(), seconds=3600.0)
+    with pytest.raises(ValueError, match="are needed for the layers of 1 models alone"):
+        convert(settings, progress=lambda what, done, _: taught.append((what, done)))
+    assert [done for what, done in taught if what == "layers tree"] == [1]
+
+
+def cheap_probe(trials, found, shares, progress, _out_of_time):
+    return candidates.probe(trials, found, shares, progress, lambda: False)
+
+
+def test_out_of_time_the_nearest_block_stands_for_those_that_were_not_tried():
+    dense = random_dense(neurons=128, width=32)
+    tried = []
+
+    class Trials:
+        settings = settings_for(Path(), "m", "t", shapes=((1, 8),))
+        teacher = SimpleNamespace(config=SimpleNamespace(hidden_size=32), device=torch.device("cpu"))
+
+        def __init__(self, blocks):
+            self.dense = [dense] * blocks
+
+        def try_out(self, block, description):
+            tried.append(block)
+            return 0.1 * block, float(block)
+
+    shapes = (Shape(2, 3), Shape(1, 3))
+    found = SimpleNamespace(shapes=shapes, profile=LatencyProfile((100.0,), ((30.0,),) * 6))
+    shares = [0.6, 0.3]
+    options, measured = candidates.probe(Trials(6), found, shares, lambda *_: None, lambda: len(tried) >= 6)
+    assert tried[:2] == [3, 3]  # both shapes on the middle block
+    assert len(tried) == 6
+    assert len(measured) == 2
+    assert [len(block) for block in options] == [3] * 6
+    for k, block in enumerate(options):
+        for option in block[1:]:
+            assert option.loss_increase == option.measured_on
+        assert abs(block[2].measured_on - k) <= 2  # the share asked for was tried on three blocks
+    whole, _ = candidates.probe(Trials(6), found, shares, lambda *_: None, lambda: False)
+    assert all(option.measured_on == k for k, block in enumerate(whole) for option in block[1:])
+
+
+def test_calls_that_are_very_slow_are_measured_once(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def slow():
+        calls.append(1)
+        now[0] += 60.0
+
+    assert latency.interleaved_us({"slow": slow}, 0.9) == {"slow": 60e6}
+    assert len(calls) == 2

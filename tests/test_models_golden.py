@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastff import FFF, ops
-from fastff.models.encoder import published
+from fastff.models.published.tensors import state_of
 from model_cases import GOLDEN
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -87,7 +87,7 @@ def test_gradients_of_the_masked_language_model(name, sparse, backend):
     state = load_file(GOLDEN / name / "model.safetensors")
     state |= {key.removeprefix("grad."): value for key, value in io.items() if key.startswith("grad.")}
     state["decoder.weight"] = state["encoder.embedding.word_embedding.weight"]
-    expected = published.state_of(state, model.config, "ScriptableLMForPreTraining")
+    expected = state_of(state, model.config, "ScriptableLMForPreTraining")
     for key, parameter in model.named_parameters():
         assert_near(parameter.grad, expected[key], "lm grads")
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from fastff.convert.evaluate import read_table
+from fastff.convert.quality import read_table
 from fastff.text.examples import tokenise
 
 TRAINED = (

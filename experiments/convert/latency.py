@@ -6,7 +6,7 @@ MODEL     directory of all-MiniLM-L6-v2
 STUDENTS  folder of the models that are timed, made by the first call, which then times nothing: their layers are
           initialised from the dense ones on rows of random tokens and not distilled. Their quality is worth nothing,
           their work and memory are those of distilled models.
-One thread. Every model is checked to give finite values, then they take turns call by call; medians are kept, with the
+One thread. Every model is checked to give finite values, then their calls alternate; medians are kept, with the
 20th and 80th percentiles. Writes OUT/latency.json.
 """
 
@@ -24,10 +24,10 @@ import torch
 from transformers import AutoModel
 
 import fastff.models  # noqa: F401
-from fastff.convert.arms import active_share, control
+from fastff.convert.choose import Shape
+from fastff.convert.conversion_report import layer_name
+from fastff.convert.distill_context import active_share, baseline
 from fastff.convert.initialise import initialise
-from fastff.convert.plan import Shape
-from fastff.convert.report import layer_name
 from fastff.convert.student import dense_layers
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
@@ -71,7 +71,7 @@ def student(model: Any, descriptions: list[dict[str, Any]], inputs: list[torch.T
 
 
 def time_all(calls: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of calls that take turns: median and spread."""
+    """Milliseconds of calls that take decisions: median and spread."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -117,7 +117,7 @@ def wanted(dense: DenseWeights) -> dict[str, dict[str, Any]]:
         fitted = shape.fit(dense, active)
         if fitted is None:
             raise SystemExit(f"{shape} does not fit active {active}")
-        (narrow,) = control("narrow", [dense], [fitted])
+        (narrow,) = baseline("narrow", [dense], [fitted])
         assert narrow is not None
         out |= {layer_name(fitted): fitted, f"narrow, {narrow['intermediate_size']}": narrow}
     return out | {"none": {"kind": "none"}}

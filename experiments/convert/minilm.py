@@ -1,6 +1,6 @@
-"""Convert an embedding model in several ways, each distilled alike, and compare them.
+"""Convert an embedding model in several ways, each distilled with the same recipe, and compare them.
 
-python experiments/convert/minilm.py DIR OUT [--seconds 240]       one process an arm and seed, on a GPU if there is one
+python experiments/convert/minilm.py DIR OUT [--seconds 240]       one process for each variant and seed, on a GPU
 
 DIR  what carry.py wrote. Only STS-B dev was looked at while the recipe was chosen. Writes OUT/minilm.json.
 """
@@ -26,10 +26,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import fastff.models  # noqa: F401
 from fastff.convert.capture import capture
+from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.distil import Recipe, distil
-from fastff.convert.evaluate import read_table, similarity
 from fastff.convert.initialise import contribution
-from fastff.convert.settings import BATCH, Settings
+from fastff.convert.quality import read_table, similarity
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops
 from fastff.models.families import family_of
 from fastff.text.examples import tokenise
@@ -56,16 +56,16 @@ def _trees(trees: int, depth: int, leaf_width: int, shared: int = 0) -> dict[str
 
 
 # The main comparison, at 10 % and 3 % of the work: trees beside a shared part against a narrow layer, and no layer.
-# Then, one seed: a narrower gate, which missed 4 % less of one layer's effect when that was taught alone; dense layers
-# that are faded out; an average of the weights.
-ARMS = [
+# Then, one seed: a narrower gate, which explained 4 % more of one layer's effect when that was taught alone; dense
+# layers that are faded out; an average of the weights.
+VARIANTS = [
     Arm("narrow-152", {"neurons": 152}),
     Arm("2x5-leaf15-shared112", _trees(2, 5, 15, 112)),
     Arm("narrow-46", {"neurons": 46}),
     Arm("2x5-leaf6-shared24", _trees(2, 5, 6, 24)),
     Arm("none", {}, (0,)),
     Arm("2x5-leaf15-shared112 tau 0.2", _trees(2, 5, 15, 112) | {"tau": 0.2}, (0,)),
-    Arm("2x5-leaf15-shared112 mild", _trees(2, 5, 15, 112), (0,), {"mild": 0.5}),
+    Arm("2x5-leaf15-shared112 dense_fade", _trees(2, 5, 15, 112), (0,), {"dense_fade": 0.5}),
     Arm("2x5-leaf15-shared112 average", _trees(2, 5, 15, 112), (0,), {"average": 0.98}),
 ]
 
@@ -125,45 +125,45 @@ class Turnout:
     deadline: float  # time.time() by which the joint distillation ends
 
 
-def run_arm(args: Any, arm: Arm, seed: int, shared: Turnout) -> None:
+def run_arm(args: Any, variant: Arm, seed: int, shared: Turnout) -> None:
     """One process: build, agree with all others on a number of steps that fits the time, distil, evaluate."""
-    built = attempt(lambda: build(args, arm, seed))
-    shared.meeting.wait()  # an arm that failed meets the others too, or they would wait for it
+    built = attempt(lambda: build(args, variant, seed))
+    shared.meeting.wait()  # a variant that failed meets the others too, or they would wait for it
     if built is not None and attempt(lambda: time_steps(args, built, shared.slowest)) is None:
         built = None
     shared.meeting.wait()
     if built is None:
-        raise SystemExit(f"{arm.name} {seed} failed")
+        raise SystemExit(f"{variant.name} {seed} failed")
     student, teacher, tokenizer, examples, state, row = built
     seconds = min(args.seconds, shared.deadline - time.time())
-    options = {"rate": args.rate, "rate_others": args.rate_others, **arm.recipe}
+    options = {"lr": args.lr, "lr_others": args.lr_others, **variant.recipe}
     recipe = Recipe(max(10, int(seconds / shared.slowest.value)), args.batch, seed=seed, **options)
     student.load_state_dict(state)
     start = time.perf_counter()
     distil(student, teacher, examples, recipe, kind="embedding")
-    row |= {"steps": recipe.steps, "distil_s": time.perf_counter() - start, "recipe": arm.recipe}
+    row |= {"steps": recipe.steps, "distil_s": time.perf_counter() - start, "recipe": variant.recipe}
     shared.results.put(row | {"after": scores(student, tokenizer, args)})
 
 
-def build(args: Any, arm: Arm, seed: int) -> tuple[Any, ...]:
+def build(args: Any, variant: Arm, seed: int) -> tuple[Any, ...]:
     """The student taught layer by layer, what it needs to go on, its weights, its figures."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     began = time.perf_counter()
     teacher, tokenizer, examples, captured = setup(args)
     dense = dense_layers(teacher)
-    descriptions = [describe(d, arm.options) for d in dense]
+    descriptions = [describe(d, variant.options) for d in dense]
     student, errors = build_student(teacher, descriptions, captured, steps=args.layer_steps, seed=seed)
     row: dict[str, Any] = {
-        "arm": arm.name,
+        "variant": variant.name,
         "seed": seed,
         "description": descriptions[0],
         "active": sum(map(flops, dense, descriptions)) / sum(d.flops_per_row for d in dense),
-        "missed": errors,
+        "unexplained": errors,
         "before": scores(student, tokenizer, args),
         "layers_s": time.perf_counter() - began,
     }
-    print(f"{arm.name} {seed} built {row['layers_s']:.0f}s {row['before']['sts-b dev']:.2f}", flush=True)
+    print(f"{variant.name} {seed} built {row['layers_s']:.0f}s {row['before']['sts-b dev']:.2f}", flush=True)
     state = {k: v.clone() for k, v in student.state_dict().items()}
     return student, teacher, tokenizer, examples, state, row
 
@@ -198,10 +198,15 @@ def run(args: Any) -> None:
         "oracle": {f: oracle(teacher, tokenizer, args.dir, f) for f in (() if args.dev_only else FRACTIONS)},
         "examples": len(examples),
         "tokens": examples.tokens,
-        "settings": {k: getattr(args, k) for k in ("seconds", "rows", "layer_steps", "batch", "rate", "rate_others")},
+        "settings": {k: getattr(args, k) for k in ("seconds", "rows", "layer_steps", "batch", "lr", "lr_others")},
     }
     print(json.dumps(reference), f"{time.perf_counter() - began:.0f}s", flush=True)
-    jobs = [(arm, s) for arm in ARMS if not args.arms or arm.name in args.arms for s in arm.seeds[: args.seeds]]
+    jobs = [
+        (variant, s)
+        for variant in VARIANTS
+        if not args.variants or variant.name in args.variants
+        for s in variant.seeds[: args.seeds]
+    ]
     context = mp.get_context("spawn")
     shared = Turnout(
         context.Barrier(len(jobs)),
@@ -220,13 +225,13 @@ def run(args: Any) -> None:
             if not any(worker.is_alive() for worker in workers):
                 break
             continue
-        record = {**reference, "device": _device(), "seconds": time.perf_counter() - began, "arms": rows}
+        record = {**reference, "device": _device(), "seconds": time.perf_counter() - began, "variants": rows}
         (args.out / "minilm.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(args.out / "work")
     print(f"{rows[0]['steps']} steps, {time.perf_counter() - began:.0f} s, dense {reference['dense']}")
     print(minilm_table(reference["dense"], rows))
     if len(rows) < len(jobs):
-        raise SystemExit(f"{len(jobs) - len(rows)} of {len(jobs)} arms failed")
+        raise SystemExit(f"{len(jobs) - len(rows)} of {len(jobs)} variants failed")
 
 
 def _device() -> str:
@@ -237,17 +242,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=240.0, help="of the joint distillation, all arms at once")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of the joint distillation, all variants at once")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds of the whole command: fewer steps are taken")
     # The command's own settings, which this comparison tries out.
-    parser.add_argument("--rows", type=int, default=Settings.rows)
-    parser.add_argument("--layer-steps", type=int, default=Settings.layer_steps)
+    parser.add_argument("--rows", type=int, default=ConversionSettings.rows)
+    parser.add_argument("--layer-steps", type=int, default=ConversionSettings.layer_steps)
     parser.add_argument("--batch", type=int, default=BATCH["embedding"])
-    parser.add_argument("--rate", type=float, default=Settings.rate)
-    parser.add_argument("--rate-others", type=float, default=Settings.rate_others)
-    parser.add_argument("--arms", nargs="*", help="names of arms, all by default")
+    parser.add_argument("--lr", type=float, default=ConversionSettings.lr)
+    parser.add_argument("--lr-others", type=float, default=ConversionSettings.lr_others)
+    parser.add_argument("--variants", nargs="*", help="names of variants, all by default")
     parser.add_argument("--dev-only", action="store_true", help="evaluate on STS-B dev alone, without the oracle")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each arm")
+    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each variant")
     args = parser.parse_args()
     run(args)
 

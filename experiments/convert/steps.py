@@ -18,12 +18,12 @@ import torch
 from carry import MAX_LENGTH, restore
 from latency import cpu
 
-from fastff.convert.arms import Course, control
-from fastff.convert.budget import step_seconds
-from fastff.convert.load import load_dense
-from fastff.convert.plan import Shape
-from fastff.convert.settings import BATCH, DEFAULT_ACTIVE, Settings
+from fastff.convert.choose import Shape
+from fastff.convert.conversion_settings import BATCH, DEFAULT_ACTIVE, ConversionSettings
+from fastff.convert.dense_model import load_dense
+from fastff.convert.distill_context import DistillContext, baseline
 from fastff.convert.student import dense_layers
+from fastff.convert.time_budget import step_seconds
 from fastff.text.examples import tokenise
 
 TREE = Shape(2, 5, part=0.75)  # the shape that was measured most: experiments/convert/README.md
@@ -37,11 +37,13 @@ def measure(packed: Path, students: list[str], work: Path) -> tuple[dict[str, fl
     teacher, tokenizer, kind = load_dense(str(work / "model"))
     unused: Any = None  # the text is not read: its tokens are there
     examples = tokenise(tokenizer, unused, work, max_length=MAX_LENGTH, max_tokens=0, whole_blocks=False)
-    settings = Settings(model="model", text=Path("text"), out=work, batch=BATCH[kind])
-    course = Course(settings, kind, teacher, [], examples, examples, lambda _: None, {}, lambda *_: None)
+    settings = ConversionSettings(model="model", text=Path("text"), out=work, batch=BATCH[kind])
+    context = DistillContext(settings, kind, teacher, [], examples, examples, lambda _: None, {}, lambda *_: None)
     dense = dense_layers(teacher)
     trees = [TREE.fit(layer, DEFAULT_ACTIVE) for layer in dense]
-    found = {name: step_seconds(course, trees if name == "tree" else control(name, dense, trees)) for name in students}
+    found = {
+        name: step_seconds(context, trees if name == "tree" else baseline(name, dense, trees)) for name in students
+    }
     return found, {"batch": settings.batch, "steps": settings.steps, "tree": trees[0]}
 
 

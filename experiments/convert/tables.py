@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastff.convert.chart import LABELS
+from fastff.convert.conversion_chart import LABELS
 
 FOLDER = Path(__file__).resolve().parent
 Row = dict[str, Any]
@@ -21,30 +21,30 @@ def read(name: str) -> Any:
 def minilm() -> str:
     """The embedding model at 10 % and 3 % of the work."""
     records = [read("minilm-10.json"), read("minilm-3.json")]
-    return minilm_table(records[0]["dense"], [row for record in records for row in record["arms"]])
+    return minilm_table(records[0]["dense"], [row for record in records for row in record["variants"]])
 
 
 def minilm_of(name: str) -> str:
     """One other run of the embedding model."""
     record = read(name)
-    return minilm_table(record["dense"], record["arms"])
+    return minilm_table(record["dense"], record["variants"])
 
 
 def minilm_table(dense: dict[str, float], rows: Sequence[Row]) -> str:
-    """One line an arm, most work first: mean (lowest-highest) over its seeds of every evaluated table."""
+    """One line a variant, most work first: mean (lowest-highest) over its seeds of every evaluated table."""
     names = list(dense)
     lines = [
-        f"| feedforward | active, % | seeds, steps | misses alone, % | {names[0]}, alone | {' | '.join(names)} |",
+        f"| feedforward | active, % | seeds, steps | unexplained alone, % | {names[0]}, alone | {' | '.join(names)} |",
         "|---" * (5 + len(names)) + "|",
         f"| dense (original) | 100 | | | | {' | '.join(f'{dense[name]:.2f}' for name in names)} |",
     ]
-    for arm in sorted({row["arm"] for row in rows}, key=lambda arm: _order(rows, arm)):
-        mine = [row for row in rows if row["arm"] == arm]
+    for variant in sorted({row["variant"] for row in rows}, key=lambda variant: _order(rows, variant)):
+        mine = [row for row in rows if row["variant"] == variant]
         cells = [
-            arm,
+            variant,
             f"{100 * mine[0]['active']:.1f}",
             f"{len(mine)}, {mine[0]['steps']:,}",
-            f"{100 * statistics.mean(share for row in mine for share in row['missed']):.0f}",
+            f"{100 * statistics.mean(share for row in mine for share in row['unexplained']):.0f}",
             f"{statistics.mean(row['before'][names[0]] for row in mine):.2f}",
             *(_spread([row["after"][name] for row in mine]) for name in names),
         ]
@@ -52,8 +52,8 @@ def minilm_table(dense: dict[str, float], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _order(rows: Sequence[Row], arm: str) -> tuple[float, str]:
-    return -next(float(row["active"]) for row in rows if row["arm"] == arm), arm
+def _order(rows: Sequence[Row], variant: str) -> tuple[float, str]:
+    return -next(float(row["active"]) for row in rows if row["variant"] == variant), variant
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -77,20 +77,20 @@ def oracle() -> str:
 
 
 def tasks() -> str:
-    """The classifier and the causal model, each beside its controls; in brackets against the dense model."""
+    """The classifier and the causal model, each beside its baselines; in brackets against the dense model."""
     lines = [
-        "| task, metric | feedforward | active, % | misses alone, % | layers taught alone | distilled together |",
+        "| task, metric | feedforward | active, % | unexplained alone, % | layers taught alone | distilled together |",
         "|---|---|---|---|---|---|",
     ]
     for record in read("tasks.json"):
         dense, name = record["dense"], f"{record['task']}, {record['metric']}"
         lines.append(f"| {name} | dense | 100 | | | {dense:.2f} |")
-        for arm, facts in record["arms"].items():
+        for variant, facts in record["variants"].items():
             cells = [
                 name,
-                arm,
+                variant,
                 f"{100 * facts['active']:.1f}",
-                f"{100 * statistics.mean(facts['missed']):.0f}",
+                f"{100 * statistics.mean(facts['unexplained']):.0f}",
                 f"{facts['before']:,.2f}",
                 f"{facts['after']:.2f} ({100 * (facts['after'] / dense - 1):+.1f} %)",
             ]
@@ -147,26 +147,30 @@ def command_table(record: dict[str, Any]) -> str:
     heads = ["model", "active, %", "distance", f"{tables[0]}, alone", *tables, *shapes]
     rows = [["dense (original)", "100", "0", "", *_command_scores(dense, dense, report), *_command_times(dense, dense)]]
     for point in (report, *report["curve"]):
-        for name, arm in point["arms"].items():
-            scores = [f"{arm['held_out_loss']:.3f}", f"{arm['before']:,.2f}", *_command_scores(arm, dense, report)]
-            rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *scores, *_command_times(arm, dense)])
+        for name, variant in point["variants"].items():
+            scores = [
+                f"{variant['held_out_loss']:.3f}",
+                f"{variant['before']:,.2f}",
+                *_command_scores(variant, dense, report),
+            ]
+            rows.append([LABELS[name], f"{100 * variant['active']:.1f}", *scores, *_command_times(variant, dense)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
-def _command_scores(arm: Row, dense: Row, report: dict[str, Any]) -> list[str]:
-    found = [arm.get("after", arm.get("quality")), *arm["further"].values()]
-    if report["kind"] != "causal" or arm is dense:
+def _command_scores(variant: Row, dense: Row, report: dict[str, Any]) -> list[str]:
+    found = [variant.get("after", variant.get("quality")), *variant["further"].values()]
+    if report["kind"] != "causal" or variant is dense:
         return [f"{score:,.2f}" for score in found]
     before = [dense["quality"], *dense["further"].values()]
     return [f"{new:,.2f} ({100 * (new / old - 1):+.1f} %)" for new, old in zip(found, before, strict=True)]
 
 
-def _command_times(arm: Row, dense: Row) -> list[str]:
+def _command_times(variant: Row, dense: Row) -> list[str]:
     cells = []
     for k in range(len(dense["latency_ms"])):
         for name in ("latency_ms", "feedforward_ms"):
-            times = f" ({dense[name][k] / arm[name][k]:.2f}x)" if arm is not dense else ""
-            cells.append(f"{arm[name][k]:.1f}{times}")
+            times = f" ({dense[name][k] / variant[name][k]:.2f}x)" if variant is not dense else ""
+            cells.append(f"{variant[name][k]:.1f}{times}")
     return cells
 
 

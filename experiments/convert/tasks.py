@@ -1,4 +1,4 @@
-"""Convert a causal model and a classifier, both made here, at a share of the work; with controls distilled alike.
+"""Convert a causal model and a classifier, both made here, at a share of the work; with baselines.
 
 python experiments/convert/tasks.py DIR OUT [--tasks causal classifier] [--train-seconds 100] [--seconds 45]
 
@@ -31,20 +31,20 @@ from carry import CAUSAL, restore
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastff.convert.arms import Course, active_share, control, teach
-from fastff.convert.budget import step_seconds
 from fastff.convert.capture import capture
-from fastff.convert.evaluate import METRIC, accuracy, perplexity, read_table
-from fastff.convert.load import load_dense
-from fastff.convert.pipeline import split_examples
-from fastff.convert.plan import Shape
-from fastff.convert.settings import BATCH, Settings
+from fastff.convert.choose import Shape
+from fastff.convert.conversion import split_examples
+from fastff.convert.conversion_settings import BATCH, ConversionSettings
+from fastff.convert.dense_model import load_dense
+from fastff.convert.distill_context import DistillContext, active_share, baseline, teach
+from fastff.convert.quality import METRIC, accuracy, perplexity, read_table
 from fastff.convert.student import dense_layers
+from fastff.convert.time_budget import step_seconds
 from fastff.text.examples import tokenise
 from fastff.train import presets, pretrain
 
 SIZE = presets.Preset("mini", 256, 6, 8, 128, 8192, 128, 128, 1e-3, 1, 5_000_000)
-ARMS = ("tree", "narrow", "none")
+VARIANTS = ("tree", "narrow", "none")
 VALID = 0.05  # of the documents
 RATE, EPOCHS = 1e-4, 3  # of fine-tuning
 
@@ -64,7 +64,7 @@ def make_causal(args: Any, work: Path) -> tuple[Path, Path, dict[str, Any], Call
     """Model directory, text, record, and the measure of a model."""
     text, valid = documents(args.dir, work)
     presets.PRESETS[SIZE.name] = SIZE
-    settings = pretrain.Settings(
+    settings = pretrain.ConversionSettings(
         out=work / "pretrain",
         text=(str(text),),
         valid=(str(valid),),
@@ -108,7 +108,7 @@ def make_classifier(args: Any, work: Path) -> tuple[Path, Path, dict[str, Any], 
 
 
 def fine_tune(model: Any, tokenizer: Any, sentences: list[str], labels: np.ndarray[Any, Any], args: Any) -> int:
-    """Ordinary fine-tuning, the rate falling to zero over the time or EPOCHS, whichever ends first."""
+    """Ordinary fine-tuning, the lr falling to zero over the time or EPOCHS, whichever ends first."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     rng, start, step = np.random.default_rng(0), time.perf_counter(), 0
     total = EPOCHS * len(sentences) // args.batch
@@ -154,9 +154,9 @@ def run_task(args: Any, task: str, results: Any) -> None:
         "max_length": SIZE.length if task == "causal" else 64,
         "batch": BATCH[kind],
         "max_tokens": args.tokens,
-        "rate_routing": args.rate_routing,
+        "routing_lr_scale": args.routing_lr_scale,
     }
-    settings = Settings(**options)
+    settings = ConversionSettings(**options)
     examples, held_out = split_examples(settings, tokenizer, kind, work)
     captured = capture(teacher, examples, work, rows=args.rows, batch=settings.batch, progress=lambda *_: None)
     torch.manual_seed(0)
@@ -164,8 +164,8 @@ def run_task(args: Any, task: str, results: Any) -> None:
     trees = [Shape(args.trees, args.depth, part=args.part).fit(layer, args.active) for layer in dense]
 
     quality = lambda model: measure(model, tokenizer)  # noqa: E731
-    course = Course(settings, kind, teacher, captured, examples, held_out, quality, {}, lambda *_: None)
-    steps = max(5, int(args.seconds / step_seconds(course, trees)))
+    context = DistillContext(settings, kind, teacher, captured, examples, held_out, quality, {}, lambda *_: None)
+    steps = max(5, int(args.seconds / step_seconds(context, trees)))
     record: dict[str, Any] = {
         "task": task,
         "metric": METRIC[kind],
@@ -175,16 +175,16 @@ def run_task(args: Any, task: str, results: Any) -> None:
         "dense": measure(teacher, tokenizer),
         "examples": len(examples),
         "tokens": examples.tokens,
-        "arms": {},
+        "variants": {},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     print(f"{task}: dense {record['dense']:.3f}, {steps} steps {time.perf_counter() - began:.0f} s", flush=True)
-    for name in args.arms:
+    for name in args.variants:
         start = time.perf_counter()
-        descriptions = trees if name == "tree" else control(name, dense, trees)
-        _, facts = teach(course, name, descriptions, work / name, steps)
+        descriptions = trees if name == "tree" else baseline(name, dense, trees)
+        _, facts = teach(context, name, descriptions, work / name, steps)
         share = active_share(dense, descriptions)
-        record["arms"][name] = {**facts, "active": share, "seconds": time.perf_counter() - start}
+        record["variants"][name] = {**facts, "active": share, "seconds": time.perf_counter() - start}
         record["seconds"] = time.perf_counter() - began
         print(f"{task}: {name} {share:.4f} {facts['before']:.3f} -> {facts['after']:.3f}", flush=True)
         results.put(json.loads(json.dumps(record)))
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("dir", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", nargs="+", default=["causal", "classifier"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--train-seconds", type=float, default=100.0, help="of making the dense model")
     parser.add_argument("--seconds", type=float, default=45.0, help="of each student's joint distillation")
     parser.add_argument("--batch", type=int, default=128, help="examples a step, of making the dense model")
@@ -204,9 +204,9 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=2)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--part", type=float, default=0.75, help="of the work, for shared neurons")
-    parser.add_argument("--rate-routing", type=float, default=Settings.rate_routing)
+    parser.add_argument("--lr-routing", type=float, default=ConversionSettings.routing_lr_scale)
     parser.add_argument("--rows", type=int, default=150_000)
-    parser.add_argument("--layer-steps", type=int, default=Settings.layer_steps)
+    parser.add_argument("--layer-steps", type=int, default=ConversionSettings.layer_steps)
     parser.add_argument("--tokens", type=int, default=4_000_000, help="read of the text in converting")
     parser.add_argument("--valid-tokens", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
@@ -225,7 +225,7 @@ def main() -> None:
             records[record["task"]] = record
             (args.out / "tasks.json").write_text(json.dumps(list(records.values()), indent=1) + "\n")
     for record in records.values():
-        change = {name: arm["after"] / record["dense"] - 1 for name, arm in record["arms"].items()}
+        change = {name: variant["after"] / record["dense"] - 1 for name, variant in record["variants"].items()}
         print(record["task"], record["metric"], f"dense {record['dense']:.3f}", change)
     if any(worker.exitcode for worker in workers):
         raise SystemExit("a task failed")

@@ -121,21 +121,32 @@ def convert(
     batch: Annotated[int | None, typer.Option(min=1, help="Examples a step; default: by the kind of model.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example; the rest is cut.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Tokens captured a block.")] = None,
-    mild: Annotated[
-        float | None, typer.Option(min=0.0, max=0.99, help="Share of the steps that fade dense layers out.")
+    dense_fade: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="Share of the steps in which dense layers fade out.")
     ] = None,
-    controls: Annotated[str, typer.Option(help="Also taught alike, any of narrow,pruned,none.")] = "narrow,pruned,none",
+    baselines: Annotated[
+        str, typer.Option(help="Baselines distilled with the same recipe, any of narrow,pruned,none.")
+    ] = "narrow,pruned,none",
+    mild: Annotated[float | None, typer.Option(hidden=True)] = None,
+    controls: Annotated[str | None, typer.Option(hidden=True)] = None,
     keep_slow: Annotated[bool, typer.Option(help="Convert layers that a tree makes slower here, too.")] = False,
 ) -> None:
     """Make an existing dense model conditional and report what was lost and gained."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from fastff.convert import Settings
+    from fastff.convert import ConversionSettings
     from fastff.convert import convert as run
-    from fastff.convert.report import summary
-    from fastff.convert.settings import percent, shape, times
+    from fastff.convert.conversion_report import summary
+    from fastff.convert.conversion_settings import percent, shape, times
 
-    recipe: dict[str, Any] = {"steps": steps, "batch": batch, "max_length": max_length, "rows": rows, "mild": mild}
+    if mild is not None:
+        console.print("--mild is now --dense-fade; the old name goes with the next version", markup=False)
+        dense_fade = mild
+    if controls is not None:
+        console.print("--controls is now --baselines; the old name goes with the next version", markup=False)
+        baselines = controls
+    recipe: dict[str, Any] = {"steps": steps, "batch": batch, "max_length": max_length, "rows": rows}
+    recipe["dense_fade"] = dense_fade
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
         line = _lines("convert")
@@ -147,7 +158,7 @@ def convert(
 
         progress = bar if console.is_terminal else lambda what, done, total: line(done / total, what)
         try:
-            settings = Settings(
+            settings = ConversionSettings(
                 model=model,
                 text=text,
                 out=out,
@@ -160,7 +171,7 @@ def convert(
                 shared=shared,
                 tables=tuple(table or ()),
                 seconds=seconds,
-                controls=tuple(filter(None, controls.split(","))),
+                baselines=tuple(filter(None, baselines.split(","))),
                 keep_slow=keep_slow,
                 **{name: value for name, value in recipe.items() if value is not None},
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastff.errors import CheckpointError
+from fastff.errors import CheckpointError, FileError
+from fastff.io import write_text
 from fastff.models.families import family_of
 from fastff.text.examples import Examples
 
@@ -25,14 +27,9 @@ class Captured:
     the dense weights give them again exactly, for less than it costs to read them from a disk."""
 
     def __init__(self, folder: Path, block: int, rows: int, hidden: int, *, post_norm: bool, mode: str = "r") -> None:
-        shape = (rows, hidden)
-        kind: Any = "r" if mode == "r" else "w+"
-        self.x = np.memmap(folder / f"input-{block:03d}.f16", dtype=np.float16, mode=kind, shape=shape)
-        self.residual = (
-            None
-            if post_norm
-            else np.memmap(folder / f"residual-{block:03d}.f32", dtype=np.float32, mode=kind, shape=shape)
-        )
+        opened = _open if mode == "r" else _create
+        self.x = opened(folder / f"input-{block:03d}.f16", np.float16, (rows, hidden))
+        self.residual = None if post_norm else opened(folder / f"residual-{block:03d}.f32", np.float32, (rows, hidden))
 
     def rows(self, which: slice | np.ndarray[Any, Any], device: torch.device) -> tuple[Tensor, Tensor]:
         """x and residual (rows, hidden) as float32."""
@@ -43,6 +40,26 @@ class Captured:
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+
+def _open(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    expected = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
+        raise FileError(f"{path} {found}: remove {path.parent} and run the same command again")
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+def _create(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """A map whose space on the disk is taken now: a write to a map that a full disk cannot hold ends the process."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, shape[0] * shape[1] * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype=dtype, mode="w+", shape=shape)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def bytes_needed(rows: int, hidden: int, blocks: int, *, post_norm: bool) -> int:
@@ -68,7 +85,7 @@ def capture(
         _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm))
         shards = [Captured(folder, k, rows, hidden, post_norm=post_norm, mode="w") for k in range(len(blocks))]
         _fill(model, family.slot, blocks, shards, examples, batch, progress)
-        done.touch()
+        write_text(done, "")
     return [Captured(folder, k, rows, hidden, post_norm=post_norm) for k in range(len(blocks))]
 
 

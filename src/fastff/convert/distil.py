@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import get_cosine_schedule_with_warmup
 
+from fastff.convert import earlier
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
-from fastff.convert.schedule import Average, Fade, SlowTurns
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.text.examples import Examples
+from fastff.train.routing import RoutingRows
 
 Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192
@@ -39,8 +44,11 @@ def normaliser(model: Any, block: nn.Module) -> Callable[[Tensor], Tensor]:
     return norm if norm is not None else lambda h: F.layer_norm(h, h.shape[-1:])
 
 
-def missed(norm: Callable[[Tensor], Tensor], dense: DenseWeights, module: nn.Module, x: Tensor, r: Tensor) -> Tensor:
-    """Share of the dense layer's effect that the new layer misses, after the norm: 0 is exact, 1 is the mean output.
+def unexplained(
+    norm: Callable[[Tensor], Tensor], dense: DenseWeights, module: nn.Module, x: Tensor, r: Tensor
+) -> Tensor:
+    """Share of the variance of the dense layer's effect, after the norm, that the new layer leaves unexplained: 0 is
+    exact, 1 is the mean output.
 
     Every dimension counts by its own variance, since a few outlying ones would hide all others."""
     y = dense_forward(dense, x)
@@ -72,24 +80,24 @@ def teach_layer(
     *,
     steps: int,
     batch: int = 2048,
-    rate: float = 1e-3,
+    lr: float = 1e-3,
     seed: int = 0,
     rows: int | None = None,
 ) -> float:
     """Initialise one layer and fit it to its dense layer on captured rows, or the first `rows` of them. Returns
-    `missed` on rows kept aside."""
+    `unexplained` on rows kept aside."""
     device = module.bias.device
     rng = np.random.default_rng(seed)
     count = len(captured) if rows is None else min(rows, len(captured))
     kept = min(CHUNK_ROWS, count // 10)
     sample = captured.rows(slice(kept, min(kept + 2 * CHUNK_ROWS, count)), device)[0]
     initialise(module, dense, sample, chunks_of(captured, device, kept, count), seed=seed)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, steps))
+    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    schedule = cosine(optimiser, steps)
     module.train()
     for _ in range(steps):
         start = int(rng.integers(kept, max(count - batch, kept) + 1))
-        loss = missed(norm, dense, module, *captured.rows(slice(start, min(start + batch, count)), device))
+        loss = unexplained(norm, dense, module, *captured.rows(slice(start, min(start + batch, count)), device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), CLIP)
@@ -97,25 +105,27 @@ def teach_layer(
         schedule.step()
     module.eval()
     with torch.no_grad():
-        return float(missed(norm, dense, module, *captured.rows(slice(0, kept), device)))
+        return float(unexplained(norm, dense, module, *captured.rows(slice(0, kept), device)))
 
 
 @torch.no_grad()
 def prune_layer(
     module: ConvertedFeedforward, dense: DenseWeights, norm: Callable[[Tensor], Tensor], captured: Captured
 ) -> float:
-    """Fill a narrow layer with the dense layer's strongest neurons. Returns `missed` on rows kept aside."""
+    """Fill a narrow layer with the dense layer's strongest neurons. Returns `unexplained` on rows kept aside."""
     kept = min(CHUNK_ROWS, len(captured) // 10)
     prune(module, dense, captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), module.bias.device)[0])
-    return float(missed(norm, dense, module, *captured.rows(slice(0, kept), module.bias.device)))
+    return float(unexplained(norm, dense, module, *captured.rows(slice(0, kept), module.bias.device)))
 
 
-def cosine(step: int, steps: int) -> float:
-    """Learning rate factor: a short rise, then half a cosine down to zero."""
-    rise = max(1, int(WARMUP * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+def cosine(optimiser: torch.optim.Optimizer, steps: int, *, done: int = 0) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning rates of steps `done` and later: a short rise, whose first step is not at zero, then half a cosine."""
+    for group in optimiser.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_cosine_schedule_with_warmup(
+        optimiser, max(1, int(WARMUP * steps)), steps + 1, last_epoch=done
+    )
+    return schedule
 
 
 def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind) -> Tensor:
@@ -148,27 +158,30 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
 class Recipe:
     """How all layers are taught together.
 
-    rate, rate_others  learning rates of the new layers and of everything else; embeddings are frozen
-    rate_routing       factor on `rate` for what decides turns: rows of w_in and b_in that belong to nodes
-    mild               share of the steps in which the dense layers' outputs are faded out: at first a block gives
-                       what its dense layer gave, after that what its new layer gives
-    average            decay of the average of all weights that is kept in the end, per step; 0 keeps the last weights
+    lr, lr_others     learning rates of the new layers and of everything else; embeddings are frozen
+    routing_lr_scale  factor on `lr` for what decides: rows of w_in and b_in that belong to nodes
+    dense_fade        share of the steps in which the dense layers' outputs are faded out: at first a block gives what
+                      its dense layer gave, after that what its new layer gives
+    average           decay of the average of all weights that is kept in the end, per step; 0 keeps the last weights
     """
 
     steps: int
     batch: int
-    rate: float = 1e-3
-    rate_others: float = 2e-4
-    rate_routing: float = 1.0
-    mild: float = 0.0
+    lr: float = 1e-3
+    lr_others: float = 2e-4
+    routing_lr_scale: float = 1.0
+    dense_fade: float = 0.0
     average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.mild < 1.0:
-            raise ValueError(f"mild {self.mild} is not in [0, 1)")
-        if not 0.0 <= self.average < 1.0:
-            raise ValueError(f"average {self.average} is not in [0, 1)")
+        for name in ("dense_fade", "average"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1)")
+
+    def dense_share(self, step: int) -> float:
+        """How much of the dense layers is left in a step."""
+        return 0.0 if self.dense_fade == 0 else max(0.0, 1 - step / (self.dense_fade * self.steps))
 
 
 def distil(
@@ -190,42 +203,101 @@ def distil(
     start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given. batches: indices
     of the examples of every step, if not in the order of the recipe's seed."""
     new, others = parameter_groups(student)
-    optimiser = torch.optim.AdamW(
-        [{"params": new, "lr": recipe.rate}, {"params": others, "lr": recipe.rate_others}],
-        weight_decay=0.0,
-        betas=(0.9, 0.98),
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: cosine(k, recipe.steps))
-    average = Average([*new, *others], recipe.average)
+    groups = [{"params": new, "lr": recipe.lr}, {"params": others, "lr": recipe.lr_others}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    trained = nn.ParameterList([*new, *others])
+    average = averaged(trained, recipe.average) if recipe.average else None
     if state is not None:
         optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        average.restore(state["average"])
-    drawn = batches or skip(examples.shuffled(recipe.batch, recipe.seed), start)
+        if average is not None:
+            average.load_state_dict(earlier.average_state(state["average"]))
+    schedule = cosine(optimiser, recipe.steps, done=start)
+    drawn = batches or islice(examples.shuffled(recipe.batch, recipe.seed), start, None)
     learn_without_dropout(student)
     teacher.eval()
-    fade, turns = Fade(student, teacher), SlowTurns(student, recipe.rate_routing)
+    fade, routing = DenseFade(student, teacher), RoutingRows(student)
     with _fast_products(student.device.type == "cuda"):
         for step in range(start, recipe.steps):
-            fade.share = 0.0 if recipe.mild == 0 else max(0.0, 1 - step / (recipe.mild * recipe.steps))
+            fade.share = recipe.dense_share(step)
             optimiser.zero_grad(set_to_none=True)
-            which = next(drawn)
-            for piece in pieces(examples, which, kind, student.config.vocab_size):
-                with fade:
-                    loss = distillation_loss(student, teacher, examples.batch(piece, student.device), kind)
-                (loss * (len(piece) / len(which))).backward()
-            nn.utils.clip_grad_norm_([*new, *others], CLIP)
-            turns.remember()
+            _backward(student, teacher, examples, next(drawn), kind, fade)
+            nn.utils.clip_grad_norm_(trained, CLIP)
+            if recipe.routing_lr_scale != 1.0:
+                routing.remember()
             optimiser.step()
-            turns.shorten()
+            if recipe.routing_lr_scale != 1.0:
+                routing.shorten(recipe.routing_lr_scale)
             schedule.step()
-            average.add()
+            if average is not None:
+                average.update_parameters(trained)
             progress("distil", step + 1, recipe.steps)
             if (step + 1) % checkpoint_every == 0 and step + 1 < recipe.steps:
-                kept = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
-                checkpoint(step + 1, {**kept, "average": average.state})
-    average.put()
+                means = None if average is None else average.state_dict()
+                checkpoint(step + 1, {"optimiser": optimiser.state_dict(), "average": means})
+    if average is not None:
+        with torch.no_grad():
+            for parameter, mean in zip(trained, average.parameters(), strict=True):
+                parameter.copy_(mean)
     student.eval()
+
+
+def _backward(
+    student: Any, teacher: Any, examples: Examples, which: np.ndarray[Any, Any], kind: Kind, fade: DenseFade
+) -> None:
+    """Gradients of a step's loss, piece by piece."""
+    for piece in pieces(examples, which, kind, student.config.vocab_size):
+        with fade:
+            loss = distillation_loss(student, teacher, examples.batch(piece, student.device), kind)
+        (loss * (len(piece) / len(which))).backward()
+
+
+def averaged(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of a module's parameters, which begins with what they are; its decay rises to `decay`, so
+    that the first steps fade soon."""
+
+    def mean(value: Tensor, parameter: Tensor, count: Tensor | int) -> Tensor:
+        keep = min(decay, float(count / (10 + count)))
+        return torch.lerp(value, parameter, 1 - keep)
+
+    average = AveragedModel(module, avg_fn=mean)
+    average.update_parameters(module)
+    return average
+
+
+class DenseFade:
+    """Within the context, each replaced layer gives `share` of what the teacher's dense layer gives for the same
+    input, and the rest of its own; with share 0 nothing is changed or computed."""
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        family = family_of(student.config.model_type)
+        pairs = zip(family.blocks_of(student), family.blocks_of(teacher), strict=True)
+        self.share = 0.0
+        self._layers = [
+            (slot, family.dense_of(dense))
+            for block, dense in pairs
+            if isinstance(slot := family.slot_of(block), ConvertedFeedforward)
+        ]
+        for _, dense in self._layers:
+            dense.requires_grad_(False)
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        if self.share > 0:
+            for slot, dense in self._layers:
+                self._hooks.append(slot.register_forward_hook(self._mixer(dense)))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _mixer(self, dense: nn.Module) -> Any:
+        def mix(_slot: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            mixed: Tensor = torch.lerp(y, dense(arguments[0]), self.share)
+            return mixed
+
+        return mix
 
 
 def pieces(examples: Examples, which: np.ndarray[Any, Any], kind: Kind, vocabulary: int) -> list[np.ndarray[Any, Any]]:
@@ -247,12 +319,6 @@ def _fast_products(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def skip(batches: Iterator[Any], count: int) -> Iterator[Any]:
-    for _ in range(count):
-        next(batches)
-    return batches
 
 
 def parameter_groups(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""A feedforward layer from the dense layer it replaces: turns from the data, leaves from its neurons, values by ridge.
+"""A feedforward layer from its dense one: decisions from the data, leaves from its neurons, values by ridge.
 
 Each tree gets its own share of the dense neurons. Its nodes split the rows that reach them in halves, along the best of
 three directions: the first principal component of the inputs, the line between two means, and the direction of the
@@ -49,7 +49,7 @@ def contribution(dense: DenseWeights, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chunks: Chunks, *, seed: int = 0) -> None:
-    """Fill a fresh layer from the dense one. x (rows, hidden): a sample for the turns; chunks: all captured rows."""
+    """Fill a fresh layer from the dense one. x (rows, hidden): a sample to decide by; chunks: all captured rows."""
     order = contribution(dense, x).sum(0).argsort(descending=True)
     if isinstance(module.layer, FFF):
         always = 0 if module.shared is None else module.shared.neurons
@@ -139,8 +139,8 @@ def _initialise_tree(layer: FFF, dense: DenseWeights, x: Tensor, neurons: Tensor
 def best_split(x: Tensor, value: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """The split of x (rows, hidden) into halves after which `wanted` neurons a side keep most of value (rows, neurons).
 
-    Returns the direction and offset, scaled to scores of unit variance, and which rows turn right."""
-    if x.shape[0] < 4:  # nothing to learn from: any turn will do
+    Returns the direction and offset, scaled to scores of unit variance, and which rows go right."""
+    if x.shape[0] < 4:  # nothing to learn from: any decision will do
         direction = torch.zeros_like(x[0]) if x.shape[0] else x.new_zeros(x.shape[1])
         return direction, x.new_zeros(()), torch.arange(x.shape[0], device=x.device) % 2 == 1
     centred = x - x.mean(0)

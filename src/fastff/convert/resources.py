@@ -11,9 +11,9 @@ import psutil
 import torch
 
 from fastff.convert.capture import bytes_needed
+from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import LOGITS
 from fastff.convert.initialise import ROUTING_ROWS
-from fastff.convert.settings import Settings
 from fastff.convert.student import dense_layers, stored_neurons
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
@@ -25,14 +25,18 @@ LOGITS_COPIES = 6  # of a piece of a step
 
 
 def check(
-    settings: Settings, teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], work: Path, longest: int
+    settings: ConversionSettings,
+    teacher: Any,
+    kind: str,
+    descriptions: Sequence[Mapping[str, Any]],
+    work: Path,
+    longest: int,
 ) -> None:
     """Raise CheckpointError if disk or memory is too small. descriptions: the largest candidate of each block;
     longest: tokens of an example."""
-    arms = (1 + len(settings.controls)) + len(settings.curve) * len({*settings.controls, "tree"} - {"none"})
     student = student_bytes(teacher, descriptions)
-    _refuse("of disk", disk_bytes(settings, teacher, student, arms, work), shutil.disk_usage(work).free, str(work))
-    needed = memory_bytes(teacher, kind, descriptions, student, arms, settings.batch * longest)
+    _refuse("of disk", disk_bytes(settings, teacher, student, work), shutil.disk_usage(work).free, str(work))
+    needed = memory_bytes(teacher, kind, descriptions, student, settings.students, settings.batch * longest)
     if teacher.device.type == "cuda":
         free, place = torch.cuda.mem_get_info(teacher.device)[0], torch.cuda.get_device_name(teacher.device)
         _refuse("of GPU memory beside the model", needed, free, place)
@@ -48,7 +52,7 @@ def student_bytes(teacher: Any, descriptions: Sequence[Mapping[str, Any]]) -> in
     return FLOAT * int(sum(p.numel() for p in teacher.parameters()) - dense + rows * hidden)
 
 
-def disk_bytes(settings: Settings, teacher: Any, student: int, arms: int, work: Path) -> int:
+def disk_bytes(settings: ConversionSettings, teacher: Any, student: int, work: Path) -> int:
     """Bytes still to be written: captured rows unless they are there, and every student's two files, one of them with
     the optimiser's state."""
     family = family_of(teacher.config.model_type)
@@ -56,11 +60,11 @@ def disk_bytes(settings: Settings, teacher: Any, student: int, arms: int, work: 
     captured = bytes_needed(settings.rows, hidden, blocks, post_norm=family.norm is not None)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     tokens = FLOAT * settings.max_tokens
-    return max(0, captured + arms * student * (2 + ADAM) + student + min(tokens, there) - there)
+    return max(0, captured + settings.students * student * (2 + ADAM) + student + min(tokens, there) - there)
 
 
 def memory_bytes(
-    teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], student: int, arms: int, tokens: int
+    teacher: Any, kind: str, descriptions: Sequence[Mapping[str, Any]], student: int, students: int, tokens: int
 ) -> int:
     """Bytes of the greatest need beside the teacher: regression of one layer, or a step of the distillation on so many
     tokens. All students stay until their times are measured."""
@@ -73,12 +77,12 @@ def memory_bytes(
     if kind in ("causal", "masked"):
         logits, tokens = LOGITS_COPIES * config.vocab_size, min(tokens, LOGITS // config.vocab_size)
     step = (1 + ADAM) * student + FLOAT * tokens * (states + logits)
-    return int(arms * student + max(regression, step))
+    return int(students * student + max(regression, step))
 
 
 def _refuse(what: str, needed: int, free: int, place: str) -> None:
     if needed > free:
         raise CheckpointError(
             f"this conversion needs about {needed / 1e9:.2f} GB {what}, {place} has {free / 1e9:.2f} GB free: "
-            "fewer rows, controls or points of the curve, or a smaller batch, need less"
+            "fewer rows, baselines or points of the curve, or a smaller batch, need less"
         )

@@ -42,7 +42,7 @@ def describe_tree(dense: DenseWeights, *, trees: int, depth: int, leaf_width: in
 
 
 def describe_narrow(dense: DenseWeights, neurons: int) -> dict[str, Any]:
-    """Description of the control: an ordinary layer of `neurons` neurons."""
+    """Description of the baseline: an ordinary layer of `neurons` neurons."""
     return {"kind": "dense", "intermediate_size": neurons, "activation": _plain_activation(dense), "bias": True}
 
 
@@ -96,8 +96,8 @@ def build_student(
 ) -> tuple[Any, list[float | None]]:
     """Copy the teacher, replace its layers, teach each on captured rows; or, if pruned, only leave neurons out.
 
-    Returns the student and, per block, the share of the dense layer's effect that its new layer misses
-    (`distil.missed`), None where the layer stayed dense."""
+    Returns the student and, per block, the share of the dense layer's effect that is unexplained
+    (`distil.unexplained`), None where the layer stayed dense."""
     dense = dense_layers(teacher)
     student = make_converted(teacher, descriptions)
     use_masked_training(student.modules(), student.device.type == "cuda")

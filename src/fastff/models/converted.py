@@ -36,7 +36,7 @@ from fastff.conditional import ConditionalFeedforward
 from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
-from fastff.models.feedforward import ConvertedFeedforward, complete, split_shared
+from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.weight_files import check_dtypes, hub_options, naming, stored_dtypes
 from fastff.routers import Router
 
@@ -74,10 +74,10 @@ class ConvertedConfig(PreTrainedConfig):
             return  # Transformers makes an empty configuration to find what differs from the defaults
         if not isinstance(self.feedforwards, list | tuple | None):
             raise CheckpointError(f"'feedforwards' {self.feedforwards!r} is not a list")
-        _original(self.base)
+        width = _original(self.base).hidden_size
         for description in self.feedforwards or ():
             if description is not None:
-                complete(split_shared(description)[0])
+                ConvertedFeedforward(description, width, device="meta")
 
     def __getattr__(self, name: str) -> Any:
         if name not in _SIZES or self.__dict__.get("base") is None:
@@ -104,9 +104,19 @@ class ConvertedConfig(PreTrainedConfig):
         """Nothing: a saved directory names its loader anyway, and this class's own source is not to be copied."""
 
     @classmethod
+    def _made(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        make: Callable[..., Self] = super().from_dict
+        try:
+            return make(config_dict, **kwargs)
+        except CheckpointError:
+            raise
+        except Exception as error:  # values of any type are compared, and all failures mean the same here
+            raise CheckpointError(f"configuration that no converted model fits: {error}") from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As in Transformers; what the original configuration has, such as num_labels, is set there."""
-        made: Callable[..., Self] = super().from_dict
+        made = cls._made
         base = config_dict.get("base")
         if base is None:
             return made(config_dict, **kwargs)

@@ -186,6 +186,6 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model_type: str) -> Family:
     """Raises CheckpointError naming the known model types."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"model type {model_type!r} is not one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

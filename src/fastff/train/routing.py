@@ -106,41 +106,53 @@ class Health:
         return found
 
 
+class RoutingRows:
+    """The rows of w_in and b_in that decide, in all trees of a model, and how far an optimiser step may move them.
+
+    Adam's steps do not depend on a gradient's scale, so a step is shortened after it was taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for layer in conditional_layers(model).values() if layer.config.depth]
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step."""
+        self._before = [rows.clone() for layer in self._layers for rows in self._of(layer)]
+
+    @torch.no_grad()
+    def shorten(self, share: float, *, per_level: float = 1.0) -> None:
+        """After it: keep `share` of the way at the root, and `per_level` times as much at every level below."""
+        before = iter(self._before)
+        for layer in self._layers:
+            levels = torch.arange(1, layer.config.nodes + 1, device=layer.w_in.device).log2().floor()
+            kept = share * per_level**levels
+            for rows in self._of(layer):
+                old = next(before)
+                rows.copy_(old + kept.to(rows.dtype).view(1, -1, *(1,) * (rows.dim() - 2)) * (rows - old))
+
+    @staticmethod
+    def _of(layer: FFF) -> list[Tensor]:
+        nodes = layer.config.nodes
+        return [tensor[:, :nodes] for tensor in (layer.w_in, layer.b_in) if tensor is not None]
+
+
 class Pace:
     """Hooks on an optimiser that scale its updates of the routing rows, level by level, and stop them in the end."""
 
     def __init__(self, model: nn.Module, options: LayerTraining, progress: Callable[[], float]) -> None:
-        self.layers = [layer for layer in conditional_layers(model).values() if layer.config.depth]
-        self.options, self.progress = options, progress
-        self.before: list[Tensor] = []
+        self.rows, self.options, self.progress = RoutingRows(model), options, progress
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Take effect on every step of `optimizer` from now on."""
-        optimizer.register_step_pre_hook(lambda *_: self._note())
+        optimizer.register_step_pre_hook(lambda *_: self.rows.remember())
         optimizer.register_step_post_hook(lambda *_: self._scale())
 
-    @torch.no_grad()
-    def _note(self) -> None:
-        self.before = [rows.clone() for layer in self.layers for rows in _routing_rows(layer)]
-
-    @torch.no_grad()
     def _scale(self) -> None:
-        before = iter(self.before)
-        frozen = self.progress() > self.options.freeze_after
-        if not frozen and self.options.level_rate == 1.0:
-            return
-        for layer in self.layers:
-            levels = torch.arange(1, layer.config.nodes + 1, device=layer.w_in.device).log2().floor()
-            factor = torch.zeros_like(levels) if frozen else self.options.level_rate**levels
-            for rows in _routing_rows(layer):
-                old = next(before)
-                shaped = factor.to(rows.dtype).view(1, -1, *(1,) * (rows.dim() - 2))
-                rows.copy_(old + shaped * (rows - old))
-
-
-def _routing_rows(layer: FFF) -> list[Tensor]:
-    nodes = layer.config.nodes
-    return [tensor[:, :nodes] for tensor in (layer.w_in, layer.b_in) if tensor is not None]
+        if self.progress() > self.options.freeze_after:
+            self.rows.shorten(0.0)
+        elif self.options.level_rate != 1.0:
+            self.rows.shorten(1.0, per_level=self.options.level_rate)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Strict reading of model directories: our own layout and the published one.
 
 A published directory holds `config.json` with `model_type` "crammedBERT", or the flat `model_config.json`, beside
-`model.safetensors` or `pytorch_model.bin`; `fastff.models.encoder.published` checks and renames its tensors.
+`model.safetensors` or `pytorch_model.bin`; `fastff.models.published` checks and renames its tensors.
 Auto classes need a `config.json`; the model classes and `convert_published` read the flat layout too.
 """
 
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fastff.errors import CheckpointError
-from fastff.models.encoder import published
 from fastff.models.encoder.configuration import UltraFastBertConfig
+from fastff.models.published.fields import MODEL_TYPE, OWN_CLASSES, is_published, translated
+from fastff.models.published.tensors import class_of, state_of, vocab_size
 from fastff.models.weight_files import (
     Source,
     check_dtypes,
@@ -65,7 +66,7 @@ def load(
     options: dict[str, Any] = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config_file, content = _read_config(source, hub)
     saved_by: str | None
-    if content is not None and published.is_published(content):
+    if content is not None and is_published(content):
         saved_by, read_config, state = _read_published(source, content, hub)
         if saved_by != model_class.__name__:
             state = {name: tensor for name, tensor in state.items() if name not in _HEADS}
@@ -90,8 +91,8 @@ def convert_published(source: Source, target: Source) -> Path:
     Raises CheckpointError, before anything is written, if source is not a published checkpoint or not a sound one.
     """
     _, content = _read_config(source, {})
-    if content is None or not published.is_published(content):
-        raise CheckpointError(f"{source} is not in the published layout, model_type {published.MODEL_TYPE!r}")
+    if content is None or not is_published(content):
+        raise CheckpointError(f"{source} is not in the published layout, model_type {MODEL_TYPE!r}")
     class_name, config, state = _read_published(source, content, {})
     state.pop("decoder.weight", None)  # tied to the embedding
     config.architectures = [class_name]
@@ -122,7 +123,7 @@ def _check_own(source: Source, content: dict[str, Any] | None, config: Any) -> s
         return None
     found, known = content.get("model_type"), UltraFastBertConfig.model_type
     if found != known:
-        raise CheckpointError(f"{source} has model_type {found!r}, expected {known!r} or {published.MODEL_TYPE!r}")
+        raise CheckpointError(f"{source} has model_type {found!r}, expected {known!r} or {MODEL_TYPE!r}")
     names = content.get("architectures") or [None]
     return str(names[0]) if isinstance(names, list) else None
 
@@ -133,11 +134,11 @@ def _read_published(
     """The class of ours that a published checkpoint is for, its configuration and its tensors under our names."""
     state = _read_weights(source, hub)
     config = UltraFastBertConfig.from_dict(content)
-    config.vocab_size = published.translated(content).get("vocab_size") or published.vocab_size(state)
-    kind = published.class_of(state, content)
+    config.vocab_size = translated(content).get("vocab_size") or vocab_size(state)
+    kind = class_of(state, content)
     with no_init_weights():  # the layers made on the way are overwritten: neither time nor random numbers for them
-        own = published.state_of(state, config, kind)
-    return published.OWN_CLASSES[kind], config, own
+        own = state_of(state, config, kind)
+    return OWN_CLASSES[kind], config, own
 
 
 def _read_weights(source: Source, hub: dict[str, Any]) -> dict[str, Tensor]:

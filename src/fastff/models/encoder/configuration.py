@@ -11,10 +11,10 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from fastff.errors import CheckpointError, ShapeError
-from fastff.models.encoder import published
 from fastff.models.feedforward import build_feedforward, complete
+from fastff.models.published.fields import MODEL_TYPE, is_published, translated
 
-MOST_LAYERS = 2**16  # a damaged number must not build layers until memory ends
+MOST_LAYERS, MOST = 2**16, 2**24  # of layers, and of any other size: a damaged number must not take all memory
 POOLERS = ("masked_avg", "avg", "zero_index")
 FEEDFORWARD_INITS = ("published", "fan_in")
 
@@ -92,8 +92,9 @@ class UltraFastBertConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ShapeError(f"{name} {value!r} is not an integer of at least {least}")
-        if self.num_hidden_layers > MOST_LAYERS:
-            raise ShapeError(f"num_hidden_layers {self.num_hidden_layers} is more than {MOST_LAYERS}")
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if value > most:
+                raise ShapeError(f"{name} {value} is more than {most}")
         if self.hidden_size % self.num_attention_heads:
             raise ShapeError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -132,13 +133,18 @@ class UltraFastBertConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As in Transformers; a published configuration is translated. Raises CheckpointError."""
-        return super().from_dict(_own(config_dict), **kwargs)
+        try:
+            return super().from_dict(_own(config_dict), **kwargs)
+        except CheckpointError:
+            raise
+        except Exception as error:  # values of any type are compared, and all failures mean the same here
+            raise CheckpointError(f"configuration that no model fits: {error}") from error
 
 
 class CrammedBertConfig(UltraFastBertConfig):
     """What `AutoConfig` finds for the published `model_type`; reading it gives an UltraFastBertConfig."""
 
-    model_type = published.MODEL_TYPE
+    model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -147,11 +153,13 @@ class CrammedBertConfig(UltraFastBertConfig):
 
 def _own(content: dict[str, Any]) -> dict[str, Any]:
     """A configuration file's content, translated if it is a published one. Raises CheckpointError."""
-    if not published.is_published(content):
+    if not is_published(content):
         return content
-    arguments = published.translated(content)
     try:
+        arguments = translated(content)
         UltraFastBertConfig(**arguments)
-    except (TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # values of any type are compared, and all failures mean the same here
         raise CheckpointError(f"published configuration that no model fits: {error}") from error
     return arguments

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastff.convert.budget import duration
-from fastff.convert.chart import LABELS, curve
+from fastff.convert.conversion_chart import LABELS, curve
+from fastff.convert.time_budget import duration
+from fastff.io import write_text
 
 AUTO_NAMES = {
     "embedding": "AutoModel",
@@ -17,7 +18,7 @@ AUTO_NAMES = {
     "masked": "AutoModelForMaskedLM",
     "classifier": "AutoModelForSequenceClassification",
 }
-CONTROLS = {
+BASELINES = {
     "narrow": "Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
     "operations as the trees.",
     "pruned": "Pruned dense: the dense neurons that do most, as they were.",
@@ -34,16 +35,14 @@ STYLE = (
 
 def write(out: Path, record: dict[str, Any]) -> None:
     """Write OUT/report/report.json, OUT/report/index.html and OUT/README.md."""
-    folder = out / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "index.html").write_text(page(record), encoding="utf-8")
-    (out / "README.md").write_text(card(record), encoding="utf-8")
+    write_text(out / "report" / "report.json", json.dumps(record, indent=2) + "\n")
+    write_text(out / "report" / "index.html", page(record))
+    write_text(out / "README.md", card(record))
 
 
 def ratios(record: dict[str, Any], what: str = "latency_ms", name: str = "tree") -> list[float]:
     """How many times faster than dense, at each timed shape: whole calls, or with "feedforward_ms" those layers."""
-    pairs = zip(record["dense"][what], record["arms"][name][what], strict=True)
+    pairs = zip(record["dense"][what], record["variants"][name][what], strict=True)
     return [dense / max(new, 1e-9) for dense, new in pairs]
 
 
@@ -73,15 +72,15 @@ def quality_rows(record: dict[str, Any]) -> list[list[str]]:
     figures = ["", figure(dense["quality"]), *map(figure, dense["further"].values()), ""]
     rows = [["dense (original)", "100", *figures, *_times(dense)]]
     for point in (record, *record["curve"]):
-        for name, arm in point["arms"].items():
-            figures = [figure(arm["before"]), figure(arm["after"]), *map(figure, arm["further"].values())]
-            figures.append(figure(arm["held_out_loss"], 4))
-            rows.append([LABELS[name], f"{100 * arm['active']:.1f}", *figures, *_times(arm)])
+        for name, variant in point["variants"].items():
+            figures = [figure(variant["before"]), figure(variant["after"]), *map(figure, variant["further"].values())]
+            figures.append(figure(variant["held_out_loss"], 4))
+            rows.append([LABELS[name], f"{100 * variant['active']:.1f}", *figures, *_times(variant)])
     return rows
 
 
-def _times(arm: dict[str, Any]) -> list[str]:
-    pairs = zip(arm["latency_ms"], arm["feedforward_ms"], strict=True)
+def _times(variant: dict[str, Any]) -> list[str]:
+    pairs = zip(variant["latency_ms"], variant["feedforward_ms"], strict=True)
     return [f"{whole:.1f} ({layers:.1f})" for whole, layers in pairs]
 
 
@@ -107,9 +106,9 @@ def layer_rows(record: dict[str, Any]) -> list[list[str]]:
                 layer["reason"],
                 " / ".join(f"{us:.0f}" for us in dense["times_us"]),
                 "" if mine is dense else " / ".join(f"{us:.0f}" for us in mine["times_us"]),
-                "" if mine is dense else f"{mine['harm']:.4f}",
-                "" if layer["missed"] is None else f"{100 * layer['missed']:.1f}",
-                *(f"{100 * value:.1f}" for value in layer["oracle_missed"].values()),
+                "" if mine is dense else f"{mine['loss_increase']:.4f}",
+                "" if layer["unexplained"] is None else f"{100 * layer['unexplained']:.1f}",
+                *(f"{100 * value:.1f}" for value in layer["best_selection_unexplained"].values()),
             ]
         )
     return rows
@@ -121,8 +120,8 @@ def tried_rows(record: dict[str, Any]) -> list[list[str]]:
         [
             layer_name(tried["description"]),
             " / ".join(f"{us:.0f}" for us in tried["times_us"]),
-            f"{100 * tried['missed']:.1f}",
-            f"{tried['harm']:.4f}",
+            f"{100 * tried['unexplained']:.1f}",
+            f"{tried['loss_increase']:.4f}",
         ]
         for tried in record["tried"]
     ]
@@ -136,9 +135,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """The report as one HTML page."""
-    fractions = [f"best {100 * float(f):.0f} % misses, %" for f in record["layers"][0]["oracle_missed"]]
+    fractions = [f"best {100 * float(f):.0f} % leave, %" for f in record["layers"][0]["best_selection_unexplained"]]
     at = " / ".join(shape_names(record))
-    controls = " ".join(text for name, text in CONTROLS.items() if name in record["arms"])
+    baselines = " ".join(text for name, text in BASELINES.items() if name in record["variants"])
     health = [
         [str(k), f"{r['entropy_bits']:.2f} of {r['depth']}", f"{r['dead_leaves']} of {r['leaves']}"]
         for k, r in enumerate(record["routing"])
@@ -148,18 +147,27 @@ def page(record: dict[str, Any]) -> str:
         f"<p>{html.escape(summary(record))}</p><h2>Quality and time</h2>",
         _table(quality_head(record), quality_rows(record)),
         f"<figure>{curve(record)}</figure>",
-        f"<p>{controls} {_course(record)} Where a control is as good as the trees, routing brings nothing. Times are "
-        f"medians of calls that took turns in one process, {html.escape(record['timed_on'])}; in brackets the "
+        f"<p>{baselines} {_recipe_sentence(record)} Where a baseline is as good as the trees, routing brings nothing. "
+        f"Times are medians of alternating calls in one process, {html.escape(record['timed_on'])}; in brackets the "
         "feedforward layers alone.</p><h2>Layers</h2>",
         _table(
-            ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "harm alone", "misses, %", *fractions],
+            [
+                "block",
+                "layer",
+                "why",
+                f"dense, us, {at}",
+                f"new, us, {at}",
+                "loss increase alone",
+                "unexplained, %",
+                *fractions,
+            ],
             layer_rows(record),
         ),
-        "<p>Misses: share of the dense layer's effect, after the following norm, that the layer alone does not give "
-        "back; each dimension counts by its own variance. Harm: the loss at the model's end with this layer alone "
-        "replaced, on held-out text, before the distillation. Best: the dense neurons that contribute most, chosen for "
-        "each token with knowledge of all.</p><h2>Shapes tried on the middle block</h2>",
-        _table(["layer", f"us, {at}", "misses, %", "harm alone"], tried_rows(record)),
+        "<p>Unexplained: share of the variance of the dense layer's effect, after the following norm, that the layer "
+        "alone does not give back; each dimension counts by its own variance. Loss increase: at the model's end with "
+        "this layer alone replaced, on held-out text, before the distillation. Best: the dense neurons that contribute "
+        "most, chosen for each token with knowledge of all.</p><h2>Shapes tried on the middle block</h2>",
+        _table(["layer", f"us, {at}", "unexplained, %", "loss increase alone"], tried_rows(record)),
         "<h2>Routing</h2>",
         _table(["tree layer", "leaf entropy, bits", "leaves never used"], health),
     ]
@@ -170,7 +178,7 @@ def page(record: dict[str, Any]) -> str:
     )
 
 
-def _course(record: dict[str, Any]) -> str:
+def _recipe_sentence(record: dict[str, Any]) -> str:
     """How all students were taught, and what that took."""
     table, memory = record["timetable"], record["gpu_bytes"]
     held = "" if memory is None else f"; {memory['used'] / 2**30:.1f} GiB of GPU memory were used at most"
@@ -182,7 +190,7 @@ def _course(record: dict[str, Any]) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The result in a few sentences."""
-    tree = record["arms"]["tree"]
+    tree = record["variants"]["tree"]
     layers = ratios(record, "feedforward_ms")
     times = [
         f"{name} tokens take {new:.1f} ms instead of {old:.1f} ms ({old / max(new, 1e-9):.2f}x; feedforwards "

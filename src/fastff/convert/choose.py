@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastff.convert.settings import Settings
+from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.student import fit_tree, stored_neurons
 from fastff.models.families import DenseWeights
 
@@ -40,19 +40,23 @@ class Shape:
 class Option:
     """One way to make one block's feedforward. The first of a block is the dense layer itself, description None.
 
-    share  of the dense layer's floating-point operations      times_us  at each of the timed shapes
-    missed of its effect after the norm (`distil.missed`)      harm      to the model's output with this layer alone
+    share          of the dense layer's floating-point operations
+    times_us       at each of the timed shapes
+    unexplained    share of the variance of its effect after the norm (`distil.unexplained`)
+    loss_increase  of the model's output with this layer alone
+    measured_on    the block that the last two were measured on: another where there was no time for each
     """
 
     description: dict[str, Any] | None
     share: float
     times_us: tuple[float, ...]
-    missed: float = 0.0
-    harm: float = 0.0
+    unexplained: float = 0.0
+    loss_increase: float = 0.0
+    measured_on: int | None = None
 
 
 @dataclass(frozen=True)
-class Clock:
+class LatencyProfile:
     """Microseconds at each timed shape: of the whole dense model, and of each block's dense feedforward."""
 
     model_us: tuple[float, ...]
@@ -74,7 +78,7 @@ class Clock:
         )
 
 
-def shapes_of(settings: Settings, dense: DenseWeights) -> list[Shape]:
+def shapes_of(settings: ConversionSettings, dense: DenseWeights) -> list[Shape]:
     """The shapes that fit the budget: with the shared neurons asked for, or each of PARTS."""
     parts = PARTS if settings.shared is None else (0.0,)
     shapes = [Shape(t, d, settings.shared or 0, part) for part in parts for t in TREES for d in DEPTHS]
@@ -83,56 +87,56 @@ def shapes_of(settings: Settings, dense: DenseWeights) -> list[Shape]:
 
 def shortlist(shapes: Sequence[Shape], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
     """Indices of shapes worth trying: at most SLOWER times as slow as the fastest; of those, the ones that store most
-    neurons, the parts of the work taking turns, the largest first. slowness: relative time."""
+    neurons, the parts of the work alternating, the largest first. slowness: relative time."""
     fast = [k for k, t in enumerate(slowness) if t <= SLOWER * min(slowness)]
-    turns: list[tuple[int, float, int]] = []
+    ranked: list[tuple[int, float, int]] = []
     for part in {shapes[k].part for k in fast}:
         mine = sorted((k for k in fast if shapes[k].part == part), key=lambda k: (-stored[k], slowness[k]))
-        turns += [(turn, -part, k) for turn, k in enumerate(mine)]
-    return [k for _, _, k in sorted(turns)][:TRIED]
+        ranked += [(place, -part, k) for place, k in enumerate(mine)]
+    return [k for _, _, k in sorted(ranked)][:TRIED]
 
 
-def shares_of(settings: Settings) -> list[float]:
+def shares_of(settings: ConversionSettings) -> list[float]:
     """Shares of a layer's work to make candidates for, largest first."""
     if settings.speedup is not None:
         return list(LADDER)
     return [share * settings.share for share in sorted(AROUND, reverse=True) if share * settings.share <= 1.0]
 
 
-def refuse(speedup: float, clock: Clock, best: float) -> ValueError:
+def refuse(speedup: float, profile: LatencyProfile, best: float) -> ValueError:
     """The error for a speedup that no choice of layers reaches, with the best that is reachable."""
     return ValueError(
         f"speedup {speedup:.2f}x cannot be reached here: the fastest candidates give {best:.2f}x, and without any "
-        f"feedforward work the model would be {min(clock.ceilings()):.2f}x faster"
+        f"feedforward work the model would be {min(profile.ceilings()):.2f}x faster"
     )
 
 
-def largest(settings: Settings, dense: Sequence[DenseWeights]) -> list[dict[str, Any]]:
+def largest(settings: ConversionSettings, dense: Sequence[DenseWeights]) -> list[dict[str, Any]]:
     """Of each block, the candidate that stores most neurons."""
     share = max(shares_of(settings) + list(settings.curve))
     fitted = [[d for s in shapes_of(settings, layer) if (d := s.fit(layer, share))] for layer in dense]
     return [max(tried, key=stored_neurons) for tried in fitted]
 
 
-def choose(settings: Settings, options: Sequence[Sequence[Option]], clock: Clock) -> list[int]:
-    """Index of the option of each block: the least harm within the budget. Raises ValueError if nothing keeps it."""
-    harms = [[max(0.0, option.harm) for option in block] for block in options]
+def choose(settings: ConversionSettings, options: Sequence[Sequence[Option]], profile: LatencyProfile) -> list[int]:
+    """Index of the option of each block: the least loss within the budget. Raises ValueError if nothing keeps it."""
+    loss_increases = [[max(0.0, option.loss_increase) for option in block] for block in options]
     if settings.speedup is None:
         paying = [[k for k in range(len(block)) if _pays(settings, block, k)] or [0] for block in options]
         work = [
             [block[k].share - settings.share if k else 0.0 for k in ks]
             for block, ks in zip(options, paying, strict=True)
         ]
-        found = _least_harm(work, [[h[k] for k in ks] for h, ks in zip(harms, paying, strict=True)], 0.0)
+        found = _least_increase(work, [[h[k] for k in ks] for h, ks in zip(loss_increases, paying, strict=True)], 0.0)
         if found is not None:
             return [ks[k] for ks, k in zip(paying, found, strict=True)]
         raise ValueError(f"no choice of layers keeps active {settings.share:.2%}")
-    allowed = [total / settings.speedup - clock.rest_us(k) for k, total in enumerate(clock.model_us)]
+    allowed = [total / settings.speedup - profile.rest_us(k) for k, total in enumerate(profile.model_us)]
     cost = [[_part(option.times_us, allowed) for option in block] for block in options]
-    found = _least_harm(cost, harms, 1.0)
+    found = _least_increase(cost, loss_increases, 1.0)
     if found is None:
         fastest = [tuple(map(min, zip(*(option.times_us for option in block), strict=True))) for block in options]
-        raise refuse(settings.speedup, clock, clock.reach(fastest))
+        raise refuse(settings.speedup, profile, profile.reach(fastest))
     return found
 
 
@@ -141,7 +145,7 @@ def _part(times_us: Sequence[float], allowed_us: Sequence[float]) -> float:
     return max(t / a if a > 0 else np.inf for t, a in zip(times_us, allowed_us, strict=True))
 
 
-def _pays(settings: Settings, block: Sequence[Option], k: int) -> bool:
+def _pays(settings: ConversionSettings, block: Sequence[Option], k: int) -> bool:
     """Whether a candidate may stand in a block: it is no dense layer and not slower than it where rows are timed."""
     if k == 0:
         return False
@@ -149,8 +153,10 @@ def _pays(settings: Settings, block: Sequence[Option], k: int) -> bool:
     return settings.keep_slow or all(new < dense for new, dense in pairs)
 
 
-def _least_harm(costs: Sequence[Sequence[float]], harms: Sequence[Sequence[float]], budget: float) -> list[int] | None:
-    """One index a block so that the costs sum to at most `budget` and the harms are least; None if impossible.
+def _least_increase(
+    costs: Sequence[Sequence[float]], loss_increases: Sequence[Sequence[float]], budget: float
+) -> list[int] | None:
+    """One index a block so that the costs sum to at most `budget` and the loss_increases are least; None if impossible.
 
     Costs are rounded up to BINS steps, so the budget is kept, and used but for blocks / BINS of its span."""
     low = [min(block) for block in costs]
@@ -160,12 +166,12 @@ def _least_harm(costs: Sequence[Sequence[float]], harms: Sequence[Sequence[float
     step = max(room, 1e-12) / BINS
     best = np.zeros(BINS + 1)
     taken: list[np.ndarray[Any, Any]] = []
-    for block, harm, least in zip(costs, harms, low, strict=True):
+    for block, loss_increase, least in zip(costs, loss_increases, low, strict=True):
         table = np.full((len(block), BINS + 1), np.inf)
         for k, cost in enumerate(block):
             steps = np.ceil((cost - least) / step - 1e-9)
             if steps <= BINS:
-                table[k, int(steps) :] = best[: BINS + 1 - int(steps)] + harm[k]
+                table[k, int(steps) :] = best[: BINS + 1 - int(steps)] + loss_increase[k]
         taken.append(table.argmin(0))
         best = table.min(0)
     chosen: list[int] = []

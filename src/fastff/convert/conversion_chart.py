@@ -31,8 +31,8 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
     if metric:
         out["dense"].append((record["dense"]["latency_ms"][shape], record["dense"]["quality"]))
     for point in (record, *record["curve"]):
-        for name, arm in point["arms"].items():
-            out[name].append((arm["latency_ms"][shape], arm["after"] if metric else arm["held_out_loss"]))
+        for name, variant in point["variants"].items():
+            out[name].append((variant["latency_ms"][shape], variant["after"] if metric else variant["held_out_loss"]))
     return {name: sorted(points) for name, points in out.items() if points}
 
 

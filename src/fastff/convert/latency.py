@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastff.convert.capture import Captured
-from fastff.convert.distil import missed, normaliser
+from fastff.convert.choose import LatencyProfile
+from fastff.convert.distil import normaliser, unexplained
 from fastff.convert.initialise import contribution, hidden_of
-from fastff.convert.plan import Clock
 from fastff.convert.student import dense_layers
 from fastff.layers import FFF
 from fastff.models.families import DenseWeights, family_of
@@ -22,30 +22,32 @@ from fastff.text.examples import Examples
 
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed
-LEAST_CALLS = 6  # of whatever is timed; the first is not counted
+LEAST_CALLS, LONG = 6, 20.0  # of whatever is timed; the first is not counted
 FRACTIONS = (0.25, 0.1, 0.05, 0.02)
 ORACLE_ROWS = 2048
 
 
 def interleaved_us(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each call. They take turns, so that what slows the machine meets all of them; LEAST_CALLS
-    rounds or more, the first of which is not counted, and so many seconds for all together."""
+    """Median microseconds of each call. Calls alternate, so that what slows the machine meets all of them; LEAST_CALLS
+    rounds or more, the first of which is not counted, and so many seconds for all together. Calls so slow that this
+    takes LONG seconds are measured less often."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < LEAST_CALLS - 1 or time.perf_counter() < end:
+    begin, rounds = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds or rounds < (LEAST_CALLS - 1 if spent < LONG else 1):
         for name, call in calls.items():
-            _wait()
+            wait_for_gpu()
             start = time.perf_counter()
             call()
-            _wait()
+            wait_for_gpu()
             samples[name].append((time.perf_counter() - start) * 1e6)
         rounds += 1
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def _wait() -> None:
+def wait_for_gpu() -> None:
+    """So that a clock that is read next has seen the work done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -80,7 +82,7 @@ def place_name(device: torch.device) -> str:
     return f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
 
 
-def clock(model: Any, shapes: Shapes, seconds: float) -> Clock:
+def latency_profile(model: Any, shapes: Shapes, seconds: float) -> LatencyProfile:
     """Time the dense model and its feedforwards; blocks of equal size are timed once."""
     family, width = family_of(model.config.model_type), model.config.hidden_size
     sizes = [layer.w_in.shape for layer in dense_layers(model)]
@@ -90,7 +92,7 @@ def clock(model: Any, shapes: Shapes, seconds: float) -> Clock:
             layer = family.dense_of(block)
             xs = [torch.randn(*shape, width, device=model.device) for shape in shapes]
             cache[size] = tuple(layer_us({"dense": layer}, x, seconds)["dense"] for x in xs)
-    return Clock(
+    return LatencyProfile(
         model_us=tuple(model_us({"dense": model}, shape, WHOLE * seconds)["dense"] for shape in shapes),
         dense_us=tuple(cache[size] for size in sizes),
     )
@@ -131,13 +133,13 @@ class _Oracle(nn.Module):
 
 
 @torch.no_grad()
-def oracle_missed(model: Any, block: int, captured: Captured) -> dict[str, float]:
-    """The ceiling of any selection: `distil.missed` of the best neurons of each row, by the fraction that is kept."""
+def best_selection_unexplained(model: Any, block: int, captured: Captured) -> dict[str, float]:
+    """The ceiling of any selection: `distil.unexplained` of the best neurons of each row, by the fraction kept."""
     dense = dense_layers(model)[block]
     norm = normaliser(model, family_of(model.config.model_type).blocks_of(model)[block])
     rows = captured.rows(slice(0, ORACLE_ROWS), model.device)
     return {
-        str(fraction): float(missed(norm, dense, _Oracle(dense, max(1, round(fraction * dense.neurons))), *rows))
+        str(fraction): float(unexplained(norm, dense, _Oracle(dense, max(1, round(fraction * dense.neurons))), *rows))
         for fraction in FRACTIONS
     }
 

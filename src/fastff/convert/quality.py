@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 
 from fastff.convert.distil import Kind, mean_pool
 from fastff.errors import CheckpointError
@@ -69,18 +70,6 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
 
 
-def rank(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Ranks with ties given their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])
-
-
-def spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Spearman's rank correlation."""
-    return float(np.corrcoef(rank(a), rank(b))[0, 1])
-
-
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, sentences: list[str], max_length: int = 128) -> torch.Tensor:
     """Normalised mean-pooled embeddings (sentences, width) on the CPU."""
@@ -103,7 +92,7 @@ def similarity(model: Any, tokenizer: Any, table: dict[str, list[Any]], score: s
     """100 x Spearman of cosine similarity with the column `score`, over sentence1 and sentence2."""
     both = embed(model, tokenizer, [*table["sentence1"], *table["sentence2"]])
     a, b = both.chunk(2)
-    return 100 * spearman((a * b).sum(-1).numpy(), np.asarray(table[score], dtype=np.float64))
+    return 100 * float(spearmanr((a * b).sum(-1).numpy(), np.asarray(table[score], dtype=np.float64)).statistic)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastff.convert.distil import Kind, Recipe
 
 DEFAULT_ACTIVE = 0.1
-CONTROLS = ("narrow", "pruned", "none")
+BASELINES = ("narrow", "pruned", "none")
 DEVICES = ("cpu", "cuda")
 # Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
 BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
@@ -17,7 +17,7 @@ _POSITIVE = ("rows", "layer_steps", "steps", "max_length", "max_tokens", "probe_
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConversionSettings:
     """One conversion.
 
     model        directory (or hub name) of a dense Transformers model
@@ -26,25 +26,25 @@ class Settings:
     active       largest share of the converted layers' floating-point operations that the trees may spend, routing
                  included; default 0.1 where no speedup is asked for
     speedup      instead: how many times faster the whole model must become on this machine, at every one of `shapes`
-    max_loss     largest relative loss of the metric (of the held-out loss where there is none): layers go back to
-                 dense, most harmful first, until it is kept
+    max_loss     largest relative loss of the metric: the most damaging layers are restored to dense until it is kept
     curve        further values of `active` to convert to, for the quality against speed in the report
     shapes       (sequences, tokens a sequence) of the timed calls
     shared       neurons of the part that every row computes beside the trees; None: none, half or
                  three quarters of the work, by measurement
     time_on      "cpu" or "cuda": where layers and models are timed; None: where the conversion computes
-    tables       what quality is measured on, the first for every decision, the others only at the end. For embedding
+    tables       what quality is measured on; the first decides, the others are told at the end. For embedding
                  models a table of sentence1, sentence2, label; for classifiers of sentence, label; for causal models
                  a text (default: a part of `text` that is kept aside)
-    rows         tokens captured a block      layer_steps  steps of each layer alone
+    rows         calibration tokens per layer
+    layer_steps  steps of each layer alone
     steps        steps of all layers together, or fewer if `seconds` are given
-    seconds      that the whole conversion may take, but for putting layers back
+    seconds      that the whole conversion may take, but for restoring layers: fewer candidates and steps, if need be
     batch        examples a step; 0: as many as BATCH says
     max_length   tokens an example, or as many as the model takes      max_tokens  tokens read from the text
     probe_rows   tokens of each measurement before the choice of layers
     timing_s     seconds of timing a layer; whole models get six times as long
-    rate, rate_others, rate_routing, mild, average   see `distil.Recipe`
-    controls     also distil alike, and report beside the tree: "narrow" dense layers of equal work, the dense layers
+    lr, lr_others, routing_lr_scale, dense_fade, average   see `distil.Recipe`
+    baselines    distilled with the same recipe, for the report: "narrow" dense layers of equal work, the dense layers
                  "pruned" to it, "none" at all
     keep_slow    convert layers whose tree is measured to be slower than the dense layer, too
     """
@@ -69,13 +69,13 @@ class Settings:
     max_tokens: int = 20_000_000
     probe_rows: int = 16_384
     timing_s: float = 0.15
-    rate: float = Recipe.rate
-    rate_others: float = Recipe.rate_others
-    rate_routing: float = Recipe.rate_routing
-    mild: float = Recipe.mild
+    lr: float = Recipe.lr
+    lr_others: float = Recipe.lr_others
+    routing_lr_scale: float = Recipe.routing_lr_scale
+    dense_fade: float = Recipe.dense_fade
     average: float = Recipe.average
     seed: int = Recipe.seed
-    controls: tuple[str, ...] = CONTROLS
+    baselines: tuple[str, ...] = BASELINES
     keep_slow: bool = False
 
     def __post_init__(self) -> None:
@@ -99,9 +99,9 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
         _ = self.recipe  # checks its own values
-        for control in self.controls:
-            if control not in CONTROLS:
-                raise ValueError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
+        for baseline in self.baselines:
+            if baseline not in BASELINES:
+                raise ValueError(f"baseline {baseline!r} is not one of {', '.join(BASELINES)}")
         if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
             raise ValueError(f"shapes {self.shapes} are not pairs of at least 1")
 
@@ -109,6 +109,11 @@ class Settings:
     def recipe(self) -> Recipe:
         """The joint distillation's part of this."""
         return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+
+    @property
+    def students(self) -> int:
+        """Models that are distilled: the trees of every budget, and their baselines."""
+        return 1 + len(self.baselines) + len(self.curve) * len({*self.baselines, "tree"} - {"none"})
 
     @property
     def share(self) -> float:

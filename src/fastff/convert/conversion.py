@@ -1,0 +1,214 @@
+"""The whole conversion of a model directory, in steps that an interrupted run does not repeat."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastff.convert import conversion_report, earlier, resources
+from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
+from fastff.convert.capture import Progress, capture
+from fastff.convert.carried_files import carry
+from fastff.convert.choose import choose, largest, shares_of
+from fastff.convert.conversion_record import ITS_TEXT, Plan, Point, record_of
+from fastff.convert.conversion_settings import BATCH, ConversionSettings
+from fastff.convert.dense_model import load_dense
+from fastff.convert.distil import Kind
+from fastff.convert.distill_context import Descriptions, DistillContext, baseline
+from fastff.convert.quality import measures_of, perplexity
+from fastff.convert.student import dense_layers
+from fastff.convert.time_budget import (
+    TRIALS,
+    TimeLeft,
+    TimeLimit,
+    Timetable,
+    TooFewSeconds,
+    duration,
+    least_s,
+    timetable,
+)
+from fastff.errors import CheckpointError, FileError
+from fastff.io import REMEDY, claim, read_json, write_json
+from fastff.text.examples import Examples, tokenise
+
+PLAN, TIMETABLE = "plan.json", "timetable.json"
+HELD_OUT = 0.02  # share of the text kept for perplexity and the held-out loss
+FREE = ("seconds",)  # settings that a continued run may change
+Say = Callable[[str], None]
+
+
+def convert(
+    settings: ConversionSettings, *, progress: Progress = lambda *_: None, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Convert a model and write OUT: weights, configuration, tokenizer, README.md and report/. Returns the report.
+
+    say gets lines about the time that is left: an estimate before candidates are tried and one before the joint
+    distillation, and every minute what is going on. An interrupted run goes on where it stopped when called again with
+    the same settings; OUT/work holds its state and is removed at the end. Raises CheckpointError or ValueError for
+    what cannot be converted, before the long work.
+    """
+    limit, work = TimeLimit(settings.seconds), settings.out / "work"
+    if settings.time_on == "cuda" and not torch.cuda.is_available():
+        raise ValueError("time_on 'cuda': there is no GPU here")
+    teacher, tokenizer, kind = load_dense(settings.model)
+    positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
+    longest = min(settings.max_length, positions, tokenizer.model_max_length)
+    settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
+    earlier.upgrade(work)
+    continued = claim(work, asdict(settings), free=FREE)
+    try:
+        context, found = _prepared(settings, teacher, tokenizer, kind, work, TimeLeft(progress, say), limit)
+    except ValueError as error:
+        if not continued and not isinstance(error, TooFewSeconds):
+            shutil.rmtree(work)  # so that the command may be given again with what was wrong put right
+        raise
+    start = time.perf_counter()
+    dense = context.figures(teacher)
+    scores_s = time.perf_counter() - start
+    if found is not None:
+        write_json(work / PLAN, asdict(_plan(context, found, limit, say)))
+    plan = _read_plan(work / PLAN)
+    points = _points(context, plan, work)
+    if not (work / TIMETABLE).exists():
+        table = _timetable(context, points, plan, scores_s, limit)
+        say(str(table))
+        write_json(work / TIMETABLE, asdict(table))
+    table = read_json(work / TIMETABLE, needs={"steps": int, "students": int, "step_s": float})
+    for point in points:
+        point.teach(context, table["steps"], dense["quality"])
+    record = record_of(context, plan, points, dense)
+    record |= {"timetable": table, "continued": continued, "seconds": limit.spent_s}
+    _write(settings, points[0].models["tree"], tokenizer, record)
+    del context, points  # their files are mapped
+    shutil.rmtree(work)
+    return record
+
+
+def _prepared(
+    settings: ConversionSettings,
+    teacher: Any,
+    tokenizer: Any,
+    kind: Kind,
+    work: Path,
+    progress: Progress,
+    limit: TimeLimit,
+) -> tuple[DistillContext, Survey | None]:
+    """Text, tables, and the rows of every layer; and the survey, None where an interrupted run has made its plan."""
+    sizes = {"max_length": settings.max_length, "max_tokens": settings.max_tokens}
+    measures = measures_of(kind, tokenizer, settings.tables, work, **sizes)
+    if settings.max_loss is not None and not measures and kind != "causal":
+        raise ValueError(f"max_loss {settings.max_loss:.2%} needs an evaluation table")
+    examples, held_out = split_examples(settings, tokenizer, kind, work)
+    if kind == "causal" and not measures:
+        measures = {ITS_TEXT: lambda model: perplexity(model, held_out)}
+    torch.manual_seed(settings.seed)
+    found = None
+    if not (work / PLAN).exists():
+        found = survey(teacher, settings, progress)
+        if limit.seconds is not None:
+            limit.check(least_s(settings, teacher, examples), "the dense model's part alone")
+    longest = int((examples.offsets[1:] - examples.offsets[:-1]).max())
+    resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work, longest)
+    captured = capture(teacher, examples, work, rows=settings.rows, batch=settings.batch, progress=progress)
+    quality: Callable[[Any], float | None] = next(iter(measures.values()), lambda _: None)
+    further = dict(list(measures.items())[1:])
+    return DistillContext(settings, kind, teacher, captured, examples, held_out, quality, further, progress), found
+
+
+def split_examples(settings: ConversionSettings, tokenizer: Any, kind: Kind, work: Path) -> tuple[Examples, Examples]:
+    """Examples to learn from, and those held out. Raises CheckpointError for too little text."""
+    every = tokenise(
+        tokenizer,
+        settings.text,
+        work,
+        max_length=settings.max_length,
+        max_tokens=settings.max_tokens,
+        whole_blocks=kind == "causal",
+    )
+    aside = max(1, int(HELD_OUT * len(every)))
+    examples = every.slice(0, max(0, len(every) - aside))
+    if len(examples) < settings.batch or examples.tokens < settings.rows:
+        raise CheckpointError(
+            f"{settings.text} gives {len(examples)} examples and {examples.tokens} tokens to learn from: at least "
+            f"{settings.batch} examples (batch) and {settings.rows} tokens (rows) are needed"
+        )
+    return examples, every.slice(len(every) - aside, len(every))
+
+
+def _plan(context: DistillContext, found: Survey, limit: TimeLimit, say: Say) -> Plan:
+    """Measure the options of every block, within a share of what the limit leaves."""
+    settings = context.settings
+    shares = sorted({*shares_of(settings), *settings.curve}, reverse=True)
+    trials = Trials(context.teacher, context.kind, context.captured, context.held_out, settings)
+    count, last_s = trial_count(trials, found, shares), limit.spent_s + TRIALS * limit.left_s
+    estimate = min(count * trials.estimated_s(found), last_s - limit.spent_s)
+    say(f"trying {count} candidates takes about {duration(estimate)}; {duration(limit.spent_s)} are spent")
+
+    def out_of_time() -> bool:
+        # A layer of a student has at least as many rows and steps as a candidate.
+        layers = settings.students * len(trials.dense)
+        limit.check(layers * trials.taught_s, f"the layers of {settings.students} models alone")
+        return limit.spent_s > last_s
+
+    options, tried = probe(trials, found, shares, context.progress, out_of_time)
+    return Plan(found.profile, tried, options)
+
+
+def _read_plan(path: Path) -> Plan:
+    content = read_json(path, needs={"profile": dict, "tried": list, "options": list})
+    try:
+        return Plan.of(content)
+    except (TypeError, KeyError) as error:
+        raise FileError(f"{path} is damaged ({error}): {REMEDY}") from error
+
+
+def _points(context: DistillContext, plan: Plan, work: Path) -> list[Point]:
+    """The main budget and those of the curve. Raises ValueError for one that nothing keeps."""
+    settings = context.settings
+    points = [Point(settings, work / "main", [], settings.baselines)]
+    for share in settings.curve:
+        budget = replace(settings, active=share, speedup=None, max_loss=None)
+        baselines = tuple(name for name in settings.baselines if name != "none")
+        points.append(Point(budget, work / f"curve-{share:g}", [], baselines))
+    for point in points:
+        chosen = choose(point.budget, plan.options, plan.profile)
+        point.trees = [block[k].description for block, k in zip(plan.options, chosen, strict=True)]
+        if not any(point.trees):
+            raise ValueError(f"every layer stays dense: no tree of active {point.budget.share:.1%} pays here")
+    return points
+
+
+def _timetable(
+    context: DistillContext, points: Sequence[Point], plan: Plan, scores_s: float, limit: TimeLimit
+) -> Timetable:
+    """Joint steps of every student, counted once for a run and its continuations, when the first tree is built."""
+    dense = dense_layers(context.teacher)
+    students: list[Descriptions] = []
+    for point in points:
+        students += [point.trees, *(baseline(name, dense, point.trees) for name in point.baselines)]
+    start = time.perf_counter()
+
+    def progress(what: str, done: int, total: int) -> None:
+        context.progress(what, done, total)
+        layer_s = (time.perf_counter() - start) / done
+        limit.check((len(students) * total - done) * layer_s, f"the layers of {len(students)} models alone")
+
+    replace(context, progress=progress).build("tree", points[0].trees, points[0].folder / "tree")
+    build_s = time.perf_counter() - start
+    return timetable(context, students, build_s=build_s, scores_s=scores_s, profile=plan.profile, limit=limit)
+
+
+def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    try:
+        student.eval().save_pretrained(settings.out)
+        tokenizer.save_pretrained(settings.out)
+    except OSError as error:
+        raise FileError(f"cannot write {settings.out}: {error}; the same command goes on from here") from error
+    carry(settings.model, settings.out)
+    conversion_report.write(settings.out, record)

@@ -1,0 +1,190 @@
+"""The students of a conversion: the trees and their baselines, built, distilled, measured, and resumed from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastff.convert import earlier
+from fastff.convert.capture import Captured, Progress
+from fastff.convert.conversion_settings import ConversionSettings
+from fastff.convert.distil import Kind, distil, distillation_loss, use_masked_training
+from fastff.convert.student import build_student, describe_narrow, flops
+from fastff.errors import FileError
+from fastff.io import read_torch, write_torch
+from fastff.models.converted import make_converted
+from fastff.models.families import DenseWeights, family_of
+from fastff.models.feedforward import ConvertedFeedforward
+from fastff.text.examples import Examples
+
+Descriptions = Sequence[Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class DistillContext:
+    """What all students share: the teacher, the rows and the text they learn from, and how quality is measured.
+
+    quality  the metric that decides, None where there is none
+    further  metrics that are only told in the end, by name
+    """
+
+    settings: ConversionSettings
+    kind: Kind
+    teacher: Any
+    captured: Sequence[Captured]
+    examples: Examples
+    held_out: Examples
+    quality: Callable[[Any], float | None]
+    further: Mapping[str, Callable[[Any], float]]
+    progress: Progress
+
+    def figures(self, model: Any) -> dict[str, Any]:
+        """The quality of a model, and its further metrics."""
+        return {"quality": self.quality(model), "further": self.others(model)}
+
+    def others(self, model: Any) -> dict[str, float]:
+        """The further metrics of a model."""
+        return {name: measure(model) for name, measure in self.further.items()}
+
+    def build(self, name: str, descriptions: Descriptions, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """A student with its layers taught alone, or the one that `folder` holds. Returns it and its figures."""
+        built = folder / "built.pt"
+        if built.exists():
+            student = make_converted(self.teacher, descriptions)
+            use_masked_training(student.modules(), student.device.type == "cuda")
+            return student, load(built, student)
+        student, unexplained = build_student(
+            self.teacher,
+            descriptions,
+            self.captured,
+            steps=self.settings.layer_steps,
+            seed=self.settings.seed,
+            progress=lambda _, done, total: self.progress(f"layers {name}", done, total),
+            pruned=name == "pruned",
+        )
+        facts = {"unexplained": unexplained, "before": self.quality(student)}
+        save(built, student, facts)
+        return student, facts
+
+    def teach(self, name: str, descriptions: Descriptions, folder: Path, steps: int) -> tuple[Any, dict[str, Any]]:
+        """Build, distil in so many steps and evaluate one student, going on from what `folder` holds. Returns it and
+        its figures."""
+        student, facts = self.build(name, descriptions, folder)
+        saved = folder / "distil.pt"
+        state = load(saved, student) if saved.exists() else {"step": 0}
+        if "after" not in state:
+            distil(
+                student,
+                self.teacher,
+                self.examples,
+                replace(self.settings.recipe, steps=steps),
+                kind=self.kind,
+                progress=lambda _, done, total: self.progress(f"distil {name}", done, total),
+                start=state["step"],
+                state=state if state["step"] else None,
+                checkpoint=lambda step, more: save(saved, student, {"step": step, **more}),
+            )
+            figures = {
+                "after": self.quality(student),
+                "further": self.others(student),
+                "held_out_loss": self.held_out_loss(student),
+            }
+            state = {"step": steps, "steps": steps, **figures}
+            save(saved, student, state)
+        return student, {**facts, **{name: state[name] for name in ("steps", "after", "further", "held_out_loss")}}
+
+    @torch.no_grad()
+    def held_out_loss(self, student: Any) -> float:
+        """Mean distillation loss on the text kept aside."""
+        student.eval()
+        losses = [
+            float(distillation_loss(student, self.teacher, self.held_out.batch(which, student.device), self.kind))
+            for which in self.held_out.in_order(self.settings.batch)
+        ]
+        return sum(losses) / len(losses)
+
+    def keep_loss(self, student: Any, facts: dict[str, Any], before: float) -> tuple[Any, dict[str, Any], list[int]]:
+        """Restore layers to dense, the most damaging first, until the metric, which was `before`, loses at most
+        `settings.max_loss`.
+
+        The most damaging is the one without which the held-out loss is least. Returns the student, its figures, and the
+        restored blocks. Raises ValueError, naming the least loss, if not even one replaced layer keeps it."""
+        allowed = self.settings.max_loss
+        assert allowed is not None
+        restored: list[int] = []
+        after, least = float(facts["after"]), float("inf")
+        while (loss := relative_loss(before, after, self.kind)) > allowed:
+            least = min(least, loss)
+            left = converted_blocks(student)
+            if len(left) < 2:
+                raise ValueError(
+                    f"max_loss {allowed:.2%} cannot be kept: the least loss with a replaced layer is {least:.2%}"
+                )
+            losses = {block: self.held_out_loss(restore(student, self.teacher, block)) for block in left}
+            worst = min(losses, key=lambda block: losses[block])
+            student = restore(student, self.teacher, worst)
+            restored.append(worst)
+            after = float(self.quality(student) or 0.0)
+            facts = {**facts, "after": after, "held_out_loss": losses[worst]}
+            self.progress("restored", len(restored), len(restored) + len(left) - 2)
+        if restored:
+            facts = {**facts, "further": self.others(student)}
+        return student, facts, restored
+
+
+def baseline(name: str, dense: Sequence[DenseWeights], trees: Descriptions) -> list[dict[str, Any] | None]:
+    """Descriptions of a baseline: where a tree stands, a dense layer of equal work, or nothing for the name "none"."""
+    out: list[dict[str, Any] | None] = []
+    for layer, tree in zip(dense, trees, strict=True):
+        share = flops(layer, tree) / layer.flops_per_row
+        replaced = {"kind": "none"} if name == "none" else describe_narrow(layer, max(1, round(share * layer.neurons)))
+        out.append(None if tree is None else replaced)
+    return out
+
+
+def active_share(dense: Sequence[DenseWeights], descriptions: Descriptions) -> float:
+    """Share of the feedforwards' floating-point operations that the described layers spend."""
+    spent = sum(flops(layer, d) for layer, d in zip(dense, descriptions, strict=True))
+    return spent / sum(layer.flops_per_row for layer in dense)
+
+
+def relative_loss(before: float, after: float, kind: Kind) -> float:
+    """Share of the metric lost: of a perplexity the increase, of other metrics the decrease."""
+    return after / before - 1 if kind == "causal" else 1 - after / before
+
+
+def restore(student: Any, teacher: Any, block: int) -> Any:
+    """A copy of a student in which one block has the teacher's dense feedforward again."""
+    descriptions = list(student.config.fastff_feedforwards)
+    descriptions[block] = None
+    restored = make_converted(student, descriptions)
+    restored.load_state_dict({**teacher.state_dict(), **student.state_dict()}, strict=False)
+    restored.train(False)
+    return restored
+
+
+def converted_blocks(model: Any) -> list[int]:
+    """Numbers of the blocks whose feedforward is replaced."""
+    family = family_of(model.config.model_type)
+    slots = [family.slot_of(block) for block in family.blocks_of(model)]
+    return [k for k, slot in enumerate(slots) if isinstance(slot, ConvertedFeedforward)]
+
+
+def save(path: Path, student: Any, facts: dict[str, Any]) -> None:
+    """Write a student's tensors and figures; an interruption leaves the old file or the new one."""
+    write_torch(path, {"model": student.state_dict(), "facts": facts})
+
+
+def load(path: Path, student: Any) -> dict[str, Any]:
+    """Read what `save` wrote into a student of the same layers; returns the figures. Raises FileError."""
+    stored = read_torch(path, needs={"model": dict, "facts": dict}, device=student.device)
+    try:
+        student.load_state_dict(stored["model"])
+    except RuntimeError as error:
+        raise FileError(f"{path} holds another model: remove it and run the same command again") from error
+    facts: dict[str, Any] = earlier.renamed(stored["facts"])
+    return facts

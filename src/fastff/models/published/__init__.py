@@ -1,0 +1,1 @@
+"""Checkpoints of pbelcak/UltraFastBERT: their configuration and their tensors."""
