@@ -262,6 +262,10 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         rows = [f"{WORDS[k]} {WORDS[k + 1]}\t{WORDS[k % 7]} {WORDS[3]}\t{k % 5}" for k in range(20)]
         table.write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
         settings = replace(settings, tables=(table,))
+        (Path(model) / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (Path(model) / "2_Dense").mkdir()
+        (Path(model) / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+        (Path(model) / "sentence_bert_config.json").write_text('{"max_seq_length": 256}')
     seen = []
     record = convert(settings, progress=lambda what, done, of: seen.append((what, done, of)))
     taught = {f"{what} {variant}" for what in ("layers", "distil") for variant in ("tree", "narrow", "pruned", "none")}
@@ -280,6 +284,9 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
     assert "narrow dense" in (settings.out / "report" / "index.html").read_text()
     assert "import fastff.models" in (settings.out / "README.md").read_text()
     assert not (settings.out / "work").exists()
+    if model_type == "bert":
+        for name in ("modules.json", "2_Dense/model.safetensors", "sentence_bert_config.json"):
+            assert (settings.out / name).read_bytes() == (Path(model) / name).read_bytes()
 
 
 def test_a_classifier_is_converted_and_its_accuracy_measured(tokenizer, text, tmp_path):

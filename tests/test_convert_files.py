@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from convert_cases import few_shapes, saved, settings_for, text, tokenizer
+from convert_cases import few_shapes, saved, text, tokenizer
 from fastff.convert import ConversionSettings, Settings, choose, convert
 from fastff.convert.capture import capture
 from fastff.convert.carried_files import carry
@@ -197,11 +197,3 @@ def test_a_damaged_list_of_modules_is_named(content, tmp_path):
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"modules\.json"):
         carry(str(tmp_path), tmp_path / "out")
-
-
-def test_a_conversion_carries_what_its_model_had(tokenizer, text, tmp_path):
-    model = Path(saved(tmp_path / "model", tokenizer))
-    write_modules(model)
-    convert(settings_for(tmp_path, str(model), text, baselines=(), steps=1, layer_steps=1))
-    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
-    assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text()) == {"max_seq_length": 256}

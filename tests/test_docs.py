@@ -128,10 +128,23 @@ def test_a_run_of_the_whole_conversion_is_a_table(monkeypatch, tmp_path):
     convert_tables = importlib.import_module("experiments.convert.tables")
     monkeypatch.setattr(convert_tables, "FOLDER", tmp_path)
     made = convert_tables.TABLES["convert-command-causal"]
-    arm = {"active": 0.1, "before": 1500.0, "after": 42.0, "further": {}, "latency_ms": [5.0], "feedforward_ms": [1.0]}
-    arm["held_out_loss"] = 0.25
+    variant = {
+        "active": 0.1,
+        "before": 1500.0,
+        "after": 42.0,
+        "further": {},
+        "latency_ms": [5.0],
+        "feedforward_ms": [1.0],
+    }
+    variant["held_out_loss"] = 0.25
     dense = {"quality": 40.0, "further": {}, "latency_ms": [10.0], "feedforward_ms": [6.0]}
-    report = {"dense": dense, "tables": ["held-out"], "shapes": [[1, 128]], "kind": "causal", "arms": {"tree": arm}}
+    report = {
+        "dense": dense,
+        "tables": ["held-out"],
+        "shapes": [[1, 128]],
+        "kind": "causal",
+        "variants": {"tree": variant},
+    }
     (tmp_path / "command-causal.json").write_text(json.dumps({"report": {**report, "curve": []}}))
     head, _, *rows = made().splitlines()
     times = "1x128, ms (whole) | 1x128, ms (feedforwards)"
