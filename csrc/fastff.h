@@ -16,7 +16,7 @@
  * Arrays must be aligned to their elements; outputs must not overlap inputs or each other. Optional outputs may be NULL.
  * What can be checked is checked: sizes, NULL, alignment, overlap and the leaves given to a backward.
  *
- * threads: at most how many work on the call (1024 and more are the same); 0 or less means one for each processor.
+ * threads: at most how many work on the call (1024 and more are the same); 0 or less means fastff_processors().
  * rows: 0 to 2^31 - 1.
  *
  * Every function returns FASTFF_OK or an error whose text fastff_error() gives (per thread, until the next call).
@@ -92,6 +92,10 @@ typedef void (*fastff_range)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*fastff_parallel_for)(int64_t begin, int64_t end, int64_t grain, fastff_range range, void* context);
 
 FASTFF_API int32_t fastff_abi_version(void);
+
+/* How many processors this process may use: those of its affinity mask, at most the whole ones of its control groups'
+ * quotas (cgroup v1 and v2), at least 1. Found at the first call. */
+FASTFF_API int32_t fastff_processors(void);
 
 /* The message of this thread's last error, "" if the last call succeeded. Never NULL. */
 FASTFF_API const char* fastff_error(void);

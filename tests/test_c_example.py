@@ -142,6 +142,32 @@ def test_it_names_rows_that_are_none(rows, text, saved, checked_program):
     assert text in done.stderr
 
 
+@pytest.mark.parametrize("digits", [62, 63, 64, 200, 1000])
+def test_a_long_number_is_one_number(digits, saved, program):
+    numbers = ["0." + "3" * digits] * 7
+    whole = execute(program, saved[1], rows=" ".join(numbers))
+    short = execute(program, saved[1], rows=" ".join(text[:12] for text in numbers))
+    assert whole.returncode == 0, whole.stderr
+    assert len(whole.stdout.splitlines()) == 1
+    assert whole.stdout == short.stdout
+
+
+def test_a_number_without_end_is_refused(saved, checked_program):
+    done = execute(checked_program, saved[1], rows="0." + "3" * 1100)
+    assert done.returncode == 1
+    assert "more than 1023 characters" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_an_error(saved, program):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [program, saved[1]], input="0.5 " * 7, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "standard output: No space left on device" in done.stderr
+
+
 def test_it_says_how_to_use_it_and_which_file_is_missing(saved, program):
     assert "usage: run_layer LAYER.safetensors [ROWS.txt]" in execute(program).stderr
     assert "nowhere: cannot be opened" in execute(program, "nowhere").stderr

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/cpus.h"
 #include "base/threads.h"
 
 namespace fastff {
@@ -133,7 +134,7 @@ void run_on_own_pool(int64_t pieces, int threads, const std::function<void(int64
 void set_parallel_for(fastff_parallel_for host) { host_pool = host; }
 
 int resolved_threads(int threads) {
-  return threads > 0 ? std::min(threads, kMostThreads) : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return threads > 0 ? std::min(threads, kMostThreads) : usable_processors();
 }
 
 void run_pieces(int64_t n, int64_t pieces, int threads, const std::function<void(int64_t, int64_t)>& piece) {

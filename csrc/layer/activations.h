@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "fastff.h"
 
@@ -17,7 +18,7 @@ namespace {
 FASTFF_INLINE float exp_(float x) {
   // exp(x) = 2^k * exp(r), |r| <= ln(2)/2, with ln(2) split in two so that r is exact.
   float bounded = x > 88.0f ? 88.0f : x;
-  bounded = bounded < -87.0f ? -87.0f : bounded;
+  bounded = bounded < -87.0f ? -87.0f : bounded;  // beyond both ends: infinity and zero, below
   const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float k = shifted - 12582912.0f;
   const float r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -33,7 +34,10 @@ FASTFF_INLINE float exp_(float x) {
   bits = (bits << 23) + 0x3f800000u;  // the low bits of `shifted` hold k
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return x != x ? x : p * scale;
+  float y = p * scale;
+  y = x > 88.0f ? std::numeric_limits<float>::infinity() : y;
+  y = x < -87.0f ? 0.0f : y;  // not 1e-38, which times a large x would count
+  return x != x ? x : y;
 }
 
 FASTFF_INLINE float erf_(float x) {
@@ -113,9 +117,11 @@ struct GeluTanh {
   }
   template <class T>
   FASTFF_INLINE static T slope(T x) {
-    const T t = tanh_(kRootTwoOverPi<T> * (x + kGeluCubic<T> * x * x * x));
-    const T inner = kRootTwoOverPi<T> * (T(1) + T(3) * kGeluCubic<T> * x * x);
-    return T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * inner;
+    T near = x > T(30) ? T(30) : x;  // further out the slope is 0 or 1, and powers of x would overflow
+    near = near < T(-30) ? T(-30) : near;
+    const T t = tanh_(kRootTwoOverPi<T> * (near + kGeluCubic<T> * near * near * near));
+    const T inner = kRootTwoOverPi<T> * (T(1) + T(3) * kGeluCubic<T> * near * near);
+    return T(0.5) * (T(1) + t) + T(0.5) * near * (T(1) - t * t) * inner;
   }
 };
 struct Relu {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/cpus.h"
 #include "base/errors.h"
 #include "base/huge_pages.h"
 #include "layer/forward_rows.h"
@@ -46,6 +47,8 @@ using namespace fastff;
 extern "C" {
 
 int32_t fastff_abi_version(void) { return FASTFF_ABI_VERSION; }
+
+int32_t fastff_processors(void) { return usable_processors(); }
 
 const char* fastff_error(void) { return last_error(); }
 

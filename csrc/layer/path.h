@@ -31,17 +31,18 @@ int64_t output_rows(const Tree& tree, const View<T, W>& view, int64_t leaf, cons
   return n;
 }
 
-// The factor below a node, of the factor above it and the node's own.
+// The factor below a node, of the factor above it and the node's own. Of equal ones the least is that above: the
+// gradient of BOUNDARY_MIN is then that node's alone.
 template <class T>
 T narrowed(const Tree& tree, T above, T gate) {
   if (tree.gate == FASTFF_BOUNDARY) return above * gate;
   return gate < above || gate != gate ? gate : above;  // NaN, once in, stays
 }
 
-// 1 / tau, bounded so that a score of zero has the gate zero whatever tau is.
+// 1 / tau, finite: a score of zero has the gate zero however small tau is.
 template <class T>
 T inverse_tau(const Tree& tree) {
-  return static_cast<T>(std::min(1 / tree.tau, static_cast<double>(std::numeric_limits<T>::max())));
+  return static_cast<T>(1 / std::max(tree.tau, static_cast<double>(std::numeric_limits<T>::min())));
 }
 
 // The gate of each score: tanh(|score| / tau), with room for whole vectors at both ends.

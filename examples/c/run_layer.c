@@ -4,6 +4,7 @@
  *
  * ROWS (or standard input) holds numbers in text, in_features to a row. Prints the leaf that a row reaches in each
  * tree, then its out_features outputs, a line to a row. */
+#include <ctype.h>
 #include <errno.h>
 #include <fastff.h>
 #include <limits.h>
@@ -13,7 +14,7 @@
 
 #include "safetensors.h"
 
-enum { BLOCK_ROWS = 256 };
+enum { BLOCK_ROWS = 256, LONGEST_NUMBER = 1023 };
 
 static int fail(const char* what, const char* why) {
   fprintf(stderr, "run_layer: %s: %s\n", what, why);
@@ -110,14 +111,29 @@ static fastff_packed* load_layer(const char* path, fastff_tree* tree) {
   return packed;
 }
 
+/* Reads a word of at most LONGEST_NUMBER characters: 1, 0 at the end of the file, or -1. */
+static int read_word(FILE* stream, char* word) {
+  int c, n = 0;
+  do c = getc(stream);
+  while (isspace(c));
+  for (; c != EOF && !isspace(c); c = getc(stream)) {
+    if (n == LONGEST_NUMBER) return word[40] = 0, fail(word, "begins a number of more than 1023 characters"), -1;
+    word[n++] = (char)c;
+  }
+  word[n] = 0;
+  return n > 0;
+}
+
 /* Reads up to BLOCK_ROWS rows; their number, or -1. */
 static int read_rows(FILE* stream, float* x, int64_t in_features) {
   int64_t n = 0;
-  char word[64], *end;
-  while (n < BLOCK_ROWS * in_features && fscanf(stream, "%63s", word) == 1) {
+  char word[LONGEST_NUMBER + 1], *end;
+  int found = 1;
+  while (n < BLOCK_ROWS * in_features && (found = read_word(stream, word)) > 0) {
     x[n++] = strtof(word, &end);
     if (*end) return fail(word, "is not a number"), -1;
   }
+  if (found < 0) return -1;
   if (ferror(stream)) return fail("rows", "cannot be read"), -1;
   if (n % in_features) return fail("rows", "the last one is not complete"), -1;
   return (int)(n / in_features);
@@ -144,6 +160,10 @@ static int run(const fastff_tree* tree, const fastff_packed* packed, FILE* rows)
       n = -1;
     }
     for (i = 0; i < n; ++i) print_row(tree, leaf + i * tree->trees, y + i * tree->out_features);
+    if (fflush(stdout) || ferror(stdout)) {
+      fail("standard output", strerror(errno));
+      n = -1;
+    }
   }
   free(x);
   free(y);

@@ -247,7 +247,7 @@ class FFF(nn.Module):
             reason = why_unavailable_cached("native") or f"backend {backend!r} has no quantized weights, only 'native'"
             raise BackendUnavailable(reason)
         check_shapes(x, *self._weights(), config=self.config)
-        rows = x.detach().reshape(-1, self.config.in_features).float().contiguous()
+        rows = x.detach().reshape(-1, self.config.in_features).float().resolve_neg().contiguous()
         routed = self._packed.routed(rows, self._weights)
         if routed is None:
             raise BackendUnavailable(

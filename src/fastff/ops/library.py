@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,27 @@ def call(name: str, *arguments: Any) -> None:
     """Call a function that returns a status. Raises FastffError with the library's message."""
     if getattr(library(), name)(*arguments) != OK:
         raise FastffError(library().fastff_error().decode())
+
+
+def threads_within(processors: int, available: int) -> Callable[[], int]:
+    """What tells how many threads a call gets: torch's number, at most the processors of a control group's quota, which
+    torch does not know. processors: that this process may use; available: those of its affinity mask, equal without a
+    quota."""
+    if processors >= available:
+        return torch.get_num_threads
+    return lambda: min(torch.get_num_threads(), processors)
+
+
+@functools.cache
+def thread_counter() -> Callable[[], int]:
+    """`threads_within` of this process: found once, for the shortest path of inference to call."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads_within(int(library().fastff_processors()), available)
+
+
+def get_num_threads() -> int:
+    """torch.get_num_threads(), within this process's quota of processor time."""
+    return thread_counter()()
 
 
 def pointer(tensor: Tensor | None) -> int | None:

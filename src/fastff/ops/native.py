@@ -12,8 +12,9 @@ from torch import Tensor
 from fastff.config import ACTIVATIONS, GATES, TreeConfig
 from fastff.errors import BackendUnavailable, FastffError
 from fastff.ops.cost import conditional_us, dense_us
+from fastff.ops.dense import dense
 from fastff.ops.explanation import Explanation
-from fastff.ops.library import OK, SUFFIXES, call, library, pointer
+from fastff.ops.library import OK, SUFFIXES, call, get_num_threads, library, pointer
 from fastff.ops.reference import Routed
 from fastff.ops.weights import HALF, Weights
 
@@ -85,10 +86,6 @@ def why_not(x: Tensor, config: TreeConfig) -> str | None:
     return None
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors)
-
-
 def on_huge_pages(fresh: Tensor) -> Tensor:
     """The same tensor, not yet written, on huge pages if it is large and the system has them."""
     if fresh.nbytes >= FRESH_BYTES:
@@ -105,11 +102,11 @@ def forward(
     leaf = torch.empty(rows, config.trees, dtype=torch.int64)
     margin = x.new_empty(rows)
     scores = x.new_empty(rows, config.trees, config.path_scores)
-    kept = _dense(w_in, b_in, w_out, b_out, x)
+    kept = dense(w_in, b_in, w_out, b_out, x)
     inputs = [pointer(tensor) for tensor in kept]
     outputs = [pointer(tensor) for tensor in (y, leaf, margin, scores)]
     name = f"fastff_forward_{SUFFIXES[x.dtype]}"
-    call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, torch.get_num_threads())
+    call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, get_num_threads())
     return y, leaf, margin, scores
 
 
@@ -185,7 +182,7 @@ def _backward(
     config: TreeConfig,
 ) -> None:
     """Fill `grads`, fresh tensors of x, w_in, b_in, w_out and b_out."""
-    kept, saved = _dense(w_in, w_out, b_out, x, grad_y), _dense(leaf, scores)
+    kept, saved = dense(w_in, w_out, b_out, x, grad_y), dense(leaf, scores)
     for grad in grads:
         if grad is not None:
             on_huge_pages(grad)
@@ -196,7 +193,7 @@ def _backward(
         x.shape[0],
         *map(pointer, saved),
         *map(pointer, grads),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -219,7 +216,7 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | No
     if dtype not in SUFFIXES:
         raise BackendUnavailable(f"backend 'native' takes float64, float32, bfloat16 and float16, not {dtype}")
     plan = _Plan()
-    asked = threads or torch.get_num_threads()
+    asked = threads or get_num_threads()
     call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
     if plan.sorted_levels:
         form, reason = "sorted", "many rows: sorted by subtree, so that a subtree's rows and weights stay in the cache"
@@ -234,7 +231,7 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | No
 
 def new_pack(config: TreeConfig, weights: Weights, quantization: str | None) -> int:
     """Address of a packed copy of fp32 weights, to be freed with `fastff_packed_free`."""
-    handle, kept = ctypes.c_void_p(), _dense(*weights)
+    handle, kept = ctypes.c_void_p(), dense(*weights)
     tree = ctypes.addressof(_c_tree(config))
     call("fastff_pack_f32", tree, *map(pointer, kept), _WEIGHTS[quantization], ctypes.addressof(handle))
     return handle.value or 0
@@ -257,7 +254,7 @@ def forward_packed(pack: int, rows: Tensor, config: TreeConfig) -> Routed | None
     leaf = torch.empty(len(rows), config.trees, dtype=torch.int64)
     margin = rows.new_empty(len(rows))
     outputs = map(pointer, (y, leaf, margin))
-    status = library().fastff_forward_packed_f32(pack, pointer(rows), len(rows), *outputs, torch.get_num_threads())
+    status = library().fastff_forward_packed_f32(pack, pointer(rows), len(rows), *outputs, get_num_threads())
     if status not in (OK, STALE):
         raise FastffError(last_error())
     return Routed(y, leaf, margin) if status == OK else None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 
-import torch
 from torch import Tensor
 
 from fastff.config import ACTIVATIONS
-from fastff.ops.library import SUFFIXES, call, library, pointer
+from fastff.ops.dense import dense
+from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
 from fastff.ops.native import why_unavailable
 
 __all__ = ["PackedLeaves", "backward", "forward", "why_not", "why_unavailable"]
@@ -72,7 +72,7 @@ def forward(
     """y (rows, out_features) and scores (rows, k, in_rows) of x (rows, in_features), leaf and gate (rows, k)."""
     rows, k = leaf.shape
     y, scores = x.new_empty(rows, w_out.shape[2]), x.new_empty(rows, k, w_in.shape[1])
-    kept = [None if t is None else t.contiguous() for t in (w_in, b_in, w_out, b_out, x, leaf, gate)]
+    kept = dense(w_in, b_in, w_out, b_out, x, leaf, gate)
     call(
         f"fastff_conditional_forward_{SUFFIXES[x.dtype]}",
         _leaves_of(w_in, w_out, activation),
@@ -81,7 +81,7 @@ def forward(
         k,
         pointer(y),
         pointer(scores),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return y, scores
 
@@ -103,17 +103,17 @@ def backward(
     rows, k = leaf.shape
     given = (x, gate, w_in, b_in, w_out, b_out)
     grads = [x.new_empty(0 if tensor is None else tensor.shape) for tensor in given]
-    kept = [None if t is None else t.contiguous() for t in (w_in, w_out, b_out, x, leaf, gate, grad_y)]
-    saved = scores.contiguous()
+    kept = dense(w_in, w_out, b_out, x, leaf, gate, grad_y)
+    saved = dense(scores)
     call(
         f"fastff_conditional_backward_{SUFFIXES[x.dtype]}",
         _leaves_of(w_in, w_out, activation),
         *map(pointer, kept),
         rows,
         k,
-        pointer(saved),
+        *map(pointer, saved),
         *map(pointer, grads),
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return tuple(grads)
 
@@ -138,7 +138,7 @@ class PackedLeaves:
         self._handle = ctypes.c_void_p()
         self._free = library().fastff_conditional_packed_free
         self._in_features, self._out_features = w_in.shape[2], w_out.shape[2]
-        kept = [None if t is None else t.detach().float().contiguous() for t in (w_in, b_in, w_out, b_out)]
+        kept = dense(*(None if t is None else t.detach().float() for t in (w_in, b_in, w_out, b_out)))
         call(
             "fastff_conditional_pack_f32",
             _leaves_of(w_in, w_out, activation),
@@ -158,9 +158,9 @@ class PackedLeaves:
         return size
 
     def __call__(self, x: Tensor, leaf: Tensor, gate: Tensor) -> Tensor:
-        """y (rows, out_features) of x (rows, in_features), leaf and gate (rows, k), all contiguous; x and gate fp32."""
+        """y (rows, out_features) of x (rows, in_features), leaf and gate (rows, k); x and gate fp32."""
         rows, k = leaf.shape
         y = x.new_empty(rows, self._out_features)
-        given = (pointer(x), pointer(leaf), pointer(gate))
-        call("fastff_conditional_infer_f32", self._handle, *given, rows, k, pointer(y), torch.get_num_threads())
+        kept = dense(x, leaf, gate)
+        call("fastff_conditional_infer_f32", self._handle, *map(pointer, kept), rows, k, pointer(y), get_num_threads())
         return y

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastff.ops import interface
-from fastff.ops.library import SUFFIXES, call, pointer
+from fastff.ops.dense import dense
+from fastff.ops.library import SUFFIXES, call, get_num_threads, pointer
 
 KINDS = ("tree", "paths", "flat", "product_key")
 GATES = (None, "boundary", "boundary_min", "normalised")
@@ -83,7 +84,7 @@ def route(
     rows, k = x.shape[0], sizes.trees * sizes.chosen
     leaf, gate = torch.empty(rows, k, dtype=torch.int64), x.new_empty(rows, k)
     given = (weight, bias, None if balance is None else balance.to(x.dtype), x)
-    kept = [None if tensor is None else tensor.contiguous() for tensor in given]
+    kept = dense(*given)
     call(
         f"fastff_route_{SUFFIXES[x.dtype]}",
         ctypes.addressof(_c_router(sizes)),
@@ -92,6 +93,6 @@ def route(
         pointer(leaf),
         pointer(gate),
         None,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return leaf, gate

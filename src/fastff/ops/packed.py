@@ -29,7 +29,7 @@ from fastff.config import TreeConfig
 from fastff.errors import FastffError, ShapeError
 from fastff.ops import native
 from fastff.ops.eager import are_plain
-from fastff.ops.library import library
+from fastff.ops.library import library, thread_counter
 from fastff.ops.reference import Routed
 from fastff.ops.weights import HALF, Weights
 
@@ -37,7 +37,7 @@ RECHECK = 256
 _ATTEMPTS = 3  # to pack weights that another thread is editing
 # One call into C: no other thread runs between the first tensor and the last.
 _take = itemgetter(*Weights._fields)
-_FLOAT32, _empty_like, _get_num_threads = torch.float32, torch.empty_like, torch.get_num_threads
+_FLOAT32, _empty_like = torch.float32, torch.empty_like
 
 Parameters = Mapping[str, Tensor | None]
 _Stamp = tuple[int, ...]
@@ -104,6 +104,7 @@ class PackedLayer:
         self._lock = threading.RLock()
         self._quick: tuple[Any, ...] = _NOTHING  # of the snapshot in use, replaced whole
         self._infer = library().fastff_infer_f32
+        self._threads = thread_counter()
 
     def __reduce__(self) -> tuple[type[PackedLayer], tuple[TreeConfig, str | None]]:
         return PackedLayer, (self._config, self._quantization)  # a copy packs for itself
@@ -180,7 +181,7 @@ class PackedLayer:
         y = _empty_like(x) if self._same_width else x.new_empty((*x.shape[:-1], self._config.out_features))
         if rows >= self._large_rows:
             native.on_huge_pages(y)
-        status = self._infer(address, x.data_ptr(), y.data_ptr(), rows, _get_num_threads())
+        status = self._infer(address, x.data_ptr(), y.data_ptr(), rows, self._threads())
         if status:
             if status != native.STALE:
                 raise FastffError(native.last_error())

@@ -81,9 +81,14 @@ def descend(x: Tensor, w_in: Tensor, b_in: Tensor | None, *, config: TreeConfig)
     return Path(torch.stack(nodes, -1), torch.stack(scores, -1), leaf)
 
 
-def _turn(score: Tensor, config: TreeConfig) -> Tensor:
-    """The gate of each score alone."""
-    return torch.tanh(score.abs() / config.tau)
+def gate_of(score: Tensor, tau: float) -> Tensor:
+    """The gate of each score alone. tau counts as a normal number at least, so that a score of 0 has gate 0."""
+    return torch.tanh(score.abs() / max(tau, torch.finfo(score.dtype).tiny))
+
+
+def least(above: Tensor, own: Tensor) -> Tensor:
+    """The smaller of the gate above a node and its own; NaN, once in, stays. Of equals the upper has the gradient."""
+    return torch.where((own < above) | own.isnan(), own, above)
 
 
 def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
@@ -91,11 +96,9 @@ def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
     ones = torch.ones_like(score[..., :1]) if config.depth else score.new_ones(*score.shape[:-1], 1)
     if config.gate is None:
         return ones.expand(*score.shape[:-1], config.levels)
-    turn = _turn(score, config)
-    if config.gate == "boundary_min":
-        return torch.cat((ones, turn.cummin(-1).values), dim=-1)
-    products = accumulate(turn.unbind(-1), torch.mul)  # cumprod, of operators that every exporter knows
-    return torch.stack((ones.squeeze(-1), *products), dim=-1)
+    own = gate_of(score, config.tau).unbind(-1)
+    passed = accumulate(own, least if config.gate == "boundary_min" else torch.mul)  # of operators that exporters know
+    return torch.stack((ones.squeeze(-1), *passed), dim=-1)
 
 
 def margin_of(score: Tensor) -> Tensor:
@@ -190,8 +193,8 @@ def _reach(node_score: Tensor, config: TreeConfig, straight_through: bool) -> tu
         reach.append(_interleave(reach[-1] * (1 - right), reach[-1] * right))
         below = gate[-1]
         if config.gate is not None:
-            turn = _turn(score, config)
-            below = torch.minimum(below, turn) if config.gate == "boundary_min" else below * turn
+            own = gate_of(score, config.tau)
+            below = least(below, own) if config.gate == "boundary_min" else below * own
         gate.append(_interleave(below, below))
     return reach, gate, torch.stack(on_path, -1) if on_path else node_score.new_empty(*node_score.shape[:2], 0)
 

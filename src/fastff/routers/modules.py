@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastff.errors import ShapeError
 from fastff.ops import choose, native_router
+from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
 from fastff.routers.config import RouterConfig, RouterGate
 from fastff.routers.usage import Usage
@@ -260,8 +261,8 @@ class TreeRouter(Router):
         gate = score.new_ones(node.shape)
         for _ in range(self.config.depth):
             own = score.gather(2, node)
-            decision = torch.tanh(own.abs() / self.config.tau)
-            gate = torch.minimum(gate, decision) if self.config.gate == "boundary_min" else gate * decision
+            decision = gate_of(own, self.config.tau)
+            gate = least(gate, decision) if self.config.gate == "boundary_min" else gate * decision
             node = 2 * node + 1 + (own > 0).to(node.dtype)
         if self.config.gate is None:
             gate = torch.ones_like(gate)

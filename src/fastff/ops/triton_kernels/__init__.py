@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
+from fastff.ops.dense import dense
 from fastff.ops.explanation import Explanation
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,7 +77,7 @@ def forward(
             x.new_empty(0),
             x.new_empty(0, config.trees, config.path_scores),
         )
-    x, w_in, b_in, w_out, b_out = contiguous(x, w_in, b_in, w_out, b_out)
+    x, w_in, b_in, w_out, b_out = dense(x, w_in, b_in, w_out, b_out)
     chosen = tuned.forward_plan(config, rows_count, x.dtype, device_name(x))
     return run_forward(chosen, x, w_in, b_in, w_out, b_out, config=config)
 
@@ -119,8 +120,8 @@ def backward(
         given = (x, w_in, b_in, w_out, b_out)
         gx, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
         return gx, gw_in, gb_in, gw_out, gb_out
-    grad_y, x, w_in, b_in = contiguous(grad_y, x, w_in, b_in)
-    w_out, b_out, leaf, scores = contiguous(w_out, b_out, leaf, scores)
+    grad_y, x, w_in, b_in = dense(grad_y, x, w_in, b_in)
+    w_out, b_out, leaf, scores = dense(w_out, b_out, leaf, scores)
     chosen = tuned.backward_plan(config, x.shape[0], x.dtype, device_name(x))
     return run_backward(chosen, grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config)
 
@@ -189,10 +190,6 @@ def fitting(chosen: Any, run: Callable[[Any], _Result]) -> _Result:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 @functools.cache

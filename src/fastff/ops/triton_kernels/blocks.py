@@ -21,7 +21,7 @@ from fastff.ops.triton_kernels.common import activate, tanh
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.leaves import leaves
 from fastff.ops.triton_kernels.linear import Matrix, out_entries, pick, sort_leaves, spread
-from fastff.ops.triton_kernels.plan import BlockedPlan, ceil_div, power_of_two
+from fastff.ops.triton_kernels.plan import BlockedPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.route import route
 from fastff.ops.triton_kernels.sort import group_rows
 
@@ -80,7 +80,9 @@ def _values(scores: Tensor, coefficient: Tensor, margins: Tensor, *, config: Tre
     """Fill coefficient (rows, trees, out_entries) and margins (rows, trees) from path scores."""
     items = margins.numel()
     grid = (ceil_div(items, VALUES_TILE),)
-    launch(_values_kernel, grid, scores, coefficient, margins, items, config.tau, **values_shape(config), num_warps=2)
+    launch(
+        _values_kernel, grid, scores, coefficient, margins, items, tau_of(config), **values_shape(config), num_warps=2
+    )
 
 
 VALUES_TILE = 64

@@ -46,6 +46,7 @@ def slope(s, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(s * 0.7071067811865476)) + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
     if ACTIVATION == "gelu_tanh":
+        s = tl.where(tl.abs(s) > 30.0, tl.where(s > 0, 30.0, -30.0), s)  # powers of a large s overflow
         half = sigmoid(1.5957691216057308 * (s + 0.044715 * s * s * s))
         return half + s * half * (1.0 - half) * 1.5957691216057308 * (1.0 + 0.134145 * s * s)
     if ACTIVATION == "relu":

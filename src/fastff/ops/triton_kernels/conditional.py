@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastff.ops import triton_kernels
+from fastff.ops.dense import dense
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
 
 MOST_COLUMNS = 64  # neurons of a leaf that one program takes: their products stay in registers
@@ -112,7 +113,7 @@ def _run(kind: str, operands: tuple[Tensor | None, ...], activation: str) -> tup
     from fastff.ops.triton_kernels.launch import replay
     from fastff.ops.triton_kernels.linear import precision_of
 
-    operands = triton_kernels.contiguous(*operands)
+    operands = dense(*operands)
     x: Tensor = operands[0]  # type: ignore[assignment]  # or grad_y: of the same rows, dtype and device
     w_in, w_out = operands[-4 if kind == "forward" else -5], operands[-2 if kind == "forward" else -3]
     assert w_in is not None

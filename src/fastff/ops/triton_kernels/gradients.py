@@ -28,7 +28,7 @@ from fastff.ops.triton_kernels.linear import (
     sort_leaves,
     spread,
 )
-from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two
+from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.sort import Groups
 
 
@@ -81,7 +81,7 @@ def _values_backward(scores: Tensor, d_coefficient: Tensor, *, config: TreeConfi
     gates = new(scores, rows * trees, config.depth, dtype=torch.float32) if gated else None
     grid = (ceil_div(rows * trees, VALUES_TILE),)
     operands = (scores, d_coefficient, d_scores, coefficient, gates)
-    launch(_values_backward_kernel, grid, *operands, rows * trees, config.tau, **values_shape(config), num_warps=2)
+    launch(_values_backward_kernel, grid, *operands, rows * trees, tau_of(config), **values_shape(config), num_warps=2)
     return d_scores, coefficient
 
 

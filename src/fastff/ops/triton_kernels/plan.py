@@ -120,6 +120,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def tau_of(config: TreeConfig) -> float:
+    """tau as the kernels take it, in float32: a normal number, so that a score of 0 has gate 0."""
+    return max(config.tau, torch.finfo(torch.float32).tiny)
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

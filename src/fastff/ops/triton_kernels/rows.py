@@ -15,7 +15,7 @@ from torch import Tensor
 from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
-from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div
+from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div, tau_of
 
 
 def forward(
@@ -58,7 +58,7 @@ def forward(
         b_in,
         scores,
         *out,
-        config.tau,
+        tau_of(config),
         D_IN=config.in_features,
         LEAF_ROWS=config.leaf_in_rows,
         SCORES=config.path_scores,

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
-from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two
+from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
 
 
@@ -48,7 +48,7 @@ def forward(
     across = ceil_div(config.out_features, plan.block_out)
     launch(
         _settle_kernel, (rows, across),
-        seen, prefixes, w_out, b_out, scores, leaf, margin, y, rows, config.tau, BLOCKS=blocks, LEVELS=plan.levels,
+        seen, prefixes, w_out, b_out, scores, leaf, margin, y, rows, tau_of(config), BLOCKS=blocks, LEVELS=plan.levels,
         D_OUT=config.out_features, DEPTH=config.depth, NODE_ENTRIES=config.depth if config.node_output else 0,
         ACTIVATION=config.activation, GATED=config.gate is not None, BE=power_of_two(levels),
         BN=plan.block_out, num_warps=4,

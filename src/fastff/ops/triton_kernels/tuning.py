@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
+from fastff.ops.dense import dense
 from fastff.ops.triton_kernels import (
-    contiguous,
     device_name,
     plan,
     run_backward,
@@ -64,7 +64,7 @@ def tune(
     reason, rows = why_unavailable() or why_not(x, config), x.shape[0]
     if reason is not None:
         raise BackendUnavailable(reason)
-    operands = contiguous(x, w_in, b_in, w_out, b_out)
+    operands = dense(x, w_in, b_in, w_out, b_out)
     shipped: Any = plan.forward_plan(config, rows, x.element_size())
     y, leaf, _, scores = run_forward(shipped, *operands, config=config)
     searched: dict[Direction, tuple[Any, Callable[[Any], Any]]] = {
