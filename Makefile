@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 
-.PHONY: demo test sanitize test-c test-arm check format bench docs setup install-c wheel clean
+.PHONY: demo test sanitize sanitize-threads test-c test-arm check format bench docs setup install-c wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
@@ -23,6 +23,15 @@ sanitize: setup
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py tests/test_conditional_native.py tests/test_router_native.py
+
+# The core under ThreadSanitizer: many callers at once, and sixteen readers of packs that a writer replaces.
+sanitize-threads:
+	$(CMAKE) -S . -B build/sanitize-threads -DFASTFF_SANITIZE=thread
+	$(CMAKE) --build build/sanitize-threads --parallel $$(nproc)
+	$(CC) -std=c99 -fsanitize=thread -O1 -g -Icsrc tests/c/check_core.c build/sanitize-threads/libfastff.so \
+	-Wl,-rpath,$(CURDIR)/build/sanitize-threads -lm -lpthread -o build/sanitize-threads/check_core
+	for mode in threads snapshots "kernels 8"; do \
+	TSAN_OPTIONS=halt_on_error=1 build/sanitize-threads/check_core $$mode || exit 1; done
 
 check: setup
 	$(BIN)/ruff format --check .

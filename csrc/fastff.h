@@ -162,13 +162,10 @@ FASTFF_API int32_t fastff_plan_forward(const fastff_tree* tree, int32_t weights,
 
 /* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them.
  * weights: enum fastff_weights. A quantised pack takes every turn that the fp32 layer takes: it also keeps the routing
- * nodes' w_in in fp32 and computes a score again from it when quantisation could have changed the score's sign. */
+ * nodes' w_in in fp32 and computes a score again from it when quantisation could have changed the score's sign. A pack
+ * never changes: for new weights make another, and free the old one when no thread uses it. */
 FASTFF_API int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,
                                    const float* b_out, int32_t weights, fastff_packed** packed);
-
-/* Copy new values into an existing pack of the same tree. */
-FASTFF_API int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,
-                                     const float* b_out);
 
 /* Memory of the pack in bytes; 0 for NULL. */
 FASTFF_API int64_t fastff_packed_bytes(const fastff_packed* packed);

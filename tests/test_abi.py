@@ -306,7 +306,6 @@ def test_null_trees_packs_and_names_are_refused():
             library.fastff_pack_f32(tree, *holed, 0, ctypes.byref(handle)), "w_in and w_out must not be NULL"
         )
     assert not handle
-    assert refused(library.fastff_repack_f32(None, *pointers), "packed must not be NULL")
     assert refused(library.fastff_packed_watch(None, None, 0), "packed must not be NULL")
     assert refused(library.fastff_infer_f32(None, x, y, 5, 1), "packed must not be NULL")
     assert refused(library.fastff_set_isa(None), "name must not be NULL")

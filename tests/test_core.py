@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SANITIZED
-from fastff.ops.library import find_library
+from conftest import SANITIZED, make_layer, weights_of
+from fastff.ops import native
+from fastff.ops.library import find_library, library
+from fastff.ops.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +41,7 @@ def program(tmp_path_factory):
     [
         ("kernels", "kernels: 60 layers"),
         ("threads", "six callers"),
+        ("snapshots", "sixteen readers"),
         ("fork", "eight children"),
         ("scarce", "few given"),
     ],
@@ -54,3 +57,25 @@ def test_without_python(mode, text, program):
     done = subprocess.run([program, mode], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert text in done.stdout
+
+
+@pytest.mark.parametrize("quantization", [None, "bf16", "int8"])
+def test_small_packs_take_their_size(quantization):
+    layer = make_layer(256, 256, depth=5).eval()
+    weights = 4 * (layer.w_in.numel() + layer.w_out.numel())
+    needed = {None: weights, "bf16": weights // 2, "int8": weights // 4}[quantization]
+    needed += 0 if quantization is None else 4 * 31 * 256 + 64 * 63  # routing rows in fp32, a line to a neuron
+    pack = native.new_pack(layer.config, Weights(*weights_of(layer)), quantization)
+    try:
+        assert needed <= native.pack_bytes(pack) <= needed + 3 * 4096
+    finally:
+        library().fastff_packed_free(pack)
+
+
+def test_large_packs_lie_on_huge_pages():
+    layer = make_layer(768, 768, depth=9).eval()  # 1023 neurons, 6.3 MB: three huge pages but for the last 3 KB
+    pack = native.new_pack(layer.config, Weights(*weights_of(layer)), None)
+    try:
+        assert native.pack_bytes(pack) == 3 * 2**21
+    finally:
+        library().fastff_packed_free(pack)

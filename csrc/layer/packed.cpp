@@ -174,16 +174,6 @@ int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float*
   });
 }
 
-int32_t fastff_repack_f32(fastff_packed* packed, const float* w_in, const float* b_in, const float* w_out,
-                          const float* b_out) {
-  return guarded([&] {
-    need_not_null(packed);
-    const Weights<float> w = {w_in, b_in, w_out, b_out};
-    need_weights(packed->tree, w);
-    packed->fill(w);
-  });
-}
-
 int64_t fastff_packed_bytes(const fastff_packed* packed) { return packed ? packed->bytes() : 0; }
 
 int32_t fastff_packed_watch(fastff_packed* packed, const void* const* places, int32_t count) {

@@ -14,6 +14,7 @@ import psutil
 
 import fastff
 from fastff.ops import native
+from fastff.ops.library import processors
 
 PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "nncf")
 
@@ -33,6 +34,8 @@ def machine() -> dict[str, Any]:
 
 def cores() -> int:
     """Cores that this process may use."""
+    if native.why_unavailable() is None:
+        return processors()  # knows of quotas
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

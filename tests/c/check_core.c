@@ -2,6 +2,7 @@
  *
  *   check_core kernels   every instruction set that runs here, on random layers, against plain loops in double
  *   check_core threads   many threads on one pack
+ *   check_core snapshots   sixteen readers of a layer whose pack a writer replaces
  *   check_core fork      a child of a process whose pool is at work
  *   check_core scarce    a system that gives no more threads
  *
@@ -456,6 +457,101 @@ static void check_threads(void) {
   puts("threads: six callers");
 }
 
+/* A layer whose weights a writer replaces while readers evaluate it: packs never change, the current one is swapped whole
+ * and the last reader of an old one frees it, as a program would do. The layers differ by a factor of w_out alone, so that
+ * outputs of one pack are a known multiple of the first one's. */
+enum { READERS = 16, VERSIONS = 40 };
+typedef struct snapshot {
+  fastff_packed* packed;
+  int version, users;
+} snapshot;
+typedef struct published {
+  const shared* s;
+  pthread_mutex_t lock;
+  snapshot* current;
+} published;
+
+static void release(published* p, snapshot* s) {
+  int last;
+  pthread_mutex_lock(&p->lock);
+  last = --s->users == 0;
+  pthread_mutex_unlock(&p->lock);
+  if (!last) return;
+  fastff_packed_free(s->packed);
+  free(s);
+}
+
+static snapshot* taken(published* p) {
+  snapshot* s;
+  pthread_mutex_lock(&p->lock);
+  s = p->current;
+  ++s->users;
+  pthread_mutex_unlock(&p->lock);
+  return s;
+}
+
+/* A pack of w_out times 2^version: exact in fp32. */
+static snapshot* make_snapshot(const layer* l, int version) {
+  snapshot* s = room(sizeof *s);
+  const int64_t n = l->sizes[W_OUT], m = l->sizes[B_OUT];
+  float* w_out = room(n * 4);
+  float* b_out = l->f[B_OUT] ? room(m * 4) : NULL;
+  int64_t i;
+  for (i = 0; i < n; ++i) w_out[i] = ldexpf(l->f[W_OUT][i], version);
+  for (i = 0; b_out && i < m; ++i) b_out[i] = ldexpf(l->f[B_OUT][i], version);
+  s->version = version;
+  s->users = 1;
+  CHECK(!fastff_pack_f32(&l->tree, l->f[W_IN], l->f[B_IN], w_out, b_out, FASTFF_F32, &s->packed), "pack");
+  free(w_out);
+  free(b_out);
+  return s;
+}
+
+static void* write_snapshots(void* context) {
+  published* p = context;
+  int version;
+  for (version = 1; version <= VERSIONS; ++version) {
+    snapshot *fresh = make_snapshot(&p->s->l, version % 8), *old;
+    pthread_mutex_lock(&p->lock);
+    old = p->current;
+    p->current = fresh;
+    pthread_mutex_unlock(&p->lock);
+    release(p, old);
+  }
+  return NULL;
+}
+
+static void* read_snapshots(void* context) {
+  published* p = context;
+  const int64_t rows = 50, n = rows * p->s->l.tree.out_features;
+  float* y = room(n * 4);
+  int i;
+  for (i = 0; i < 60; ++i) {
+    snapshot* s = taken(p);
+    int64_t k;
+    CHECK(!fastff_infer_f32(s->packed, p->s->l.f[X], y, rows, 1 + i % 3), "infer");
+    for (k = 0; k < n; ++k)
+      CHECK(y[k] == ldexpf(p->s->y[k], s->version), "an output of version %d is of another", s->version);
+    release(p, s);
+  }
+  free(y);
+  return NULL;
+}
+
+static void check_snapshots(void) {
+  shared s = make_shared();
+  published p = {.s = &s, .lock = PTHREAD_MUTEX_INITIALIZER};
+  pthread_t threads[READERS + 1];
+  int i;
+  p.current = make_snapshot(&s.l, 0);
+  for (i = 0; i <= READERS; ++i)
+    CHECK(!pthread_create(&threads[i], NULL, i ? read_snapshots : write_snapshots, &p), "pthread_create");
+  for (i = 0; i <= READERS; ++i) pthread_join(threads[i], NULL);
+  release(&p, p.current);
+  free_shared(&s);
+  puts("snapshots: sixteen readers and a writer");
+}
+
 static void check_fork(void) {
   shared s = make_shared();
   pthread_t busy;
@@ -497,8 +593,9 @@ int main(int count, char** arguments) {
   const char* mode = count > 1 ? arguments[1] : "";
   if (!strcmp(mode, "kernels")) check_kernels(count > 2 ? atoi(arguments[2]) : 60);
   else if (!strcmp(mode, "threads")) check_threads();
+  else if (!strcmp(mode, "snapshots")) check_snapshots();
   else if (!strcmp(mode, "fork")) check_fork();
   else if (!strcmp(mode, "scarce")) check_scarce();
-  else return fprintf(stderr, "usage: check_core kernels [LAYERS] | threads | fork | scarce\n"), 2;
+  else return fprintf(stderr, "usage: check_core kernels [LAYERS] | threads | snapshots | fork | scarce\n"), 2;
   return 0;
 }

@@ -71,7 +71,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
-    library.fastff_repack_f32.argtypes = [pointer] * 5
     library.fastff_packed_watch.argtypes = [pointer, pointer, int32]
     library.fastff_checksum.argtypes = [pointer, int64]
     library.fastff_checksum.restype = ctypes.c_uint64
@@ -133,11 +132,16 @@ def threads_within(processors: int, available: int) -> Callable[[], int]:
     return lambda: min(torch.get_num_threads(), processors)
 
 
+def processors() -> int:
+    """How many processors this process may use, by its affinity and its control groups' quotas."""
+    return int(library().fastff_processors())
+
+
 @functools.cache
 def thread_counter() -> Callable[[], int]:
     """`threads_within` of this process: found once, for the shortest path of inference to call."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads_within(int(library().fastff_processors()), available)
+    return threads_within(processors(), available)
 
 
 def get_num_threads() -> int:
