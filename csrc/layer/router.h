@@ -74,9 +74,9 @@ struct RouterKernels {
   RouteKernel<double> f64;
   RouteKernel<float, int16_t> i16;
 };
-FASTFF_DECLARE_TABLES(RouterKernels, router_kernels);
+FASTFF_DECLARE_DOT_TABLES(RouterKernels, router_kernels);
 
-inline const RouterKernels& router_kernels() { return FASTFF_CHOSEN_TABLE(RouterKernels, router_kernels); }
+inline const RouterKernels& router_kernels() { return FASTFF_CHOSEN_DOT_TABLE(RouterKernels, router_kernels); }
 
 // Throws std::invalid_argument naming the value seen and the one expected.
 Router checked(const fastff_router* router);

@@ -21,49 +21,68 @@ struct Row16 {
   float scale, norm, error;  // norm: ||x||; error: ||x - stored x||; infinite where 16 bits do not serve
 };
 
+// What is seen of a row, by its place in a unit: element i in place i % 32.
+struct RowParts {
+  float squares[kUnit], largest[kUnit];
+
+  // Loops of a known length over independent places: the compiler makes them a few vector instructions.
+  void see(const float* x) {
+    for (int64_t j = 0; j < kUnit; ++j) {
+      squares[j] += x[j] * x[j];
+      const float size = std::fabs(x[j]);
+      largest[j] = size > largest[j] ? size : largest[j];
+    }
+  }
+  // Puts one unit into 16 bits and adds what that misses to squares.
+  void store(const float* x, float scale, float inverse, int16_t* to) {
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    for (int64_t j = 0; j < kUnit; ++j) {
+      float q = (x[j] * inverse + kRounder) - kRounder;
+      q = q > kLargestInt16 ? kLargestInt16 : q < -kLargestInt16 ? -kLargestInt16 : q;
+      to[j] = static_cast<int16_t>(static_cast<int32_t>(q));
+      const float missed = x[j] - q * scale;
+      squares[j] += missed * missed;
+    }
+  }
+  float sum() const {
+    float total = 0;
+    for (int64_t j = 0; j < kUnit; ++j) total += squares[j];
+    return total;
+  }
+};
+
+// Calls step(unit of x, i) for every unit of n elements, the last filled up with zeros.
+template <class Step>
+inline void for_units(const float* x, int64_t n, const Step& step) {
+  int64_t i = 0;
+  for (; i + kUnit <= n; i += kUnit) step(x + i, i);
+  if (i == n) return;
+  float rest[kUnit] = {};
+  for (int64_t j = 0; j < n - i; ++j) rest[j] = x[i + j];
+  step(rest, i);
+}
+
 // Stores n elements of x as to[0, padded): the largest integers whose parts cannot overflow.
 inline Row16 store_row16(const float* x, int64_t n, int64_t padded, int16_t* to) {
   const Row16 useless = {0, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
-  float part[kUnit] = {}, largest = 0;
-  const auto see = [&](const float* from, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-      part[j] += from[j] * from[j];
-      const float size = std::fabs(from[j]);
-      largest = size > largest ? size : largest;
-    }
-  };
-  int64_t i = 0;
-  for (; i + kUnit <= n; i += kUnit) see(x + i, kUnit);
-  see(x + i, n - i);
-  float squares = 0, widest = 0;
+  RowParts seen = {};
+  for_units(x, n, [&](const float* unit, int64_t) { seen.see(unit); });
+  float widest = 0, largest = 0;
   for (int64_t j = 0; j < kUnit; j += 2) {
-    squares += part[j] + part[j + 1];
-    widest = std::max(widest, part[j] + part[j + 1]);
+    widest = std::max(widest, seen.squares[j] + seen.squares[j + 1]);
+    largest = std::max(largest, std::max(seen.largest[j], seen.largest[j + 1]));
   }
-  std::fill(to + n, to + padded, static_cast<int16_t>(0));
+  const float squares = seen.sum();
   const double room = kPartNorm - std::sqrt(static_cast<double>(padded) / kUnit);
   if (!(squares > 1e-20f && squares < 1e30f) || room < kPartNorm / 2) {  // NaN, too, comes here
-    std::fill(to, to + n, static_cast<int16_t>(0));
+    std::fill(to, to + padded, static_cast<int16_t>(0));
     return useless;
   }
   const float scale = std::max(static_cast<float>(std::sqrt(widest) * 1.0001 / room), largest / kLargestInt16);
-  const float inverse = 1 / scale;
-  float missed[kUnit] = {};
-  const auto store = [&](const float* from, int16_t* into, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-      float q = from[j] * inverse + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-      q -= 12582912.0f;
-      q = q > kLargestInt16 ? kLargestInt16 : q < -kLargestInt16 ? -kLargestInt16 : q;
-      into[j] = static_cast<int16_t>(static_cast<int32_t>(q));
-      const float difference = from[j] - q * scale;
-      missed[j] += difference * difference;
-    }
-  };
-  for (i = 0; i + kUnit <= n; i += kUnit) store(x + i, to + i, kUnit);
-  store(x + i, to + i, n - i);
-  float error = 0;
-  for (int64_t j = 0; j < kUnit; ++j) error += missed[j];
-  return {scale, std::sqrt(squares) * 1.001f, std::sqrt(error) * 1.001f + std::sqrt(squares) * 1e-6f};
+  RowParts missed = {};
+  for_units(x, n, [&](const float* unit, int64_t i) { missed.store(unit, scale, 1 / scale, to + i); });
+  const float norm = std::sqrt(squares);
+  return {scale, norm * 1.001f, std::sqrt(missed.sum()) * 1.001f + norm * 1e-6f};
 }
 
 }  // namespace
