@@ -31,19 +31,26 @@ struct Products {
     using V = Vec<W>;
     constexpr int kUnroll = chains(1);
     typename V::Reg acc[4][kUnroll];
+#pragma GCC unroll 8
     for (int k = 0; k < 4; ++k)
+#pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u) acc[k][u] = V::zero();
     int64_t i = 0;
     for (; i + kUnroll * V::width <= n; i += kUnroll * V::width)
+#pragma GCC unroll 8
       for (int u = 0; u < kUnroll; ++u)
+#pragma GCC unroll 8
         for (int k = 0; k < 4; ++k)
           acc[k][u] = V::fma(V::load(x[k] + i + u * V::width), V::load(w[k] + i + u * V::width), acc[k][u]);
     for (; i < n; i += V::width) {
       const int64_t left = std::min<int64_t>(V::width, n - i);
+#pragma GCC unroll 8
       for (int k = 0; k < 4; ++k) acc[k][0] = V::fma(V::load_n(x[k] + i, left), V::load_n(w[k] + i, left), acc[k][0]);
     }
+#pragma GCC unroll 8
     for (int k = 0; k < 4; ++k) {
       auto total = acc[k][0];
+#pragma GCC unroll 8
       for (int u = 1; u < kUnroll; ++u) total = V::add(total, acc[k][u]);
       out[k] = V::sum(total);
     }
@@ -55,24 +62,32 @@ template <>
 struct Products<int16_t> {
   using V = Vec<int16_t>;
 
+  // A function of its own: the sums must find enough registers whatever the callers keep in theirs.
   template <int M, int J>
-  static void tile(const int16_t* const* x, const int16_t* const* w, int64_t n, float* out) {
+  __attribute__((noinline)) static void tile(const int16_t* const* x, const int16_t* const* w, int64_t n, float* out) {
     typename V::Sums acc[M][J];
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) acc[m][j] = V::zero();
     for (int64_t i = 0; i < n; i += V::width) {
       typename V::Reg row[M];
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) row[m] = V::load(x[m] + i);
+#pragma GCC unroll 8
       for (int j = 0; j < J; ++j) {
         const auto weight = V::load(w[j] + i);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) acc[m][j] = V::dot(row[m], weight, acc[m][j]);
       }
     }
     if constexpr (J == 1 && M == 4) {
       float sums[4];
       V::sums(acc[0][0], acc[1][0], acc[2][0], acc[3][0], sums);
+#pragma GCC unroll 8
       for (int m = 0; m < 4; ++m) out[4 * m] = sums[m];
     } else {
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) V::sums(acc[m][0], acc[m][J > 1 ? 1 : 0], acc[m][J > 2 ? 2 : 0], V::zero(), out + 4 * m);
     }
   }
@@ -88,6 +103,7 @@ struct Products<int16_t> {
   static void each(const int16_t* const* x, const int16_t* const* w, int64_t n, float* out) {
     typename V::Sums acc[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t i = 0; i < n; i += V::width)
+#pragma GCC unroll 8
       for (int k = 0; k < 4; ++k) acc[k] = V::dot(V::load(x[k] + i), V::load(w[k] + i), acc[k]);
     V::sums(acc[0], acc[1], acc[2], acc[3], out);
   }
