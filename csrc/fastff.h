@@ -318,6 +318,25 @@ FASTFF_API int32_t fastff_conditional_infer_f32(const fastff_packed_leaves* pack
 /* NULL is allowed. */
 FASTFF_API void fastff_conditional_packed_free(fastff_packed_leaves* packed);
 
+/* ---- A router and its leaves as one layer ---- */
+
+/* Packed weights of both; opaque. */
+typedef struct fastff_layer fastff_layer;
+
+/* The arguments of fastff_router_pack and fastff_conditional_pack; the leaves are as many as the router's, of its
+ * in_features. weights: enum fastff_weights, of both. */
+FASTFF_API int32_t fastff_layer_pack_f32(const fastff_router* router, const float* w, const float* b,
+                                         const float* balance, const fastff_leaves* leaves, const float* w_in,
+                                         const float* b_in, const float* w_out, const float* b_out, int32_t weights,
+                                         fastff_layer** layer);
+/* y [rows][out_features] of x [rows][in_features]. Allocates nothing once the calling thread has seen as many rows. */
+FASTFF_API int32_t fastff_layer_infer_f32(const fastff_layer* layer, const float* x, float* y, int64_t rows,
+                                          int32_t threads);
+/* Memory of the layer in bytes; 0 for NULL. */
+FASTFF_API int64_t fastff_layer_bytes(const fastff_layer* layer);
+/* NULL is allowed. */
+FASTFF_API void fastff_layer_free(fastff_layer* layer);
+
 #ifdef __cplusplus
 }
 #endif

@@ -21,7 +21,6 @@ FORMS = [
     {"depth": 3, "trees": 2, "gate": "boundary_min"},
     {
         "depth": 3,
-        "trees": 2,
         "leaf_width": 6,
         "node_output": False,
         "gate": "boundary",
@@ -29,6 +28,8 @@ FORMS = [
         "bias": True,
     },
 ]
+# Several trees whose nodes only route: leaves that also round x and their activations (csrc/fastff.h).
+FOREST = {"depth": 4, "trees": 6, "leaf_width": 4, "node_output": False, "gate": "boundary", "bias": True}
 KINDS = ["bf16", "int8"]
 
 
@@ -101,7 +102,9 @@ def test_values_are_those_of_the_rounded_weights(options, kind, rows, in_feature
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [{"depth": 9}, {"depth": 4, "trees": 8, "bias": True}, {"depth": 5, "node_output": False}]
+    "options",
+    [{"depth": 9}, {"depth": 4, "trees": 8, "bias": True}, {"depth": 5, "node_output": False}, {**FOREST, "trees": 8}],
+    ids=str,
 )
 def test_no_row_changes_its_leaf(options, kind):
     layer = make_layer(192, dtype=torch.float32, **options).eval()
@@ -116,7 +119,7 @@ def test_no_row_changes_its_leaf(options, kind):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("options", [{"depth": 8}, {"depth": 3, "trees": 4, "leaf_width": 3}])
+@pytest.mark.parametrize("options", [{"depth": 8}, {"depth": 3, "trees": 4, "leaf_width": 3}, FOREST], ids=str)
 def test_a_row_alone_gives_the_same_bits_as_in_any_batch(options, kind):
     layer = make_layer(100, dtype=torch.float32, **options).eval().quantize(kind)
     x = make_rows(600, 100, dtype=torch.float32)

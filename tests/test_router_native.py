@@ -474,3 +474,122 @@ def test_arrays_that_do_not_fit_are_refused():
         library().fastff_router_infer_f32(None, pointer(x), ctypes.c_int64(4), pointer(leaf), pointer(gate), 1)
         == BAD_ARGUMENT
     )
+
+
+class CLeaves(ctypes.Structure):
+    """fastff_leaves of csrc/fastff.h."""
+
+    _fields_ = (
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("leaves", ctypes.c_int64),
+        ("leaf_width", ctypes.c_int64),
+        ("activation", ctypes.c_int32),
+    )
+
+
+SWIGLU, OUT, WIDTH = 5, 37, 4
+
+
+def leaf_count(case):
+    if case.kind in (TREES, PATHS):
+        return case.trees * 2**case.depth
+    return case.candidates ** (1 + (case.kind == PRODUCT_KEYS))
+
+
+def leaf_weights(case):
+    leaves = leaf_count(case)
+    w_in = make_rows(leaves, 2 * WIDTH, case.in_features, seed=3) * case.in_features**-0.5
+    return w_in.float(), make_rows(leaves, WIDTH, OUT, seed=4, dtype=torch.float32)
+
+
+def pack_layer(case, weights, w_in, w_out, kind, **change):
+    """Status and handle of fastff_layer_pack; `change` replaces sizes of the leaves."""
+    sizes = {"in_features": case.in_features, "out_features": OUT, "leaves": len(w_in), "leaf_width": WIDTH}
+    leaves, handle = CLeaves(**(sizes | {"activation": SWIGLU} | change)), ctypes.c_void_p()
+    status = library().fastff_layer_pack_f32(
+        ctypes.byref(case.c),
+        *map(pointer, weights),
+        ctypes.byref(leaves),
+        pointer(w_in),
+        None,
+        pointer(w_out),
+        None,
+        WEIGHTS[kind],
+        ctypes.byref(handle),
+    )
+    return status, handle
+
+
+def joined(case, kind, x, threads=1):
+    """y of fastff_layer."""
+    status, handle = pack_layer(case, case.weights(torch.float32), *leaf_weights(case), kind)
+    assert status == OK, library().fastff_error().decode()
+    assert library().fastff_layer_bytes(handle) > 0
+    y = torch.full((len(x), OUT), float("nan"))
+    status = library().fastff_layer_infer_f32(handle, pointer(x), pointer(y), ctypes.c_int64(len(x)), threads)
+    assert status == OK, library().fastff_error().decode()
+    library().fastff_layer_free(handle)
+    return y
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_joined_layer_is_its_packed_router_and_its_packed_leaves(name, kind, isa):
+    case = CASES[name]
+    w_in, w_out = leaf_weights(case)
+    x = make_rows(70, case.in_features, dtype=torch.float32)
+    leaf, gate = Packed(case, case.weights(torch.float32), kind).route(x)
+    leaves, handle = CLeaves(case.in_features, OUT, len(w_in), WIDTH, SWIGLU), ctypes.c_void_p()
+    weights = (pointer(w_in), None, pointer(w_out), None)
+    pack = library().fastff_conditional_pack_f32
+    assert pack(ctypes.byref(leaves), *weights, WEIGHTS[kind], ctypes.byref(handle)) == OK
+    want = torch.full((70, OUT), float("nan"))
+    rows, k = ctypes.c_int64(70), ctypes.c_int64(case.per_row)
+    infer = library().fastff_conditional_infer_f32
+    assert infer(handle, pointer(x), pointer(leaf), pointer(gate), rows, k, pointer(want), 1) == OK
+    library().fastff_conditional_packed_free(handle)
+    for count in (70, 24, 1):
+        assert torch.equal(joined(case, kind, x[:count].contiguous(), threads=2), want[:count])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_joined_layer_errs_as_float32_does(name, isa):
+    case = CASES[name]
+    w_in, w_out = (w.double() for w in leaf_weights(case))
+    x = make_rows(70, case.in_features, dtype=torch.float32)
+    weights = [None if w is None else w.double() for w in case.weights(torch.float32)]
+    leaf, gate, _, margin = reference(case, weights, x.double())
+    score = torch.einsum("ri,rkni->rkn", x.double(), w_in[leaf])
+    hidden = torch.nn.functional.silu(score[..., :WIDTH]) * score[..., WIDTH:] * gate[..., None]
+    want = torch.einsum("rkn,rkno->ro", hidden, w_out[leaf])
+    error = (joined(case, "f32", x) - want)[margin > 1e-5]
+    assert error.abs().max() <= 2e-6 * want.abs().max()
+
+
+def test_leaves_that_are_not_the_routers_are_refused():
+    case = CASES["flat"]
+    weights, (w_in, w_out) = case.weights(torch.float32), leaf_weights(case)
+    for field, value in {"leaves": 95, "in_features": 64, "leaf_width": 0, "activation": 9}.items():
+        status, handle = pack_layer(case, weights, w_in, w_out, "int8", **{field: value})
+        assert status == BAD_ARGUMENT
+        assert not handle
+        assert f"{field} {value}" in library().fastff_error().decode()
+    x, y = make_rows(2, case.in_features, dtype=torch.float32), torch.zeros(2, OUT)
+    _, handle = pack_layer(case, weights, w_in, w_out, "int8")
+
+    def status(x=None, y=None, rows=2, handle=handle):
+        return library().fastff_layer_infer_f32(handle, x, y, ctypes.c_int64(rows), 1)
+
+    assert status(pointer(x), pointer(y)) == OK
+    assert status(rows=0) == OK
+    for bad in (
+        status(pointer(x)),
+        status(y=pointer(y)),
+        status(pointer(x), pointer(y), rows=-1),
+        status(pointer(x), pointer(x)),
+        status(pointer(x) + 1, pointer(y)),
+        status(pointer(x), pointer(y), handle=None),
+    ):
+        assert bad == BAD_ARGUMENT
+    library().fastff_layer_free(handle)

@@ -7,45 +7,10 @@
 #include "base/errors.h"
 #include "base/huge_pages.h"
 #include "layer/forward_rows.h"
+#include "layer/packed.h"
 #include "layer/store.h"
 
 using namespace fastff;
-
-struct fastff_packed {
-  static constexpr int32_t kWatched = FASTFF_WATCHED;
-
-  explicit fastff_packed(const Tree& t) : tree(t) {}
-  virtual ~fastff_packed() = default;
-  fastff_packed(const fastff_packed&) = delete;
-  fastff_packed& operator=(const fastff_packed&) = delete;
-
-  virtual void fill(const Weights<float>& w) = 0;
-  virtual void forward(const float* x, int64_t rows, const Forward<float>& out, int threads) const = 0;
-  virtual int64_t bytes() const = 0;
-
-  // Few places, because each is a cache line: four lines of each tensor cost several microseconds where layers take turns
-  // and evict each other's page translations.
-  bool stale() const {
-    for (const Watched& w : watched)
-      if (w.at && std::memcmp(w.at, w.bytes, sizeof w.bytes) != 0) return true;
-    return false;
-  }
-  void watch(const void* const* places, int32_t count) {
-    for (int32_t i = 0; i < kWatched; ++i) {
-      watched[i].at = i < count ? places[i] : nullptr;
-      if (watched[i].at) std::memcpy(watched[i].bytes, watched[i].at, sizeof watched[i].bytes);
-    }
-  }
-
-  const Tree tree;
-
- private:
-  struct Watched {
-    const void* at;
-    char bytes[4];
-  };
-  Watched watched[kWatched] = {};
-};
 
 namespace {
 
@@ -149,6 +114,7 @@ void need_not_null(const void* pointer) {
 }
 
 std::unique_ptr<fastff_packed> make_pack(const Tree& tree, int32_t weights) {
+  if (is_forest(tree, weights)) return make_forest_pack(tree, weights);
   switch (weights) {
     case FASTFF_F32: return std::make_unique<Pack<float>>(tree);
     case FASTFF_BF16: return std::make_unique<Pack<Bf16>>(tree);

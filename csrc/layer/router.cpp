@@ -38,14 +38,6 @@ void check_gate(const fastff_router& r) {
   need(!boundary || (r.tau > 0 && std::isfinite(r.tau)), "tau must be positive and finite");
 }
 
-void need_rows(const Router& router, int64_t rows) {
-  need_in("rows", rows, 0, kMaxRows);
-  const double widest = std::max(static_cast<double>(router.in_features),
-                                 static_cast<double>(router.trees) * std::max<double>(router.chosen, router.depth));
-  need(static_cast<double>(rows) * widest * sizeof(double) < kAddressable,
-       "rows need more memory than can be addressed");
-}
-
 template <class T>
 int32_t route_plain(RouteKernel<T> RouterKernels::*kernel, const fastff_router* given, const T* w, const T* b,
                     const T* balance, const T* x, int64_t rows, const Chosen<T>& out, int threads) {
@@ -80,6 +72,14 @@ Router checked(const fastff_router* r) {
   need(rows * static_cast<double>(r->in_features) * sizeof(double) < kAddressable,
        "weights need more memory than can be addressed");
   return {r->in_features, r->trees, r->candidates, r->chosen, r->kind, r->depth, r->gate, r->tau};
+}
+
+void need_rows(const Router& router, int64_t rows) {
+  need_in("rows", rows, 0, kMaxRows);
+  const double widest = std::max(static_cast<double>(router.in_features),
+                                 static_cast<double>(router.trees) * std::max<double>(router.chosen, router.depth));
+  need(static_cast<double>(rows) * widest * sizeof(double) < kAddressable,
+       "rows need more memory than can be addressed");
 }
 
 template <class T>

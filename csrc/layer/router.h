@@ -83,6 +83,8 @@ Router checked(const fastff_router* router);
 template <class T>
 void need_router_weights(const Router& router, const T* w, const T* b, const T* balance);
 
+void need_rows(const Router& router, int64_t rows);
+
 // Of rows and outputs; weights: what the outputs must not overlap besides x.
 template <class T>
 void check_route(const Router& router, const T* x, int64_t rows, const Chosen<T>& out, Arrays weights);

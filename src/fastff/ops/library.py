@@ -63,6 +63,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_router_bytes.restype = int64
     library.fastff_router_free.argtypes = [pointer]
     library.fastff_router_free.restype = None
+    library.fastff_layer_pack_f32.argtypes = [pointer] * 9 + [int32, pointer]
+    library.fastff_layer_infer_f32.argtypes = [pointer, pointer, pointer, int64, int32]
+    library.fastff_layer_bytes.argtypes = [pointer]
+    library.fastff_layer_bytes.restype = int64
+    library.fastff_layer_free.argtypes = [pointer]
+    library.fastff_layer_free.restype = None
     library.fastff_conditional_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_conditional_infer_f32.argtypes = [pointer] * 4 + [int64, int64, pointer, int32]
     library.fastff_conditional_packed_free.argtypes = [pointer]
