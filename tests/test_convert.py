@@ -33,7 +33,7 @@ from fastff.convert.student import build_student, dense_layers, describe_narrow,
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
-from fastff.text.examples import tokenise
+from fastff.text.examples import batches_by_length, tokenise
 
 
 def pieces(x):
@@ -82,6 +82,17 @@ def test_shuffled_batches_cover_every_example_once_and_can_be_repeated(tokenizer
     second = [b for b, _ in zip(examples.shuffled(16, seed=1), range(25), strict=False)]
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert sorted(np.concatenate(first)) == list(range(400))
+
+
+@pytest.mark.parametrize("pool", [16, 64])
+def test_batches_by_length_hold_every_row_once_and_waste_little(pool):
+    lengths = np.array([(7 * i) % 90 + 3 for i in range(1000)])
+    batches = batches_by_length(lengths, 32, np.random.default_rng(1), pool=pool)
+    assert sorted(i for batch in batches for i in batch) == list(range(1000))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+    other = batches_by_length(lengths, 32, np.random.default_rng(2), pool=pool)
+    assert any(not np.array_equal(a, b) for a, b in zip(batches, other, strict=True))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])

@@ -97,15 +97,6 @@ def test_tokenizer_knows_its_special_tokens_and_the_whole_text():
     assert pieces.count(data.UNK) / len(pieces) < 1e-4
 
 
-def test_batches_by_length_hold_every_row_once_and_waste_little():
-    lengths = [(7 * i) % 90 + 3 for i in range(1000)]
-    batches = data.batches_by_length(lengths, 32, seed=1)
-    assert sorted(i for batch in batches for i in batch) == list(range(1000))
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert padded < 1.15 * sum(lengths)
-    assert batches != data.batches_by_length(lengths, 32, seed=2)
-
-
 def test_pad_cuts_and_masks():
     tokens, mask = data.pad([[5, 6, 7, 8], [9]], longest=3)
     assert tokens.tolist() == [[5, 6, 7], [9, 0, 0]]

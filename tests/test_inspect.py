@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastff
-from fastff.inspect import collect, turns, visited
+from fastff.inspect import collect, decisions, visited
 from fastff.inspect.picture import Box, colour, draw_path, draw_tree, relative_use
 from fastff.routers import Usage
 
@@ -84,7 +84,7 @@ def test_turns_reads_the_scores_signs(model):
     for row in range(6):
         path = paths[row, 1]
         scores = (layer.w_in[1, path[:-1]] @ x[row]).tolist()
-        assert turns(path) == "".join("R" if score > 0 else "L" for score in scores)
+        assert decisions(path) == "".join("R" if score > 0 else "L" for score in scores)
 
 
 def test_relative_use_is_zero_when_even_and_nan_when_dead():

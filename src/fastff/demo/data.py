@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -30,6 +30,11 @@ class Sentences(NamedTuple):
     tokens: list[list[int]]
     labels: Tensor
     texts: list[str]
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Pieces of each."""
+        return np.array([len(row) for row in self.tokens])
 
 
 def manifest() -> dict[str, Any]:
@@ -139,17 +144,3 @@ def pad(rows: Sequence[Sequence[int]], longest: int) -> tuple[Tensor, Tensor]:
     length = max(map(len, cut))
     tokens = torch.tensor([row + [PAD] * (length - len(row)) for row in cut])
     return tokens, (tokens != PAD).long()
-
-
-def batches_by_length(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Indices of all rows in batches of `size`, rows of like length together, in random order; one pass."""
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    pool = size * 16
-    batches = []
-    for begin in range(0, len(order), pool):
-        part = sorted(order[begin : begin + pool], key=lengths.__getitem__)
-        batches += [part[at : at + size] for at in range(0, len(part), size)]
-    rng.shuffle(batches)
-    return batches

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastff.demo.data import MASK, Corpus
-from fastff.inspect import turns, visited
+from fastff.inspect import decisions, visited
 
 BEST = 5
 
@@ -39,5 +39,5 @@ def fill(model: nn.Module, corpus: Corpus, sentence: str) -> dict[str, Any]:
         "pieces": encoded.tokens,
         "masks": masks,
         "paths": {name: path[0].tolist() for name, path in taken.items()},
-        "turns": {name: [[turns(tree) for tree in piece] for piece in path[0]] for name, path in taken.items()},
+        "turns": {name: [[decisions(tree) for tree in piece] for piece in path[0]] for name, path in taken.items()},
     }

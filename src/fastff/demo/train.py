@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.demo import settings as sizes
-from fastff.demo.data import Corpus, Sentences, batches_by_length, pad
+from fastff.demo.data import Corpus, Sentences, pad
 from fastff.demo.settings import Arm
 from fastff.demo.store import Store
 from fastff.layers import FFF
@@ -22,6 +23,7 @@ from fastff.models import (
     UltraFastBertForMaskedLM,
     UltraFastBertForSequenceClassification,
 )
+from fastff.text.examples import batches_by_length
 from fastff.text.windows import IGNORED
 from fastff.train.interrupt import Stop
 from fastff.train.schedule import triangle
@@ -29,6 +31,7 @@ from fastff.train.schedule import triangle
 Batch = dict[str, Tensor]
 CHECKPOINT_SECONDS = 10.0
 CURVE_POINTS = 60
+POOL = 16  # batches whose sentences are sorted by length together
 WARM_UP = 0.15  # of the steps, the learning rate rises; then it falls to zero
 
 
@@ -191,14 +194,14 @@ def _masked(corpus: Corpus, windows: Tensor, number: int, rows: int, seed: int) 
 
 def author_batches(sentences: Sentences, steps: int, seed: int) -> Callable[[int], Batch]:
     """Sentences of like length together, pass after pass."""
-    lengths = [len(row) for row in sentences.tokens]
-    order: list[list[int]] = []
+    lengths, rng = sentences.lengths, np.random.default_rng(seed)
+    order: list[np.ndarray[Any, Any]] = []
     while len(order) < steps:
-        order += batches_by_length(lengths, sizes.BATCH_SENTENCES, seed + len(order))
+        order += batches_by_length(lengths, sizes.BATCH_SENTENCES, rng, pool=POOL)
 
     def batch(step: int) -> Batch:
         tokens, mask = pad([sentences.tokens[i] for i in order[step]], sizes.LONGEST)
-        return {"input_ids": tokens, "attention_mask": mask, "labels": sentences.labels[order[step]]}
+        return {"input_ids": tokens, "attention_mask": mask, "labels": sentences.labels[torch.from_numpy(order[step])]}
 
     return batch
 
@@ -221,9 +224,8 @@ def masked_word_losses(model: nn.Module, inputs: Tensor, labels: Tensor, stop: S
 def author_predictions(model: nn.Module, sentences: Sentences, stop: Stop) -> list[int]:
     """The likeliest author of each sentence."""
     model.eval()
-    lengths = [len(row) for row in sentences.tokens]
-    found = [0] * len(lengths)
-    for rows in batches_by_length(lengths, 64, seed=0):
+    found = [0] * len(sentences.tokens)
+    for rows in batches_by_length(sentences.lengths, 64, np.random.default_rng(0), pool=POOL):
         tokens, mask = pad([sentences.tokens[i] for i in rows], sizes.LONGEST)
         best = model(input_ids=tokens, attention_mask=mask).logits.argmax(1)
         for index, label in zip(rows, best.tolist(), strict=True):

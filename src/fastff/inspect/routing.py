@@ -85,6 +85,6 @@ def visited(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     return seen
 
 
-def turns(path: Tensor) -> str:
-    """The turns of one path (levels,) of heap indices, such as `LRRL`: a right child has an even index."""
+def decisions(path: Tensor) -> str:
+    """The decisions of one path (levels,) of heap indices, such as `LRRL`: a right child has an even index."""
     return "".join("R" if int(node) % 2 == 0 else "L" for node in path[1:])

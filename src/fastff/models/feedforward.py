@@ -10,7 +10,7 @@ paths, flat, product_key  conditional, behind another router: `depth`, `trees` (
        `k`; `n` and `k`, with the meaning of `fastff.TreeRouter`, `FlatRouter`, `ProductKeyRouter`; for all of them
        `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate` and `balance_step`
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
-none   no feedforward at all: the control that shows what attention does alone
+none   no feedforward at all: the baseline that shows what attention does alone
 """
 
 from __future__ import annotations

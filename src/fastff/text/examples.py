@@ -56,19 +56,23 @@ class Examples:
             yield np.arange(start, min(start + batch, len(self)))
 
     def shuffled(self, batch: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
-        """Indices of batches without end; examples of like length share a batch, so that little is padding."""
-        lengths = np.diff(self.offsets)
-        rng = np.random.default_rng(seed)
-        group = batch * 64
+        """Indices of batches without end, pass after pass of `batches_by_length`."""
+        lengths, rng = np.diff(self.offsets), np.random.default_rng(seed)
         while True:
-            order = rng.permutation(len(self))
-            batches: list[np.ndarray[Any, Any]] = []
-            for start in range(0, len(order), group):
-                part = order[start : start + group]
-                part = part[np.argsort(lengths[part], kind="stable")]
-                batches += [part[k : k + batch] for k in range(0, len(part), batch)]
-            for k in rng.permutation(len(batches)):
-                yield batches[k]
+            yield from batches_by_length(lengths, batch, rng)
+
+
+def batches_by_length(
+    lengths: np.ndarray[Any, Any], size: int, rng: np.random.Generator, *, pool: int = 64
+) -> list[np.ndarray[Any, Any]]:
+    """Indices of all rows in batches of `size`, in random order. Rows of like length, of those of `pool` batches, share
+    one, so that little is padding. One pass."""
+    order, batches = rng.permutation(len(lengths)), []
+    for start in range(0, len(order), size * pool):
+        part = order[start : start + size * pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[k : k + size] for k in range(0, len(part), size)]
+    return [batches[k] for k in rng.permutation(len(batches))]
 
 
 def tokenise(
