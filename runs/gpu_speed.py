@@ -45,7 +45,7 @@ class Speed:
         words += ["--preset", asked.preset, "--feedforward", self.feedforward, "--steps", str(asked.steps)]
         words += ["--batch", rows, "--micro-batch", str(asked.rows), "--ramp", "0", "--log-every", "10"]
         words += ["--precision", "bf16", "--save-every", "1000000"]
-        return [*words, *(["--sharded"] if self.sharded else []), *asked.option]
+        return [*words, *(["--fsdp"] if self.sharded else []), *asked.option]
 
 
 def measure(waiting: list[Speed], asked: argparse.Namespace) -> list[str]:

@@ -77,10 +77,10 @@ class Arm:
         words += [
             "--steps",
             str(max(1, round(asked.steps * self.steps))),
-            "--piece-seconds",
+            "--max-run-seconds",
             f"{left - SAVING_SECONDS:.0f}",
         ]
-        words += [word for option in self.layer for word in ("--layer", option)]
+        words += [word for option in self.layer for word in ("--layer-option", option)]
         shared = dict(option.partition("=")[::2] for option in asked.option)
         for name, value in {**shared, **self.options}.items():
             if value is None:  # the plan takes back what all others have
@@ -90,11 +90,11 @@ class Arm:
             return [words]
         model, start = self.source / MODEL, self.folder / START
         if not self.convert:
-            return [[*words, "--start", str(model)]]
+            return [[*words, "--init-from", str(model)]]
         convert = [sys.executable, str(WARM_START), str(model), str(asked.data), str(start)]
         convert += ["--feedforward", feedforward]
         made = (start / "model.safetensors").is_file()
-        return [*([] if made else [convert]), [*words, "--start", str(start)]]
+        return [*([] if made else [convert]), [*words, "--init-from", str(start)]]
 
 
 class Running:

@@ -1,4 +1,4 @@
-"""Turn the feedforwards of a pretrained dense model into trees, or narrow layers, for `fastff pretrain --start`.
+"""Turn the feedforwards of a pretrained dense model into trees, or narrow layers, for `fastff pretrain --init-from`.
 
 python runs/warm_start.py MODEL DATA OUT --feedforward DESCRIPTION [--rows N] [--steps N]
 

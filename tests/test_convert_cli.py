@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from fastff.cli import app
+from cli_runner import invoke
 from fastff.convert import ConversionSettings
 
 RECORD = {
@@ -35,7 +34,7 @@ RECORD = {
 
 def test_an_unknown_model_is_one_line_and_a_failure(tmp_path):
     arguments = ["convert", str(tmp_path / "none"), "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(arguments)
     assert result.exit_code == 1
     assert "has no configuration that Transformers knows" in " ".join(result.output.split())
     assert "Traceback" not in result.output
@@ -44,7 +43,7 @@ def test_an_unknown_model_is_one_line_and_a_failure(tmp_path):
 @pytest.mark.parametrize(("option", "value"), [("--active", "much"), ("--speedup", "0.5x"), ("--curve", "3%,9")])
 def test_a_budget_out_of_range_is_one_line(tmp_path, option, value):
     arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), option, value]
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(arguments)
     assert result.exit_code == 1
     assert "error: " in result.output
 
@@ -62,7 +61,7 @@ def test_the_options_reach_the_conversion_and_the_summary_is_shown(tmp_path, mon
     arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), "--active", "5%", "--baselines", "none"]
     arguments += ["--seconds", "600", "--time-on", "cpu", "--batch", "8", "--table", "a.tsv", "--table", "b.tsv"]
     arguments += ["--curve", "3%,25%", "--shapes", "4x64", "--max-loss", "1%", "--shared", "16"]
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(arguments)
     assert result.exit_code == 0, result.output
     (settings,) = seen
     assert (settings.model, settings.active, settings.baselines, settings.steps) == (

@@ -307,10 +307,10 @@ def test_an_instruction_set_that_cannot_run_makes_native_unavailable_and_says_so
 
 
 def test_import_is_light():
-    code = "import sys, fastff; print([m for m in ('triton', 'transformers', 'typer', 'numpy') if m in sys.modules])"
-    done = run_python(code)
-    heavy = set(eval(done.stdout))
-    plain = set(eval(run_python(code.replace("sys, fastff", "sys, torch")).stdout))
+    listing = "print([m for m in ('triton', 'transformers', 'cyclopts', 'numpy') if m in sys.modules])"
+    ours = run_python(f"import sys, fastff; fastff.FFF, fastff.ops.forward, fastff.load; {listing}")
+    plain = run_python(f"import sys, torch; {listing}")
+    heavy, plain = set(eval(ours.stdout)), set(eval(plain.stdout))
     assert heavy <= plain, "importing fastff must not bring in more than torch does"
 
 

@@ -6,15 +6,15 @@ import os
 import signal
 
 import pytest
-from typer.testing import CliRunner
 
-from fastff.cli import app, commands
+from cli_runner import invoke
+from fastff.cli import progress
 from fastff.text.batches import Batches
 from training_cases import write_text
 
 
 def run(*arguments, **environment):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **environment})
+    return invoke(arguments, env=environment)
 
 
 def test_variants_lists_costs_beside_the_narrow_controls():
@@ -33,7 +33,7 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
         2,
         "--micro-batch",
         1,
-        "--length",
+        "--seq-len",
         16,
         "--vocab-size",
         200,
@@ -41,7 +41,7 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
         "--valid-windows",
         2,
     )
-    words = ("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer", "rate=0.5")
+    words = ("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer-option", "rate=0.5")
     done = run(*words)
     assert done.exit_code == 0, done.output
     assert "9 of 511 neurons" in done.output
@@ -55,9 +55,9 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
 
 
 def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 3, "--batch", 2]
-    words += ["--micro-batch", 2, "--length", 16, "--vocab-size", 200, "--valid-windows", 2, "--log-every", 1, "--cpu"]
+    words += ["--micro-batch", 2, "--seq-len", 16, "--vocab-size", 200, "--valid-windows", 2, "--log-every", 1, "--cpu"]
     done = run(*words)
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.startswith("pretrain: step ")]
@@ -68,7 +68,7 @@ def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_a_signal_stopped_says_so_by_its_exit_status(number, tmp_path, monkeypatch):
     words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 4, "--batch", 2]
-    words += ["--micro-batch", 2, "--length", 16, "--vocab-size", 200, "--valid-windows", 2, "--cpu"]
+    words += ["--micro-batch", 2, "--seq-len", 16, "--vocab-size", 200, "--valid-windows", 2, "--cpu"]
     draw, calls = Batches.micro_batch, []
 
     def stopped(*arguments):
@@ -81,5 +81,5 @@ def test_a_command_that_a_signal_stopped_says_so_by_its_exit_status(number, tmp_
         patch.setattr(Batches, "micro_batch", stopped)
         done = run(*words)
     assert done.exit_code == 128 + number, done.output
-    assert "stopped; the same command goes on" in done.output
+    assert "stopped; run the same command again to resume" in done.output
     assert run(*words).exit_code == 0

@@ -13,9 +13,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from transformers import AutoConfig, AutoModel
-from typer.testing import CliRunner
 
-from fastff.cli import app
+from cli_runner import invoke
 from fastff.demo.data import labelled
 from fastff.errors import CheckpointError, TrainingError
 from fastff.models import make_converted
@@ -269,13 +268,13 @@ def test_the_command_prints_notes_and_refuses_another_recipe(scored):
     words += ["--seeds", 2, "--epochs", 2]
 
     def run(*more):
-        return CliRunner().invoke(app, [str(word) for word in (*words, *more)], env={"COLUMNS": "200"})
+        return invoke((*words, *more))
 
-    done = run("--rate", "1e-3")
+    done = run("--lr", "1e-3")
     assert done.exit_code == 0, done.output
     assert "subset: 240 of 67349 rows" in done.output
     assert "not comparable with published GLUE scores" in done.output
-    assert "rate 0.001 there, 0.002 asked for" in run("--rate", "2e-3").output
+    assert "rate 0.001 there, 0.002 asked for" in run("--lr", "2e-3").output
 
 
 def test_a_model_and_a_tokenizer_that_do_not_fit(scored, tmp_path):

@@ -143,7 +143,7 @@ def test_arms_wait_for_their_source_and_are_tried_again_without_the_compiler(tmp
     run_script("pretrain_plan.py", *words, process=Fake)
     names = [(Path(ran[ran.index("--out") + 1]).name, "--compile" in ran) for ran in Fake.ran]
     assert names == [("other", False), ("first", True), ("first", False), ("on", True), ("on", False)]
-    assert Fake.ran[-1][-2:] == ["--start", str(tmp_path / "runs" / "first" / "model")]
+    assert Fake.ran[-1][-2:] == ["--init-from", str(tmp_path / "runs" / "first" / "model")]
     assert "first: the compiler failed" in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/checkpoint-*")), "a finished run needs none"
 
@@ -155,7 +155,7 @@ def test_seeds_and_text_in_pieces(tmp_path, capsys):
     words += ["--out", tmp_path / "out", "--steps", 2, "--seeds", 2]
     words += options(**{"vocab-size": 200, "valid-windows": 2, "log-every": 1})
 
-    run_script("pretrain_plan.py", *words, "--option", "piece-seconds=1e-9")
+    run_script("pretrain_plan.py", *words, "--option", "max-run-seconds=1e-9")
     assert "unfinished: a, seed 0, step 1 of 2" in capsys.readouterr().out
     run_script("pretrain_plan.py", *words)
     records = json.loads((tmp_path / "out" / "records.json").read_text())
@@ -201,7 +201,7 @@ class Launched:
         if self.looks < 3:
             return None
         self.now.remove(self.gpus)
-        self.returncode = int("--sharded" in self.words)
+        self.returncode = int("--fsdp" in self.words)
         if not self.returncode:
             out = Path(self.words[self.words.index("--out") + 1])
             out.mkdir(parents=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from fastff.cli import app
+from cli_runner import invoke
 from fastff.demo.data import documents
 from fastff.train.pretrain import Settings
 
@@ -54,7 +53,7 @@ class Process:
                 patch.setattr(sys, "argv", words[1:])
                 runpy.run_path(words[1], run_name="__main__")
             return
-        done = CliRunner().invoke(app, words[3:])
+        done = invoke(words[3:])
         self.returncode = done.exit_code
         if stdout is not None:
             stdout.write(done.output.encode())

@@ -30,12 +30,12 @@ def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> S
     return Settings(grid, seconds=seconds or Settings.seconds)
 
 
-def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: bool = False) -> int:
-    """Run, print and, with `out`, save; with `anew`, into what is saved there.
+def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace: bool = False) -> int:
+    """Run, print and, with `out`, save; with `replace`, into what is saved there.
 
     Returns the exit code: 1 if an output was wrong, 130 if interrupted. Raises ValueError if these workloads cannot
     take the place of what is saved."""
-    if out is not None and anew:
+    if out is not None and replace:
         update(saved(out), fresh(settings))  # says at once what it would say after hours
     if out is not None and (out / PARTIAL).is_file() and begun(settings, out) is None:
         console.print(f"{out / PARTIAL} was left by other settings, versions or commit: beginning again", markup=False)
@@ -51,17 +51,17 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, anew: b
         except KeyboardInterrupt:
             kept = "" if out is None else f": the same command goes on from what is in {out}"
             console.print(f"interrupted{kept}", style="yellow", markup=False)
-            found = None if out is None or anew else begun(settings, out)
+            found = None if out is None or replace else begun(settings, out)
             if found is not None:
                 conclude(found, out, console, whole=False)
             return 130
-    if out is None or not anew:
+    if out is None or not replace:
         return conclude(record, out, console)
     code = conclude(record, None, console)
     merged = update(saved(out), record)
     save(merged, out, whole=is_whole(merged))
     (out / PARTIAL).unlink(missing_ok=True)
-    console.print(f"wrote {len(record.finished)} workloads anew into {out}", markup=False)
+    console.print(f"wrote {len(record.finished)} workloads into {out}", markup=False)
     return code
 
 

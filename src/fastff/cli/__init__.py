@@ -1,5 +1,5 @@
 """The command line: `fastff`."""
 
-from fastff.cli.commands import app, main
+from fastff.cli.app import app, main, run
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]

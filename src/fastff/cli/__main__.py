@@ -1,5 +1,5 @@
 """`python -m fastff.cli`."""
 
-from fastff.cli.commands import main
+from fastff.cli.app import main
 
 main()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cyclopts import Parameter
+
 from fastff.config import TreeConfig
 
 HIDDEN = 128
@@ -79,14 +81,25 @@ START = Arm("start", "shared start", {"kind": "none"}, "attention alone, from wh
 MASKED_SENTENCE = "The old man was standing by [MASK] window, and he said [MASK] to her."
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user chooses. seconds: wall time of the whole run, as planned when it starts."""
+    """What the user chooses. Raises ValueError for a time or seed that cannot be."""
 
-    seconds: float = 270.0
-    seed: int = 0
     out: Path = Path("demo-report")
+    """Directory of the report."""
+    seconds: float = 270.0
+    """Seconds that the whole run may take, at least 60."""
+    seed: int = 0
+    """Seed of weights, order and masks."""
     quick: bool = False
+    """Run a few steps only, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        if self.seconds < 60.0:
+            raise ValueError(f"seconds {self.seconds} is less than 60")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative")
 
     @property
     def identity(self) -> dict[str, Any]:

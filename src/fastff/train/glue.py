@@ -11,13 +11,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from cyclopts import Parameter
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -45,30 +46,42 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dr
 Report = Callable[[str, int, float], None]  # task, seed, progress
 
 
+@Parameter(name="*")
 @dataclass(frozen=True)
 class GlueSettings:
-    """One scoring. model: a directory or hub name with its tokenizer; data: a directory, None for the hub.
-
-    limit: use the first rows only, for a trial; max_train_rows: of a longer train split, learn from so many rows drawn
-    once. Both show in every note. steps: so many updates of every task, whatever its epochs. layer_rate: a factor on
-    the rate of conditional layers; 0: they stay as they were pretrained. precision: "fp32" or "bf16" (mixed).
-    """
+    """One scoring. Raises TrainingError for what cannot be."""
 
     model: str
+    """Directory or hub name of a model with its tokenizer."""
+    _: KW_ONLY
     out: Path
+    """Directory of scores and predictions."""
     data: Path | None = None
-    tasks: tuple[str, ...] = tuple(TASKS)
+    """Directory with TASK/*.parquet. Default: the hub."""
+    tasks: Annotated[tuple[str, ...], Parameter(name="--task")] = tuple(TASKS)
+    """A task; may be repeated. Default: all nine."""
     seeds: int = 5
+    """Fine-tunings of each task."""
     epochs: int | None = None
+    """Passes over the data. Default: 5, CoLA 15."""
     steps: int | None = None
-    rate: float = 4e-5
+    """Updates of every task, instead of epochs."""
+    rate: Annotated[float, Parameter(name="--lr")] = 4e-5
+    """Peak learning rate."""
     layer_rate: float = 1.0
+    """Learning-rate multiplier for conditional layers; 0 freezes them."""
     batch: int = 16
+    """Rows of a step."""
     dropout: float = 0.1
+    """Dropout of the fine-tuning."""
     limit: int | None = None
+    """Use the first rows only, for a trial; shows in every note."""
     max_train_rows: int | None = None
+    """Learn from this many rows of a longer train split, drawn once; shows in every note."""
     precision: str = "fp32"
+    """fp32 or bf16 (mixed)."""
     cpu: bool = False
+    """Use the CPU even if there is a GPU."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

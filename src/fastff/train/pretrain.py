@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
 from accelerate import PartialState
+from cyclopts import Parameter
 from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
@@ -46,63 +47,79 @@ _HELD_OUT_SEED = 12345
 _LOGITS = 2**25  # of one pass over held-out windows: they are computed for every position
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One run of pretraining; None takes the preset's value.
-
-    out            folder of checkpoints, the model and `result.json`; an equal run goes on from what is there
-    text           sources, see `fastff.text.reading.documents`; column names the text of tables
-    valid          sources of held-out text; without, the last windows of the text are held out
-    feedforward    a name or a description, see `fastff.train.presets.feedforward_of`
-    objective      "masked" or "causal"
-    steps, seconds the budget, one of them: optimiser steps, or seconds of training over all continuations
-    batch, micro_batch  rows of a step over all processes, and rows of one forward pass
-    layers         of the model
-    length         tokens of a window
-    rate, warm_up, ramp  peak learning rate; share of the budget in which it rises; share in which the batch grows
-    start          a model directory whose weights are taken over, of the same shapes: every tensor, by name
-    tokenizer      a directory, a file or a hub name; without, one is trained on the text, of vocab_size entries
-    data           folder of tokenizer and tokens, so that several runs share them; default `out`/data
-    max_tokens     read no more of the text
-    precision      "fp32" or "bf16" (mixed)
-    piece_seconds  end after so long, with a checkpoint; the same settings then go on
-    sharded        on several GPUs: weights, gradients and optimiser in shards (FSDP2) instead of copies (DDP)
-    """
+    """One run of pretraining; None takes the preset's value. Raises TrainingError for what cannot be."""
 
     out: Path
+    """Directory of checkpoints, model and result.json. Run the same command again to resume."""
     text: tuple[str, ...]
+    """File, directory, or datasets:NAME[:CONFIG[:SPLIT]]. May be repeated."""
     preset: str = "tiny"
+    """Size of the model: tiny, small or base."""
     feedforward: str = "dense-gelu"
+    """A name that `fastff variants` lists, narrow:NAME, or JSON."""
     objective: str = "masked"
+    """masked or causal."""
     steps: int | None = None
+    """Budget in optimiser steps."""
     seconds: float | None = None
+    """Budget in seconds of training, over all resumed runs."""
     valid: tuple[str, ...] = ()
+    """Held-out text. Default: the last windows of the text."""
     valid_windows: int = 256
+    """Windows that are held out."""
     column: str = "text"
+    """Text column of tables."""
     batch: int | None = None
+    """Rows of a step, over all processes."""
     micro_batch: int | None = None
+    """Rows of one forward pass."""
     layers: int | None = None
-    length: int | None = None
-    rate: float | None = None
-    warm_up: float = 0.15
+    """Layers of the model."""
+    length: Annotated[int | None, Parameter(name="--seq-len")] = None
+    """Tokens of a window."""
+    rate: Annotated[float | None, Parameter(name="--lr")] = None
+    """Peak learning rate."""
+    warm_up: Annotated[float, Parameter(name="--warmup")] = 0.15
+    """Share of the budget in which the learning rate rises."""
     ramp: float = 0.3
-    start: Path | None = None
+    """Share of the budget in which the batch grows."""
+    start: Annotated[Path | None, Parameter(name="--init-from")] = None
+    """Model directory to take all weights from; names and shapes must be the same."""
     tokenizer: str | None = None
+    """Directory, file or hub name. Default: train one on the text."""
     vocab_size: int | None = None
+    """Entries of a tokenizer that is trained."""
     data: Path | None = None
+    """Directory of tokenizer and tokens, to share between runs. Default: OUT/data."""
     max_tokens: int | None = None
+    """Read at most this many tokens of the text."""
     seed: int = 0
+    """Seed of weights, order and masks."""
     precision: str = "fp32"
-    compiled: bool = False
+    """fp32 or bf16 (mixed)."""
+    compiled: Annotated[bool, Parameter(name="--compile")] = False
+    """Use torch.compile."""
     log_every: int = 10
+    """Steps between points of the loss curve."""
     eval_every: int | None = None
+    """Steps between scores on held-out text."""
     save_every: int = 500
+    """Steps between checkpoints."""
     keep: int = 2
-    piece_seconds: float | None = None
+    """Checkpoints to keep."""
+    piece_seconds: Annotated[float | None, Parameter(name="--max-run-seconds")] = None
+    """Checkpoint and exit after this many seconds."""
     tensorboard: bool = False
+    """Write TensorBoard logs."""
     cpu: bool = False
-    sharded: bool = False
-    layer: LayerTraining = field(default_factory=LayerTraining)
+    """Use the CPU even if there is a GPU."""
+    sharded: Annotated[bool, Parameter(name="--fsdp")] = False
+    """On several GPUs, shard weights, gradients and optimiser (FSDP2) instead of copying them (DDP)."""
+    layer: Annotated[LayerTraining, Parameter(parse=False)] = field(default_factory=LayerTraining)
+    """How conditional layers are trained."""
 
     def __post_init__(self) -> None:
         if self.objective not in ("masked", "causal"):

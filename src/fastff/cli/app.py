@@ -1,0 +1,71 @@
+"""The `fastff` command and its subcommands, whose modules are imported when they are asked for.
+
+Options are the fields of a settings class, read by cyclopts: name, type, default and help stand once, beside the field.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from cyclopts import App, CycloptsError, Parameter
+
+from fastff.cli.progress import console
+from fastff.cli.renamed import current_names
+from fastff.errors import FastffError
+
+# Name, function and summary; the summary stands here so that `fastff --help` need not import the functions.
+COMMANDS = (
+    ("bench", "fastff.cli.bench:bench", "Time conditional layers beside the fastest dense layers of this machine."),
+    ("convert", "fastff.cli.convert:convert", "Make a trained dense model conditional, and report what that changes."),
+    ("demo", "fastff.cli.demo:demo", "Train a small model with trees beside its dense twin; write a report."),
+    ("glue", "fastff.cli.train:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
+    ("pretrain", "fastff.cli.train:pretrain", "Pretrain a language model on your text."),
+    (
+        "variants",
+        "fastff.cli.train:variants",
+        "List the feedforward layers of a preset and what a token costs in each.",
+    ),
+)
+
+
+def _version() -> str:
+    try:
+        return version("fastff")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+app = App(
+    name="fastff",
+    help="Conditional feedforward layers.",
+    version=_version,
+    console=console,
+    default_parameter=Parameter(negative=(), consume_multiple=False),
+)
+for _name, _function, _summary in COMMANDS:
+    app.command(_function, name=_name, help=_summary)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command line; returns its exit code: 0, 1 for what the user can put right, 2 for unknown words."""
+    try:
+        code = app(
+            current_names(words, warn=lambda line: console.print(line, style="yellow", markup=False)),
+            result_action="return_value",
+            exit_on_error=False,
+            print_error=False,
+        )
+    except CycloptsError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except (FastffError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `fastff` command."""
+    sys.exit(run(sys.argv[1:]))
