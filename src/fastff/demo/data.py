@@ -38,7 +38,9 @@ class Sentences(NamedTuple):
 
 
 def manifest() -> dict[str, Any]:
-    """Provenance, sizes and checksums of the bundled files."""
+    """Provenance, sizes and checksums of the bundled files. Raises FastffError where they are not."""
+    if not (FOLDER / "manifest.json").is_file():
+        raise FastffError("the demo's novels are not in an installed package: run it from a checkout, with make demo")
     content: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
     return content
 
