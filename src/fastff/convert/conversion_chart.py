@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastff.report.drawing import svg
+from fastff.report.axis import Axis
+from fastff.report.chart import Panel, Series, chart
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; each series has its own mark and dashes too.
+# Colour, mark and line of each kind of model.
 SERIES = {
-    "dense": ("#000000", "D", ""),
-    "tree": ("#d55e00", "o", "-"),
-    "narrow": ("#0072b2", "s", "--"),
-    "pruned": ("#009e73", "^", "-."),
-    "none": ("#cc79a7", "X", ""),
+    "dense": (6, "diamond", ""),
+    "tree": (1, "circle", "solid"),
+    "narrow": (0, "square", "dashed"),
+    "pruned": (2, "triangle", "dashdot"),
+    "none": (5, "cross", ""),
 }
 LABELS = {
     "dense": "dense (original)",
@@ -39,24 +40,16 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
 def curve(record: dict[str, Any]) -> str:
     """One panel a timed shape: the quality of every model against the time of a whole call."""
     shapes = record["shapes"]
-    with svg("curve", 4.8 * len(shapes), 4.2) as (figure, out):
-        panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
-        for k, (axes, shape) in enumerate(zip(panels, shapes, strict=True)):
-            _panel(axes, series(record, k))
-            axes.set_title(f"{shape[0]} sequence{'s' * (shape[0] > 1)} of {shape[1]} tokens", fontsize=11)
-            axes.set_xlabel("milliseconds a call (left is better)")
-        panels[0].set_ylabel(_label(record))
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
-    return out[0]
-
-
-def _panel(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
-    for name, at in points.items():
-        colour, mark, dashes = SERIES[name]
-        x, y = zip(*at, strict=True)
-        axes.plot(x, y, mark + dashes, color=colour, markersize=7, linewidth=1.5, label=LABELS[name])
-    axes.set_xlim(left=0)
+    every = [series(record, k) for k in range(len(shapes))]
+    seen = [quality for points in every for at in points.values() for _, quality in at]
+    room = 0.06 * (max(seen) - min(seen)) or 0.1 * abs(seen[0]) or 1.0
+    panels = []
+    for (sequences, tokens), points in zip(shapes, every, strict=True):
+        drawn = [Series(LABELS[name], at, *SERIES[name]) for name, at in points.items()]
+        time = Axis("milliseconds a call (left is better)", low=0)
+        quality = Axis(_label(record), low=min(seen) - room, high=max(seen) + room)  # the same in every panel
+        panels.append(Panel(drawn, time, quality, f"{sequences} sequence{'s' * (sequences > 1)} of {tokens} tokens"))
+    return chart(panels, title="Quality against time", width=460 * len(panels), height=380)
 
 
 def _label(record: dict[str, Any]) -> str:
