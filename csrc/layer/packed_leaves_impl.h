@@ -205,8 +205,7 @@ void score_rows(int64_t n, const char* w, int64_t lines, const char* const* x, S
   else score_tile<W, N, G, kPairs, false>(w, lines, x, out, ahead);
 }
 
-// One group of each of four leaves, each with a row of its own. Fetches the same lines of four other leaves, and `burst`
-// lines of `later` for every `every` lines.
+// One group of each of four leaves, each with a row of its own. Fetches the same lines of four other leaves.
 template <class W, bool kPairs>
 void score_streams(const char* const* w, int64_t lines, const char* const* x, Sum<W>* const* out, const char* const* ahead) {
   using V = Words<W>;
@@ -461,7 +460,8 @@ class Outputs {
  private:
   // Leaf by leaf a line of w_out serves several rows, but y is read and written for each item.
   bool by_leaf() const {
-    return !call_.few && l_.neuron_words > 2 && call_.visits.items() > 2 * l_.leaves.leaves;
+    const int64_t shared = call_.visits.items() / l_.leaves.leaves;  // by so many items
+    return !call_.few && shared >= 2 && (l_.neuron_words > 2 || (l_.neuron_words == 2 && shared < 8));
   }
 
   // ---- row by row ----
@@ -471,8 +471,11 @@ class Outputs {
     const int64_t block = call_.few ? end - begin : std::max<int64_t>(V::columns, fit / V::columns * V::columns);
     for (int64_t from = begin; from < end; from += block) {
       const int64_t to = std::min(end, from + block), next = std::min(end, to + block);
-      begin_fetch(from == begin ? from : to, from == begin ? to : next);
-      if (from == begin && !call_.few) fetch_some(1 << 30), begin_fetch(to, next);
+      if (from == begin && !call_.few) {
+        begin_fetch(from, to);
+        fetch_some(fetch_lines_);
+      }
+      begin_fetch(to, next);
       const int64_t gathers = call_.visits.items() * ((to - from + V::columns - 1) / V::columns);
       fetch_now_ = call_.few ? 0 : fetch_lines_ / std::max<int64_t>(1, gathers) + 1;
       for (int64_t row = 0; row < call_.visits.rows; ++row) row_columns(row, from, to);
@@ -578,20 +581,19 @@ class Outputs {
   void leaf_columns(int64_t from, int64_t to) {
     const Visits& visits = call_.visits;
     const int64_t bytes = (to - from) * step_bytes_;
-    int64_t next = 0, ahead = 0;  // a position, and the bytes fetched from here to there
+    int64_t next = 0;  // the position whose leaf is fetched
+    for (int64_t leaf = 0; leaf < std::max<int64_t>(1, kAheadBytes / bytes) && next < visits.items(); ++leaf)
+      next = visits.group_end(next, visits.items());
     for (int64_t at = 0; at < visits.items();) {
       const int64_t stop = visits.group_end(at, visits.items());
-      while (next < visits.items() && (ahead < kAheadBytes || next == at)) {
-        fetch_all(call_.out + visits.leaf[next] * l_.out_bytes + from * step_bytes_, bytes);
-        next = visits.group_end(next, visits.items());
-        ahead += bytes;
-      }
+      ahead_ = next < visits.items() ? visits.leaf[next] - visits.leaf[at] : 0;
+      if (ahead_) next = visits.group_end(next, visits.items());
       while (at < stop) {
         const int64_t n = distinct(at, stop);
         add_items(at, n, from, to);
         at += n;
+        ahead_ = 0;
       }
-      ahead -= bytes;
     }
   }
 
@@ -626,6 +628,7 @@ class Outputs {
       y[n] = call_.y + row * out + 16 * step;
     }
     const int64_t last = out - 16 * step;  // columns from here on
+    if (ahead_) fetch_all(w + ahead_ * l_.out_bytes, C * step_bytes_);
     typename V::Acc acc[N][C][kPlanes<W>][V::parts];
     Sum<W> room[16] = {};
     for (int n = 0; n < N; ++n)
@@ -651,6 +654,10 @@ class Outputs {
         }
     for (int n = 0; n < N; ++n)
       for (int c = 0; c < C; ++c) {
+        if (kPlanes<W> == 1 && last >= 16) {
+          for (int p = 0; p < V::parts; ++p) V::store(reinterpret_cast<Sum<W>*>(y[n] + 16 * c), acc[n][c][0][p], p);
+          continue;
+        }
         Sum<W> sums[kPlanes<W>][16];
         for (int i = 0; i < kPlanes<W>; ++i)
           for (int p = 0; p < V::parts; ++p) V::store(sums[i], acc[n][c][i][p], p);
@@ -677,6 +684,7 @@ class Outputs {
   const LeafCall& call_;
   const LeafLayout& l_;
   const int64_t k_, step_bytes_, word_bytes_;
+  int64_t ahead_ = 0;  // leaf by leaf: from the leaf in work to the one that is fetched
   int64_t fetch_leaf_ = 0, fetch_at_ = 0, fetch_from_ = 0, fetch_to_ = 0, fetch_lines_ = 0, fetch_now_ = 0;
 };
 
