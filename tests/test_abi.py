@@ -101,7 +101,7 @@ def refused(status, text):
 
 def reference_of(layer, x, grad_y):
     inputs = [x.requires_grad_(), *layer.parameters()]
-    routed = reference.forward(x, *weights_of(layer), config=layer.config)
+    routed = reference.forward(x, weights_of(layer), config=layer.config)
     grads = torch.autograd.grad((routed.y * grad_y).sum(), inputs, allow_unused=True, materialize_grads=True)
     names = ["grad_x", *(f"grad_{name}" for name, _ in layer.named_parameters())]
     return routed, dict(zip(names, grads, strict=True))
@@ -178,8 +178,8 @@ def test_any_shape_in_float32(layer, rows, isa):
     a.check_guards()
     assert packed is not None
     with torch.no_grad():
-        want = reference.forward(x.double(), *weights_of(exact), config=exact.config)
-        rough = reference.forward(x, *weights_of(mild), config=mild.config)
+        want = reference.forward(x.double(), weights_of(exact), config=exact.config)
+        rough = reference.forward(x, weights_of(mild), config=mild.config)
     clear = want.margin > 1e-4
     assert torch.equal(a["leaf"][clear], want.leaf[clear])
     bound = 2 * error(rough.y[clear], want.y[clear]) + 1e-6
@@ -459,7 +459,7 @@ def test_special_values_take_the_reference_path(options, activation, specials, w
         assert a.call("backward", "f64") == OK  # whatever it computes, it stays within its arrays
     a.check_guards()
     with torch.no_grad():
-        want = reference.forward(x, *weights_of(layer), config=layer.config)
+        want = reference.forward(x, weights_of(layer), config=layer.config)
     assert torch.equal(a["leaf"], want.leaf)
     torch.testing.assert_close(a["y"], want.y, rtol=1e-12, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(a["margin"], want.margin, rtol=1e-12, atol=1e-12, equal_nan=True)

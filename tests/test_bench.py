@@ -28,6 +28,7 @@ from fastff.bench.workers import LocalWorker, Refused, RemoteWorker
 from fastff.bench.workloads import Cell, DenseConfig, Workload, label, weights_of
 from fastff.ops import reference
 from fastff.ops.cost import visited_weights
+from fastff.ops.weights import Weights
 
 DENSE = DenseConfig(features=32, neurons=64)
 GATED = DenseConfig(features=32, neurons=48, activation="swiglu")
@@ -325,7 +326,7 @@ def test_expected_outputs_are_those_of_the_float64_reference(config):
     layer = make_layer(config, 0, seed=3)
     x = torch.randn(20, 32)
     got = expected(layer, x)
-    want = reference.forward(x.double(), layer.w_in.double(), None, layer.w_out.double(), None, config=config)
+    want = reference.forward(x.double(), Weights(layer.w_in.double(), None, layer.w_out.double(), None), config=config)
     torch.testing.assert_close(got.y, want.y, rtol=1e-12, atol=1e-12)
     assert torch.equal(got.leaf, want.leaf)
 

@@ -186,7 +186,7 @@ def test_tuning_is_asked_for_once_a_case(tmp_path, monkeypatch):
 
     asked = []
 
-    def tune(x, w_in, b_in, w_out, b_out, *, config, time_us, training):
+    def tune(x, weights, *, config, time_us, training):
         assert time_us(lambda: None) >= 0
         asked.append((tuple(x.shape), config, training))
 

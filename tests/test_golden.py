@@ -112,7 +112,7 @@ def test_fastfeedforward_layer_in_training(case, hardened):
     torch.testing.assert_close(y, t["y_soft"], **Y)
     mixed = layer.soft(t["x"])
     torch.testing.assert_close(mixed.entropy.flatten(), t["entropies"], **Y)
-    exact = reference.forward_soft(t["x"].double(), *(w.double() for w in weights_of(layer)), config=layer.config)
+    exact = reference.forward_soft(t["x"].double(), weights_of(layer).map(torch.Tensor.double), config=layer.config)
     torch.testing.assert_close(exact.mixture[:, 0], t["mixture_f64"], rtol=1e-12, atol=1e-12)
     loss = (y * t["grad_y"]).sum()
     if hardened:

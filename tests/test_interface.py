@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastff
 from conftest import make_layer, make_rows, weights_of
-from fastff.ops import interface, reference
+from fastff.ops import backends, interface, reference, registered
 
 GATED = {"depth": 3, "trees": 2, "leaf_width": 2, "gate": "boundary", "bias": True}
 LEAVES = {"depth": 2, "trees": 2, "leaf_width": 3, "node_output": False, "activation": "swiglu", "bias": True}
@@ -33,7 +33,7 @@ def test_backends_are_listed_and_native_is_among_them():
 def test_opcheck(options):
     layer = make_layer(6, 5, **options)
     arguments = (make_rows(7, 6, dtype=torch.float32).requires_grad_(), *weights_of(layer))
-    torch.library.opcheck(torch.ops.fastff.forward, (*arguments, *interface._flat(layer.config), "native"))
+    torch.library.opcheck(torch.ops.fastff.forward, (*arguments, *registered._flat(layer.config), "native"))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -184,9 +184,9 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype, options):
 def test_masked_and_straight_through_forms_compute_the_same_function(options):
     layer = make_layer(6, 5, dtype=torch.float64, **options)
     x = make_rows(30, 6)
-    want = reference.forward(x, *weights_of(layer), config=layer.config)
+    want = reference.forward(x, weights_of(layer), config=layer.config)
     for straight_through in (False, True):
-        got = reference.forward_masked(x, *weights_of(layer), config=layer.config, straight_through=straight_through)
+        got = reference.forward_masked(x, weights_of(layer), config=layer.config, straight_through=straight_through)
         assert (got.y - want.y).abs().max() <= 1e-12
         assert torch.equal(got.leaf, want.leaf)
         assert torch.allclose(got.margin, want.margin)
@@ -197,10 +197,10 @@ def test_masked_form_has_the_gradients_of_the_gathered_form(options):
     layer = make_layer(6, 5, dtype=torch.float64, **options)
     x = make_rows(30, 6)
     one = torch.autograd.grad(
-        reference.forward(x, *weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
+        reference.forward(x, weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
     )
     two = torch.autograd.grad(
-        reference.forward_masked(x, *weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
+        reference.forward_masked(x, weights_of(layer), config=layer.config).y.sum(), list(layer.parameters())
     )
     for a, b in zip(one, two, strict=True):
         assert (a - b).abs().max() <= 1e-12
@@ -278,9 +278,9 @@ def test_a_named_backend_runs_or_says_why_not():
     with pytest.raises(fastff.BackendUnavailable, match="not one of"), fastff.ops.use_backend("cuda"):
         pass
     with fastff.ops.use_backend("reference"):
-        assert interface.forced_backend() == "reference"
+        assert backends.forced_backend() == "reference"
         reference_y = layer.eval()(x)
-    assert interface.forced_backend() is None
+    assert backends.forced_backend() is None
     assert torch.allclose(reference_y, layer(x), atol=1e-6)
 
 
@@ -301,7 +301,7 @@ def test_the_environment_forces_an_instruction_set(name):
 
 
 def test_an_instruction_set_that_cannot_run_makes_native_unavailable_and_says_so():
-    code = "import fastff; fastff.ops.forward; print(fastff.ops.interface.why_unavailable('native'))"
+    code = "import fastff; fastff.ops.forward; print(fastff.ops.backends.why_unavailable('native'))"
     done = run_python(code, FASTFF_ISA="mmx")
     assert "instruction set 'mmx' is not one of" in done.stdout, done.stderr
 

@@ -20,7 +20,7 @@ from fastff.ops import native, reference
 
 
 def expected(layer, x):
-    return reference.forward(x.reshape(-1, x.shape[-1]), *weights_of(layer), config=layer.config).y
+    return reference.forward(x.reshape(-1, x.shape[-1]), weights_of(layer), config=layer.config).y
 
 
 @pytest.mark.parametrize("options", [{"depth": 5}, {"depth": 3, "bias": True, "node_output": False, "leaf_width": 2}])

@@ -134,7 +134,7 @@ def test_any_number_of_rows_takes_the_reference_path(isa, rows, depth, threads):
     layer = make_layer(11, depth=depth, trees=2, bias=True, dtype=torch.float64)
     x = make_rows(rows, 11)
     together = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend="native")
-    alone = reference.forward(x, *weights_of(layer), config=layer.config)
+    alone = reference.forward(x, weights_of(layer), config=layer.config)
     assert torch.equal(together.leaf, alone.leaf)
     assert max_error(together.y, alone.y) <= 1e-12
 
@@ -281,7 +281,7 @@ def test_strided_and_unaligned_inputs():
     storage = torch.empty(20 * 33 + 1)
     unaligned = storage[1:].view(20, 33).copy_(wide[:, 2:35])
     for x in (wide[:, 2:35], wide.t()[2:35].t(), unaligned, wide.flip(0)[:, 2:35]):
-        want = reference.forward(x.contiguous(), *weights_of(layer), config=layer.config).y
+        want = reference.forward(x.contiguous(), weights_of(layer), config=layer.config).y
         with torch.no_grad():
             assert torch.allclose(layer(x), want, atol=1e-5)
         assert torch.allclose(layer(x), want, atol=1e-5)
@@ -294,7 +294,7 @@ def test_forward_does_not_read_memory_it_was_not_given():
         poison = torch.full((rows * 31 + rows * 24,), float("nan"))
         del poison
         y, leaf, margin, scores = native.forward(
-            make_rows(rows, 24, dtype=torch.float32), *weights_of(layer), config=layer.config
+            make_rows(rows, 24, dtype=torch.float32), weights_of(layer), config=layer.config
         )
         assert not torch.isnan(y).any()
         assert not torch.isnan(scores).any()

@@ -214,7 +214,7 @@ def test_the_next_call_uses_the_edited_weight(name, way, kind):
     after = answer(layer)
     assert torch.equal(after, answer(fresh(layer)))
     assert not torch.allclose(after, before, atol=1e-3)
-    torch.testing.assert_close(after, reference.forward(X, *weights_of(layer), config=layer.config).y, rtol=0.1, atol=1)
+    torch.testing.assert_close(after, reference.forward(X, weights_of(layer), config=layer.config).y, rtol=0.1, atol=1)
 
 
 def sgd(layer, lr=0.3):

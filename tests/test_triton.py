@@ -15,6 +15,7 @@ from fastff import FFF, ops
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
 from fastff.ops import reference, triton_kernels
+from fastff.ops.weights import Weights
 
 ON_DEVICE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,6 +67,10 @@ def in_float64(args):
     return [None if a is None else a.double().requires_grad_() for a in args]
 
 
+def by_reference(args, config):
+    return reference.forward(args[0], Weights(*args[1:]), config=config)
+
+
 def small_tiles():
     return plan.Tiles(rows=16, columns=32, inner=16, outer=32, warps=4, stages=2)
 
@@ -100,8 +105,8 @@ class TestForward:
     @pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.name}-{c.activation}")
     def test_matches_the_reference(self, form, config):
         args = make_inputs(config, 20 if form == "blocked" else 2)
-        want = reference.forward(*in_float64(args), config=config)
-        single = reference.forward(*args, config=config)
+        want = by_reference(in_float64(args), config)
+        single = by_reference(args, config)
         y, leaf, margin, scores = run(form, args, config)
         decided = want.margin > 1e-4
         assert decided.double().mean() > 0.9
@@ -128,7 +133,7 @@ class TestForward:
     )
     def test_scouting_matches_the_reference(self, shape):
         args = make_inputs(shape, 2)
-        want = reference.forward(*in_float64(args), config=shape)
+        want = by_reference(in_float64(args), shape)
         y, leaf, margin, scores = run("scout", args, shape)
         assert torch.equal(leaf, want.leaf)
         assert max_error(y, want.y) <= 2e-6
@@ -138,7 +143,7 @@ class TestForward:
     def test_half_precision(self, form):
         shape = config(depth=4, in_features=32, leaf_width=2, gate="boundary")
         args = make_inputs(shape, 16 if form == "blocked" else 4, torch.float16)
-        want = reference.forward(*in_float64(args), config=shape)
+        want = by_reference(in_float64(args), shape)
         y, leaf, _, _ = run(form, args, shape)
         decided = want.margin > 1e-2
         assert decided.double().mean() > 0.5
@@ -162,7 +167,7 @@ class TestForward:
     def test_more_rows_than_one_sorting_tile(self):
         shape = config(depth=6, in_features=8, out_features=16)
         args = make_inputs(shape, sort.SORT_TILE + 6)
-        want = reference.forward(*in_float64(args), config=shape)
+        want = by_reference(in_float64(args), shape)
         y, leaf, _, _ = run("blocked", args, shape)
         decided = want.margin > 1e-4
         assert torch.equal(leaf[decided], want.leaf[decided])
@@ -182,7 +187,7 @@ class TestForward:
         stages = (plan.Stage(0, shape.depth, 1),) if shape.depth else ()
         chosen = plan.BlockedPlan(stages, shape.depth, joint, False, True, small_tiles())
         args = make_inputs(shape, 20)
-        want = reference.forward(*in_float64(args), config=shape)
+        want = by_reference(in_float64(args), shape)
         y, leaf, margin, scores = blocks.forward(*args, config=shape, plan=chosen)
         separate = blocks.forward(*args, config=shape, plan=replace(chosen, one_pass=False))
         assert torch.equal(leaf, want.leaf)
@@ -198,11 +203,11 @@ class TestForward:
     def test_an_empty_batch(self):
         shape = config(trees=2, bias=True)
         args = make_inputs(shape, 0)
-        y, leaf, margin, scores = triton_kernels.forward(*args, config=shape)
+        y, leaf, margin, scores = triton_kernels.forward(args[0], Weights(*args[1:]), config=shape)
         assert y.shape == (0, 36)
         assert leaf.shape == (0, 2)
         assert margin.shape == (0,)
-        grads = triton_kernels.backward(y, *args, leaf, scores, config=shape)
+        grads = triton_kernels.backward(y, args[0], Weights(*args[1:]), leaf, scores, config=shape)
         assert [tuple(g.shape) for g in grads] == [(0, 20), (2, 15, 20), (2, 15), (2, 15, 36), (0,)]
         assert all(not g.any() for g in grads)
 
@@ -214,7 +219,7 @@ class TestBackward:
     def test_matches_autograd_of_the_reference(self, config):
         args = make_inputs(config, 12)
         exact = in_float64(args)
-        want = reference.forward(*exact, config=config)
+        want = by_reference(exact, config)
         assert (want.margin > 1e-5).all()
         grad_y = make_inputs(config, 12, seed=1)[0][:, :1] + torch.linspace(-1, 1, config.out_features, device=DEVICE)
         _, leaf, _, scores = run("blocked", args, config)
@@ -287,7 +292,7 @@ class TestThroughTheOp:
         args = make_inputs(shape, 6)
         wide = torch.cat((args[0], args[0]), 1)
         got = ops.forward(wide[::2, :20], *args[1:], config=shape, backend="triton")
-        want = reference.forward(args[0][::2], *args[1:], config=shape)
+        want = by_reference((args[0][::2], *args[1:]), shape)
         assert max_error(got.y, want.y) <= 1e-5
 
     def test_float64_is_refused_with_a_reason(self):
@@ -317,7 +322,7 @@ class TestReplay:
         }[form]
         for seed in (0, 1):
             args = make_inputs(shape, 6, seed=seed)
-            want = reference.forward(*in_float64(args), config=shape)
+            want = by_reference(in_float64(args), shape)
             y, leaf, margin, _ = triton_kernels.run_forward(chosen, *args, config=shape)
             assert torch.equal(leaf, want.leaf)
             assert max_error(y, want.y) <= 3e-6

@@ -21,9 +21,10 @@ from fastff import ops
 from fastff.config import Activation, Gate, TreeConfig
 from fastff.errors import BackendUnavailable, CheckpointError, ShapeError
 from fastff.ops import reference
+from fastff.ops.backends import forced_backend, why_unavailable_cached
 from fastff.ops.cost import mostly_active
 from fastff.ops.eager import is_autocast_enabled, is_plain_call, is_side_effect_free
-from fastff.ops.interface import check_dtypes, check_shapes, forced_backend, why_unavailable_cached
+from fastff.ops.interface import check_dtypes, check_shapes
 from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
 from fastff.ops.weights import Weights
@@ -246,7 +247,7 @@ class FFF(nn.Module):
         if backend != "native" or self._packed is None:
             reason = why_unavailable_cached("native") or f"backend {backend!r} has no quantized weights, only 'native'"
             raise BackendUnavailable(reason)
-        check_shapes(x, *self._weights(), config=self.config)
+        check_shapes(x, self._weights(), self.config)
         rows = x.detach().reshape(-1, self.config.in_features).float().resolve_neg().contiguous()
         routed = self._packed.routed(rows, self._weights)
         if routed is None:
@@ -296,11 +297,11 @@ class FFF(nn.Module):
 
     def soft(self, x: Tensor) -> Mixed:
         """The 2023 soft layer on x (..., in_features): y, node entropies (trees, nodes) in nats, mixture of leaves."""
-        check_shapes(x, *self._weights(), config=self.config)
-        check_dtypes(x, *self._weights())
+        check_shapes(x, self._weights(), self.config)
+        check_dtypes(x, **self._weights()._asdict())
         rows = x.reshape(-1, self.config.in_features)
         leak = self.region_leak if self.training else 0.0
-        mixed = reference.forward_soft(rows, *self._weights(), config=self.config, region_leak=leak)
+        mixed = reference.forward_soft(rows, self._weights(), config=self.config, region_leak=leak)
         lead = x.shape[:-1]
         return Mixed(mixed.y.reshape(*lead, -1), mixed.entropy, mixed.mixture.reshape(*lead, *mixed.mixture.shape[1:]))
 
@@ -310,10 +311,10 @@ class FFF(nn.Module):
             self._entropy = mixed.entropy
             self._count(mixed.mixture.detach().argmax(-1))
             return mixed.y
-        check_shapes(x, *self._weights(), config=self.config)
+        check_shapes(x, self._weights(), self.config)
         rows = x.reshape(-1, self.config.in_features)
         straight = self.surrogate == "straight_through"
-        routed = reference.forward_masked(rows, *self._weights(), config=self.config, straight_through=straight)
+        routed = reference.forward_masked(rows, self._weights(), config=self.config, straight_through=straight)
         self._count(routed.leaf)
         return routed.y.reshape(*x.shape[:-1], -1)
 

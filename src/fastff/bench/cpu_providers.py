@@ -246,7 +246,7 @@ def gather_bmm(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
     def call(layer: fastff.FFF) -> Call:
         c = layer.config
         gathered = 4 * c.trees * (c.leaf_in_rows * c.in_features + (c.active_neurons // c.trees) * c.out_features)
-        run = lambda x: reference.forward(x, *layer._weights(), config=c).y  # noqa: E731
+        run = lambda x: reference.forward(x, layer._weights(), config=c).y  # noqa: E731
         return _in_chunks(run, max(1, CHUNK_BYTES // gathered))
 
     return [call(layer) for layer in layers]
@@ -257,7 +257,7 @@ def masked_dense(layers: Sequence[fastff.FFF], rows: int) -> list[Call]:
 
     def call(layer: fastff.FFF) -> Call:
         c = layer.config
-        run = lambda x: reference.forward_masked(x, *layer._weights(), config=c).y  # noqa: E731
+        run = lambda x: reference.forward_masked(x, layer._weights(), config=c).y  # noqa: E731
         return _in_chunks(run, max(1, CHUNK_BYTES // (4 * c.trees * c.in_rows)))
 
     return [call(layer) for layer in layers]

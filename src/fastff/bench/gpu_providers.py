@@ -15,6 +15,7 @@ from fastff.bench.gpu_device import Device, Run
 from fastff.bench.layers import DenseLayer, dense, make_layer
 from fastff.ops import reference
 from fastff.ops.reference import Routed
+from fastff.ops.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Layer = DenseLayer | fastff.FFF
@@ -40,11 +41,11 @@ def rows_of(cell: Cell, device: Device, seed: int, most: int | None = None) -> T
 def routed(cell: Cell, layer: Layer, device: Device) -> Callable[[Tensor], Routed]:
     """What a conditional provider computes, with leaves."""
     layer = cast(fastff.FFF, layer)
-    weights = (layer.w_in, None, layer.w_out, None)
+    weights = Weights(layer.w_in, None, layer.w_out, None)
     if cell.provider == "torch gather+bmm":
-        return lambda x: reference.forward(x, *weights, config=layer.config)
+        return lambda x: reference.forward(x, weights, config=layer.config)
     if cell.provider == "torch masked":
-        return lambda x: reference.forward_masked(x, *weights, config=layer.config)
+        return lambda x: reference.forward_masked(x, weights, config=layer.config)
     return lambda x: ops.forward(x, *weights, config=layer.config, backend=device.backend)
 
 

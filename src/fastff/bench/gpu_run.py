@@ -23,6 +23,7 @@ from fastff.bench.workers import FAILED, Refused
 from fastff.bench.workloads import label, weights_of
 from fastff.machine import commit, machine
 from fastff.ops.cost import visited_weights
+from fastff.ops.weights import Weights
 
 LINES = "layer-gpu.jsonl"
 COMPILE_SHARE = 0.4  # of the time, that other processes may take to compile ahead
@@ -224,7 +225,7 @@ def _tune(cell: Cell, settings: Settings, device: Device) -> None:
     def time_us(run: Run) -> float:
         return statistics.median(device.times_us(run, settings.cell_seconds / 10, cold=True))
 
-    tune(x.detach(), w_in, None, w_out, None, config=case.pair.tree, time_us=time_us, training=case.training)
+    tune(x.detach(), Weights(w_in, None, w_out, None), config=case.pair.tree, time_us=time_us, training=case.training)
 
 
 def _resume(device: Device, out: Path, settings: Settings) -> Record:

@@ -15,6 +15,7 @@ from fastff.bench.workloads import DenseConfig, Subject, label
 from fastff.config import TreeConfig
 from fastff.ops import reference
 from fastff.ops.reference import Routed
+from fastff.ops.weights import Weights
 
 _BLOCK = 2**24 + 1  # weights drawn at once; larger matrices repeat them, shifted, because drawing takes seconds
 
@@ -97,7 +98,7 @@ def expected(layer: DenseLayer | fastff.FFF, x: Tensor) -> Routed:
     w_in, w_out = (cast(Tensor, _Exact(weight)) for weight in (layer.w_in, layer.w_out))
     if layer.config.depth == 0:
         w_in, w_out = layer.w_in.double(), layer.w_out.double()
-    return reference.forward(x, w_in, None, w_out, None, config=layer.config)
+    return reference.forward(x, Weights(w_in, None, w_out, None), config=layer.config)
 
 
 def _dense_in_float64(layer: DenseLayer, x: Tensor, step: int = 4096) -> Tensor:

@@ -1,8 +1,9 @@
 """The conditional feedforward as a function, and the backends that can run it."""
 
+from fastff.ops.backends import available_backends, use_backend
 from fastff.ops.conditional import conditional_matmul
 from fastff.ops.explanation import Explanation
-from fastff.ops.interface import available_backends, explain, forward, use_backend
+from fastff.ops.interface import explain, forward
 from fastff.ops.reference import Routed
 
 __all__ = ["Explanation", "Routed", "available_backends", "conditional_matmul", "explain", "forward", "use_backend"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastff.ops.interface import why_unavailable_cached
+from fastff.ops.backends import why_unavailable_cached
 
 MOST_SCORES = 4096  # of a row in a tree: a program holds them all
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastff.config import ACTIVATIONS
 from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import conditional_eager, conditional_reference, interface
+from fastff.ops import backends, conditional_eager, conditional_reference, interface
 from fastff.ops.eager import is_autocast
 
 BACKENDS = ("reference", "eager", "native", "triton")
@@ -99,7 +99,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def resolve(name: str | None, x: Tensor, leaves: Leaves, activation: str) -> str:
     """The backend that will run: the one named, or the first kernel that can take this input, or eager."""
-    name = name or interface.forced_backend()
+    name = name or backends.forced_backend()
     if name is not None:
         reason = _why_not(name, x, leaves, activation)
         if reason is not None:
@@ -118,7 +118,7 @@ def why_unavailable(name: str) -> str | None:
     if name not in _KERNEL_MODULES:
         return f"backend {name!r} is not one of {', '.join(BACKENDS)}"
     if name not in _unavailable:
-        _unavailable[name] = interface.why_unavailable(name) or _why_kernels_unavailable(name)
+        _unavailable[name] = backends.why_unavailable(name) or _why_kernels_unavailable(name)
     return _unavailable[name]
 
 

@@ -93,16 +93,14 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     return fresh
 
 
-def forward(
-    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights, *, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (rows, out_features), leaf (rows, trees), margin (rows,), scores (rows, trees, path_scores) of x (rows, in)."""
     rows = x.shape[0]
     y = on_huge_pages(x.new_empty(rows, config.out_features))
     leaf = torch.empty(rows, config.trees, dtype=torch.int64)
     margin = x.new_empty(rows)
     scores = x.new_empty(rows, config.trees, config.path_scores)
-    kept = dense(w_in, b_in, w_out, b_out, x)
+    kept = dense(*weights, x)
     inputs = [pointer(tensor) for tensor in kept]
     outputs = [pointer(tensor) for tensor in (y, leaf, margin, scores)]
     name = f"fastff_forward_{SUFFIXES[x.dtype]}"
@@ -111,54 +109,35 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    leaf: Tensor,
-    scores: Tensor,
-    *,
-    config: TreeConfig,
+    grad_y: Tensor, x: Tensor, weights: Weights, leaf: Tensor, scores: Tensor, *, config: TreeConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, b_in, w_out, b_out; an empty tensor for an absent bias."""
-    given = (x, w_in, b_in, w_out, b_out)
-    grads = [x.new_empty(0 if tensor is None else tensor.shape) for tensor in given]
-    _backward("backward", grads, grad_y, x, w_in, w_out, b_out, leaf, scores, config)
+    grads = [x.new_empty(0 if tensor is None else tensor.shape) for tensor in (x, *weights)]
+    _backward("backward", grads, grad_y, x, weights, leaf, scores, config)
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 def backward_visited(
-    grad_y: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    leaf: Tensor,
-    scores: Tensor,
-    *,
-    config: TreeConfig,
+    grad_y: Tensor, x: Tensor, weights: Weights, leaf: Tensor, scores: Tensor, *, config: TreeConfig
 ) -> tuple[Tensor | None, ...]:
     """As `backward`; the gradients of w_in, w_out and b_out are sparse tensors (COO over trees and rows, coalesced) of
     the rows that x visits, and nothing is computed or kept for the others. None for an absent bias."""
-    weights = {"w_in": w_in, "w_out": w_out, "b_out": b_out}
-    room = [torch.empty(0 if w is None else w.shape[0] * w.shape[1], dtype=torch.int64) for w in weights.values()]
+    in_rows = (weights.w_in, weights.w_out, weights.b_out)
+    room = [torch.empty(0 if w is None else w.shape[0] * w.shape[1], dtype=torch.int64) for w in in_rows]
     counts = torch.empty(3, dtype=torch.int64)
     tree, rows = ctypes.addressof(_c_tree(config)), leaf.contiguous()
     call("fastff_visited", tree, pointer(rows), len(rows), *map(pointer, room), pointer(counts))
     visited = [numbers[:count] for numbers, count in zip(room, counts.tolist(), strict=True)]
     values = [
-        x.new_empty(0 if w is None else (len(numbers), w.shape[2]))
-        for w, numbers in zip(weights.values(), visited, strict=True)
+        x.new_empty(0 if w is None else (len(numbers), w.shape[2])) for w, numbers in zip(in_rows, visited, strict=True)
     ]
+    b_in = weights.b_in
     grad_x, grad_b_in = x.new_empty(x.shape), None if b_in is None else x.new_empty(b_in.shape)
     grads = [grad_x, values[0], grad_b_in, values[1], values[2]]
-    _backward("backward_visited", grads, grad_y, x, w_in, w_out, b_out, leaf, scores, config)
+    _backward("backward_visited", grads, grad_y, x, weights, leaf, scores, config)
     sparse = [
         None if w is None else _sparse_rows(numbers, of_rows, w.shape)
-        for w, numbers, of_rows in zip(weights.values(), visited, values, strict=True)
+        for w, numbers, of_rows in zip(in_rows, visited, values, strict=True)
     ]
     return grad_x, sparse[0], grad_b_in, sparse[1], sparse[2]
 
@@ -174,15 +153,13 @@ def _backward(
     grads: Sequence[Tensor | None],
     grad_y: Tensor,
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     leaf: Tensor,
     scores: Tensor,
     config: TreeConfig,
 ) -> None:
     """Fill `grads`, fresh tensors of x, w_in, b_in, w_out and b_out."""
-    kept, saved = dense(w_in, w_out, b_out, x, grad_y), dense(leaf, scores)
+    kept, saved = dense(weights.w_in, weights.w_out, weights.b_out, x, grad_y), dense(leaf, scores)
     for grad in grads:
         if grad is not None:
             on_huge_pages(grad)

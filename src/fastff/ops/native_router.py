@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastff.ops import interface
+from fastff.ops import backends, interface
 from fastff.ops.dense import dense
 from fastff.ops.library import SUFFIXES, call, get_num_threads, pointer
 
@@ -71,9 +71,9 @@ def can_route(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in SUFFIXES
-        and interface.forced_backend() in (None, "native")
+        and backends.forced_backend() in (None, "native")
         and interface.untouched(x, weight)
-        and interface.why_unavailable_cached("native") is None
+        and backends.why_unavailable_cached("native") is None
     )
 
 

@@ -6,8 +6,7 @@ forward_masked  computes all neurons and masks (dense cost); the training form o
 forward_soft    the 2023 mixture of all leaves with sigmoid decisions
 
 Shapes, for `config` a TreeConfig and rows flattened to one dimension:
-x (rows, in_features); w_in (trees, in_rows, in_features); b_in (trees, in_rows) or None;
-w_out (trees, out_rows, out_features); b_out (trees, leaves, out_features) or None.
+x (rows, in_features); weights as `Weights` says.
 Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
 """
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fastff.config import TreeConfig
 from fastff.ops.explanation import Explanation
+from fastff.ops.weights import Weights
 
 
 class Routed(NamedTuple):
@@ -109,12 +109,11 @@ def margin_of(score: Tensor) -> Tensor:
     return flat.amin(dim=1)
 
 
-def forward(
-    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
-) -> Routed:
+def forward(x: Tensor, weights: Weights, *, config: TreeConfig) -> Routed:
     """Compute the neurons of each row's path only, by gathering their weights. Shapes as in the module's docstring."""
     if config.depth == 0:  # every row takes every neuron: a dense layer, best left to matrix products
-        return forward_masked(x, w_in, b_in, w_out, b_out, config=config)
+        return forward_masked(x, weights, config=config)
+    w_in, b_in, w_out, b_out = weights
     tree = torch.arange(config.trees, device=x.device)
     path = descend(x, w_in, b_in, config=config)
     gate = gates(path.score, config=config)
@@ -148,10 +147,7 @@ def explain(config: TreeConfig, rows: int) -> Explanation:
 
 def forward_masked(
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     *,
     config: TreeConfig,
     straight_through: bool = False,
@@ -160,6 +156,7 @@ def forward_masked(
 
     straight_through differentiates every turn as if it were the sigmoid of its score; the output is unchanged.
     """
+    w_in, b_in, w_out, b_out = weights
     scores = torch.einsum("ri,tni->rtn", x, w_in)
     if b_in is not None:
         scores = scores + b_in
@@ -218,10 +215,7 @@ class Mixed(NamedTuple):
 
 def forward_soft(
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     *,
     config: TreeConfig,
     region_leak: float = 0.0,
@@ -232,6 +226,7 @@ def forward_soft(
     node's Bernoulli entropy, probabilities clamped to [1e-6, 1 - 1e-6]; its mean times a factor is the hardening loss.
     Needs node_output=False. Source: Belcak & Wattenhofer 2023, arXiv:2308.14711.
     """
+    w_in, b_in, w_out, b_out = weights
     scores = torch.einsum("ri,tni->rtn", x, w_in)
     if b_in is not None:
         scores = scores + b_in

@@ -30,7 +30,7 @@ from fastff.errors import FileError, TrainingError
 from fastff.inspect import conditional_layers
 from fastff.io import read_json, replacing_folder, write_json
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
-from fastff.ops.interface import BACKENDS, why_unavailable_cached
+from fastff.ops.backends import BACKENDS, why_unavailable_cached
 from fastff.text import tokenizer as tokenizers
 from fastff.text import tokens
 from fastff.text.batches import Batch, Batches

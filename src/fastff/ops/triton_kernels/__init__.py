@@ -20,6 +20,7 @@ from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable
 from fastff.ops.dense import dense
 from fastff.ops.explanation import Explanation
+from fastff.ops.weights import Weights
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOWEST_CAPABILITY = (8, 0)  # the first with bf16 matrix units
@@ -60,9 +61,7 @@ def why_not_tensor(x: Tensor) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, *, config: TreeConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, weights: Weights, *, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (rows, out_features), leaf (rows, trees) int64, margin (rows,), scores (rows, trees, path_scores).
 
     Shapes as in ops.reference; all tensors share one dtype and device. Products are summed in float32.
@@ -77,9 +76,8 @@ def forward(
             x.new_empty(0),
             x.new_empty(0, config.trees, config.path_scores),
         )
-    x, w_in, b_in, w_out, b_out = dense(x, w_in, b_in, w_out, b_out)
     chosen = tuned.forward_plan(config, rows_count, x.dtype, device_name(x))
-    return run_forward(chosen, x, w_in, b_in, w_out, b_out, config=config)
+    return run_forward(chosen, *dense(x, *weights), config=config)
 
 
 def run_forward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,16 +97,7 @@ def _forward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) ->
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    leaf: Tensor,
-    scores: Tensor,
-    *,
-    config: TreeConfig,
+    grad_y: Tensor, x: Tensor, weights: Weights, leaf: Tensor, scores: Tensor, *, config: TreeConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, b_in, w_out, b_out; an empty tensor for an absent bias. Rows not visited get exactly zero.
 
@@ -117,13 +106,11 @@ def backward(
     from fastff.ops.triton_kernels import tuned
 
     if x.shape[0] == 0:
-        given = (x, w_in, b_in, w_out, b_out)
-        gx, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
+        empty = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in (x, *weights))
+        gx, gw_in, gb_in, gw_out, gb_out = empty
         return gx, gw_in, gb_in, gw_out, gb_out
-    grad_y, x, w_in, b_in = dense(grad_y, x, w_in, b_in)
-    w_out, b_out, leaf, scores = dense(w_out, b_out, leaf, scores)
     chosen = tuned.backward_plan(config, x.shape[0], x.dtype, device_name(x))
-    return run_backward(chosen, grad_y, x, w_in, b_in, w_out, b_out, leaf, scores, config=config)
+    return run_backward(chosen, *dense(grad_y, x, *weights, leaf, scores), config=config)
 
 
 def run_backward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

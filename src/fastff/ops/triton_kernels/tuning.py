@@ -24,6 +24,7 @@ from fastff.ops.triton_kernels import (
 )
 from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, RowsPlan, ScoutPlan, Tiles
 from fastff.ops.triton_kernels.tuned import Direction
+from fastff.ops.weights import Weights
 
 AnyPlan = TypeVar("AnyPlan", RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)
 INTERPRETER = "interpreter"  # device name of kernels that run without a device
@@ -45,15 +46,7 @@ _TRIED_TILES: dict[str, tuple[int, ...]] = {
 
 
 def tune(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    *,
-    config: TreeConfig,
-    time_us: TimeUs,
-    training: bool = False,
+    x: Tensor, weights: Weights, *, config: TreeConfig, time_us: TimeUs, training: bool = False
 ) -> dict[Direction, tuple[Any, float, float]]:
     """Search faster block sizes for this layer and number of rows, and keep them in the user's cache directory.
 
@@ -64,7 +57,7 @@ def tune(
     reason, rows = why_unavailable() or why_not(x, config), x.shape[0]
     if reason is not None:
         raise BackendUnavailable(reason)
-    operands = dense(x, w_in, b_in, w_out, b_out)
+    operands = dense(x, *weights)
     shipped: Any = plan.forward_plan(config, rows, x.element_size())
     y, leaf, _, scores = run_forward(shipped, *operands, config=config)
     searched: dict[Direction, tuple[Any, Callable[[Any], Any]]] = {
