@@ -1,6 +1,7 @@
 import pytest
 
 import fastff
+from fastff.train.presets import feedforward_of
 
 
 def config(**options):
@@ -61,3 +62,27 @@ def test_a_layer_too_large_to_address_is_refused_before_it_is_allocated():
 def test_what_is_true_or_false_is_nothing_else(name, value):
     with pytest.raises(fastff.ShapeError, match=f"{name} {value!r} is not True or False"):
         fastff.TreeConfig(in_features=4, out_features=4, depth=2, **{name: value})
+
+
+@pytest.mark.parametrize("gate", [None, "boundary", "boundary_min"])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("leaf_width", [1, 4, 16])
+def test_a_name_is_parsed_back(leaf_width, swiglu, gate):
+    options = {"node_output": False, "activation": "swiglu"} if swiglu else {}
+    made = fastff.TreeConfig(
+        in_features=8, out_features=6, depth=5, trees=36, leaf_width=leaf_width, gate=gate, **options
+    )
+    assert fastff.TreeConfig.parse(made.name, 8, 6) == made
+
+
+def test_one_layer_has_one_name():
+    older, name = "36x5-swiglu4-gate", "36x5-leaf4-swiglu-gate"
+    assert fastff.TreeConfig.parse(older, 8) == fastff.TreeConfig.parse(name, 8)
+    assert fastff.TreeConfig.parse(older, 8).name == name
+    assert feedforward_of(older, 512) == feedforward_of(name, 512)
+
+
+@pytest.mark.parametrize("text", ["", "1x", "x11", "1x11-gates", "1x11-leaf", "1x11-leaf2-swiglu4", "dense", "0x3"])
+def test_text_that_names_no_layer(text):
+    with pytest.raises(fastff.ShapeError, match="is not like 1x11|is not at least 1"):
+        fastff.TreeConfig.parse(text, 8)

@@ -408,7 +408,9 @@ class TestTuning:
         monkeypatch.setattr(tuning, "_TRIED_TILES", {"stages": (2,)})
         args = make_inputs(shape, 2)
         times = iter([9.0, 7.0, 8.0, *[10.0] * 99])
-        found = tuning.tune(*args, config=shape, time_us=lambda run: (run(), next(times))[1], training=True)
+        found = tuning.tune(
+            args[0], Weights(*args[1:]), config=shape, time_us=lambda run: (run(), next(times))[1], training=True
+        )
         best, least, first = found["forward"]
         assert (least, first) == (7.0, 9.0)
         assert best != plan.forward_plan(shape, 2, 4)

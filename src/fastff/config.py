@@ -7,6 +7,7 @@ Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +18,10 @@ Gate = Literal["boundary", "boundary_min"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 GATES: tuple[str, ...] = get_args(Gate)
+_GATES_BY_NAME: dict[str, Gate | None] = {"": None, "-gate": "boundary", "-gate-min": "boundary_min"}
+_NAME = re.compile(
+    r"(?P<trees>\d+)x(?P<depth>\d+)(-leaf(?P<leaf>\d+)(?=-|$))?(-swiglu(?P<swiglu>\d*))?(?P<gate>-gate(-min)?)?"
+)
 MAX_DEPTH = 24
 ADDRESSABLE_BYTES = 2**47  # user space of a 64-bit process
 
@@ -149,11 +154,33 @@ class TreeConfig:
         """None without bias, and with node_output=True, where no leaf has an output bias."""
         return (self.trees, self.leaves, self.out_features) if self.bias and not self.node_output else None
 
+    @classmethod
+    def parse(cls, text: str, in_features: int, out_features: int | None = None) -> TreeConfig:
+        """The layer with this name, as `name` writes it; `-swiglu4` is also read as `-leaf4-swiglu`.
+
+        A name says nothing of widths, other activations, tau and biases; nodes are neurons unless leaves are swiglu.
+        Raises ShapeError for text that names no layer."""
+        found = _NAME.fullmatch(text)
+        if found is None or (found["leaf"] and found["swiglu"]):
+            raise ShapeError(f"layer {text!r} is not like 1x11, 32x6-gate or 36x5-leaf4-swiglu-gate")
+        part = found.groupdict()
+        swiglu = part["swiglu"] is not None
+        return cls(
+            in_features=in_features,
+            out_features=in_features if out_features is None else out_features,
+            trees=int(part["trees"]),
+            depth=int(part["depth"]),
+            leaf_width=int(part["leaf"] or part["swiglu"] or 1),
+            node_output=not swiglu,
+            activation="swiglu" if swiglu else "gelu",
+            gate=_GATES_BY_NAME[part["gate"] or ""],
+        )
+
     @property
     def name(self) -> str:
         """`1x11` for one tree of depth 11; leaf width, swiglu and gate are appended when they are not the default."""
         leaf = f"-leaf{self.leaf_width}" if self.leaf_width > 1 else ""
-        gate = {None: "", "boundary": "-gate", "boundary_min": "-gate-min"}[self.gate]
+        gate = next(name for name, gate in _GATES_BY_NAME.items() if gate == self.gate)
         return f"{self.trees}x{self.depth}{leaf}{'-swiglu' if self.gated_pair else ''}{gate}"
 
 

@@ -95,6 +95,12 @@ VARIANTS = {
 }
 
 
+# A layer has one name (`TreeConfig.name`); those of runs that were made before it are read, too.
+_ALIASES = {
+    TreeConfig.parse(name, BASE_HIDDEN).name: name for name, variant in VARIANTS.items() if "depth" in variant.options
+}
+
+
 def preset_of(name: str) -> Preset:
     """Raises TrainingError for an unknown name."""
     if name not in PRESETS:
@@ -117,6 +123,7 @@ def feedforward_of(name: str, hidden: int) -> dict[str, Any]:
         flops = feedforward_flops(feedforward_of(name.removeprefix(NARROW), hidden), hidden)
         width = max(1, round(flops / (6 * hidden)))  # two input rows and one output row, two operations each
         return complete({"kind": "dense", "intermediate_size": width, "activation": "swiglu"})
+    name = _ALIASES.get(name, name)
     if name not in VARIANTS:
         raise TrainingError(f"feedforward {name!r} is not one of {', '.join(VARIANTS)}, {NARROW}VARIANT or JSON")
     variant = VARIANTS[name]
