@@ -165,9 +165,7 @@ def test_autocast_computes_in_float32_and_returns_the_autocast_dtype():
 def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype, options):
     layer = make_layer(16, **options, dtype=dtype)
     x = make_rows(40, 16, dtype=dtype).requires_grad_()
-    want = reference.forward(
-        x.float(), *(None if w is None else w.float() for w in weights_of(layer)), config=layer.config
-    )
+    want = reference.forward(x.float(), weights_of(layer).map(torch.Tensor.float), config=layer.config)
     for backend in (None, "native"):
         routed = run(layer, x, backend)
         assert routed.y.dtype == dtype

@@ -84,5 +84,5 @@ def test_one_layer_has_one_name():
 
 @pytest.mark.parametrize("text", ["", "1x", "x11", "1x11-gates", "1x11-leaf", "1x11-leaf2-swiglu4", "dense", "0x3"])
 def test_text_that_names_no_layer(text):
-    with pytest.raises(fastff.ShapeError, match="is not like 1x11|is not at least 1"):
+    with pytest.raises(fastff.ShapeError, match=r"is not like 1x11|is not at least 1"):
         fastff.TreeConfig.parse(text, 8)
