@@ -89,8 +89,7 @@ _NOTHING = (None, None, None, None, None, None, (), (), 0, None)
 
 
 class PackedLayer:
-    """The snapshot of one layer in use. Memory: one copy of the weights in fp32 (bf16 for bf16 weights); quantised, the
-    smaller copy and the routing nodes' w_in in fp32, from which scores near zero are computed again. While a pack is
+    """The snapshot of one layer in use. Memory: one copy of the weights in fp32; quantised, the smaller copy and the routing nodes' w_in in fp32, from which scores near zero are computed again. While a pack is
     replaced, calls of other threads may keep the former one a moment longer."""
 
     def __init__(self, config: TreeConfig, quantization: str | None = None) -> None:
@@ -230,10 +229,9 @@ class PackedLayer:
 
     def _packed(self, weights: Weights) -> _Snapshot:
         """Pack again while another thread edits: what was read while it wrote belongs to no moment."""
-        quantization = self._quantization or ("bf16" if weights.w_in.dtype == torch.bfloat16 else None)
         for _ in range(_ATTEMPTS):
             seen = _stamp(weights.present), _checksum(weights)
-            pack = _Pack(self._config, weights, quantization)
+            pack = _Pack(self._config, weights, self._quantization)
             if seen == (_stamp(weights.present), _checksum(weights)):
                 break
         return _Snapshot(weights, *seen, pack)
