@@ -89,8 +89,9 @@ _NOTHING = (None, None, None, None, None, None, (), (), 0, None)
 
 
 class PackedLayer:
-    """The snapshot of one layer in use. Memory: one copy of the weights in fp32; quantised, the smaller copy and the routing nodes' w_in in fp32, from which scores near zero are computed again. While a pack is
-    replaced, calls of other threads may keep the former one a moment longer."""
+    """The snapshot of one layer in use. Memory: one copy of the weights in fp32; quantised, the smaller copy and the
+    routing nodes' w_in in fp32, from which scores near zero are computed again. While a pack is replaced, calls of
+    other threads may keep the former one a moment longer."""
 
     def __init__(self, config: TreeConfig, quantization: str | None = None) -> None:
         self._config = config
