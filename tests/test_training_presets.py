@@ -73,3 +73,10 @@ def test_a_budget_of_steps_and_one_of_seconds():
     before = seconds.used
     seconds.tick()
     assert before <= seconds.used < before + 60
+
+
+@pytest.mark.parametrize("name", ["flat-96x32-top3", "pk-784x4-top24", "1x8-leaf12-paths8"])
+def test_layers_behind_other_routers_are_named_as_they_are(name):
+    cost = cost_of(name, PRESETS["small"])
+    assert (cost.name, cost.layer, cost.active_neurons) == (name, name, 96)
+    assert cost_of(NARROW + name, PRESETS["small"]).flops == pytest.approx(cost.flops, rel=0.01)
