@@ -214,6 +214,11 @@ def test_a_model_trains_and_comes_back_from_its_files(name, tmp_path):
         assert torch.equal(a.router.balance, b.router.balance)
         assert int(b.usage().counts.sum()) == 0
     assert torch.equal(model.eval()(rows).logits, again.eval()(rows).logits)
+    fastff.models.quantize(model, "int8").save_pretrained(tmp_path / "int8")
+    small = fastff.models.UltraFastBertForMaskedLM.from_pretrained(tmp_path / "int8")
+    with torch.no_grad():
+        assert torch.equal(small.eval()(rows).logits, model(rows).logits)
+        assert not torch.equal(small(rows).logits, again(rows).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,10 +227,12 @@ def test_a_layer_comes_back_from_its_file(kind, dtype, tmp_path):
     layer = make(kind, bias=kind != "flat").to(dtype)
     layer(make_rows(9, 8, dtype=dtype))
     layer.router.balance_step = 0.25
+    layer.quantize("int8")
     fastff.save(layer, tmp_path / "layer")
     again = fastff.load(tmp_path / "layer", backend="reference")
     assert again.config == layer.config
     assert (again.backend, again.router.balance_step) == ("reference", 0.25)
+    assert again.quantization == again.router.quantization == "int8"
     assert int(again.usage().counts.sum()) == 0
     state = again.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
@@ -265,3 +272,36 @@ def test_the_examples_of_the_page_run():
     assert len(examples) == 3
     for example in examples:
         exec(example, names)
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_quantized_layers_take_the_leaves_of_fp32_and_round_values(kind, quantization):
+    layer = make(kind, dtype=torch.float32).eval()
+    x = make_rows(2, 150, 8, dtype=torch.float32)
+    with torch.no_grad():
+        want, leaf = layer(x), layer.route(x)
+        layer.quantize(quantization)
+        got = layer(x)
+        assert torch.equal(layer.route(x), leaf)
+        assert 0 < (got - want).abs().max() < 0.05 * want.abs().max()
+        assert torch.equal(copy.deepcopy(layer)(x), got)
+        layer.w_out.mul_(2), layer.b_out.mul_(2)
+        assert torch.allclose(layer(x), 2 * got, atol=1e-5), "packed again"
+        layer.router.weight.zero_()
+        assert not torch.equal(layer.route(x), leaf)
+        assert torch.equal(layer.quantize(None)(x), layer(x))
+
+
+def test_quantized_layers_refuse_what_they_cannot_do():
+    layer = make("flat", dtype=torch.float32).quantize("int8")
+    x = make_rows(3, 8, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"quantized to 'int8' cannot train: call eval\(\)"):
+        layer(x)
+    layer.eval()
+    with fastff.ops.use_backend("reference"), pytest.raises(fastff.BackendUnavailable, match="has no 'reference'"):
+        layer(x)
+    with pytest.raises(RuntimeError, match=r"no gradient flows through a layer quantized to 'int8': use no_grad\(\)"):
+        layer(x.requires_grad_())
+    with pytest.raises(ValueError, match="quantization 'int4' is not None, 'bf16' or 'int8'"):
+        layer.quantize("int4")

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastff.config import ACTIVATIONS, Activation
-from fastff.errors import ShapeError
-from fastff.ops.conditional import conditional_matmul
+from fastff.errors import BackendUnavailable, ShapeError
+from fastff.ops import conditional, interface
+from fastff.ops.conditional import Leaves, check_shapes, conditional_matmul
+from fastff.ops.native_conditional import PackedLeaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
+from fastff.routers.modules import Quantization, check_quantization, stamp_of
 
 LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 
@@ -154,6 +159,8 @@ class ConditionalFeedforward(nn.Module):
         )
         self.backend = backend
         self.router = router
+        self.quantization: Quantization | None = None
+        self._packed: tuple[Any, PackedLeaves] | None = None  # and the stamp of what was packed
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -180,6 +187,8 @@ class ConditionalFeedforward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features). Raises ShapeError."""
+        if self.quantization is not None:
+            return _outside_graphs()(self, x)
         leaf, gate = self.router(x)
         return conditional_matmul(
             x,
@@ -192,6 +201,53 @@ class ConditionalFeedforward(nn.Module):
             b_out=self.b_out,
             backend=self.backend,
         )
+
+    def quantize(self, quantization: Quantization | None) -> Self:
+        """Evaluate with leaves in "bf16", or in "int8" with one scale to a row; None returns to the parameters' fp32.
+
+        Every row takes the leaves that it takes in fp32: only values are rounded. For inference on the CPU: no
+        gradients, no training. The parameters stay fp32, and so do saved files. Raises ValueError for another name.
+        """
+        check_quantization(quantization)
+        self.quantization, self._packed = quantization, None
+        if isinstance(self.router, Router):
+            self.router.quantize(quantization)
+        return self
+
+    def _quantized_forward(self, x: Tensor) -> Tensor:
+        name = f"a layer quantized to {self.quantization!r}"
+        if self.training:
+            raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"no gradient flows through {name}: use no_grad()")
+        backend = self.backend or interface.forced_backend() or "native"
+        reason = interface.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
+        if reason is None and not (x.is_cpu and self.w_in.is_cpu):
+            reason = f"{name} runs on the CPU, x is on {x.device} and w_in on {self.w_in.device}"
+        if reason is not None:
+            raise BackendUnavailable(reason)
+        with torch.no_grad():
+            rows = x.reshape(-1, x.shape[-1]).float()
+            leaf, gate = self.router(rows)
+            leaf = leaf.to(torch.int64)
+            weights = Leaves(self.w_in, self.b_in, self.w_out, self.b_out)
+            check_shapes(rows, leaf, gate, weights, self.config.activation)
+            conditional.check_leaves(leaf, self.config.leaves)
+            y = self._packed_leaves()(rows, leaf, gate.float())
+            return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _packed_leaves(self) -> PackedLeaves:
+        """The packed copy, made again when a weight was replaced or edited."""
+        weights = {"b_in": self.b_in, "b_out": self.b_out}
+        stamp = stamp_of(self.w_in, self.w_out, *weights.values())
+        if self._packed is None or self._packed[0] != stamp:
+            activation, quantization = self.config.activation, self.quantization
+            made = PackedLeaves(self.w_in, self.w_out, **weights, activation=activation, quantization=quantization)
+            self._packed = stamp, made
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # a copy packs for itself
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
@@ -245,6 +301,14 @@ class ConditionalFeedforward(nn.Module):
             f"{c.in_features}, {c.out_features}, leaves={c.leaves}, leaf_width={c.leaf_width}, "
             f"activation={c.activation!r}, bias={c.bias}, neurons={c.neurons}"
         )
+
+
+@cache
+def _outside_graphs() -> Callable[[ConditionalFeedforward, Tensor], Tensor]:
+    """The quantized forward, for torch.compile to leave alone; made when first needed: that imports the compiler."""
+    outside: Callable[[ConditionalFeedforward, Tensor], Tensor]
+    outside = torch.compiler.disable(ConditionalFeedforward._quantized_forward)
+    return outside
 
 
 def make_conditional(

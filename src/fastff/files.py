@@ -4,7 +4,7 @@ The tensors have the parameters' names, shapes and dtype. The metadata are strin
 `version` is "1", and every field of TreeConfig, the quantization and the training surrogate stand under their own
 names, as in `{"depth": "11", "gate": "none", "bias": "false"}`. examples/c reads the same file without Python.
 A ConditionalFeedforward adds `layer`, "conditional", and has the fields of ConditionalConfig, those of its router after
-`router.`, and balance_step.
+`router.`, balance_step and the quantization.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TYPES = {field.name: str(field.type) for field in fields(TreeConfig)} | _OPTION
 _CONDITIONAL_TYPES = (
     {field.name: str(field.type) for field in fields(ConditionalConfig) if field.name != "router"}
     | {f"router.{field.name}": str(field.type) for field in fields(RouterConfig)}
-    | {"balance_step": "float"}
+    | {"balance_step": "float", "quantization": "str | None"}
 )
 _BALANCE = "router.balance"  # float32 whatever the weights are
 
@@ -99,7 +99,8 @@ def _described(layer: Layer) -> dict[str, object]:
     values: dict[str, object] = asdict(layer.config)
     del values["router"]
     router = {f"router.{name}": value for name, value in asdict(layer.router.config).items()}
-    return {"layer": "conditional", **values, **router, "balance_step": layer.router.balance_step}
+    more = {"balance_step": layer.router.balance_step, "quantization": layer.quantization}
+    return {"layer": "conditional", **values, **router, **more}
 
 
 def _text(value: object) -> str:
@@ -151,6 +152,7 @@ def _blueprint(path: object, arguments: dict[str, Any]) -> Layer:
         router = {name: arguments.pop(f"router.{name}") for name in RouterConfig.__dataclass_fields__}
         own = {field.name: arguments.pop(field.name) for field in fields(ConditionalConfig) if field.name != "router"}
         config = ConditionalConfig(**own, router=RouterConfig(**router))
-        return make_conditional(config, **arguments, device="meta")
+        quantization = arguments.pop("quantization")
+        return make_conditional(config, **arguments, device="meta").quantize(quantization)
     except ValueError as error:
         raise CheckpointError(f"{path} describes an impossible layer: {error}") from error

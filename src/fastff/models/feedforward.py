@@ -8,7 +8,7 @@ fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`
        `shared_activation` is theirs
 paths, flat, product_key  conditional, behind another router: `depth`, `trees` (default 1) and `paths`; `leaves` and
        `k`; `n` and `k`, with the meaning of `fastff.TreeRouter`, `FlatRouter`, `ProductKeyRouter`; for all of them
-       `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate` and `balance_step`
+       `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate`, `balance_step` and `quantization`
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the baseline that shows what attention does alone
 """
@@ -52,7 +52,8 @@ _ROUTERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {  # and wha
 }
 _ROUTER_OPTIONS = {"gate": "normalised", "balance_step": BALANCE_STEP}
 _LEAF_OPTIONS = {"leaf_width": inspect.Parameter.empty, "activation": "swiglu", "bias": False}
-_DEFAULTS |= {kind: sizes | _LEAF_OPTIONS | _ROUTER_OPTIONS for kind, (_, sizes) in _ROUTERS.items()}
+_MORE: dict[str, Any] = {"quantization": None}
+_DEFAULTS |= {kind: sizes | _LEAF_OPTIONS | _ROUTER_OPTIONS | _MORE for kind, (_, sizes) in _ROUTERS.items()}
 
 
 class DenseFeedforward(nn.Module):
@@ -212,7 +213,8 @@ def build_feedforward(
         cls, sizes = _ROUTERS[kind]
         router = cls(hidden_size, **{name: options[name] for name in (*sizes, *_ROUTER_OPTIONS)}, device=device)
         own = {name: options[name] for name in _LEAF_OPTIONS}
-        return ConditionalFeedforward(hidden_size, router=router, leaves=router.leaves, **own, device=device)
+        layer = ConditionalFeedforward(hidden_size, router=router, leaves=router.leaves, **own, device=device)
+        return layer.quantize(options["quantization"])
     return None
 
 
@@ -223,13 +225,13 @@ def quantize(model: Model, quantization: Quantization | None) -> Model:
     Raises ValueError for another name. See `fastff.FFF.quantize`.
     """
     for module in model.modules():
-        if isinstance(module, FFF):
+        if isinstance(module, FFF | ConditionalFeedforward):
             module.quantize(quantization)
     config = getattr(model, "config", None)
     for name in ("feedforward", "fastff_feedforwards"):  # of UltraFastBERT; of a converted model
         descriptions = getattr(config, name, None) or []
         for description in [descriptions] if isinstance(descriptions, dict) else descriptions:
-            if description is not None and description["kind"] == "fff":
+            if description is not None and description["kind"] in ("fff", *_ROUTERS):
                 description["quantization"] = quantization
     return model
 

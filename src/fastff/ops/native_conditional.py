@@ -16,10 +16,10 @@ from fastff.ops.dense import dense
 from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
 from fastff.ops.native import why_unavailable
 
-__all__ = ["PackedLeaves", "backward", "forward", "why_not", "why_unavailable"]
+__all__ = ["WEIGHTS", "PackedLeaves", "backward", "forward", "why_not", "why_unavailable"]
 
 
-_WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
+WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
 
 
 class _Leaves(ctypes.Structure):
@@ -143,7 +143,7 @@ class PackedLeaves:
             "fastff_conditional_pack_f32",
             _leaves_of(w_in, w_out, activation),
             *map(pointer, kept),
-            _WEIGHTS[quantization],
+            WEIGHTS[quantization],
             ctypes.byref(self._handle),
         )
 

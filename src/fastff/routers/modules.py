@@ -25,6 +25,7 @@ from fastff.routers.usage import Usage
 
 BALANCE_STEP = 1e-3
 Auto = Literal["auto"]
+Quantization = Literal["bf16", "int8"]
 Load = Callable[[], Tensor]
 
 
@@ -67,6 +68,8 @@ class Router(nn.Module):
         self.register_parameter("bias", bias)
         shape = config.shape_of_balance
         self.register_buffer("balance", None if shape is None else torch.zeros(shape, device=device))
+        self.quantization: Quantization | None = None
+        self._packed: tuple[Any, native_router.PackedRouter] | None = None  # and the stamp of what was packed
         self._balance_before: Tensor | None = None  # the last move
         usage = (config.trees, config.leaves // config.trees)
         self.register_buffer("_leaf_counts", torch.zeros(usage, dtype=torch.int64, device=device), persistent=False)
@@ -108,9 +111,25 @@ class Router(nn.Module):
 
     def _native(self, rows: Tensor) -> tuple[Tensor, Tensor, Load]:
         """As `_route`, by the C++ core; it counts leaves alone."""
-        leaf, gate = native_router.route(self.config, self.weight, self.bias, self.balance, rows)
+        weights = (self.weight, self.bias, self.balance)
+        if self.quantization is None or rows.dtype != torch.float32:
+            leaf, gate = native_router.route(self.config, *weights, rows)
+        else:
+            stamp = stamp_of(*weights)
+            if self._packed is None or self._packed[0] != stamp:
+                self._packed = stamp, native_router.PackedRouter(self.config, *weights, self.quantization)
+            leaf, gate = self._packed[1](rows)
         shape = (self.config.trees, self.leaves // self.config.trees)
         return leaf, gate, _counted(leaf, shape)
+
+    def quantize(self, quantization: Quantization | None) -> Self:
+        """Route inference on the CPU in 16 bits, to the leaves of fp32; None returns to fp32. ValueError otherwise."""
+        check_quantization(quantization)
+        self.quantization, self._packed = quantization, None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # a copy packs for itself
 
     def _scores(self, rows: Tensor) -> Tensor:
         """A score of every row of weight (rows, ...), as float32 or wider."""
@@ -330,6 +349,18 @@ class ProductKeyRouter(FlatRouter):
         halves = zip(rows.chunk(2, -1), self.weight, biases, strict=True)
         first, second = (self._linear(half, keys, bias) for half, keys, bias in halves)
         return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raise ValueError for a name that is none."""
+    if quantization not in (None, "bf16", "int8"):
+        raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
+
+
+def stamp_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What changes when a tensor is replaced, moved, or edited where autograd sees it."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return tuple([(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in present])
 
 
 def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:

@@ -112,7 +112,8 @@ def feedforward_of(name: str, hidden: int) -> dict[str, Any]:
     """The description (`fastff.models.feedforward`) of a variant at a width.
 
     name: a key of VARIANTS; `narrow:VARIANT`, the dense swiglu layer with the arithmetic of a tree, routing included;
-    or a description itself as JSON. Raises TrainingError for another name, ValueError for a description that is wrong.
+    the name of a layer behind another router, such as flat-96x32-top3, the same at every width (`parse_layer`); or a
+    description itself as JSON. Raises TrainingError for another name, ValueError for a description that is wrong.
     """
     if name.lstrip().startswith("{"):
         try:
@@ -125,7 +126,11 @@ def feedforward_of(name: str, hidden: int) -> dict[str, Any]:
         return complete({"kind": "dense", "intermediate_size": width, "activation": "swiglu"})
     name = _ALIASES.get(name, name)
     if name not in VARIANTS:
-        raise TrainingError(f"feedforward {name!r} is not one of {', '.join(VARIANTS)}, {NARROW}VARIANT or JSON")
+        try:
+            return complete(name)
+        except ValueError as error:
+            known = f"{', '.join(VARIANTS)}, {NARROW}VARIANT or JSON"
+            raise TrainingError(f"feedforward {name!r} is not one of {known}; {error}") from error
     variant = VARIANTS[name]
     if name == "none":
         return complete({"kind": "none"})
