@@ -160,6 +160,12 @@ def test_names_are_read_and_written(name, description, stored, active):
     assert torch.equal(again.eval()(torch.ones(1, 64)), layer.eval()(torch.ones(1, 64)))
 
 
+def test_names_of_trees_are_read_by_the_same_parser():
+    layer = build_feedforward("2x3-leaf4-swiglu-gate", 64)
+    assert isinstance(layer, fastff.FFF)
+    assert layer.config == fastff.TreeConfig.parse("2x3-leaf4-swiglu-gate", 64)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastff.config import ACTIVATIONS, Activation
+from fastff.config import ACTIVATIONS, Activation, TreeConfig
 from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import conditional, interface
+from fastff.ops import backends, conditional
 from fastff.ops.conditional import Leaves, check_shapes, conditional_matmul
 from fastff.ops.native_conditional import PackedLeaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
@@ -91,14 +91,13 @@ _NAMES = (
 
 
 def parse_layer(name: str) -> dict[str, Any]:
-    """The description (`fastff.models.feedforward`) of a layer named as by `ConditionalConfig.name`.
+    """The description (`fastff.models.feedforward`) of a layer with the name of a ConditionalConfig or a TreeConfig.
 
     Raises ValueError for a name of another form, or product keys whose number is not a square.
     """
     found = next((match for form in _NAMES if (match := form.fullmatch(name))), None)
     if found is None:
-        forms = "flat-96x32-top3, pk-784x4-top24 or 1x8-leaf12-paths8, with -gelu or another activation at its end"
-        raise ValueError(f"layer {name!r} is not of the form {forms}")
+        return _parse_tree(name)
     text = found.groupdict()
     activation, kind = text.pop("activation") or "swiglu", text.pop("kind", None)
     sizes = {size: int(value or 1) for size, value in text.items()}
@@ -114,6 +113,16 @@ def check_leaves(router: int, layer: int) -> None:
     """Raise ShapeError unless a router knows as many leaves as its layer has."""
     if router != layer:
         raise ShapeError(f"the router chooses among {router} leaves, the layer has {layer}: expected one number")
+
+
+def _parse_tree(name: str) -> dict[str, Any]:
+    try:
+        tree = asdict(TreeConfig.parse(name, in_features=1))
+    except ShapeError as error:
+        forms = "flat-96x32-top3, pk-784x4-top24 or 1x8-leaf12-paths8, with -gelu or another activation at its end"
+        raise ValueError(f"layer {name!r} is not of the form {forms}, nor a tree: {error}") from error
+    said = ("depth", "trees", "leaf_width", "node_output", "activation", "gate")
+    return {"kind": "fff", **{option: tree[option] for option in said}}
 
 
 class ConditionalFeedforward(nn.Module):
@@ -220,8 +229,8 @@ class ConditionalFeedforward(nn.Module):
             raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(f"no gradient flows through {name}: use no_grad()")
-        backend = self.backend or interface.forced_backend() or "native"
-        reason = interface.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
+        backend = self.backend or backends.forced_backend() or "native"
+        reason = backends.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
         if reason is None and not (x.is_cpu and self.w_in.is_cpu):
             reason = f"{name} runs on the CPU, x is on {x.device} and w_in on {self.w_in.device}"
         if reason is not None:
