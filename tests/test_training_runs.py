@@ -97,7 +97,7 @@ def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, 
     def missed(out, description, steps):
         words = ["--feedforward", json.dumps(description), "--rows", 2048, "--steps", steps]
         run_script("warm_start.py", dense / "model", data, out, *words)
-        return [float(word) for word in capsys.readouterr().out.split("missed")[1].split()]
+        return [float(word) for word in capsys.readouterr().out.split("unexplained")[1].split()]
 
     whole = {**NARROW, "intermediate_size": 341}
     assert missed(tmp_path / "whole", whole, 0) == [0.0, 0.0]
