@@ -1,6 +1,6 @@
 /* fastff: conditional feedforward layers on the CPU. The C ABI; needs neither Python nor torch.
  *
- * A layer has `trees` binary trees of `depth` turns. Routing nodes lie in heap order (children 2k+1 left, 2k+2 right),
+ * A layer has `trees` binary trees of `depth` decisions. Routing nodes lie in heap order (children 2k+1 left, 2k+2 right),
  * `2^depth - 1` to a tree, followed by `2^depth` leaves of `leaf_width` neurons. A row's score at a node is
  * <x, w_in[node]> + b_in[node]; above zero it turns right, else (zero, negative, NaN) left.
  *
@@ -11,7 +11,7 @@
  *   b_out [trees][leaves][out_features]    or NULL; only with node_output = 0
  *   x     [rows][in_features]      y [rows][out_features]
  *   leaf  [rows][trees]            leaf index reached, int64
- *   margin[rows]                   smallest |score| that decided a turn; infinity without turns
+ *   margin[rows]                   smallest |score| of the row's decisions; infinity without any
  *   scores[rows][trees][depth + in rows of a leaf]
  * Arrays must be aligned to their elements; outputs must not overlap inputs or each other. Optional outputs may be NULL.
  * What can be checked is checked: sizes, NULL, alignment, overlap and the leaves given to a backward.
@@ -77,7 +77,7 @@ typedef struct fastff_tree {
   int64_t out_features;
   int64_t trees;
   int64_t leaf_width;
-  int32_t depth; /* turns, 0 to 24 */
+  int32_t depth; /* decisions from root to leaf, 0 to 24 */
   int32_t node_output;
   int32_t activation; /* enum fastff_activation */
   int32_t gate;       /* enum fastff_gate */
@@ -161,7 +161,7 @@ FASTFF_API int32_t fastff_plan_forward(const fastff_tree* tree, int32_t weights,
                                        fastff_plan* plan);
 
 /* Copy weights into one buffer in which the rows of a neuron lie side by side, on huge pages where the system has them.
- * weights: enum fastff_weights. A quantised pack takes every turn that the fp32 layer takes: it also keeps the routing
+ * weights: enum fastff_weights. A quantised pack decides as the fp32 layer does: it also keeps the routing
  * nodes' w_in in fp32 and computes a score again from it when quantisation could have changed the score's sign. A pack
  * never changes: for new weights make another, and free the old one when no thread uses it. */
 FASTFF_API int32_t fastff_pack_f32(const fastff_tree* tree, const float* w_in, const float* b_in, const float* w_out,

@@ -328,7 +328,7 @@ static void check_slope(layer* l, const results* r) {
 }
 
 /* tightest: the smallest margin; at 1e-4 and more a small step turns no row. */
-static void check_isa(layer* l, const results* exact, double tightest, double mild_error, results* scalar,
+static void check_isa(layer* l, const results* exact, double tightest, double rounding_error, results* scalar,
                       int threads) {
   results r = run_f64(l, threads), packed;
   const int64_t ys = l->result_sizes[Y], leaf_bytes = l->rows * l->tree.trees * 8;
@@ -343,11 +343,11 @@ static void check_isa(layer* l, const results* exact, double tightest, double mi
     free_results(&r);
   }
   r = run_f32(l, threads);
-  CHECK(clear_difference(l, &r, exact) <= 2 * mild_error + 1e-6, "f32 y is off by %g", clear_difference(l, &r, exact));
+  CHECK(clear_difference(l, &r, exact) <= 2 * rounding_error + 1e-6, "f32 y is off by %g", clear_difference(l, &r, exact));
   if (!memcmp(r.leaf, exact->leaf, (size_t)leaf_bytes)) check_gradients(l, &r, scalar, 2e-5);
   packed = run_packed(l, FASTFF_F32, threads);
   CHECK(!memcmp(packed.leaf, r.leaf, (size_t)leaf_bytes), "a packed layer took another leaf");
-  CHECK(clear_difference(l, &packed, exact) <= 2 * mild_error + 1e-6, "packed y");
+  CHECK(clear_difference(l, &packed, exact) <= 2 * rounding_error + 1e-6, "packed y");
   free_results(&packed);
   for (k = FASTFF_BF16; k <= FASTFF_INT8; ++k) {
     packed = run_packed(l, k, threads);
@@ -365,22 +365,22 @@ static void check_kernels(int layers) {
   int n, k;
   for (n = 0; n < layers; ++n) {
     layer l = draw_layer();
-    results exact = reference(&l, 0), mild = reference(&l, 1), scalar = {0};
-    double mild_error, tightest = HUGE_VAL;
+    results exact = reference(&l, 0), rounding = reference(&l, 1), scalar = {0};
+    double rounding_error, tightest = HUGE_VAL;
     rows += l.rows;
     for (i = 0; i < l.rows; ++i) {
-      const double margin = mild.d[MARGIN][i] = exact.d[MARGIN][i];
+      const double margin = rounding.d[MARGIN][i] = exact.d[MARGIN][i];
       clear += margin >= 1e-3;
       tightest = fmin(tightest, margin);
     }
-    mild_error = clear_difference(&l, &mild, &exact);
+    rounding_error = clear_difference(&l, &rounding, &exact);
     for (k = 0; k < 4; ++k) {
       if (fastff_set_isa(isas[k]) != FASTFF_OK) continue;
-      check_isa(&l, &exact, tightest, mild_error, &scalar, 1 + n % 3);
+      check_isa(&l, &exact, tightest, rounding_error, &scalar, 1 + n % 3);
       if (!n) strcat(strcat(checked, " "), isas[k]);
     }
     free_results(&exact);
-    free_results(&mild);
+    free_results(&rounding);
     free_results(&scalar);
     free_layer(&l);
   }

@@ -27,7 +27,7 @@ from fastff.ops.weights import Weights
 class Routed(NamedTuple):
     """What a layer computed: y (..., out_features), leaf (..., trees) int64, margin (...).
 
-    margin is the smallest absolute score that decided a turn of the row, infinity when there was no turn."""
+    margin is the smallest absolute score of the row's decisions, infinity when there was none."""
 
     y: Tensor
     leaf: Tensor
@@ -102,7 +102,7 @@ def gates(score: Tensor, *, config: TreeConfig) -> Tensor:
 
 
 def margin_of(score: Tensor) -> Tensor:
-    """(rows,) smallest absolute score of a row's turns; infinity at depth 0."""
+    """(rows,) smallest absolute score of a row's decisions; infinity at depth 0."""
     flat = score.detach().abs().flatten(1)
     if flat.shape[1] == 0:
         return flat.new_full((flat.shape[0],), float("inf"))
@@ -154,7 +154,7 @@ def forward_masked(
 ) -> Routed:
     """The same function by dense products and a mask: all scores are computed, those off the path count nothing.
 
-    straight_through differentiates every turn as if it were the sigmoid of its score; the output is unchanged.
+    straight_through differentiates every decision as if it were the sigmoid of its score; the output is unchanged.
     """
     w_in, b_in, w_out, b_out = weights
     scores = torch.einsum("ri,tni->rtn", x, w_in)
@@ -220,7 +220,7 @@ def forward_soft(
     config: TreeConfig,
     region_leak: float = 0.0,
 ) -> Mixed:
-    """The 2023 layer in training: every turn is the sigmoid of its score and all leaves are mixed by their weight.
+    """The 2023 layer in training: every decision is the sigmoid of its score and all leaves are mixed by their weight.
 
     region_leak is the probability that a node swaps its two sides for a row. entropy is the batch mean of each
     node's Bernoulli entropy, probabilities clamped to [1e-6, 1 - 1e-6]; its mean times a factor is the hardening loss.
@@ -237,8 +237,8 @@ def forward_soft(
         right = torch.where(swapped, 1 - right, right)
     mixture = node_score.new_ones(*node_score.shape[:2], 1)
     for level in range(config.depth):
-        turn = right[..., 2**level - 1 : 2 ** (level + 1) - 1]
-        mixture = _interleave(mixture * (1 - turn), mixture * turn)
+        side = right[..., 2**level - 1 : 2 ** (level + 1) - 1]
+        mixture = _interleave(mixture * (1 - side), mixture * side)
     value = activate(leaf_score.unflatten(-1, (config.leaves, config.leaf_in_rows)), config.activation)
     y = torch.einsum("rtn,tno->ro", (value * mixture.unsqueeze(-1)).flatten(-2), w_out)
     if b_out is not None:
