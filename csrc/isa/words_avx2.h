@@ -52,6 +52,7 @@ struct Words {
     if constexpr (sizeof(W) == 1) return _mm256_add_epi32(a, b);
     else return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
   }
+  static Acc join(Acc high, Acc low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
   static void store(Sum<W>* to, Acc acc, int part) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * part), acc); }
   static void store_pairs(Sum<W>* to, Acc acc, int part) {
     Sum<W> lane[8];

@@ -59,6 +59,7 @@ struct Words {
     if constexpr (sizeof(W) == 1) return _mm512_add_epi32(a, b);
     else return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
   }
+  static Acc join(Acc high, Acc low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
   static void store(Sum<W>* to, Acc acc, int) { _mm512_storeu_si512(to, acc); }
   static void store_pairs(Sum<W>* to, Acc acc, int) {
     const __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);

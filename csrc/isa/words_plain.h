@@ -65,6 +65,12 @@ struct Words {
     for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
     return a;
   }
+  // Of int8 sums with the upper and the lower plane of a number in two bytes; wraps around.
+  static Acc join(const Acc& high, Acc low) {
+    for (int i = 0; i < 16; ++i)
+      low.lane[i] = static_cast<Sum<W>>(static_cast<uint32_t>(high.lane[i]) * 256 + static_cast<uint32_t>(low.lane[i]));
+    return low;
+  }
   static void store(Sum<W>* to, const Acc& acc, int) { std::memcpy(to, acc.lane, sizeof acc.lane); }
   static void store_pairs(Sum<W>* to, const Acc& acc, int) {
     for (int i = 0; i < 8; ++i) to[i] = acc.lane[2 * i] + acc.lane[2 * i + 1];

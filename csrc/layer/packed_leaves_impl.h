@@ -104,10 +104,7 @@ inline int32_t to_planes(const float* v, int64_t n, float scale, int8_t* to) {
   return sum;
 }
 
-// What an int8 sum of both planes comes to; wraps around, and the corrected total fits again.
-inline int32_t joined(int32_t high, int32_t low) {
-  return static_cast<int32_t>(static_cast<uint32_t>(high) * 256 + static_cast<uint32_t>(low));
-}
+// An int8 sum without what unsigned weights added; both wrap around, their difference does not.
 inline float corrected(int32_t total, int32_t correction, float scale) {
   return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(total) - static_cast<uint32_t>(correction))) * scale;
 }
@@ -461,7 +458,8 @@ class Outputs {
   // Leaf by leaf a line of w_out serves several rows, but y is read and written for each item.
   bool by_leaf() const {
     const int64_t shared = call_.visits.items() / l_.leaves.leaves;  // by so many items
-    return !call_.few && shared >= 2 && (l_.neuron_words > 2 || (l_.neuron_words == 2 && shared < 8));
+    constexpr int64_t kWide = sizeof(W) == 1 ? 4 : 2;  // more words of neurons than that pay for y, however many rows share
+    return !call_.few && shared >= 2 && (l_.neuron_words > kWide || (l_.neuron_words >= 2 && shared < 8));
   }
 
   // ---- row by row ----
@@ -517,17 +515,15 @@ class Outputs {
       }
     }
     for (int c = 0; c < C; ++c) {
-      Sum<W> sums[kPlanes<W>][16];
-      for (int n = 0; n < kPlanes<W>; ++n)
-        for (int p = 0; p < V::parts; ++p) V::store(sums[n], acc[c][n][p], p);
-      if constexpr (kPlanes<W> == 2) {
-        float y[16];
-        for (int i = 0; i < 16; ++i)
-          y[i] = corrected(joined(sums[0][i], sums[1][i]), call_.h_correction[row], call_.h_scale[row]);
-        store_columns(call_, row, step + c, y);
-      } else {
-        store_columns(call_, row, step + c, sums[0]);
+      Sum<W> sums[16];
+      float y[16];
+      for (int p = 0; p < V::parts; ++p) {
+        if constexpr (kPlanes<W> == 2) V::store(sums, V::join(acc[c][0][p], acc[c][1][p]), p);
+        else V::store(sums, acc[c][0][p], p);
       }
+      for (int i = 0; i < 16; ++i)
+        y[i] = kPlanes<W> == 2 ? corrected(static_cast<int32_t>(sums[i]), call_.h_correction[row], call_.h_scale[row]) : sums[i];
+      store_columns(call_, row, step + c, y);
     }
   }
 
@@ -654,16 +650,12 @@ class Outputs {
         }
     for (int n = 0; n < N; ++n)
       for (int c = 0; c < C; ++c) {
-        if (kPlanes<W> == 1 && last >= 16) {
-          for (int p = 0; p < V::parts; ++p) V::store(reinterpret_cast<Sum<W>*>(y[n] + 16 * c), acc[n][c][0][p], p);
-          continue;
+        Sum<W>* to = last >= 16 ? reinterpret_cast<Sum<W>*>(y[n] + 16 * c) : room;
+        for (int p = 0; p < V::parts; ++p) {
+          if constexpr (kPlanes<W> == 2) V::store(to, V::join(acc[n][c][0][p], acc[n][c][1][p]), p);
+          else V::store(to, acc[n][c][0][p], p);
         }
-        Sum<W> sums[kPlanes<W>][16];
-        for (int i = 0; i < kPlanes<W>; ++i)
-          for (int p = 0; p < V::parts; ++p) V::store(sums[i], acc[n][c][i][p], p);
-        if constexpr (kPlanes<W> == 2)
-          for (int i = 0; i < 16; ++i) sums[0][i] = joined(sums[0][i], sums[1][i]);
-        std::memcpy(y[n] + 16 * c, sums[0], std::min<int64_t>(16, last) * sizeof(float));
+        if (last < 16) std::memcpy(y[n] + 16 * c, room, last * sizeof(float));
       }
   }
 
