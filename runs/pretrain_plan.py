@@ -74,15 +74,11 @@ class Arm:
         words += [word for text in asked.text for word in ("--text", text)]
         words += [word for text in asked.valid for word in ("--valid", text)]
         words += ["--feedforward", feedforward, "--seed", str(self.seed)]
-        words += [
-            "--steps",
-            str(max(1, round(asked.steps * self.steps))),
-            "--max-run-seconds",
-            f"{left - SAVING_SECONDS:.0f}",
-        ]
+        words += ["--steps", str(max(1, round(asked.steps * self.steps)))]
         words += [word for option in self.layer for word in ("--layer-option", option)]
         shared = dict(option.partition("=")[::2] for option in asked.option)
-        for name, value in {**shared, **self.options}.items():
+        own = {"max-run-seconds": f"{left - SAVING_SECONDS:.0f}"}  # a command takes an option once
+        for name, value in {**own, **shared, **self.options}.items():
             if value is None:  # the plan takes back what all others have
                 continue
             words += [f"--{name}", *([] if value in ("", True) else [str(value)])]

@@ -167,7 +167,7 @@ def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
         update(saved(tmp_path), dataclasses.replace(record, machine={"cpu": "y"}))
     partly = dataclasses.replace(grid, only=Only(layer=("1x11",)))
     with pytest.raises(ValueError, match="measures whole workloads"):
-        bench_cpu(Settings(partly), tmp_path, console, anew=True)
+        bench_cpu(Settings(partly), tmp_path, console, replace=True)
 
 
 def test_a_record_is_whole_when_all_of_its_grid_was_measured():

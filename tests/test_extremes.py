@@ -83,8 +83,8 @@ def gradients(layer, x, run):
 def test_equal_gates_have_one_subgradient_in_every_form():
     layer, x = equal_gates()
     weights, config = weights_of(layer), layer.config
-    want = gradients(layer, x, lambda x: reference.forward(x, *weights, config=config))
-    masked = gradients(layer, x, lambda x: reference.forward_masked(x, *weights, config=config))
+    want = gradients(layer, x, lambda x: reference.forward(x, weights, config=config))
+    masked = gradients(layer, x, lambda x: reference.forward_masked(x, weights, config=config))
     native = gradients(layer, x, lambda x: fastff.ops.forward(x, *weights, config=config, backend="native"))
     for forms in zip(want, masked, native, strict=True):
         for form in forms[1:]:
@@ -107,7 +107,7 @@ def test_rows_of_large_numbers_take_the_fp32_route(size, kind):
     x = make_rows(200, 64).float()
     x = x / x.abs().amax(1, keepdim=True) * size
     with torch.no_grad():
-        want = reference.forward(x, *weights_of(layer), config=layer.config)
+        want = reference.forward(x, weights_of(layer), config=layer.config)
         got = fastff.ops.forward(x, *weights_of(layer), config=layer.config, backend="native").leaf
         assert torch.equal(layer.quantize(kind).route(x)[:, 0], got[:, 0])
         values = layer(x)

@@ -187,6 +187,7 @@ BALANCE = plan_tables("small-causal-balance", 800, **{"small-causal-balance": "s
 LONG = plan_tables(
     "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
 )
+ROUTERS = plan_tables("routers-300m", **{"routers-300m": "causal"})
 LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
@@ -209,6 +210,7 @@ STUDIES: dict[str, dict[str, Table]] = {
         "glue-five": partial(glue, "small-300m", "glue-five"),
         "glue-375": partial(glue, "small-300m", "glue-375"),
     },
+    "routers-300m": without(ROUTERS, "left-out", "routing"),
     "masked-524m": {
         **without(LONG_MASKED, "left-out"),
         "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
@@ -233,6 +235,7 @@ QUALITY: dict[str, Table] = {
     "from-dense": CAUSAL["from-dense"],
     "rate-0.002": RATES["rate-0.002"],
     "300m-causal": LONG["300m-causal"],
+    "routers-300m": ROUTERS["routers-300m"],
     "524m-masked": LONG_MASKED["524m-masked"],
     "524m-retention": RETENTION,
     "backends": backends,
