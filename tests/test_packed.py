@@ -469,7 +469,7 @@ def test_sixteen_threads_see_whole_weights_while_one_writes(write, kind):
     try:
         with ThreadPoolExecutor(16) as pool:
             readers = [pool.submit(read, i) for i in range(16)]
-            for turn in range(40):
+            for turn in range(24):
                 write(layer, states[turn % 2])
             done.set()
             results = [reader.result() for reader in readers]
