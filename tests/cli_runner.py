@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
-from fastff.cli import progress, run
+from fastff.cli import run
+from fastff.cli.console import console
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Result:
 def invoke(words: Sequence[object], env: Mapping[str, str] = {}, width: int = 200) -> Result:
     """The result of `fastff WORDS`. Exceptions that the command does not turn into a message go through."""
     said = io.StringIO()
-    with mock.patch.dict(os.environ, env), mock.patch.multiple(progress.console, _file=said, _width=width):
+    with mock.patch.dict(os.environ, env), mock.patch.multiple(console, _file=said, _width=width):
         try:
             code = run([str(word) for word in words])
         except SystemExit as error:

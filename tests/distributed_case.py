@@ -41,7 +41,7 @@ def make(seed=0):
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def sharded(out: Path) -> None:
+def sharded_steps(out: Path) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     model, _ = make()
     mesh = init_device_mesh("cpu", (processes,))
@@ -52,15 +52,15 @@ def sharded(out: Path) -> None:
     losses = torch.tensor(two_steps(model, optimizer, rank, processes))
     dist.all_reduce(losses)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=out / "sharded")
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=out / "fsdp")
     if rank == 0:
-        torch.save(losses / processes, out / "sharded-losses.pt")
+        torch.save(losses / processes, out / "fsdp-losses.pt")
 
 
 def main() -> None:
     out, text = (Path(argument) for argument in sys.argv[1:])
     pretrain(small(out / "run", text, steps=20, batch=8, save_every=100))
-    sharded(out)
+    sharded_steps(out)
     dist.barrier()
     # On a busy machine a process that takes the group apart is aborted by torch's own threads, about one time in ten:
     # everything is written by now.

@@ -12,7 +12,7 @@ from convert_cases import tiny
 from fastff.convert.distil import WARMUP, DenseFade, Recipe, averaged, cosine
 from fastff.convert.earlier import average_state
 from fastff.models import make_converted
-from fastff.train.routing import RoutingRows
+from fastff.train.layer_training import RoutingRows
 
 TREE = {"kind": "fff", "depth": 2, "trees": 2, "leaf_width": 3, "gate": "boundary", "bias": True}
 

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from fastff.errors import TrainingError
+from fastff.experiment import glue_variants, variants
+from fastff.experiment.study_settings import GlueVariantsSettings
+from fastff.train import compare
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,23 +29,18 @@ def test_tables_match_results(monkeypatch):
 
 @pytest.mark.parametrize("name", ["small-causal", "small-causal-rates", "tiny-causal", "masked-524m"])
 def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_path):
-    script, folder = str(ROOT / "runs" / "pretrain_plan.py"), ROOT / "experiments" / name
+    folder = ROOT / "experiments" / name
     shutil.copy(folder / "records.json", tmp_path)
-    plan = str(folder / "plan.json")
-    monkeypatch.setattr(sys, "argv", [script, plan, "--out", str(tmp_path), "--anew"])
-    runpy.run_path(script, run_name="__main__")
-    for made in ("table.md", "records.json"):
-        assert (tmp_path / made).read_bytes() == (folder / made).read_bytes()
+    variants.redraw(tmp_path, folder / "plan.json", say=lambda line: None)
+    assert (tmp_path / "records.json").read_bytes() == (folder / "records.json").read_bytes()
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    records = json.loads((folder / "records.json").read_text())
+    done = {(record["group"], compare.variant_of(record)) for record in records if record["finished"]}
+    heads = len({group for group, _ in done})
+    assert len(rows) == len(done) + heads
 
 
-@pytest.fixture
-def glue_arms(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
-    return importlib.import_module("glue_arms")
-
-
-def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(glue_arms):
+def test_scores_of_fewer_tasks_have_their_own_retention_and_gap():
     shared = {"group": "scratch", "neurons": 8, "active_neurons": 8, "mean": 1.0, "retention": 1.0}
 
     def arm(name, layer, flops, first, second):
@@ -52,8 +52,8 @@ def test_scores_of_fewer_tasks_have_their_own_retention_and_gap(glue_arms):
     narrow = arm("narrow", "dense-swiglu 6", 100, 60, 50)
     tree = arm("tree", "2x3", 100, 70, 90)
     found = {"tasks": ["MRPC", "WNLI"], "notes": {"WNLI": "dev"}, "arms": [dense, narrow, tree]}
-    fewer = glue_arms.only(found, ["MRPC"])
-    assert "| 70.0 (69.0-71.0) | 70.00 (69.00-71.00) | 87.5 | 0.50 |" in glue_arms.table(fewer)
+    fewer = glue_variants.only(found, ["MRPC"])
+    assert "| 70.0 (69.0-71.0) | 70.00 (69.00-71.00) | 87.5 | 0.50 |" in glue_variants.table(fewer)
     assert not fewer["notes"]
     assert tree["mean"] == 1.0
 
@@ -69,8 +69,8 @@ def test_pictures_of_the_pages_are_there():
     assert not [str(path) for path in found if not path.is_file()]
 
 
-def test_charts_name_arms_without_the_end_that_all_have(glue_arms):
-    labels = glue_arms.labels
+def test_charts_name_variants_without_the_end_that_all_have():
+    labels = glue_variants.labels
     names = ["dense-masked-seed-1", "2x3-masked-seed-1@layer-rate=0.5", "none-masked-seed-1"]
     assert labels(names) == ["dense", "2x3@layer-rate=0.5", "none"]
     assert labels(["a-masked", "b", "c-masked"]) == ["a-masked", "b", "c-masked"]
@@ -83,18 +83,22 @@ def test_charts_name_arms_without_the_end_that_all_have(glue_arms):
     sorted((ROOT / "experiments").glob("*/glue*/glue.json")),
     ids=lambda path: "-".join(path.parts[-3:-1]),
 )
-def test_tables_of_scores_are_made_of_their_files(scores, glue_arms, monkeypatch, tmp_path):
+def test_tables_of_scores_are_made_of_their_files(scores, tmp_path):
     (tmp_path / "glue.json").write_bytes(scores.read_bytes())
-    monkeypatch.setattr(sys, "argv", ["glue_arms.py", "--out", str(tmp_path), "--anew"])
-    glue_arms.main()
-    assert (tmp_path / "table.md").read_bytes() == scores.with_name("table.md").read_bytes()
+    glue_variants.redraw(tmp_path, say=lambda line: None)
+    found = json.loads(scores.read_text())
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:] if line.startswith("| ")] == [
+        f"| {entry['name']}" for entry in glue_variants.variants_of(found)
+    ]
     assert "<svg" in (tmp_path / "glue.svg").read_text()
 
 
-def test_scores_are_not_made_of_nothing(glue_arms, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["glue_arms.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        glue_arms.main()
+def test_scores_are_not_made_of_nothing(tmp_path):
+    with pytest.raises(TrainingError, match="holds no finished model of a, b"):
+        glue_variants.run(GlueVariantsSettings(variants=("a", "b"), runs=tmp_path, data=tmp_path, out=tmp_path))
+    with pytest.raises(TrainingError, match=r"glue\.json is missing"):
+        glue_variants.redraw(tmp_path)
 
 
 def test_the_speed_of_compiled_training_is_that_of_its_file():

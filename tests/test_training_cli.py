@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from cli_runner import invoke
-from fastff.cli import progress
 from fastff.text.batches import Batches
+from fastff.train.layer_training import LayerTraining, layer_training
 from training_cases import write_text
 
 
@@ -17,7 +17,7 @@ def run(*arguments, **environment):
     return invoke(arguments, env=environment)
 
 
-def test_variants_lists_costs_beside_the_narrow_controls():
+def test_variants_lists_costs_beside_the_narrow_ones():
     done = run("variants", "base")
     assert done.exit_code == 0
     assert "12 / 4095" in done.output
@@ -41,7 +41,18 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
         "--valid-windows",
         2,
     )
-    words = ("pretrain", "--text", text, "--out", out, *small, "--feedforward", "1x11", "--layer-option", "rate=0.5")
+    words = (
+        "pretrain",
+        "--text",
+        text,
+        "--out",
+        out,
+        *small,
+        "--feedforward",
+        "1x11",
+        "--layer-option",
+        "lr_scale=0.5",
+    )
     done = run(*words)
     assert done.exit_code == 0, done.output
     assert "9 of 511 neurons" in done.output
@@ -55,13 +66,13 @@ def test_pretrain_says_what_it_did_and_an_error_in_one_line(tmp_path):
 
 
 def test_a_log_gets_lines_of_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr("fastff.report.progress.LINE_SECONDS", 0.0)
     words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 3, "--batch", 2]
     words += ["--micro-batch", 2, "--seq-len", 16, "--vocab-size", 200, "--valid-windows", 2, "--log-every", 1, "--cpu"]
     done = run(*words)
     assert done.exit_code == 0, done.output
-    lines = [line for line in done.output.splitlines() if line.startswith("pretrain: step ")]
-    assert [line.split(",")[0] for line in lines] == [f"pretrain: step {n}" for n in (1, 2, 3)]
+    lines = [line for line in done.output.splitlines() if line.startswith("pretrain: training, step ")]
+    assert [line.split(",")[1] for line in lines] == [f" step {n}" for n in (1, 2, 3)]
     assert lines[2].endswith(", 100%")
 
 
@@ -83,3 +94,21 @@ def test_a_command_that_a_signal_stopped_says_so_by_its_exit_status(number, tmp_
     assert done.exit_code == 128 + number, done.output
     assert "stopped; run the same command again to resume" in done.output
     assert run(*words).exit_code == 0
+
+
+def test_earlier_names_of_options_still_work_with_a_warning(tmp_path):
+    words = ["pretrain", "--text", write_text(tmp_path), "--out", tmp_path / "run", "--steps", 1, "--batch", 2, "--cpu"]
+    words += ["--micro-batch", 2, "--vocab-size", 200, "--valid-windows", 2, "--seed", 1]
+    old = ["--length", 16, "--rate=0.001", "--warm-up", 0.1, "--layer", "freeze_after=0.5"]
+    new = ["--seq-len", 16, "--lr", 0.001, "--warmup", 0.1, "--layer-option", "freeze_after=0.5"]
+    done = run(*words, *old)
+    assert done.exit_code == 0, done.output
+    assert "--length is now --seq-len" in done.output
+    done = run(*words, *new)
+    assert done.exit_code == 0, done.output
+    assert "finished" in done.output, "the same run, finished"
+
+
+def test_earlier_names_of_layer_options_still_work_with_a_warning():
+    with pytest.warns(FutureWarning, match="rate is now called lr_scale"):
+        assert layer_training(["rate=0.5"]) == LayerTraining(lr_scale=0.5)

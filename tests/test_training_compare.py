@@ -15,10 +15,10 @@ from fastff.train.compare import (
     chart,
     compare,
     gap_of,
-    health_table,
     left_out,
     narrow_loss,
     recovered_gap,
+    routing_table,
     table,
 )
 from fastff.train.presets import PRESETS, cost_of
@@ -129,9 +129,9 @@ def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean():
     later = {**done, "settings": {**done["settings"], "seed": 3}}
     assert left_out(["a"], [later]) == left_out(["b"], [half, {**later, "arm": "b"}]) == []
     assert left_out(["a"], [later], seeds=(0,)) == ["not run: a"]
-    assert health_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
+    assert routing_table([done, half]).splitlines()[2:] == ["| a | 2.00 (4) | 25 % | 25 % |"]
     calm = {**later, "routing": {"one": {**layers[1], "one_sided_nodes": 0.55}}}
-    assert health_table([done, calm]).splitlines()[2:] == ["| a | 2.33 (4) | 17 % | 40 % |"], "over seeds, too"
+    assert routing_table([done, calm]).splitlines()[2:] == ["| a | 2.33 (4) | 17 % | 40 % |"], "over seeds, too"
 
 
 def test_labels_of_points_that_are_close_do_not_cover_each_other():

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from distributed_case import make, two_steps
 from fastff.errors import TrainingError
+from fastff.train.layer_training import LayerTraining
 from fastff.train.pretrain import pretrain
-from fastff.train.routing import LayerTraining
 from training_cases import small, write_text
 
 HERE = Path(__file__).parent
@@ -70,10 +70,10 @@ def test_one_process_goes_on_where_two_stopped(two, text):
 def test_a_sharded_checkpoint_of_two_processes_loads_on_one(two):
     model, optimizer = make()
     losses = two_steps(model, optimizer)
-    torch.testing.assert_close(torch.load(two / "sharded-losses.pt"), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.load(two / "fsdp-losses.pt"), torch.tensor(losses), rtol=1e-5, atol=1e-5)
     fresh, fresh_optimizer = make(seed=1)
     weights, moments = get_state_dict(fresh, fresh_optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=two / "sharded")
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=two / "fsdp")
     set_state_dict(fresh, fresh_optimizer, model_state_dict=weights, optim_state_dict=moments)
     for name, want in model.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], want, rtol=1e-4, atol=1e-5)
@@ -82,6 +82,6 @@ def test_a_sharded_checkpoint_of_two_processes_loads_on_one(two):
 
 def test_sharding_where_it_cannot_be(text, tmp_path):
     with pytest.raises(TrainingError, match="several processes with a GPU each"):
-        pretrain(small(tmp_path, text, sharded=True))
-    with pytest.raises(TrainingError, match="not made for sharded weights"):
-        small(tmp_path, text, sharded=True, layer=LayerTraining(level_rate=0.5))
+        pretrain(small(tmp_path, text, fsdp=True))
+    with pytest.raises(TrainingError, match="not made for fsdp"):
+        small(tmp_path, text, fsdp=True, layer=LayerTraining(level_lr_scale=0.5))

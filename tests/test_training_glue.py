@@ -21,7 +21,8 @@ from fastff.models import make_converted
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import glue as module
 from fastff.train import tasks
-from fastff.train.glue import GlueSettings, encode, glue
+from fastff.train.glue import encode, glue
+from fastff.train.glue_settings import GlueSettings
 from fastff.train.pretrain import pretrain
 from fastff.train.tasks import TASKS, Rows, load, scores
 from training_cases import small, write_text
@@ -146,7 +147,7 @@ def test_a_correlation_that_does_not_exist_is_no_number():
         ({"tasks": ("CoLA", "AX")}, "tasks AX: expected some of CoLA, SST-2"),
         ({"tasks": ()}, "tasks none"),
         ({"seeds": 0}, "seeds 0 is not above 0"),
-        ({"layer_rate": -0.5}, "layer_rate -0.5 is below 0"),
+        ({"layer_lr_scale": -0.5}, "layer_lr_scale -0.5 is below 0"),
     ],
 )
 def test_settings_out_of_range(changes, message, tmp_path):
@@ -159,7 +160,7 @@ def scored(tmp_path_factory):
     """A tiny model pretrained on bundled text, fine-tuned to tell two authors apart in the form of SST-2."""
     folder = tmp_path_factory.mktemp("glue")
     text = write_text(folder)
-    pretrain(small(folder / "run", text, steps=30, batch=16, micro_batch=16, length=32, vocab_size=1000, rate=3e-3))
+    pretrain(small(folder / "run", text, steps=30, batch=16, micro_batch=16, seq_len=32, vocab_size=1000, lr=3e-3))
     for split, source in (("train", "authors-learn.tsv.xz"), ("dev", "authors-unseen.tsv.xz")):
         rows = [(a, s) for a, s in labelled(source) if a in ("Cbronte", "Doyle")][: 240 if split == "train" else 60]
         authors, sentences = zip(*rows, strict=True)
@@ -172,7 +173,7 @@ def scored(tmp_path_factory):
         tasks=("SST-2",),
         seeds=2,
         epochs=2,
-        rate=1e-3,
+        lr=1e-3,
         cpu=True,
     )
     return settings, glue(settings)
@@ -223,8 +224,8 @@ def test_so_many_updates_whatever_the_epochs(scored, tmp_path):
         replace(settings, steps=3)
 
 
-@pytest.mark.parametrize("layer_rate", [0.0, 1e-6, 1.0])
-def test_conditional_layers_learn_at_a_rate_of_their_own(scored, tmp_path, monkeypatch, layer_rate):
+@pytest.mark.parametrize("layer_lr_scale", [0.0, 1e-6, 1.0])
+def test_conditional_layers_learn_at_a_rate_of_their_own(scored, tmp_path, monkeypatch, layer_lr_scale):
     settings, _ = scored
     load_model, models = module.load_model, []
 
@@ -234,12 +235,12 @@ def test_conditional_layers_learn_at_a_rate_of_their_own(scored, tmp_path, monke
         return model, tokenizer
 
     monkeypatch.setattr(module, "load_model", kept)
-    glue(replace(settings, out=tmp_path, epochs=None, steps=2, seeds=1, layer_rate=layer_rate))
+    glue(replace(settings, out=tmp_path, epochs=None, steps=2, seeds=1, layer_lr_scale=layer_lr_scale))
     (model, before) = models[0]
     moved = {name: float((weight - before[name]).abs().max()) for name, weight in model.state_dict().items()}
     assert moved["encoder.layers.0.attention.qkv.weight"] > 1e-4
     for name in ("w_in", "w_out"):
-        at_least, at_most = {0.0: (0.0, 0.0), 1e-6: (1e-12, 1e-8), 1.0: (1e-4, 1e-2)}[layer_rate]
+        at_least, at_most = {0.0: (0.0, 0.0), 1e-6: (1e-12, 1e-8), 1.0: (1e-4, 1e-2)}[layer_lr_scale]
         assert at_least <= moved[f"encoder.layers.0.feedforward.{name}"] <= at_most
 
 
@@ -274,7 +275,7 @@ def test_the_command_prints_notes_and_refuses_another_recipe(scored):
     assert done.exit_code == 0, done.output
     assert "subset: 240 of 67349 rows" in done.output
     assert "not comparable with published GLUE scores" in done.output
-    assert "rate 0.001 there, 0.002 asked for" in run("--lr", "2e-3").output
+    assert "lr 0.001 there, 0.002 asked for" in run("--lr", "2e-3").output
 
 
 def test_a_model_and_a_tokenizer_that_do_not_fit(scored, tmp_path):

@@ -13,7 +13,7 @@ from fastff.train.schedule import Budget, rows_at, triangle
 
 def test_base_is_the_paper():
     base = PRESETS["base"]
-    assert (base.layers, base.hidden, base.length, base.vocab_size, base.batch) == (16, 768, 128, 32768, 8192)
+    assert (base.layers, base.hidden, base.seq_len, base.vocab_size, base.batch) == (16, 768, 128, 32768, 8192)
     cost = cost_of("1x11", base)
     assert (cost.layer, cost.neurons, cost.active_neurons) == ("1x11", 4095, 12)
     assert cost_of("dense-gelu", base).neurons == 3072

@@ -21,10 +21,11 @@ from fastff.errors import TrainingError
 from fastff.text.batches import Batches
 from fastff.text.tokenizer import Vocabulary
 from fastff.text.tokens import Tokens
-from fastff.train import checkpoint
+from fastff.train import saving
+from fastff.train.layer_training import LayerTraining
 from fastff.train.presets import PRESETS, Preset, cost_of
-from fastff.train.pretrain import Settings, pretrain, read_text, tokens_per_second
-from fastff.train.routing import LayerTraining
+from fastff.train.pretrain import pretrain, read_text, tokens_per_second
+from fastff.train.pretrain_settings import PretrainSettings
 from fastff.train.trainer import release_unused
 from training_cases import FEEDFORWARD, small, write_text
 
@@ -67,7 +68,7 @@ def test_a_finished_run_is_not_run_again(whole, text, monkeypatch):
 def test_it_learns(objective, text, tmp_path):
     # Sixteen masked words a batch are noise, whose sign hung on the number of threads: these rows show the loss fall.
     rows = {"batch": 32, "micro_batch": 32, "valid_windows": 64, "data": tmp_path / "data"}
-    record = pretrain(small(tmp_path, text, objective=objective, steps=60, rate=3e-3, save_every=100, **rows))
+    record = pretrain(small(tmp_path, text, objective=objective, steps=60, lr=3e-3, save_every=100, **rows))
     assert record["curve"][-1][1] < record["curve"][0][1] - 0.3
     assert record["valid_loss"] < record["curve"][0][1] - 0.3
     auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
@@ -81,10 +82,10 @@ sys.path[:0] = {path}
 from fastff.train.pretrain import pretrain
 from training_cases import small
 import os, signal
-def report(step, loss, progress):
-    if step == {step}:
+def progress(stage, done, total=None, note=""):
+    if note.startswith("step {step},"):
         os.kill(os.getpid(), signal.SIGKILL)
-pretrain(small(Path({out!r}), Path({text!r})), report=report)
+pretrain(small(Path({out!r}), Path({text!r})), progress=progress)
 """
 
 
@@ -94,20 +95,20 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, text, tmp_path):
     code = KILLED.format(path=[str(Path(__file__).parent)], step=5, out=str(out), text=str(text))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
-    assert checkpoint.last_checkpoint(out).name == "checkpoint-3"
-    (out / checkpoint.PARTIAL / "checkpoint-5").mkdir(parents=True)  # and it was saving when it died
+    assert saving.last_checkpoint(out).name == "checkpoint-3"
+    (out / saving.PARTIAL / "checkpoint-5").mkdir(parents=True)  # and it was saving when it died
     resumed = pretrain(small(out, text))
     assert resumed["curve"] == record["curve"]
     assert resumed["valid_loss"] == record["valid_loss"]
     ours, theirs = (torch.load(o / "checkpoint-8" / "optimizer.pt", weights_only=True) for o in (out, finished))
     assert all(torch.equal(a["exp_avg"], theirs["state"][key]["exp_avg"]) for key, a in ours["state"].items())
-    assert not (out / checkpoint.PARTIAL).exists()
+    assert not (out / saving.PARTIAL).exists()
 
 
 def test_pieces_make_the_same_run(whole, text, tmp_path):
     record, _ = whole
     out = tmp_path / "run"
-    pieces = [pretrain(small(out, text, piece_seconds=1e-9)) for _ in range(8)]
+    pieces = [pretrain(small(out, text, max_run_seconds=1e-9)) for _ in range(8)]
     assert [piece["steps"] for piece in pieces] == list(range(1, 9))
     assert [piece["finished"] for piece in pieces] == [False] * 7 + [True]
     assert pieces[-1]["curve"] == record["curve"]
@@ -121,12 +122,12 @@ def test_speed_is_that_of_the_second_half_of_the_curve():
 
 def test_a_warm_start_takes_over_every_weight(whole, text, tmp_path):
     record, out = whole
-    later = pretrain(small(tmp_path / "later", text, start=out / "model", steps=1, rate=1e-9))
+    later = pretrain(small(tmp_path / "later", text, init_from=out / "model", steps=1, lr=1e-9))
     assert later["valid_loss"] == pytest.approx(record["valid_loss"], abs=1e-3)
     with pytest.raises(TrainingError, match=r"do not fit: .*0.feedforward.b_in \(2, 15\) there, absent here"):
-        pretrain(small(tmp_path / "other", text, start=out / "model", feedforward="none"))
+        pretrain(small(tmp_path / "other", text, init_from=out / "model", feedforward="none"))
     with pytest.raises(TrainingError, match=r"holds no model"):
-        pretrain(small(tmp_path / "nothing", text, start=tmp_path / "absent"))
+        pretrain(small(tmp_path / "nothing", text, init_from=tmp_path / "absent"))
 
 
 def test_trees_with_a_shared_part_learn_and_are_counted(text, tmp_path):
@@ -139,7 +140,7 @@ def test_trees_with_a_shared_part_learn_and_are_counted(text, tmp_path):
     )
     assert record["cost"]["flops"] == alone.flops + 4 * 6 * 128
     assert record["cost"]["layer"] == "2x3-gate+6"
-    again = pretrain(small(tmp_path / "again", text, feedforward=shared, start=tmp_path / "run" / "model", steps=1))
+    again = pretrain(small(tmp_path / "again", text, feedforward=shared, init_from=tmp_path / "run" / "model", steps=1))
     assert again["routing"], "trees beside a shared part are watched, too"
 
 
@@ -162,7 +163,7 @@ def test_a_budget_of_seconds(text, tmp_path):
 @pytest.mark.parametrize("where", ["torch.save", "fastff.io.sync"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(where, text, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    pretrain(small(out, text, piece_seconds=1e-9))
+    pretrain(small(out, text, max_run_seconds=1e-9))
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -186,7 +187,7 @@ def test_a_full_disk_while_tokenising_is_said(text, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    pretrain(small(out, text, piece_seconds=1e-9))
+    pretrain(small(out, text, max_run_seconds=1e-9))
     draw = Batches.micro_batch
 
     def poisoned(self, position, count):
@@ -213,19 +214,19 @@ def test_another_configuration_is_refused_with_what_differs(whole, text):
     _, out = whole
     with pytest.raises(TrainingError, match=r"holds another run: .*feedforward '\{.* there, 'none' asked for"):
         pretrain(small(out, text, feedforward="none"))
-    with pytest.raises(TrainingError, match=r"length 16 there, 32 asked for"):
-        pretrain(small(out, text, length=32))
+    with pytest.raises(TrainingError, match=r"seq_len 16 there, 32 asked for"):
+        pretrain(small(out, text, seq_len=32))
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(text, tmp_path):
-    checkpoint.checkpoint_path(tmp_path, 5).mkdir()
+    saving.checkpoint_path(tmp_path, 5).mkdir()
     with pytest.raises(TrainingError, match=r"holds checkpoints but no settings.json"):
         pretrain(small(tmp_path, text))
 
 
 def test_a_damaged_checkpoint_is_named(text, tmp_path):
     out = tmp_path / "run"
-    pretrain(small(out, text, piece_seconds=1e-9))
+    pretrain(small(out, text, max_run_seconds=1e-9))
     (out / "checkpoint-1" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(TrainingError, match=r"model.safetensors is damaged .*: remove .*checkpoint-1 to go on from"):
         pretrain(small(out, text))
@@ -238,18 +239,18 @@ def test_a_damaged_checkpoint_is_named(text, tmp_path):
 def test_a_checkpoint_without_one_of_its_files_is_not_trained_on_from(name, described, text, tmp_path):
     """Transformers goes on with a new optimiser, or schedule, without a word."""
     out = tmp_path / "run"
-    pretrain(small(out, text, piece_seconds=1e-9))
+    pretrain(small(out, text, max_run_seconds=1e-9))
     folder = out / "checkpoint-1"
     (folder / name).unlink()
     if not described:  # as an earlier version left it
-        (folder / checkpoint.FILES).unlink()
+        (folder / saving.FILES).unlink()
     with pytest.raises(TrainingError, match=rf"checkpoint-1/{name} is missing: remove"):
         pretrain(small(out, text))
 
 
 def test_a_text_that_changes_in_the_middle_of_a_run_is_another_run(tmp_path):
     text = write_text(tmp_path)
-    pretrain(small(tmp_path / "run", text, piece_seconds=1e-9))
+    pretrain(small(tmp_path / "run", text, max_run_seconds=1e-9))
     text.write_text(text.read_text(encoding="utf-8") + " More.", encoding="utf-8")
     with pytest.raises(TrainingError, match="holds another run: text_sha256"):
         pretrain(small(tmp_path / "run", text))
@@ -264,7 +265,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", Preset("toy", 16, 1, 2, 16, 90, 4, 2, 2e-3, 8, 100_000))
     feedforward = '{"kind": "fff", "depth": 2, "trees": 1, "gate": "boundary", "bias": true}'
     record = pretrain(
-        Settings(
+        PretrainSettings(
             out=Path("run"),
             text=("text.txt",),
             preset="toy",
@@ -274,11 +275,11 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
             valid_windows=4,
             log_every=1,
             cpu=True,
-            rate=3e-3,
-            warm_up=0.25,
-            length=16,
+            lr=3e-3,
+            warmup=0.25,
+            seq_len=16,
             feedforward=feedforward,
-            layer=LayerTraining(rate=0.5),
+            layer=LayerTraining(lr_scale=0.5),
             seed=3,
         )
     )
@@ -296,7 +297,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
         ({"seconds": 5.0}, "steps or seconds, not both"),
         ({"steps": 0}, "steps 0 is not above 0"),
         ({"layers": 0}, "layers 0 is not above 0"),
-        ({"warm_up": 1.0}, r"warm_up 1.0 is not in \[0, 1\)"),
+        ({"warmup": 1.0}, r"warmup 1.0 is not in \[0, 1\)"),
     ],
 )
 def test_settings_out_of_range(changes, message, text, tmp_path):
@@ -307,7 +308,7 @@ def test_settings_out_of_range(changes, message, text, tmp_path):
 def test_the_number_of_layers_can_be_chosen(text, tmp_path):
     record = pretrain(small(tmp_path, text, steps=1, layers=3))
     assert AutoConfig.from_pretrained(tmp_path / "model").num_hidden_layers == 3
-    assert record["cost"] == asdict(cost_of(FEEDFORWARD, replace(PRESETS["tiny"], layers=3, length=16)))
+    assert record["cost"] == asdict(cost_of(FEEDFORWARD, replace(PRESETS["tiny"], layers=3, seq_len=16)))
 
 
 def test_sizes_that_do_not_fit(text, tmp_path):
@@ -316,7 +317,7 @@ def test_sizes_that_do_not_fit(text, tmp_path):
     with pytest.raises(TrainingError, match="preset 'huge' is not one of tiny, small, base"):
         pretrain(small(tmp_path, text, preset="huge"))
     with pytest.raises(TrainingError, match="no text is given"):
-        Settings(out=tmp_path, text=())
+        PretrainSettings(out=tmp_path, text=())
 
 
 @pytest.mark.parametrize(("objective", "of_the_text"), [("masked", 14), ("causal", 15)])
@@ -341,7 +342,7 @@ def test_rows_are_the_same_on_any_number_of_processes(text):
 
 
 def test_bf16_and_one_option_of_each_kind(text, tmp_path):
-    layer = LayerTraining(rate=0.5, level_rate=0.5, freeze_after=0.5, balance=0.01, output_scale=0.5)
+    layer = LayerTraining(lr_scale=0.5, level_lr_scale=0.5, freeze_after=0.5, balance=0.01, output_scale=0.5)
     record = pretrain(small(tmp_path, text, precision="bf16", layer=layer, steps=4))
     assert record["finished"]
     assert all(loss > 0 for _, loss in record["curve"])

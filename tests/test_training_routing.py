@@ -11,7 +11,7 @@ from torch import nn
 from conftest import make_layer, make_rows
 from fastff.errors import TrainingError
 from fastff.routers import Usage
-from fastff.train.routing import Health, LayerTraining, Pace, balance, layer_training
+from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance, layer_training
 
 
 def trained(options, progress=0.5, **layer_options):
@@ -19,8 +19,8 @@ def trained(options, progress=0.5, **layer_options):
     layer = make_layer(6, depth=2, trees=2, bias=True, gate="boundary", dtype=torch.float64, **layer_options)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    if options.paces:
-        Pace(layer, options, lambda: progress).watch(optimizer)
+    if options.scales_routing:
+        RoutingLrScale(layer, options, lambda: progress).watch(optimizer)
     layer(make_rows(64, 6)).square().sum().backward()
     optimizer.step()
     return before, dict(layer.named_parameters())
@@ -29,7 +29,7 @@ def trained(options, progress=0.5, **layer_options):
 @pytest.mark.parametrize("name", ["w_in", "b_in"])
 def test_each_level_learns_at_its_own_pace(name):
     before, plain = trained(LayerTraining())
-    _, paced = trained(LayerTraining(level_rate=0.5))
+    _, paced = trained(LayerTraining(level_lr_scale=0.5))
     change, slower = plain[name] - before[name], paced[name] - before[name]
     torch.testing.assert_close(slower[:, 0], change[:, 0], rtol=0, atol=1e-12)
     torch.testing.assert_close(slower[:, 1:3], 0.5 * change[:, 1:3], rtol=0, atol=1e-12)
@@ -79,7 +79,7 @@ def test_health_counts_what_training_saw_and_begins_anew():
     rows = torch.zeros(200, 6)
     rows[:, 0] = 1.0
     rows[:50, 0] = -1.0
-    health = Health(model)
+    health = RoutingStats(model)
     model(rows)
     report = health.report()
     share = torch.tensor([0.25, 0.75])
@@ -115,5 +115,5 @@ def test_options_out_of_range(options, message):
 
 
 def test_options_by_name():
-    want = LayerTraining(rate=0.5, feedforward_init="fan_in")
-    assert layer_training(["rate=0.5", "feedforward_init=fan_in"]) == want
+    want = LayerTraining(lr_scale=0.5, feedforward_init="fan_in")
+    assert layer_training(["lr_scale=0.5", "feedforward_init=fan_in"]) == want

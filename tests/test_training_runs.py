@@ -1,4 +1,4 @@
-"""The scripts of the larger experiments at toy size: a plan of arms, warm starts from a dense model, GLUE of all."""
+"""The commands of studies at toy size: a plan of variants, warm starts from a dense model, GLUE of all."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fastff.demo.data import labelled
 from fastff.io import read_json
 from fastff.train.placement import environments
 from fastff.train.pretrain import pretrain, read_text
-from training_cases import Process, run_script, small, write_text
+from training_cases import Process, fastff, small, write_text
 
 TREE = {"kind": "fff", "trees": 2, "depth": 3, "leaf_width": 8, "node_output": False, "activation": "swiglu"}
 TREE |= {"gate": "boundary", "bias": True, "shared": 0}
 NARROW = {"kind": "dense", "intermediate_size": 20, "activation": "swiglu", "bias": True}
-ON = {"group": "from-dense", "from": "dense", "steps": 0.5, "options": {"rate": 0.0005}}
+ON = {"group": "from-dense", "from": "dense", "steps": 0.5, "options": {"lr": 0.0005}}
 PLAN = [
     {"name": "dense", "feedforward": "dense-swiglu"},
     {"name": "dense-on", "feedforward": "dense-swiglu", **ON},
     {"name": "narrow-on", "feedforward": NARROW, "convert": True, **ON},
-    {"name": "tree-on", "feedforward": TREE, "convert": True, "layer": ["rate=0.5"], **ON},
+    {"name": "tree-on", "feedforward": TREE, "convert": True, "layer": ["lr_scale=0.5"], **ON},
 ]
-SIZES = {"preset": "tiny", "length": 16, "batch": 16, "micro-batch": 16, "valid-windows": 8, "log-every": 2, "cpu": ""}
+SIZES = {"preset": "tiny", "seq-len": 16, "batch": 16, "micro-batch": 16, "valid-windows": 8, "log-every": 2, "cpu": ""}
 
 
 def options(**changes):
@@ -40,18 +40,18 @@ class Quick(Process):
     """As `Process`, a conversion with few rows and steps."""
 
     def __init__(self, words, **more):
-        few = ["--rows", "512", "--steps", "20"] if words[1].endswith("warm_start.py") else []
+        few = ["--rows", "512", "--steps", "20"] if "warm-start" in words else []
         super().__init__([*words, *few], **more)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tokens as `runs/pack_tokens.py` unpacks them."""
+    """Tokens as `fastff experiment unpack-tokens` leaves them."""
     folder = tmp_path_factory.mktemp("tokens")
     text = write_text(folder)
     read_text(small(folder / "run", text, valid=(str(text),)))
-    run_script("pack_tokens.py", "pack", folder / "data", folder / "tokens.tar")
-    run_script("pack_tokens.py", "unpack", folder / "tokens.tar", folder / "unpacked")
+    fastff("experiment", "pack-tokens", folder / "data", folder / "tokens.tar")
+    fastff("experiment", "unpack-tokens", folder / "tokens.tar", folder / "unpacked")
     for part in ("train", "valid"):
         packed, unpacked = (folder / where / part / "tokens.bin" for where in ("data", "unpacked"))
         assert packed.read_bytes() == unpacked.read_bytes()
@@ -60,44 +60,45 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planned(data, tmp_path_factory):
-    """A plan of four arms, run; its folder and what was printed."""
+    """A plan of four variants, run; its folder and its words."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "plan.json").write_text(json.dumps(PLAN))
     words = [folder / "plan.json", "--data", data, "--runs", folder / "runs", "--out", folder / "out", "--steps", 8]
-    run_script("pretrain_plan.py", *words, *options(), process=Quick)
+    done = fastff("experiment", "pretrain", *words, *options(), process=Quick)
+    assert done.exit_code == 0, done.output
     return folder, words
 
 
 def test_a_plan_is_run_and_compared(planned):
     folder, words = planned
-    records = {record["arm"]: record for record in json.loads((folder / "out" / "records.json").read_text())}
-    assert {name: (record["steps"], record["settings"]["rate"]) for name, record in records.items()} == {
+    records = {record["variant"]: record for record in json.loads((folder / "out" / "records.json").read_text())}
+    assert {name: (record["steps"], record["settings"]["lr"]) for name, record in records.items()} == {
         "dense": (8, 2e-3),
         "dense-on": (4, 5e-4),
         "narrow-on": (4, 5e-4),
         "tree-on": (4, 5e-4),
     }
-    assert records["tree-on"]["settings"]["layer"]["rate"] == 0.5
-    assert records["tree-on"]["settings"]["start"].endswith("tree-on/start")
-    assert records["dense-on"]["settings"]["start"].endswith("dense/model")
+    assert records["tree-on"]["settings"]["layer"]["lr_scale"] == 0.5
+    assert records["tree-on"]["settings"]["init_from"].endswith("tree-on/init")
+    assert records["dense-on"]["settings"]["init_from"].endswith("dense/model")
     table = (folder / "out" / "table.md").read_text()
     assert "| tree-on | 2x3-leaf8-swiglu-gate | 16 / 128 |" in table
     assert {path.name for path in (folder / "out").glob("*.svg")} == {"loss-scratch.svg", "loss-from-dense.svg"}
 
     def none(*_, **__):
-        raise AssertionError("finished arms do not run again")
+        raise AssertionError("finished variants do not run again")
 
-    run_script("pretrain_plan.py", *words, *options(), process=none)
+    fastff("experiment", "pretrain", *words, *options(), process=none)
     assert (folder / "out" / "table.md").read_text() == table
 
 
-def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, data, tmp_path, capsys):
+def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, data, tmp_path):
     dense = planned[0] / "runs" / "dense"
 
     def missed(out, description, steps):
         words = ["--feedforward", json.dumps(description), "--rows", 2048, "--steps", steps]
-        run_script("warm_start.py", dense / "model", data, out, *words)
-        return [float(word) for word in capsys.readouterr().out.split("unexplained")[1].split()]
+        done = fastff("experiment", "warm-start", dense / "model", data, out, *words)
+        return [float(word) for word in done.output.split("unexplained")[1].split()]
 
     whole = {**NARROW, "intermediate_size": 341}
     assert missed(tmp_path / "whole", whole, 0) == [0.0, 0.0]
@@ -106,8 +107,8 @@ def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, 
         for before, after in zip(begun, taught, strict=True):
             assert 0.01 < after < before < 1.0
     sizes = {"steps": 1, "batch": 16, "micro_batch": 16, "data": data, "valid": ("valid",)}
-    asked = small(tmp_path / "run", Path("train"), feedforward=json.dumps(whole), start=tmp_path / "whole", **sizes)
-    record = pretrain(replace(asked, rate=1e-12))
+    asked = small(tmp_path / "run", Path("train"), feedforward=json.dumps(whole), init_from=tmp_path / "whole", **sizes)
+    record = pretrain(replace(asked, lr=1e-12))
     # The output bias makes up for what is missed, which is rounding: activations are kept in half precision.
     assert record["valid_loss"] == pytest.approx(read_json(dense / "result.json")["valid_loss"], abs=1e-4)
 
@@ -130,44 +131,44 @@ class Fake(Process):
             (out / "result.json").write_text(json.dumps(record | {"routing": {}}))
 
 
-def test_arms_wait_for_their_source_and_are_tried_again_without_the_compiler(tmp_path, monkeypatch, capsys):
+def test_variants_wait_for_their_source_and_are_tried_again_without_the_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(Fake, "ran", [])
     plan = [{"name": "on", "feedforward": "none", "from": "first"}, {"name": "first", "feedforward": "none"}]
     plan = plan[::-1] + [{"name": "other", "feedforward": "none", "options": {"compile": None}}]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     words = [tmp_path / "plan.json", "--data", "d", "--runs", tmp_path / "runs", "--out", tmp_path, "--steps", 8]
     words += ["--only", "on,other,first", "--option", "compile="]
-    run_script("pretrain_plan.py", *words, "--seconds", 20, process=Fake)
-    assert "not run: on\nnot run: other\nnot run: first" in capsys.readouterr().out
+    done = fastff("experiment", "pretrain", *words, "--seconds", 20, process=Fake)
+    assert "not run: on\nnot run: other\nnot run: first" in done.output
     assert not Fake.ran, "too little time to begin"
-    run_script("pretrain_plan.py", *words, process=Fake)
+    done = fastff("experiment", "pretrain", *words, process=Fake)
     names = [(Path(ran[ran.index("--out") + 1]).name, "--compile" in ran) for ran in Fake.ran]
     assert names == [("other", False), ("first", True), ("first", False), ("on", True), ("on", False)]
     assert Fake.ran[-1][-2:] == ["--init-from", str(tmp_path / "runs" / "first" / "model")]
-    assert "first: the compiler failed" in capsys.readouterr().out
+    assert "first: the compiler failed" in done.output
     assert not list((tmp_path / "runs").glob("*/checkpoint-*")), "a finished run needs none"
 
 
-def test_seeds_and_text_in_pieces(tmp_path, capsys):
+def test_seeds_and_text_in_pieces(tmp_path):
     text = write_text(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps([{"name": "a", "feedforward": "none"}]))
     words = [tmp_path / "plan.json", "--text", text, "--data", tmp_path / "data", "--runs", tmp_path / "runs"]
     words += ["--out", tmp_path / "out", "--steps", 2, "--seeds", 2]
     words += options(**{"vocab-size": 200, "valid-windows": 2, "log-every": 1})
 
-    run_script("pretrain_plan.py", *words, "--option", "max-run-seconds=1e-9")
-    assert "unfinished: a, seed 0, step 1 of 2" in capsys.readouterr().out
-    run_script("pretrain_plan.py", *words)
+    done = fastff("experiment", "pretrain", *words, "--option", "max-run-seconds=1e-9")
+    assert "unfinished: a, seed 0, step 1 of 2" in done.output
+    fastff("experiment", "pretrain", *words)
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert [(record["settings"]["seed"], record["steps"]) for record in records] == [(0, 2), (1, 2)]
     losses = sorted(record["valid_loss"] for record in records)
     assert losses[0] < losses[1]
     assert f"({losses[0]:.3f} to {losses[1]:.3f})" in (tmp_path / "out" / "table.md").read_text()
     at = words.index("--seeds")
-    run_script("pretrain_plan.py", *words[:at], "--first-seed", 2, "--keep")
+    fastff("experiment", "pretrain", *words[:at], "--first-seed", 2, "--keep")
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert [record["settings"]["seed"] for record in records] == [0, 1, 2]
-    run_script("pretrain_plan.py", *words[:at], "--first-seed", 2)
+    fastff("experiment", "pretrain", *words[:at], "--first-seed", 2)
     assert len(json.loads((tmp_path / "out" / "records.json").read_text())) == 1, "nothing is kept unasked"
 
 
@@ -209,68 +210,76 @@ class Launched:
         return self.returncode
 
 
-def test_speeds_are_measured_on_gpus_of_their_own(tmp_path, monkeypatch, capsys):
+def test_speeds_are_measured_on_gpus_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Launched, "ran", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,2")
-    words = ["--data", "d", "--runs", tmp_path / "runs", "--out", tmp_path / "out", "--feedforward", "a,b"]
+    words = [
+        "--data",
+        "d",
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "out",
+        "--feedforward",
+        "a",
+        "--feedforward",
+        "b",
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU is visible, expected one or more"):
-        run_script("gpu_speed.py", *words, process=Launched)
+    assert (
+        "no GPU is visible, expected one or more" in fastff("experiment", "gpu-speed", *words, process=Launched).output
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.raises(SystemExit, match="failed: a-2-sharded, b-2-sharded"):
-        run_script("gpu_speed.py", *words, "--rows", 8, process=Launched)
-    said = capsys.readouterr().out
+    done = fastff("experiment", "gpu-speed", *words, "--rows", 8, process=Launched)
+    said = done.output
+    assert done.exit_code == 1
+    assert "failed: a-2-fsdp, b-2-fsdp" in said
     assert "a-4: not run, 3 GPUs are visible" in said
-    assert f"b-2-sharded failed, see {tmp_path}/runs/b-2-sharded.log" in said
+    assert f"b-2-fsdp failed, see {tmp_path}/runs/b-2-fsdp.log" in said
     begun = [Path(ran[ran.index("--out") + 1]).name for ran in Launched.ran]
     assert begun[:2] == ["a-2", "a-1"], "the largest first, beside it what fits"
-    assert sorted(begun) == ["a-1", "a-2", "a-2-sharded", "b-1", "b-2", "b-2-sharded"]
+    assert sorted(begun) == ["a-1", "a-2", "a-2-fsdp", "b-1", "b-2", "b-2-fsdp"]
     rows = [[ran[ran.index(name) + 1] for name in ("--batch", "--micro-batch")] for ran in Launched.ran[:2]]
     assert rows == [["16", "8"], ["8", "8"]], "as many rows a GPU each time"
     assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["a-1", "a-2", "b-1", "b-2"]
     Launched.ran.clear()
-    with pytest.raises(SystemExit):
-        run_script("gpu_speed.py", *words, process=Launched)
+    assert fastff("experiment", "gpu-speed", *words, process=Launched).exit_code == 1
     assert len(Launched.ran) == 2, "what is there is not run again"
 
 
-def test_an_arm_that_fails_is_named_with_its_last_words(tmp_path, capsys):
+def test_a_variant_that_fails_is_named_with_its_last_words(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps([{"name": "a", "feedforward": "nothing"}]))
     words = [tmp_path / "plan.json", "--data", "d", "--runs", tmp_path / "runs", "--out", tmp_path, "--steps", 8]
-    run_script("pretrain_plan.py", *words)
-    said = capsys.readouterr().out
+    said = fastff("experiment", "pretrain", *words).output
     assert "not run: a" in said
     assert "failed: a:" in said
-    with pytest.raises(SystemExit):
-        run_script("pretrain_plan.py", *words[:1], "--out", tmp_path)
+    assert fastff("experiment", "pretrain", *words[:1], "--out", tmp_path).exit_code == 2
 
 
-def test_glue_of_all_arms(planned, tmp_path, capsys):
+def test_glue_of_all_variants(planned, tmp_path):
     folder, _ = planned
-    tree_arm = "tree-on@layer-rate=0.5"
+    tree_on = "tree-on@layer-lr-scale=0.5"
     (tmp_path / "tables" / "SST-2").mkdir(parents=True)
     rows = [(author, text) for author, text in labelled("authors-learn.tsv.xz") if author in ("Cbronte", "Doyle")]
     for split, part in (("train", rows[:32]), ("dev", rows[32:48])):
         labels = [int(author == "Doyle") for author, _ in part]
         table = pyarrow.table({"sentence": [text for _, text in part], "label": labels})
         parquet.write_table(table, tmp_path / "tables" / "SST-2" / f"{split}.parquet")
-    words = ["--runs", folder / "runs", "--arms", f"dense-on,narrow-on,{tree_arm},absent"]
+    words = ["dense-on", "narrow-on", tree_on, "absent", "--runs", folder / "runs"]
     words += ["--data", tmp_path / "tables", "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    words += ["--tasks", "SST-2", "--seeds", 1, "--option", "epochs=1", "--option", "cpu="]
-    run_script("glue_arms.py", *words, "--seconds", -1)
-    said = capsys.readouterr().out
-    assert f"arms: dense-on, narrow-on, {tree_arm}\n" in said
+    words += ["--task", "SST-2", "--seeds", 1, "--option", "epochs=1", "--option", "cpu="]
+    said = fastff("experiment", "glue", *words, "--seconds", -1).output
+    assert f"variants: dense-on, narrow-on, {tree_on}\n" in said
     assert "0 fine-tunings in 0 s, 3 left" in said
-    run_script("glue_arms.py", *words, "--at-once", 2)
-    assert "3 fine-tunings in" in capsys.readouterr().out
-    rates = [read_json(path)["layer_rate"] for path in (tmp_path / "work").glob("*/settings.json")]
+    assert "3 fine-tunings in" in fastff("experiment", "glue", *words, "--at-once", 2).output
+    rates = [read_json(path)["layer_lr_scale"] for path in (tmp_path / "work").glob("*/settings.json")]
     assert sorted(rates) == [0.5, 1.0, 1.0]
     found = json.loads((tmp_path / "out" / "glue.json").read_text())
-    arms = {arm["name"]: arm for arm in found["arms"]}
-    dense, narrow, tree = (arms[name]["mean"] for name in ("dense-on", "narrow-on", tree_arm))
-    assert arms[tree_arm]["retention"] == pytest.approx(100 * tree / dense)
+    variants = {variant["name"]: variant for variant in found["variants"]}
+    dense, narrow, tree = (variants[name]["mean"] for name in ("dense-on", "narrow-on", tree_on))
+    assert variants[tree_on]["retention"] == pytest.approx(100 * tree / dense)
     gap = (tree - narrow) / (dense - narrow) if dense > narrow else None
-    assert arms[tree_arm]["recovered_gap"] == (None if gap is None else pytest.approx(gap))
+    assert variants[tree_on]["recovered_gap"] == (None if gap is None else pytest.approx(gap))
     assert "train subset: 32 of 67349 rows" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "glue.svg").is_file()

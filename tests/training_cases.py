@@ -1,6 +1,5 @@
 """Small text and small runs that the tests of `fastff.train` share."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from cli_runner import invoke
+from cli_runner import Result, invoke
 from fastff.demo.data import documents
-from fastff.train.pretrain import Settings
+from fastff.train.pretrain_settings import PretrainSettings
 
-RUNS = Path(__file__).parents[1] / "runs"
 # For the preset tiny on windows of 16 tokens: a step takes a few hundredths of a second.
 FEEDFORWARD = '{"kind": "fff", "depth": 3, "trees": 2, "gate": "boundary", "bias": true}'
 
@@ -24,13 +22,13 @@ def write_text(folder: Path, *, paragraphs: int = 120) -> Path:
     return path
 
 
-def small(out: Path, text: Path, **changes: Any) -> Settings:
+def small(out: Path, text: Path, **changes: Any) -> PretrainSettings:
     """A run of eight steps of four rows with a vocabulary of 300."""
     sizes: dict[str, Any] = {
         "steps": 8,
         "batch": 4,
         "micro_batch": 2,
-        "length": 16,
+        "seq_len": 16,
         "vocab_size": 300,
         "valid_windows": 8,
         "log_every": 1,
@@ -39,20 +37,14 @@ def small(out: Path, text: Path, **changes: Any) -> Settings:
         "data": text.parent / "data",
         "cpu": True,
     }
-    return Settings(out=out, text=(str(text),), **{**sizes, **changes})
+    return PretrainSettings(out=out, text=(str(text),), **{**sizes, **changes})
 
 
 class Process:
-    """A `fastff` command, or a script of runs/, run in this process in place of `subprocess.Popen`: importing
-    Transformers in another takes longer than what is run."""
+    """A `fastff` command, run in this process in place of `subprocess.Popen`: importing Transformers in another takes
+    longer than what is run."""
 
     def __init__(self, words: list[str], stdout: Any = None, **_: Any) -> None:
-        self.returncode = 0
-        if words[1] != "-m":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", words[1:])
-                runpy.run_path(words[1], run_name="__main__")
-            return
         done = invoke(words[3:])
         self.returncode = done.exit_code
         if stdout is not None:
@@ -62,11 +54,11 @@ class Process:
         return self.returncode
 
 
-def run_script(name: str, *words: object, process: type[Any] = Process) -> None:
-    """Run a script of runs/ in this process, and what it starts of Python's as `process`."""
+def fastff(*words: object, process: type[Any] = Process) -> Result:
+    """What `fastff WORDS` does in this process: its exit_code and output; what it starts of Python's is a `process`."""
     start = subprocess.Popen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             subprocess, "Popen", lambda words, **o: (process if words[0] == sys.executable else start)(words, **o)
         )
-        Process([sys.executable, str(RUNS / name), *map(str, words)])
+        return invoke(words)

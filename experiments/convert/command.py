@@ -6,8 +6,8 @@ python experiments/convert/command.py causal TOKENS.tar WORK OUT.json [--pretrai
 embedding  all-MiniLM-L6-v2. PACKED is what carry.py wrote. Evaluated on STS-B dev, which decides, and on
            STS-B test and SICK test (relatedness), which are only told
 causal     a decoder that `fastff pretrain --objective causal` makes first, or has made of these tokens (--dense).
-           TOKENS.tar is of runs/pack_tokens.py. The conversion reads part of the text of the pretraining; perplexity
-           is that of its held-out text
+           TOKENS.tar is of `fastff experiment pack-tokens`. The conversion reads part of the text of the pretraining;
+           perplexity is that of its held-out text
 
 Both commands run as a user would run them, in WORK; the report stays there, in converted/report.
 """

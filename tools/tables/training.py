@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tools.tables.places import ROOT, TRAINING, read
+from tools.tables.places import TRAINING, read
 
+from fastff.experiment.glue_variants import only, variants_of
+from fastff.experiment.glue_variants import table as glue_table
 from fastff.report.markdown import markdown_table
-from fastff.train.compare import at_step, compare, health_table, left_out, table
+from fastff.train.compare import at_step, compare, left_out, routing_table, table, variant_of
 from fastff.train.presets import feedforward_of, layer_name
-
-sys.path.insert(0, str(ROOT / "runs"))
-import glue_arms
 
 Table = Callable[[], str]
 
@@ -42,7 +40,7 @@ def plan_tables(plan: str, step: int | None = None, **groups: str) -> dict[str, 
         names = [variant["name"] for variant in read(TRAINING / plan / "plan.json")]
         return "\n".join(f"- {line}" for line in left_out(names, records_of(plan)))
 
-    made = {f"{plan}-routing": lambda: health_table(records_of(plan)), f"{plan}-left-out": missing}
+    made = {f"{plan}-routing": lambda: routing_table(records_of(plan)), f"{plan}-left-out": missing}
     return {**made, **{marker: partial(losses, group) for marker, group in groups.items()}}
 
 
@@ -51,7 +49,7 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
     records = [record for record in records_of(plan) if record["group"] == group]
     found = {step: {e["name"]: e for e in compare(at_step(records, step))} for step in steps}
     known = {e["name"] for entries in found.values() for e in entries.values() if e["recovered_gap"] is not None}
-    trees = [name for name in dict.fromkeys(r["arm"] for r in records if r["routing"]) if name in known]
+    trees = [name for name in dict.fromkeys(variant_of(r) for r in records if r["routing"]) if name in known]
     rate = records[0]["tokens"] / records[0]["steps"]
     rows = []
     for step, entries in found.items():
@@ -63,13 +61,13 @@ def growth(plan: str, group: str, steps: tuple[int, ...]) -> str:
 def scores_of(plan: str, folder: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """What pretrained variants of a plan score after fine-tuning, but for these tasks."""
     found = read(TRAINING / plan / folder / "glue.json")
-    scores: dict[str, Any] = glue_arms.only(found, [task for task in found["tasks"] if task not in without])
+    scores: dict[str, Any] = only(found, [task for task in found["tasks"] if task not in without])
     return scores
 
 
 def glue(plan: str, folder: str = "glue") -> str:
     """The scores of every variant and task."""
-    return str(glue_arms.table(scores_of(plan, folder))).rstrip()
+    return str(glue_table(scores_of(plan, folder))).rstrip()
 
 
 def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
@@ -79,12 +77,12 @@ def retention(plan: str, folders: tuple[str, ...], without: tuple[str, ...] = ()
     """
     kept: dict[str, dict[int, dict[str, Any]]] = {}
     for seed, folder in enumerate(folders):
-        for scored in scores_of(plan, folder, without)["arms"]:
+        for scored in variants_of(scores_of(plan, folder, without)):
             name = scored["name"].replace(f"-seed-{seed}", "").replace("@layer-rate=1.0", "")
             kept.setdefault(name, {})[seed] = scored
     seeds = range(len(folders))
     losses = {entry["name"]: entry for entry in compare([r for r in records_of(plan) if r["finished"]])}
-    head = ["arm", "layer", "active / stored neurons", "FLOP a token and layer", "held-out loss", "recovered gap"]
+    head = ["variant", "layer", "active / stored neurons", "FLOP a token and layer", "held-out loss", "recovered gap"]
     head += [f"mean score, seed {seed}" for seed in seeds]
     head += [*(f"% of dense, seed {seed}" for seed in seeds), "% of dense, mean"]
     rows = []
@@ -106,9 +104,9 @@ def train_losses(plan: str, folder: str) -> str:
     found = scores_of(plan, folder)
     rows = [
         (one["name"], *(f"{statistics.fmean(one['train_losses'][task]):.3f}" for task in found["tasks"]))
-        for one in found["arms"]
+        for one in variants_of(found)
     ]
-    return markdown_table(["arm", *found["tasks"]], rows)
+    return markdown_table(["variant", *found["tasks"]], rows)
 
 
 def recipes(plan: str, files: str = "recipe-*.json") -> str:
@@ -120,9 +118,9 @@ def recipes(plan: str, files: str = "recipe-*.json") -> str:
     tasks = found[0]["tasks"]
     shared = [task for task in tasks if all(task in run["tasks"] for run in found)]
     scored = [
-        (one, {"arm": one["name"], **dict(option.split("=") for option in run["options"])})
+        (one, {"variant": one["name"], **dict(option.split("=") for option in run["options"])})
         for run in found
-        for one in glue_arms.only(run, shared)["arms"]
+        for one in variants_of(only(run, shared))
     ]
     order = [one["name"] for one, _ in scored]
     scored.sort(key=lambda row: order.index(row[0]["name"]))
@@ -138,7 +136,7 @@ def recipes(plan: str, files: str = "recipe-*.json") -> str:
 def gpus() -> str:
     """Tokens a second of pretraining on one GPU and on several."""
     runs = [
-        {**read(path), "how": "FSDP2" if path.stem.endswith("-sharded") else "DDP"}
+        {**read(path), "how": "FSDP2" if path.stem.endswith("-fsdp") else "DDP"}
         for path in sorted((TRAINING / "gpus").glob("*.json"))
     ]
     alone = {run["settings"]["feedforward"]: run["tokens_per_second"] for run in runs if run["processes"] == 1}

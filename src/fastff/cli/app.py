@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from cyclopts import App, CycloptsError, Parameter
 
-from fastff.cli.progress import console
+from fastff.cli.console import console
 from fastff.cli.renamed import current_names
 from fastff.errors import FastffError
 
@@ -27,6 +27,16 @@ COMMANDS = (
         "fastff.cli.train:variants",
         "List the feedforward layers of a preset and what a token costs in each.",
     ),
+)
+
+STUDIES = (
+    ("pretrain", "Pretrain the variants of a plan and compare them in a table and charts."),
+    ("glue", "Fine-tune pretrained variants on GLUE and say how much of the dense scores each keeps."),
+    ("redraw", "Make the tables and charts of records.json or glue.json again, without running anything."),
+    ("gpu-speed", "Measure tokens a second of pretraining on one GPU and on several."),
+    ("warm-start", "Turn the feedforwards of a pretrained dense model into trees, or narrow layers."),
+    ("pack-tokens", "Pack tokenised text into a file, for a machine that has not the text."),
+    ("unpack-tokens", "Unpack tokenised text; it is then called train, and the held-out text valid."),
 )
 
 
@@ -46,6 +56,10 @@ app = App(
 )
 for _name, _function, _summary in COMMANDS:
     app.command(_function, name=_name, help=_summary)
+studies = App(name="experiment", help="Studies of several variants of a model.")
+for _name, _summary in STUDIES:
+    studies.command(f"fastff.cli.experiment:{_name.replace('-', '_')}", name=_name, help=_summary)
+app.command(studies)
 
 
 def run(words: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastff.bench.options import BenchOptions
-from fastff.cli.progress import console
+from fastff.cli.console import console
 
 
 def bench(options: BenchOptions | None = None) -> int:

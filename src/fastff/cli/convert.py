@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastff.cli.progress import bars_by_name, console
+from fastff.cli.console import console
 from fastff.convert import ConversionSettings
 from fastff.convert.conversion_settings import percent, shape, times
+from fastff.report.progress import shown
 
 
 def convert(
@@ -103,7 +104,7 @@ def convert(
         keep_slow=keep_slow,
         **{name: value for name, value in recipe.items() if value is not None},
     )
-    with bars_by_name("convert") as progress:
+    with shown(console, "convert") as progress:
         record = run(settings, progress=progress, say=lambda line: console.print(line, markup=False))
     console.print(summary(record), markup=False)
     console.print(f"wrote {out} and {out / 'report' / 'index.html'}", markup=False)

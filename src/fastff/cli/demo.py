@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastff.cli.progress import console
+from fastff.cli.console import console
 from fastff.demo import Settings
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 RENAMED: dict[str, dict[str, str]] = {
     "bench": {"--anew": "--replace"},
     "convert": {"--mild": "--dense-fade", "--controls": "--baselines"},
-    "glue": {"--rate": "--lr"},
+    "glue": {"--rate": "--lr", "--layer-rate": "--layer-lr-scale"},
     "pretrain": {
         "--rate": "--lr",
         "--length": "--seq-len",

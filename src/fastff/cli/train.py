@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.table import Table
 
-from fastff.cli.progress import bar, console, first_process
-from fastff.train.glue import GlueSettings
-from fastff.train.pretrain import Settings
+from fastff.cli.console import console
+from fastff.report.progress import is_first_process, shown
+from fastff.train.glue_settings import GlueSettings
+from fastff.train.pretrain_settings import PretrainSettings
 
 
-def pretrain(settings: Settings, *, layer_option: tuple[str, ...] = ()) -> int:
+def pretrain(settings: PretrainSettings, *, layer_option: tuple[str, ...] = ()) -> int:
     """Pretrain a language model on your text.
 
     Ctrl-C leaves a checkpoint. Run the same command again to resume.
@@ -20,27 +21,23 @@ def pretrain(settings: Settings, *, layer_option: tuple[str, ...] = ()) -> int:
     Parameters
     ----------
     layer_option
-        NAME=VALUE, how conditional layers are trained: rate, level_rate, freeze_after, balance, output_scale or
+        NAME=VALUE, how conditional layers are trained: lr_scale, level_lr_scale, freeze_after, balance, output_scale or
         feedforward_init. May be repeated.
     """
     from accelerate import PartialState
 
+    from fastff.train.layer_training import layer_training
     from fastff.train.pretrain import pretrain as run
-    from fastff.train.routing import layer_training
 
-    with bar("pretrain") as move:
-        record = run(
-            replace(settings, layer=layer_training(list(layer_option))),
-            report=lambda step, loss, progress: move(progress, f"step {step}, loss {loss:.3f}"),
-            progress=lambda what, count: move(None, f"reading, {count:,} {what}"),
-        )
+    with shown(console, "pretrain") as progress:
+        record = run(replace(settings, layer=layer_training(list(layer_option))), progress=progress)
     PartialState().destroy_process_group()  # of torchrun; NCCL warns of a group that is left
-    if first_process():
+    if is_first_process():
         _say_pretrained(record, settings)
     return 128 + int(record["stopped_by"]) if record["stopped_by"] else 0
 
 
-def _say_pretrained(record: dict[str, Any], settings: Settings) -> None:
+def _say_pretrained(record: dict[str, Any], settings: PretrainSettings) -> None:
     cost = record["cost"]
     neurons = f"{cost['active_neurons']} of {cost['neurons']} neurons"
     console.print(f"{cost['layer']}: {neurons}, {cost['flops']} FLOP a token and layer")
@@ -56,8 +53,8 @@ def glue(settings: GlueSettings) -> int:
     """
     from fastff.train.glue import glue as run
 
-    with bar("glue") as move:
-        summary = run(settings, report=lambda name, seed, progress: move(progress, f"{name}, seed {seed}"))
+    with shown(console, "glue") as progress:
+        summary = run(settings, progress=progress)
     table = Table("task", "metrics", "median", "least - greatest", "note")
     for name, found in summary["tasks"].items():
         score = ["undefined"] * 2

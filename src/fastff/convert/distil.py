@@ -23,7 +23,7 @@ from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.text.examples import Examples
-from fastff.train.routing import RoutingRows
+from fastff.train.layer_training import RoutingRows
 
 Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192

@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from fastff.demo.settings import ARMS, DENSE
+from fastff.train import compare
 
 STAGES = {
     "speed": "layer speed",
@@ -59,7 +60,9 @@ def recovered_gap(pretrain: dict[str, Any], arm: str, narrow: str) -> dict[str, 
     if gap < 2 * gap_error:
         found["reason"] = "the dense twin is not clearly better than the narrow control"
     else:
-        found["value"] = gain / gap
+        found["value"] = compare.recovered_gap(
+            *(statistics.fmean(pretrain[of]["valid_losses"]) for of in (narrow, arm, DENSE))
+        )
     return found
 
 

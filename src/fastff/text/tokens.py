@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastff.errors import FileError, TrainingError
 from fastff.io import digest, read_json, remove_stale, replacing, sync, write_json, writing
+from fastff.report.progress import Progress, silent
 from fastff.text.reading import changed, documents, state_of
 from fastff.text.tokenizer import Vocabulary, fingerprint
 
 IDS, META = "tokens.bin", "tokens.json"
 _DOCUMENTS_A_CALL = 512
-Progress = Callable[[str, int], None]  # what, how many so far
 
 
 class Tokens:
@@ -82,7 +82,7 @@ def prepare_tokens(
     closed: bool = True,
     column: str = "text",
     most: int | None = None,
-    progress: Progress = lambda what, count: None,
+    progress: Progress = silent,
 ) -> Tokens:
     """Tokenise the sources into `folder`, at most `most` tokens, or open what an equal call has left there.
 
@@ -142,7 +142,7 @@ def _write_ids(
         tokens += len(kept) // np.dtype(asked["dtype"]).itemsize
         count += 1
         if count % _DOCUMENTS_A_CALL == 0:
-            progress("tokens", tokens)
+            progress("reading tokens", tokens)
         if tokens == most:
             break
     return {"tokens": tokens, "documents": count, "sha256": hashed.hexdigest()}

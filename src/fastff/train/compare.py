@@ -16,12 +16,28 @@ from typing import Any
 from fastff.report.axis import Axis, si
 from fastff.report.chart import Panel, Series
 from fastff.report.chart import chart as draw
+from fastff.report.markdown import markdown_table
 
-WIDE = "dense-swiglu"
+WIDE, TREE = "dense-swiglu", "tree"  # kinds of feedforwards
 NEARLY = 1.05  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
 
 # The axis of charts that compare layers.
 ARITHMETIC = Axis("FLOP a token and layer, routing included", log=True, format=si, margin=0.15)
+
+
+def variant_of(record: dict[str, Any]) -> str:
+    """The variant that a record is of; earlier versions called it an arm."""
+    name: str = record["variant"] if "variant" in record else record["arm"]
+    return name
+
+
+def kind_of(entry: dict[str, Any]) -> str:
+    """The kind of an entry's feedforward, see `fastff.train.presets.Cost`; earlier versions wrote only the name of the
+    layer, which begins with the kind unless it is a tree's."""
+    if "kind" in entry:
+        return str(entry["kind"])
+    name = str(entry["layer"]).partition(" ")[0]
+    return name if name == "none" or name.startswith("dense-") else TREE
 
 
 def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
@@ -30,14 +46,14 @@ def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
 
 
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry an arm from records of finished runs, group by group, most arithmetic first.
+    """One entry a variant from records of finished runs, group by group, most arithmetic first.
 
-    records: those of `fastff.train.pretrain`, and "arm" and "group" beside. A loss is the mean over an arm's seeds,
-    with each seed's beside it in losses; recovered_gap is made of the means, gaps of each seed by itself.
+    records: those of `fastff.train.pretrain`, and "variant" and "group" beside. A loss is the mean over a variant's
+    seeds, with each seed's beside it in losses; recovered_gap is made of the means, gaps of each seed by itself.
     """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        runs.setdefault((record["group"], record["arm"]), []).append(record)
+        runs.setdefault((record["group"], variant_of(record)), []).append(record)
     found = []
     for (group, name), of in runs.items():
         losses = {str(run["settings"]["seed"]): run["valid_loss"] for run in of}
@@ -76,9 +92,9 @@ def gap_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]], seed: str |
         return statistics.fmean(found) if found else None
 
     mine = loss(entry)
-    if mine is None or entry["layer"].startswith(("dense", "none")):
+    if mine is None or kind_of(entry) != TREE:
         return None
-    wide = [other for other in entries if other["group"] == entry["group"] and other["layer"].startswith(WIDE)]
+    wide = [other for other in entries if other["group"] == entry["group"] and kind_of(other) == WIDE]
     dense = {other["flops"]: found for other in wide if (found := loss(other)) is not None}
     narrow = narrow_loss(entry["flops"], dense)
     return None if narrow is None else recovered_gap(narrow, mine, dense[max(dense)])
@@ -101,17 +117,21 @@ def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """The entries as a Markdown table."""
-    lines = [
-        "| feedforward | layer | active / stored neurons | FLOP a token and layer | held-out loss | recovered gap |",
-        "|---|---|---|---|---|---|",
+    head = [
+        "feedforward",
+        "layer",
+        "active / stored neurons",
+        "FLOP a token and layer",
+        "held-out loss",
+        "recovered gap",
     ]
+    rows = []
     for entry in entries:
         gap = "" if entry["recovered_gap"] is None else f"{entry['recovered_gap']:.2f}{_spread(entry['gaps'], 2)}"
-        lines.append(
-            f"| {entry['name']} | {entry['layer']} | {entry['active_neurons']} / {entry['neurons']} "
-            f"| {entry['flops']:,} | {entry['loss']:.3f}{_spread(entry['losses'], 3)} | {gap} |"
-        )
-    return "\n".join(lines)
+        loss = f"{entry['loss']:.3f}{_spread(entry['losses'], 3)}"
+        neurons = f"{entry['active_neurons']} / {entry['neurons']}"
+        rows.append([entry["name"], entry["layer"], neurons, f"{entry['flops']:,}", loss, gap])
+    return markdown_table(head, rows)
 
 
 def _spread(by_seed: dict[str, float], digits: int) -> str:
@@ -120,38 +140,42 @@ def _spread(by_seed: dict[str, float], digits: int) -> str:
     return f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
 
 
-def health_table(records: Sequence[dict[str, Any]]) -> str:
+def routing_table(records: Sequence[dict[str, Any]]) -> str:
     """Where the rows of the last logged steps went, means over layers and seeds, as a Markdown table; trees only."""
     of: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        of.setdefault(record["arm"], []).extend(record["routing"].values())
-    lines = ["| feedforward | leaf entropy, bits (at most) | dead leaves | one-sided nodes |", "|---|---|---|---|"]
-    for arm, layers in of.items():
+        of.setdefault(variant_of(record), []).extend(record["routing"].values())
+    rows = []
+    for variant, layers in of.items():
         if not layers:
             continue
         bits, most, dead, sided = (
             statistics.fmean(layer[key] for layer in layers if layer[key] is not None)
             for key in ("leaf_entropy_bits", "most_bits", "dead_leaves", "one_sided_nodes")
         )
-        lines.append(f"| {arm} | {bits:.2f} ({most:g}) | {100 * dead:.0f} % | {100 * sided:.0f} % |")
-    return "\n".join(lines)
+        rows.append([variant, f"{bits:.2f} ({most:g})", f"{100 * dead:.0f} %", f"{100 * sided:.0f} %"])
+    return markdown_table(["feedforward", "leaf entropy, bits (at most)", "dead leaves", "one-sided nodes"], rows)
 
 
-def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> list[str]:
-    """A line for every arm of a plan, and every seed if there are several, that is not finished; without seeds, for
-    every arm of which no seed is."""
-    found = {(record["arm"], record["settings"]["seed"]): record for record in records}
+def left_out(
+    variants: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None
+) -> list[str]:
+    """A line for every variant of a plan, and every seed if there are several, that is not finished; without seeds, for
+    every variant of which no seed is."""
+    found = {(variant_of(record), record["settings"]["seed"]): record for record in records}
     if seeds is None:
-        done = {arm: seed for (arm, seed), record in sorted(found.items(), key=lambda item: item[1]["finished"])}
-        asked = [(arm, done.get(arm, 0)) for arm in arms]
+        done = {
+            variant: seed for (variant, seed), record in sorted(found.items(), key=lambda item: item[1]["finished"])
+        }
+        asked = [(variant, done.get(variant, 0)) for variant in variants]
     else:
-        asked = list(itertools.product(arms, seeds))
+        asked = list(itertools.product(variants, seeds))
     lines = []
-    for arm, seed in asked:
-        name = arm if seeds is None or len(seeds) == 1 else f"{arm}, seed {seed}"
-        if (arm, seed) not in found:
+    for variant, seed in asked:
+        name = variant if seeds is None or len(seeds) == 1 else f"{variant}, seed {seed}"
+        if (variant, seed) not in found:
             lines.append(f"not run: {name}")
-        elif not (record := found[arm, seed])["finished"]:
+        elif not (record := found[variant, seed])["finished"]:
             of = f"step {record['steps']} of {record['settings']['steps']}"
             lines.append(f"unfinished: {name}, {of}, held-out loss {record['valid_loss']:.4f}")
     return lines
@@ -159,8 +183,8 @@ def left_out(arms: Sequence[str], records: Sequence[dict[str, Any]], seeds: Sequ
 
 def chart(entries: Sequence[dict[str, Any]]) -> str:
     """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
-    dense = [e for e in entries if e["layer"].startswith("dense-swiglu")]
-    trees = [e for e in entries if not e["layer"].startswith("dense") and e["flops"]]
+    dense = [e for e in entries if kind_of(e) == WIDE]
+    trees = [e for e in entries if kind_of(e) == TREE]
     others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
     looks = (
         ("dense swiglu", dense, "circle", "solid"),

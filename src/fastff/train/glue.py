@@ -1,6 +1,6 @@
 """Fine-tuning on GLUE and scoring: several seeds a task, each a file, so that a second run goes on where one stopped.
 
-Recipe of the paper (arXiv:2311.10770): rate 4e-5, 5 epochs (CoLA 15), batch 16, cosine, dropout 0.1, median of 5 seeds.
+Recipe of the paper (arXiv:2311.10770): lr 4e-5, 5 epochs (CoLA 15), batch 16, cosine, dropout 0.1, median of 5 seeds.
 """
 
 # Transformers' own methods are not typed.
@@ -11,14 +11,12 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import KW_ONLY, asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from cyclopts import Parameter
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -31,96 +29,48 @@ from transformers import (
 )
 
 from fastff import models
-from fastff.errors import TrainingError
+from fastff.errors import FileError, TrainingError
 from fastff.inspect import conditional_layers
-from fastff.io import read_json, write_json
+from fastff.io import REMEDY, read_json, reading, write_json
+from fastff.report.progress import Progress, silent
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import tasks
-from fastff.train.checkpoint import claim_run
+from fastff.train.glue_settings import GlueSettings, renamed_options
 from fastff.train.pretrain import machine, quietly
+from fastff.train.saving import claim_run
 from fastff.train.tasks import TASKS, Rows, Task
 from fastff.train.trainer import parameter_groups
 
 RESULT = "glue.json"
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embedding_dropout", "classifier_dropout")
-Report = Callable[[str, int, float], None]  # task, seed, progress
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class GlueSettings:
-    """One scoring. Raises TrainingError for what cannot be."""
-
-    model: str
-    """Directory or hub name of a model with its tokenizer."""
-    _: KW_ONLY
-    out: Path
-    """Directory of scores and predictions."""
-    data: Path | None = None
-    """Directory with TASK/*.parquet. Default: the hub."""
-    tasks: Annotated[tuple[str, ...], Parameter(name="--task")] = tuple(TASKS)
-    """A task; may be repeated. Default: all nine."""
-    seeds: int = 5
-    """Fine-tunings of each task."""
-    epochs: int | None = None
-    """Passes over the data. Default: 5, CoLA 15."""
-    steps: int | None = None
-    """Updates of every task, instead of epochs."""
-    rate: Annotated[float, Parameter(name="--lr")] = 4e-5
-    """Peak learning rate."""
-    layer_rate: float = 1.0
-    """Learning-rate multiplier for conditional layers; 0 freezes them."""
-    batch: int = 16
-    """Rows of a step."""
-    dropout: float = 0.1
-    """Dropout of the fine-tuning."""
-    limit: int | None = None
-    """Use the first rows only, for a trial; shows in every note."""
-    max_train_rows: int | None = None
-    """Learn from this many rows of a longer train split, drawn once; shows in every note."""
-    precision: str = "fp32"
-    """fp32 or bf16 (mixed)."""
-    cpu: bool = False
-    """Use the CPU even if there is a GPU."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise TrainingError(f"precision {self.precision!r} is not fp32 or bf16")
-        unknown = [name for name in self.tasks if name not in TASKS]
-        if unknown or not self.tasks:
-            raise TrainingError(f"tasks {', '.join(unknown) or 'none'}: expected some of {', '.join(TASKS)}")
-        for name in ("seeds", "rate", "batch", "epochs", "steps", "limit", "max_train_rows"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainingError(f"{name} {value} is not above 0")
-        if not self.layer_rate >= 0:
-            raise TrainingError(f"layer_rate {self.layer_rate} is below 0")
-        if self.epochs is not None and self.steps is not None:
-            raise TrainingError(f"epochs {self.epochs} and steps {self.steps}: only one of them can be given")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a second run to go on; more tasks and more seeds may be asked for."""
-        free = ("out", "tasks", "seeds", "cpu")
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-            if name not in free
-        }
-
-
-def glue(settings: GlueSettings, *, report: Report = lambda task, seed, progress: None) -> dict[str, Any]:
+def glue(settings: GlueSettings, *, progress: Progress = silent) -> dict[str, Any]:
     """Fine-tune and score every task and seed that has no file yet; returns the summary, also in `out`/glue.json.
 
     `out`/TASK/seed-N.json holds the scores, the predictions and the notes of one. Raises TrainingError for data that is
     not there or a tokenizer that does not fit the model, CheckpointError for a model that cannot be read.
     """
-    claim_run(settings.out, settings.identity)
+    claim(settings)
     for name, seed in missing(settings):
-        score(settings, name, seed, report=partial(report, name, seed))
+        score(settings, name, seed, progress=progress)
     summary = summarise(settings)
     write_json(settings.out / RESULT, summary)
     return summary
+
+
+def claim(settings: GlueSettings) -> None:
+    """Make `out` the folder of this scoring. Raises TrainingError, naming each difference, if it is another's."""
+    claim_run(settings.out, settings.identity, lambda kept: {renamed_options(name): v for name, v in kept.items()})
+
+
+def read_record(settings: GlueSettings, name: str, seed: int) -> dict[str, Any]:
+    """What `score` wrote. Raises FileError if it is damaged."""
+    path = record_path(settings, name, seed)
+    record: dict[str, Any] = read_json(path, needs={"train_note": str, "dev": dict, "curve": list})
+    if not isinstance(record.get("score"), (float, int, type(None))):
+        raise FileError(f"{path} is damaged (score {record.get('score')!r:.80}): {REMEDY}")
+    return record
 
 
 def record_path(settings: GlueSettings, name: str, seed: int) -> Path:
@@ -134,14 +84,12 @@ def missing(settings: GlueSettings) -> list[tuple[str, int]]:
     return [(name, seed) for name, seed in every if not record_path(settings, name, seed).is_file()]
 
 
-def score(
-    settings: GlueSettings, name: str, seed: int, *, report: Callable[[float], None] = lambda progress: None
-) -> None:
+def score(settings: GlueSettings, name: str, seed: int, *, progress: Progress = silent) -> None:
     """Fine-tune and score one seed of one task, and write its file. Raises as `glue` does."""
     task = tasks.with_epochs(TASKS[name], settings.epochs)
     train, dev = _rows(task, settings.data, settings.limit)
     with quietly():
-        record = fine_tune(settings, task, tasks.at_most(train, settings.max_train_rows, task), dev, seed, report)
+        record = fine_tune(settings, task, tasks.at_most(train, settings.max_train_rows, task), dev, seed, progress)
     write_json(record_path(settings, name, seed), record)
 
 
@@ -151,7 +99,7 @@ def _rows(task: Task, data: Path | None, limit: int | None) -> tuple[Rows, dict[
 
 
 def fine_tune(
-    settings: GlueSettings, task: Task, train: Rows, dev: dict[str, Rows], seed: int, report: Callable[[float], None]
+    settings: GlueSettings, task: Task, train: Rows, dev: dict[str, Rows], seed: int, progress: Progress
 ) -> dict[str, Any]:
     """One seed of one task: scores and predictions by dev split, and the training loss in ten parts ("curve")."""
     set_seed(seed)
@@ -160,12 +108,12 @@ def fine_tune(
     encoded, cut = encode(tokenizer, train, longest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _GlueTrainer(
-            settings.layer_rate,
+            settings.layer_lr_scale,
             model=model,
             args=_arguments(settings, task, seed, folder),
             train_dataset=_items(encoded, train, task),
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[_Progress(report)],
+            callbacks=[_ProgressCallback(partial(progress, f"{task.name}, seed {seed}"))],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -208,8 +156,9 @@ def load_model(settings: GlueSettings, task: Task) -> tuple[Any, Any]:
     if tokenizer.pad_token_id != config.pad_token_id:
         pads = f"pads with {tokenizer.pad_token_id}, its model with {config.pad_token_id}"
         raise TrainingError(f"the tokenizer of {settings.model} {pads}")
-    model = AutoModelForSequenceClassification.from_pretrained(settings.model, **changes)
-    if settings.layer_rate == 0:
+    with reading(Path(settings.model), "make or fetch that model again"):
+        model = AutoModelForSequenceClassification.from_pretrained(settings.model, **changes)
+    if settings.layer_lr_scale == 0:
         for layer in conditional_layers(model).values():
             layer.requires_grad_(False)
     return model, tokenizer
@@ -248,7 +197,7 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
         max_steps=settings.steps or -1,
         per_device_train_batch_size=settings.batch,
         per_device_eval_batch_size=64,
-        learning_rate=settings.rate,
+        learning_rate=settings.lr,
         lr_scheduler_type="cosine",
         weight_decay=0.01,
         max_grad_norm=1.0,
@@ -267,27 +216,27 @@ def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> Tr
 class _GlueTrainer(Trainer):
     """The library's, with a rate of their own for conditional layers."""
 
-    def __init__(self, layer_rate: float, **arguments: Any) -> None:
-        self.layer_rate = layer_rate
+    def __init__(self, layer_lr_scale: float, **arguments: Any) -> None:
+        self.layer_lr_scale = layer_lr_scale
         super().__init__(**arguments)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = model or self.model
-            rate = self.args.learning_rate
-            groups = parameter_groups(trained, rate, self.layer_rate, self.args.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+            lr = self.args.learning_rate
+            groups = parameter_groups(trained, lr, self.layer_lr_scale, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
         return self.optimizer
 
 
-class _Progress(TrainerCallback):
+class _ProgressCallback(TrainerCallback):
     """Says how far the fine-tuning is."""
 
-    def __init__(self, report: Callable[[float], None]) -> None:
-        self.report = report
+    def __init__(self, progress: Callable[[float, float], None]) -> None:
+        self.progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.report(state.global_step / state.max_steps)
+        self.progress(state.global_step, state.max_steps)
 
 
 def summarise(settings: GlueSettings) -> dict[str, Any]:
@@ -297,7 +246,7 @@ def summarise(settings: GlueSettings) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in settings.tasks:
-        records = [read_json(record_path(settings, name, seed)) for seed in range(settings.seeds)]
+        records = [read_record(settings, name, seed) for seed in range(settings.seeds)]
         values = [record["score"] for record in records]
         known = all(value is not None for value in values)
         notes = [f"train {records[0]['train_note']}" if records[0]["train_note"] else ""]

@@ -28,11 +28,11 @@ class Preset:
     hidden: int
     layers: int
     heads: int
-    length: int
+    seq_len: int
     vocab_size: int
     batch: int
     micro_batch: int
-    rate: float
+    lr: float
     steps: int
     tokenizer_characters: int
 
@@ -40,7 +40,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        # name, hidden, layers, heads, length, vocabulary, batch, micro-batch, peak rate, steps, tokenizer_characters
+        # name, hidden, layers, heads, seq_len, vocabulary, batch, micro-batch, lr, steps, tokenizer_characters
         Preset("tiny", 128, 2, 4, 64, 4096, 16, 16, 2e-3, 1_000, 5_000_000),
         Preset("small", 512, 8, 8, 128, 16384, 512, 64, 2e-3, 5_000, 100_000_000),
         Preset("base", 768, 16, 12, 128, 32768, 8192, 256, 1e-3, 10_000, 200_000_000),
@@ -155,10 +155,12 @@ def feedforward_flops(description: Mapping[str, Any], hidden: int) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """One variant in one preset. flops: operations of a token in one feedforward; model_flops: in all layers, without
-    the decoder; attention's own products at the preset's length are counted."""
+    """One variant in one preset. kind: "none", "tree" or "dense-ACTIVATION"; flops: operations of a token in one
+    feedforward; model_flops: in all layers, without the decoder; attention's own products at the preset's seq_len are
+    counted."""
 
     name: str
+    kind: str
     layer: str
     neurons: int
     active_neurons: int
@@ -171,15 +173,26 @@ def cost_of(name: str, preset: Preset) -> Cost:
     description = feedforward_of(name, preset.hidden)
     layer = build_feedforward(description, preset.hidden, device="meta")
     flops = feedforward_flops(description, preset.hidden)
-    attention = 2 * 4 * preset.hidden**2 + 2 * 2 * preset.length * preset.hidden
+    attention = 2 * 4 * preset.hidden**2 + 2 * 2 * preset.seq_len * preset.hidden
     return Cost(
         name=name,
+        kind=_kind(description),
         layer=layer_name(description, preset.hidden),
         neurons=0 if layer is None else layer.neurons,
         active_neurons=0 if layer is None else layer.active_neurons,
         flops=flops,
         model_flops=preset.layers * (flops + attention),
     )
+
+
+def _kind(description: Mapping[str, Any]) -> str:
+    match description["kind"]:
+        case "dense":
+            return f"dense-{description['activation']}"
+        case "none":
+            return "none"
+        case _:
+            return "tree"
 
 
 def layer_name(description: Mapping[str, Any], hidden: int) -> str:
@@ -210,7 +223,7 @@ def configuration(preset: Preset, feedforward: Mapping[str, Any], *, vocab_size:
         hidden_size=preset.hidden,
         num_hidden_layers=preset.layers,
         num_attention_heads=preset.heads,
-        max_position_embeddings=preset.length,
+        max_position_embeddings=preset.seq_len,
         feedforward=dict(feedforward),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

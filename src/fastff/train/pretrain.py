@@ -12,16 +12,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from cyclopts import Parameter
 from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
@@ -31,15 +29,16 @@ from fastff.inspect import conditional_layers
 from fastff.io import read_json, replacing_folder, write_json
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.backends import BACKENDS, why_unavailable_cached
+from fastff.report.progress import Progress, silent
 from fastff.text import tokenizer as tokenizers
 from fastff.text import tokens
 from fastff.text.batches import Batch, Batches
-from fastff.train import checkpoint
+from fastff.train import saving
 from fastff.train.interrupt import Stop
-from fastff.train.presets import Preset, configuration, cost_of, feedforward_of, preset_of, with_changes
-from fastff.train.routing import LayerTraining
+from fastff.train.presets import Preset, configuration, cost_of, feedforward_of
+from fastff.train.pretrain_settings import PretrainSettings, upgraded
 from fastff.train.schedule import Budget
-from fastff.train.trainer import Plan, PretrainTrainer, Report, Source
+from fastff.train.trainer import Plan, PretrainTrainer, Source
 
 RESULT = "result.json"
 MODEL = "model"
@@ -47,177 +46,25 @@ _HELD_OUT_SEED = 12345
 _LOGITS = 2**25  # of one pass over held-out windows: they are computed for every position
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """One run of pretraining; None takes the preset's value. Raises TrainingError for what cannot be."""
-
-    out: Path
-    """Directory of checkpoints, model and result.json. Run the same command again to resume."""
-    text: tuple[str, ...]
-    """File, directory, or datasets:NAME[:CONFIG[:SPLIT]]. May be repeated."""
-    preset: str = "tiny"
-    """Size of the model: tiny, small or base."""
-    feedforward: str = "dense-gelu"
-    """A name that `fastff variants` lists, narrow:NAME, or JSON."""
-    objective: str = "masked"
-    """masked or causal."""
-    steps: int | None = None
-    """Budget in optimiser steps."""
-    seconds: float | None = None
-    """Budget in seconds of training, over all resumed runs."""
-    valid: tuple[str, ...] = ()
-    """Held-out text. Default: the last windows of the text."""
-    valid_windows: int = 256
-    """Windows that are held out."""
-    column: str = "text"
-    """Text column of tables."""
-    batch: int | None = None
-    """Rows of a step, over all processes."""
-    micro_batch: int | None = None
-    """Rows of one forward pass."""
-    layers: int | None = None
-    """Layers of the model."""
-    length: Annotated[int | None, Parameter(name="--seq-len")] = None
-    """Tokens of a window."""
-    rate: Annotated[float | None, Parameter(name="--lr")] = None
-    """Peak learning rate."""
-    warm_up: Annotated[float, Parameter(name="--warmup")] = 0.15
-    """Share of the budget in which the learning rate rises."""
-    ramp: float = 0.3
-    """Share of the budget in which the batch grows."""
-    start: Annotated[Path | None, Parameter(name="--init-from")] = None
-    """Model directory to take all weights from; names and shapes must be the same."""
-    tokenizer: str | None = None
-    """Directory, file or hub name. Default: train one on the text."""
-    vocab_size: int | None = None
-    """Entries of a tokenizer that is trained."""
-    data: Path | None = None
-    """Directory of tokenizer and tokens, to share between runs. Default: OUT/data."""
-    max_tokens: int | None = None
-    """Read at most this many tokens of the text."""
-    seed: int = 0
-    """Seed of weights, order and masks."""
-    precision: str = "fp32"
-    """fp32 or bf16 (mixed)."""
-    compiled: Annotated[bool, Parameter(name="--compile")] = False
-    """Use torch.compile."""
-    log_every: int = 10
-    """Steps between points of the loss curve."""
-    eval_every: int | None = None
-    """Steps between scores on held-out text."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    piece_seconds: Annotated[float | None, Parameter(name="--max-run-seconds")] = None
-    """Checkpoint and exit after this many seconds."""
-    tensorboard: bool = False
-    """Write TensorBoard logs."""
-    cpu: bool = False
-    """Use the CPU even if there is a GPU."""
-    sharded: Annotated[bool, Parameter(name="--fsdp")] = False
-    """On several GPUs, shard weights, gradients and optimiser (FSDP2) instead of copying them (DDP)."""
-    layer: Annotated[LayerTraining, Parameter(parse=False)] = field(default_factory=LayerTraining)
-    """How conditional layers are trained."""
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("masked", "causal"):
-            raise TrainingError(f"objective {self.objective!r} is not masked or causal")
-        if self.precision not in ("fp32", "bf16"):
-            raise TrainingError(f"precision {self.precision!r} is not fp32 or bf16")
-        if self.steps is not None and self.seconds is not None:
-            raise TrainingError(f"the budget is steps or seconds, not both: {self.steps} and {self.seconds}")
-        if not self.text:
-            raise TrainingError("no text is given")
-        for name in (
-            "steps",
-            "seconds",
-            "batch",
-            "micro_batch",
-            "layers",
-            "rate",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrainingError(f"{name} {value} is not above 0")
-        if self.sharded and (self.layer.paces or self.layer.balance):
-            raise TrainingError("level_rate, freeze_after and balance are not made for sharded weights")
-        for name in ("warm_up", "ramp"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise TrainingError(f"{name} {getattr(self, name)} is not in [0, 1)")
-
-    @property
-    def model(self) -> Preset:
-        """The preset with the changes asked for."""
-        return with_changes(
-            preset_of(self.preset),
-            batch=self.batch,
-            micro_batch=self.micro_batch or (self.batch and min(self.batch, preset_of(self.preset).micro_batch)),
-            layers=self.layers,
-            length=self.length,
-            rate=self.rate,
-            vocab_size=self.vocab_size,
-            steps=self.steps,
-        )
-
-    def identity(self, tokenizer: Any, text_sha256: str | None) -> dict[str, Any]:
-        """What must be equal for a run to go on from a checkpoint. text_sha256: of the tokens, None if not known."""
-        free = (
-            "out",
-            "data",
-            "keep",
-            "piece_seconds",
-            "tensorboard",
-            "cpu",
-            "sharded",
-            "text",
-            "valid",
-            "tokenizer",
-            "save_every",
-        )
-        asked = {name: value for name, value in asdict(self).items() if name not in free}
-        made = {
-            "text": list(self.text),
-            "valid": list(self.valid),
-            "tokenizer": tokenizers.fingerprint(tokenizer),
-            "text_sha256": text_sha256,
-            "start": None if self.start is None else str(self.start),
-        }
-        return {**asked, **asdict(self.model), **made}
-
-
-def _upgraded(identity: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-    """What a run of an earlier version kept, as this one would have."""
-    return {"text_sha256": identity["text_sha256"], **kept}
-
-
-def pretrain(
-    settings: Settings, *, report: Report | None = None, progress: tokens.Progress | None = None
-) -> dict[str, Any]:
+def pretrain(settings: PretrainSettings, *, progress: Progress = silent) -> dict[str, Any]:
     """Train until the budget is spent; returns the record that `out`/result.json holds.
 
-    A run that was stopped, by Ctrl-C, SIGTERM, piece_seconds or a kill, goes on from its last checkpoint; its record
+    A run that was stopped, by Ctrl-C, SIGTERM, max_run_seconds or a kill, goes on from its last checkpoint; its record
     has "finished": False until the budget is spent, and in "stopped_by" the number of the signal, if one came. The
     model is in `out`/model. Under torchrun, all processes call it. Raises TrainingError (text, settings, a loss that is
     not finite, a full disk), ShapeError, ValueError.
     """
     arguments = _arguments(settings)
     state = arguments.distributed_state
-    tokenizer, text, valid = prepare(settings, state, progress or (lambda what, count: None))
+    tokenizer, text, valid = prepare(settings, state, progress)
     with state.main_process_first():
         identity = settings.identity(tokenizer, text.meta.get("sha256"))
-        checkpoint.claim_run(settings.out, identity, partial(_upgraded, identity))
+        saving.claim_run(settings.out, identity, lambda kept: upgraded(kept, identity))
     done = settings.out / RESULT
     if done.is_file() and (record := read_json(done, needs={"finished": bool}))["finished"]:
         return dict(record)
     trainer = build(settings, tokenizer, text, valid, arguments)
-    if report is not None:
-        trainer.plan.report = report
+    trainer.plan.progress = progress
     watching = trainer.plan.stop.watching() if _may_watch() else nullcontext()
     with quietly(), watching, trainer.plan.stop.deferred():
         _run(trainer)
@@ -252,7 +99,7 @@ def _may_watch() -> bool:
 
 
 def prepare(
-    settings: Settings, state: PartialState, progress: tokens.Progress
+    settings: PretrainSettings, state: PartialState, progress: Progress
 ) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
     """Tokenizer and tokens; the first process makes them, the others open them. Raises TrainingError."""
     failed = ""
@@ -272,7 +119,7 @@ def prepare(
 
 
 def read_text(
-    settings: Settings, progress: tokens.Progress = lambda what, count: None
+    settings: PretrainSettings, progress: Progress = silent
 ) -> tuple[Any, tokens.Tokens, tokens.Tokens | None]:
     """Tokenizer, tokens and held-out tokens of a run, made or, if they are there, opened. Raises TrainingError."""
     preset, folder = settings.model, settings.data or settings.out / "data"
@@ -283,14 +130,14 @@ def read_text(
             folder / "tokenizer",
             vocab_size=preset.vocab_size,
             exact=settings.vocab_size is not None,
-            seq_len=preset.length,
+            seq_len=preset.seq_len,
             column=settings.column,
             most=preset.tokenizer_characters,
         )
     else:
         tokenizer = tokenizers.load_tokenizer(settings.tokenizer)
     options: dict[str, Any] = {
-        "seq_len": preset.length,
+        "seq_len": preset.seq_len,
         "closed": settings.objective == "masked",
         "column": settings.column,
         "progress": progress,
@@ -302,7 +149,11 @@ def read_text(
 
 
 def build(
-    settings: Settings, tokenizer: Any, text: tokens.Tokens, valid: tokens.Tokens | None, arguments: TrainingArguments
+    settings: PretrainSettings,
+    tokenizer: Any,
+    text: tokens.Tokens,
+    valid: tokens.Tokens | None,
+    arguments: TrainingArguments,
 ) -> PretrainTrainer:
     """Model, batches and trainer. Raises TrainingError for sizes that do not fit together."""
     for name in BACKENDS:  # asked before the model is compiled: the compiler cannot trace the question
@@ -324,8 +175,8 @@ def build(
     with torch.no_grad():
         for layer in conditional_layers(model).values():
             layer.w_out.mul_(settings.layer.output_scale)
-    if settings.start is not None:
-        checkpoint.take_over(model, settings.start)
+    if settings.init_from is not None:
+        saving.take_over(model, settings.init_from)
     last = len(text) if valid else len(text) - min(settings.valid_windows, max(1, len(text) // 20))
     batches = Batches(text, 0, last, seed=settings.seed, causal=causal)
     plan = Plan(
@@ -333,14 +184,14 @@ def build(
         out=settings.out,
         micro_batches=micro_batches,
         micro_batch=preset.micro_batch,
-        rate=preset.rate,
-        warm_up=settings.warm_up,
+        lr=preset.lr,
+        warmup=settings.warmup,
         ramp=settings.ramp,
         weight_decay=0.01,
         save_every=settings.save_every,
         keep=settings.keep,
         layer=settings.layer,
-        piece_seconds=settings.piece_seconds,
+        max_run_seconds=settings.max_run_seconds,
         stop=Stop(),
     )
     source = Source(batches, plan, arguments.process_index, processes)
@@ -360,7 +211,7 @@ def _micro_batches(preset: Preset, processes: int) -> int:
     return count
 
 
-def _held_out(settings: Settings, batches: Batches, valid: tokens.Tokens | None) -> list[Batch]:
+def _held_out(settings: PretrainSettings, batches: Batches, valid: tokens.Tokens | None) -> list[Batch]:
     """Fixed windows with fixed masks, in pieces whose logits fit."""
     tokens_, first = (valid, 0) if valid else (batches.tokens, batches.last)
     total = len(tokens_) - first
@@ -378,11 +229,11 @@ def _held_out(settings: Settings, batches: Batches, valid: tokens.Tokens | None)
     return found
 
 
-def _arguments(settings: Settings) -> TrainingArguments:
+def _arguments(settings: PretrainSettings) -> TrainingArguments:
     cpu = settings.cpu or not torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun says
-    if settings.sharded and (cpu or not several):
-        raise TrainingError("sharded needs several processes with a GPU each: run it under torchrun")
+    if settings.fsdp and (cpu or not several):
+        raise TrainingError("fsdp needs several processes with a GPU each: run it under torchrun")
     return TrainingArguments(
         output_dir=str(settings.out),
         max_steps=10**9 if settings.seconds else settings.model.steps,
@@ -399,7 +250,7 @@ def _arguments(settings: Settings) -> TrainingArguments:
         disable_tqdm=True,
         seed=settings.seed,
         use_cpu=cpu,
-        fsdp="full_shard" if settings.sharded else None,
+        fsdp="full_shard" if settings.fsdp else None,
         fsdp_config={"transformer_layer_cls_to_wrap": ["Layer"], "state_dict_type": "SHARDED_STATE_DICT"},
         ddp_backend="gloo" if cpu and several else None,
         ddp_find_unused_parameters=False,
@@ -409,19 +260,19 @@ def _arguments(settings: Settings) -> TrainingArguments:
 
 
 def _run(trainer: PretrainTrainer) -> None:
-    shutil.rmtree(trainer.plan.out / checkpoint.PARTIAL, ignore_errors=True)  # of a run that was killed while saving
-    last = checkpoint.last_checkpoint(trainer.plan.out)
+    shutil.rmtree(trainer.plan.out / saving.PARTIAL, ignore_errors=True)  # of a run that was killed while saving
+    last = saving.last_checkpoint(trainer.plan.out)
     if last is None:
         trainer.train()
         return
-    checkpoint.verify(last)
+    saving.verify(last)
     try:
-        trainer.go_on(last)
+        trainer.resume(last)
     except (SafetensorError, OSError, EOFError, KeyError, UnpicklingError) as error:
         raise FileError(f"{last} cannot be read: {error}; remove it to go on from the one before") from error
 
 
-def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -> dict[str, Any]:
+def _record(settings: PretrainSettings, trainer: PretrainTrainer, text: tokens.Tokens) -> dict[str, Any]:
     plan, state, preset = trainer.plan, trainer.state, settings.model
     model: Any = trainer.model
     history = state.log_history
@@ -434,28 +285,28 @@ def _record(settings: Settings, trainer: PretrainTrainer, text: tokens.Tokens) -
         "text_tokens": text.meta["tokens"],
         "steps": state.global_step,
         "rows": trainer.source.position,
-        "tokens": trainer.source.position * preset.length,
+        "tokens": trainer.source.position * preset.seq_len,
         "seconds": round(plan.budget.used, 2),
-        "tokens_per_second": tokens_per_second(history, preset.length),
+        "tokens_per_second": tokens_per_second(history, preset.seq_len),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if trainer.args.device.type == "cuda" else None,
         "cached_gpu_bytes": torch.cuda.max_memory_reserved() if trainer.args.device.type == "cuda" else None,
         "processes": trainer.args.world_size,
         "valid_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "valid_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
-        "routing": trainer.last_health,
+        "routing": trainer.last_routing,
         "machine": machine(),
     }
 
 
-def tokens_per_second(history: list[dict[str, Any]], length: int) -> int | None:
+def tokens_per_second(history: list[dict[str, Any]], seq_len: int) -> int | None:
     """Speed over the second half of the points of the loss curve, when compiling is over; None for fewer than three."""
     points = [entry for entry in history if "rows" in entry]
     points = points[len(points) // 2 :]
     if len(points) < 2 or points[-1]["seconds"] <= points[0]["seconds"]:
         return None
     rows, seconds = (float(points[-1][key] - points[0][key]) for key in ("rows", "seconds"))
-    return round(rows * length / seconds)
+    return round(rows * seq_len / seconds)
 
 
 def machine() -> dict[str, str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 RAMP_START = 1 / 16  # rows of the first step, as a share of the last ones
 
 
-def triangle(progress: float, warm_up: float) -> float:
-    """Share of the peak learning rate: up in a straight line until `warm_up` of the budget, down to zero at its end."""
-    return max(0.0, min(progress / warm_up if warm_up else 1.0, (1 - progress) / (1 - warm_up)))
+def triangle(progress: float, warmup: float) -> float:
+    """Share of the peak learning rate: up in a straight line until `warmup` of the budget, down to zero at its end."""
+    return max(0.0, min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup)))
 
 
 def rows_at(progress: float, rows: int, ramp: float) -> int:

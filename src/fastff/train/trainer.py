@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
 from fastff.io import read_json, write_json
+from fastff.report.progress import Progress, silent
 from fastff.text.batches import Batch, Batches
-from fastff.train import checkpoint
+from fastff.train import saving
 from fastff.train.interrupt import Stop
-from fastff.train.routing import Health, LayerTraining, Pace, balance
+from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance
 from fastff.train.schedule import Budget, rows_at, triangle
 
-Report = Callable[[int, float, float], None]  # step, loss, progress
 _POSITION = "position.json"
 _CACHED = 2  # times what was ever needed at once, that a GPU's memory may be kept for later
 
@@ -35,23 +35,23 @@ _CACHED = 2  # times what was ever needed at once, that a GPU's memory may be ke
 class Plan:
     """How a run goes. micro_batches: of a step, over all processes; micro_batch: rows of each at the end of the ramp.
 
-    piece_seconds: end this process after so long, with a checkpoint, so that the next one goes on.
+    max_run_seconds: end this process after so long, with a checkpoint, so that the next one goes on.
     """
 
     budget: Budget
     out: Path
     micro_batches: int
     micro_batch: int
-    rate: float
-    warm_up: float
+    lr: float
+    warmup: float
     ramp: float
     weight_decay: float
     save_every: int
     keep: int
     layer: LayerTraining
-    piece_seconds: float | None = None
+    max_run_seconds: float | None = None
     stop: Stop = field(default_factory=Stop)
-    report: Report = lambda step, loss, progress: None
+    progress: Progress = silent
 
 
 class Source:
@@ -82,9 +82,9 @@ class PretrainTrainer(Trainer):
         self, model: Any, args: TrainingArguments, plan: Plan, source: Source, held_out: list[Batch], tokenizer: Any
     ) -> None:
         self.plan, self.source, self.held_out, self.tokenizer = plan, source, held_out, tokenizer
-        self.health = Health(model)
-        self.last_health: dict[str, dict[str, float]] = {}
-        super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[Guide(self)])
+        self.routing_stats = RoutingStats(model)
+        self.last_routing: dict[str, dict[str, float]] = {}
+        super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[TrainCallback(self)])
         self.remove_callback(PrinterCallback)
         # Step of the first loss that is not finite, 0 while there is none; on the device, since reading it waits.
         self.broken = torch.zeros((), dtype=torch.int64, device=args.device)
@@ -100,12 +100,12 @@ class PretrainTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = model or self.model
             plan = self.plan
-            groups = parameter_groups(trained, plan.rate, plan.layer.rate, plan.weight_decay)
+            groups = parameter_groups(trained, plan.lr, plan.layer.lr_scale, plan.weight_decay)
             fused = self.args.device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), eps=1e-12, fused=fused)
-            if plan.layer.paces:
+            self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), eps=1e-12, fused=fused)
+            if plan.layer.scales_routing:
                 progress = lambda: plan.budget.progress(self.state.global_step)  # noqa: E731
-                Pace(trained, plan.layer, progress).watch(self.optimizer)
+                RoutingLrScale(trained, plan.layer, progress).watch(self.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -115,7 +115,7 @@ class PretrainTrainer(Trainer):
             plan = self.plan
             optimised: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimised, lambda step: triangle(plan.budget.progress(step), plan.warm_up)
+                optimised, lambda step: triangle(plan.budget.progress(step), plan.warmup)
             )
         return self.lr_scheduler
 
@@ -145,14 +145,14 @@ class PretrainTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.last_health = self.health.report()
-            for name, health in self.last_health.items():
+            self.last_routing = self.routing_stats.report()
+            for name, health in self.last_routing.items():
                 logs.update({f"{name}/{key}": value for key, value in health.items() if value is not None})
             logs |= {"rows": self.source.position, "seconds": round(self.plan.budget.used, 3)}
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.plan.out / checkpoint.PARTIAL)
+        return str(self.plan.out / saving.PARTIAL)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         def write(folder: Path) -> None:
@@ -162,7 +162,7 @@ class PretrainTrainer(Trainer):
                 position = {"rows": self.source.position, "seconds": self.plan.budget.used}
                 write_json(folder / _POSITION, position)
 
-        checkpoint.save(
+        saving.save(
             self.plan.out,
             self.state.global_step,
             write,
@@ -171,7 +171,7 @@ class PretrainTrainer(Trainer):
             meet=self.accelerator.wait_for_everyone,
         )
 
-    def go_on(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> None:
         """Train on from a checkpoint until the budget is spent."""
         position = read_json(folder / _POSITION, needs={"rows": int, "seconds": float})
         self.source.step = int(folder.name.rpartition("-")[2])
@@ -184,7 +184,7 @@ class PretrainTrainer(Trainer):
             self.train(resume_from_checkpoint=str(folder))
 
 
-class Guide(TrainerCallback):
+class TrainCallback(TrainerCallback):
     """Decides after every step, for all processes alike, whether to stop and whether to save."""
 
     def __init__(self, trainer: PretrainTrainer) -> None:
@@ -197,10 +197,10 @@ class Guide(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer, plan = self.trainer, self.trainer.plan
         plan.budget.tick()
-        over = plan.piece_seconds is not None and time.monotonic() - self.started >= plan.piece_seconds
+        over = plan.max_run_seconds is not None and time.monotonic() - self.started >= plan.max_run_seconds
         plan.budget.used, stop = agreed([plan.budget.used, plan.stop.asked or over], args.device)
         if plan.layer.balance:
-            balance(trainer.health.layers, trainer.health.collect(), plan.layer.balance)
+            balance(trainer.routing_stats.layers, trainer.routing_stats.collect(), plan.layer.balance)
         if stop or plan.budget.spent(state.global_step):
             control.should_training_stop = control.should_save = True
         if plan.budget.progress(state.global_step) < plan.ramp:
@@ -216,16 +216,16 @@ class Guide(TrainerCallback):
         trainer = self.trainer
         [step] = agreed([int(trainer.broken)], device)
         if step:
-            good = checkpoint.last_checkpoint(trainer.plan.out)
+            good = saving.last_checkpoint(trainer.plan.out)
             raise TrainingError(
                 f"the loss is not finite in step {int(step)}; the last good checkpoint is {good or 'none'}. "
-                "A lower rate, or a longer warm-up, usually helps"
+                "A lower lr, or a longer warmup, usually helps"
             )
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if "loss" in (logs or {}):
-            progress = self.trainer.plan.budget.progress(state.global_step)
-            self.trainer.plan.report(state.global_step, logs["loss"], progress)
+            done = self.trainer.plan.budget.progress(state.global_step)
+            self.trainer.plan.progress("training", done, 1.0, f"step {state.global_step}, loss {logs['loss']:.3f}")
 
 
 def release_unused(device: torch.device) -> None:
@@ -247,8 +247,8 @@ def agreed(values: list[float], device: torch.device) -> list[float]:
     return found
 
 
-def parameter_groups(model: nn.Module, rate: float, layer_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters by learning rate (`layer_rate` times `rate` in conditional layers) and by decay (matrices only)."""
+def parameter_groups(model: nn.Module, lr: float, layer_lr_scale: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters by learning rate (`layer_lr_scale` times `lr` in conditional layers) and by decay (matrices only)."""
     ours = {id(p) for layer in conditional_layers(model).values() for p in layer.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -257,7 +257,7 @@ def parameter_groups(model: nn.Module, rate: float, layer_rate: float, weight_de
     return [
         {
             "params": parameters,
-            "lr": rate * (layer_rate if conditional else 1.0),
+            "lr": lr * (layer_lr_scale if conditional else 1.0),
             "weight_decay": weight_decay if decays else 0.0,
         }
         for (conditional, decays), parameters in groups.items()

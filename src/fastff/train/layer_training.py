@@ -1,8 +1,9 @@
-"""What training does with the turns of the trees: their health, the pace at which they learn, and their balance."""
+"""What training does with the decisions of trees: their statistics, how fast they learn, and their balance."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from fastff.routers import Usage
 class LayerTraining:
     """How conditional layers learn; the defaults change nothing.
 
-    rate           factor on the learning rate of all weights of a conditional layer
-    level_rate     factor on each update of the routing rows, once for every level below the root: 0.5 halves it a level
+    lr_scale       factor on the learning rate of all weights of a conditional layer
+    level_lr_scale factor on each update of the routing rows, once a level below the root: 0.5 halves it at every level
     freeze_after   share of the budget after which the routing rows stay as they are, so that leaves learn on fixed
                    regions; with node_output=True those rows are neurons too, which then stop learning their inputs
     balance        with bias=True: after every step a node's bias moves to the side that got fewer rows, by this much
@@ -31,15 +32,15 @@ class LayerTraining:
     feedforward_init  "published" or "fan_in", as in UltraFastBertConfig
     """
 
-    rate: float = 1.0
-    level_rate: float = 1.0
+    lr_scale: float = 1.0
+    level_lr_scale: float = 1.0
     freeze_after: float = 1.0
     balance: float = 0.0
     output_scale: float = 1.0
     feedforward_init: str = "published"
 
     def __post_init__(self) -> None:
-        for name in ("rate", "level_rate", "output_scale"):
+        for name in ("lr_scale", "level_lr_scale", "output_scale"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise TrainingError(f"{name} {getattr(self, name)} is not a positive finite number")
         if not 0.0 <= self.freeze_after <= 1.0:
@@ -48,9 +49,9 @@ class LayerTraining:
             raise TrainingError(f"balance {self.balance} is not a finite number of at least 0")
 
     @property
-    def paces(self) -> bool:
+    def scales_routing(self) -> bool:
         """Whether routing rows learn at another pace than the rest."""
-        return self.level_rate != 1.0 or self.freeze_after < 1.0
+        return self.level_lr_scale != 1.0 or self.freeze_after < 1.0
 
 
 def layer_training(options: list[str]) -> LayerTraining:
@@ -58,6 +59,7 @@ def layer_training(options: list[str]) -> LayerTraining:
     given: dict[str, Any] = {}
     for option in options:
         name, equals, value = option.partition("=")
+        name = _current(name)
         if name not in LayerTraining.__dataclass_fields__ or not equals:
             raise TrainingError(
                 f"{option!r} is not NAME=VALUE with a name of {', '.join(LayerTraining.__dataclass_fields__)}"
@@ -69,7 +71,17 @@ def layer_training(options: list[str]) -> LayerTraining:
     return LayerTraining(**given)
 
 
-class Health:
+def _current(name: str) -> str:
+    """The name of an option that had another one in version 0.1."""
+    current = {"rate": "lr_scale", "level_rate": "level_lr_scale"}.get(name, name)
+    if current != name:
+        warnings.warn(
+            f"{name} is now called {current}; the old name will be refused later", FutureWarning, stacklevel=3
+        )
+    return current
+
+
+class RoutingStats:
     """Rows that took each leaf, over all processes, since the last report."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -137,7 +149,7 @@ class RoutingRows:
         return [tensor[:, :nodes] for tensor in (layer.w_in, layer.b_in) if tensor is not None]
 
 
-class Pace:
+class RoutingLrScale:
     """Hooks on an optimiser that scale its updates of the routing rows, level by level, and stop them in the end."""
 
     def __init__(self, model: nn.Module, options: LayerTraining, progress: Callable[[], float]) -> None:
@@ -151,8 +163,8 @@ class Pace:
     def _scale(self) -> None:
         if self.progress() > self.options.freeze_after:
             self.rows.shorten(0.0)
-        elif self.options.level_rate != 1.0:
-            self.rows.shorten(1.0, per_level=self.options.level_rate)
+        elif self.options.level_lr_scale != 1.0:
+            self.rows.shorten(1.0, per_level=self.options.level_lr_scale)
 
 
 @torch.no_grad()
@@ -160,7 +172,7 @@ def balance(layers: dict[str, FFF], usage: dict[str, Usage], step: float) -> Non
     """Move every node's bias towards the side that got fewer rows, by `step` times (left - right) / (left + right).
 
     In proportion, so that it is strong where a node sends all rows to one side, which the gate rewards, and still where
-    both sides get the same. Raises TrainingError for a layer with turns but without biases.
+    both sides get the same. Raises TrainingError for a layer with decisions but without biases.
     """
     for name, layer in layers.items():
         if layer.config.depth == 0:

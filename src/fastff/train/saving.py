@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastff.errors import FileError, TrainingError
-from fastff.io import SETTINGS, claim, digest, publish, read_json, read_tensors, write_json
+from fastff.io import SETTINGS, claim, digest, publish, read_json, read_tensors, read_torch, write_json
 
 PARTIAL = ".partial"
 FILES = "files.json"  # of a checkpoint: its files and their digests
@@ -26,6 +26,10 @@ NEEDED = (
     ("rng_state.pth", "rng_state_0.pth"),
 )
 _PREFIX = "checkpoint-"
+_FIELDS: dict[str, dict[str, type]] = {
+    "position.json": {"rows": int, "seconds": float},
+    "trainer_state.json": {"global_step": int},
+}
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
@@ -95,9 +99,23 @@ def verify(folder: Path) -> None:
                 raise FileError(f"{path} is missing: {remedy}")
             if digest(path) != expected:
                 raise FileError(f"{path} is damaged (its content has changed): {remedy}")
+        return
     for names in NEEDED:
         if not any((folder / name).exists() for name in names):
             raise FileError(f"{folder / names[0]} is missing: {remedy}")
+    for path in filter(Path.is_file, (folder / name for names in NEEDED for name in names)):
+        _read(path, remedy)
+
+
+def _read(path: Path, remedy: str) -> None:
+    """Read a file whose digest nobody kept. Raises FileError if it is damaged."""
+    match path.suffix:
+        case ".json":
+            read_json(path, needs=_FIELDS.get(path.name, {}), remedy=remedy)
+        case ".pt":
+            read_torch(path, needs={}, remedy=remedy)
+        case ".safetensors":
+            read_tensors(path, remedy=remedy)
 
 
 def claim_run(out: Path, identity: dict[str, Any], upgrade: Callable[[Any], Any] = lambda kept: kept) -> None:

@@ -1,27 +1,22 @@
 """Turn the feedforwards of a pretrained dense model into trees, or narrow layers, for `fastff pretrain --init-from`.
 
-python runs/warm_start.py MODEL DATA OUT --feedforward DESCRIPTION [--rows N] [--steps N]
-
-MODEL is what `fastff pretrain` left of a dense run, DATA its folder of tokens. Turns, leaves and outputs come from the
-dense layers and their inputs, as in `fastff convert`; each layer is then fitted alone to its dense layer. Nothing is
-distilled from the whole model. A tree's description must have bias and shared (0 for none), since a fitted layer ends
-in an output bias; a dense one must have bias. Prints the share of each dense layer's effect that is unexplained.
+Decisions, leaves and outputs come from the dense layers and their inputs, as in `fastff convert`; each layer is then
+fitted alone to its dense layer. Nothing is distilled from the whole model. A tree's description must have bias and
+shared (0 for none), since a fitted layer ends in an output bias; a dense one must have bias.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import fastff.models  # noqa: F401  registers the model type
 from fastff.convert.student import build_student
+from fastff.experiment.study_settings import WarmStartSettings
+from fastff.io import read_json, reading, write_tensors
 from fastff.text.tokenizer import Vocabulary, load_tokenizer
 from fastff.text.tokens import Tokens
 from fastff.train.presets import feedforward_of
@@ -43,7 +38,7 @@ class Resident:
 
 @torch.no_grad()
 def watch(model: Any, windows: Tensor, batch: int = 64) -> list[Resident]:
-    """Every layer's rows (x and what its output is added to) while the model reads windows (windows, length)."""
+    """Every layer's rows (x and what its output is added to) while the model reads windows (windows, seq_len)."""
     layers = model.base_model.layers
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     hooks = []
@@ -72,35 +67,22 @@ def renamed(state: dict[str, Tensor], narrow: bool) -> dict[str, Tensor]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--feedforward", required=True, help="a description as JSON, or a name")
-    parser.add_argument("--rows", type=int, default=131072, help="rows of each layer to learn from")
-    parser.add_argument("--steps", type=int, default=300, help="steps in which each layer is fitted alone")
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+def run(asked: WarmStartSettings) -> list[float]:
+    """Write `out`/model.safetensors; returns, per layer, the unexplained variance of the dense layer's effect. Raises
+    TrainingError for a model or tokens that cannot be read, ValueError for a description that does not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = json.loads((asked.model / "config.json").read_text(encoding="utf-8"))
-    kind = AutoModelForCausalLM if config["is_decoder"] else AutoModelForMaskedLM
-    with quietly():
+    causal = read_json(asked.model / "config.json", needs={"is_decoder": bool})["is_decoder"]
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    with quietly(), reading(asked.model, "make that model again"):
         model: Any = kind.from_pretrained(asked.model).to(device).eval()  # type: ignore[arg-type]
-    length = model.config.max_position_embeddings
+    seq_len = model.config.max_position_embeddings
     vocabulary = Vocabulary.of(load_tokenizer(asked.model))
-    tokens = Tokens(asked.data / "train", vocabulary, length, closed=not config["is_decoder"])
-    count = min(len(tokens), -(-asked.rows // length))
+    tokens = Tokens(asked.data / "train", vocabulary, seq_len, closed=not causal)
+    count = min(len(tokens), -(-asked.rows // seq_len))
     captured: Any = watch(model, tokens.windows(range(0, len(tokens) // count * count, len(tokens) // count)))
     description = feedforward_of(asked.feedforward, model.config.hidden_size)
     layers = [description] * model.config.num_hidden_layers
     student, errors = build_student(model, layers, captured, steps=asked.steps, seed=asked.seed)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    partial = asked.out / ".model.partial"
-    save_file(renamed(student.state_dict(), description["kind"] == "dense"), partial)
-    partial.rename(asked.out / "model.safetensors")
-    print("unexplained", " ".join(f"{error:.3f}" for error in errors if error is not None))
-
-
-if __name__ == "__main__":
-    main()
+    state = renamed(student.state_dict(), description["kind"] == "dense")
+    write_tensors(asked.out / "model.safetensors", state)
+    return [error for error in errors if error is not None]

@@ -1,9 +1,9 @@
 """Train one small model on several backends from one seed and say how far their loss curves are apart.
 
-python runs/backend_curves.py DATA --out experiments/NAME [--backends native,reference] [--steps 200]
+python experiments/backends/curves.py DATA --out experiments/NAME [--backends native,reference] [--steps 200]
 
-DATA is a folder of tokens named train and valid (`runs/pack_tokens.py unpack`). Also trained is the first backend from
-another seed: what a run differs by for no reason that matters. Without a GPU, `triton` needs TRITON_INTERPRET=1.
+DATA is a folder of tokens named train and valid (`fastff experiment unpack-tokens`). Also trained is the first backend
+from another seed: what a run differs by for no reason that matters. Without a GPU, `triton` needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 
 from fastff.io import write_json
 from fastff.ops.interface import use_backend
-from fastff.train.pretrain import Settings, pretrain
+from fastff.train.pretrain import pretrain
+from fastff.train.pretrain_settings import PretrainSettings
 
 
 def train(asked: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
     """The record of one run."""
     with tempfile.TemporaryDirectory() as folder, use_backend(backend):
         return pretrain(
-            Settings(
+            PretrainSettings(
                 out=Path(folder),
                 text=("train",),
                 valid=("valid",),
@@ -35,7 +36,7 @@ def train(asked: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
                 batch=8,
                 micro_batch=8,
                 ramp=0.0,
-                length=32,
+                seq_len=32,
                 log_every=1,
                 save_every=10**9,
                 seed=seed,
