@@ -101,10 +101,10 @@ def test_one_sided_nodes_need_rows_enough_to_tell():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["speed=2"], "'speed=2' is not NAME=VALUE with a name of rate"),
-        (["rate"], "'rate' is not NAME=VALUE"),
-        (["rate=fast"], "rate 'fast' is not a number"),
-        (["rate=0"], "rate 0.0 is not a positive finite number"),
+        (["speed=2"], "'speed=2' is not NAME=VALUE with a name of lr_scale"),
+        (["lr_scale"], "'lr_scale' is not NAME=VALUE"),
+        (["lr_scale=fast"], "lr_scale 'fast' is not a number"),
+        (["lr_scale=0"], "lr_scale 0.0 is not a positive finite number"),
         (["freeze_after=2"], r"freeze_after 2.0 is not in \[0, 1\]"),
         (["balance=-1"], "balance -1.0 is not a finite number of at least 0"),
     ],

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fastff.errors import FileError
+from fastff.errors import CheckpointError, FileError, TrainingError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,7 +167,7 @@ def reading(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     of what they say about it is advice to trust the file."""
     try:
         yield
-    except FileError:
+    except (CheckpointError, TrainingError):  # they say it already
         raise
     except MemoryError as error:
         raise FileError(f"cannot read {path}: it asks for more memory than there is") from error

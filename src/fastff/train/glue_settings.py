@@ -42,9 +42,8 @@ class GlueSettings:
     """Dropout of the model's own parts."""
     limit: int | None = None
     """Use the first rows only, for a trial; every note says so."""
-    max_train_rows: Annotated[
-        int | None, "Learn from N rows, drawn once, of a longer train split; every note says so."
-    ] = None
+    max_train_rows: int | None = None
+    """Learn from N rows, drawn once, of a longer train split; every note says so."""
     precision: str = "fp32"
     """fp32 or bf16 (mixed)."""
     cpu: bool = False

@@ -72,9 +72,8 @@ class PretrainSettings:
     """Share of the budget in which the learning rate rises."""
     ramp: float = 0.3
     """Share of the budget in which the batch grows."""
-    init_from: Annotated[
-        Path | None, "Model directory whose weights to start from: the same tensors, by name and shape."
-    ] = None
+    init_from: Path | None = None
+    """Model directory whose weights to start from: the same tensors, by name and shape."""
     tokenizer: str | None = None
     """Directory, file or hub name; default: train one on the text."""
     vocab_size: int | None = None
@@ -97,19 +96,16 @@ class PretrainSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints to keep."""
-    max_run_seconds: Annotated[
-        float | None, "Checkpoint and exit after N seconds; run the same command again to resume."
-    ] = None
+    max_run_seconds: float | None = None
+    """Checkpoint and exit after N seconds; run the same command again to resume."""
     tensorboard: bool = False
     """Write TensorBoard logs."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
-    fsdp: Annotated[
-        bool, "On several GPUs: shard weights, gradients and optimizer (FSDP2) instead of copying them (DDP)."
-    ] = False
-    layer: Annotated[
-        LayerTraining, "NAME=VALUE, how conditional layers learn (see the training page); may be repeated."
-    ] = field(default_factory=LayerTraining)
+    fsdp: bool = False
+    """On several GPUs: shard weights, gradients and optimizer (FSDP2) instead of copying them (DDP)."""
+    layer: Annotated[LayerTraining, Parameter(parse=False)] = field(default_factory=LayerTraining)
+    """How conditional layers learn."""
 
     def __post_init__(self) -> None:
         if self.objective not in ("masked", "causal"):
