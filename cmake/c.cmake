@@ -11,7 +11,7 @@ set_target_properties(fastff_static PROPERTIES OUTPUT_NAME fastff)
 target_link_libraries(fastff_static PRIVATE Threads::Threads)
 
 install(TARGETS fastff fastff_static EXPORT fastff INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(FILES csrc/fastff.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(FILES csrc/fastff.h csrc/model/fastff_model.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 
 set(package ${CMAKE_INSTALL_LIBDIR}/cmake/fastff)
 install(EXPORT fastff NAMESPACE fastff:: FILE fastffTargets.cmake DESTINATION ${package})

@@ -100,7 +100,8 @@ FASTFF_API int32_t fastff_processors(void);
 /* The message of this thread's last error, "" if the last call succeeded. Never NULL. */
 FASTFF_API const char* fastff_error(void);
 
-/* Name of the instruction set in use: scalar, avx2, avx512, avx512dot (with VNNI and BF16) or neon. Chosen at load;
+/* Name of the instruction set in use: scalar, avx2, avx512, avx512dot (with VNNI and BF16), amx (avx512dot with
+ * tiles of int8) or neon. Chosen at load;
  * FASTFF_ISA in the environment forces one. */
 FASTFF_API const char* fastff_isa(void);
 

@@ -86,11 +86,12 @@ def weights_of(layer: fastff.FFF) -> Weights:
     return Weights(layer.w_in, layer.b_in, layer.w_out, layer.b_out)
 
 
-def supported_isas(dots: bool = False) -> list[str]:
-    """The instruction sets that this CPU has; with dots also those that differ in products of short numbers alone."""
+def supported_isas(dots: bool = False, tiles: bool = False) -> list[str]:
+    """The instruction sets that this CPU has; with dots also those that differ in products of short numbers alone, with
+    tiles those that differ in products of whole tiles."""
     names = []
     before = native.isa()
-    for name in ("scalar", "avx2", "avx512", "neon", *(("avx512dot",) if dots else ())):
+    for name in ("scalar", "avx2", "avx512", "neon", *(("avx512dot",) if dots else ()), *(("amx",) if tiles else ())):
         try:
             native.set_isa(name)
             names.append(name)

@@ -6,6 +6,11 @@
 #include <cstring>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "base/errors.h"
 
 namespace fastff {
@@ -28,10 +33,21 @@ bool has_avx512() {
 bool has_avx512dot() {
   return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
+// Linux gives a process the tiles' state when it asks for it; threads started before and after have it too.
+bool has_amx() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+  return has_avx512dot() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Candidate kByPreference[] = {
 #if defined(__x86_64__)
+    {Isa::amx, "amx", has_amx},
     {Isa::avx512dot, "avx512dot", has_avx512dot},
     {Isa::avx512, "avx512", has_avx512},
     {Isa::avx2, "avx2", has_avx2},

@@ -4,3 +4,4 @@
 #include "isa/words_avx512.h"
 
 #include "layer/families.h"
+#include "model/families.h"

@@ -4,3 +4,4 @@
 #include "isa/words_avx512.h"
 
 #include "layer/dot_families.h"
+#include "model/families.h"

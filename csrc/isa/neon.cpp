@@ -4,3 +4,4 @@
 #include "isa/words_plain.h"
 
 #include "layer/families.h"
+#include "model/families.h"

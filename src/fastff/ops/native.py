@@ -58,7 +58,7 @@ def _c_tree(config: TreeConfig) -> _Tree:
 
 
 def isa() -> str:
-    """Name of the instruction set in use: scalar, avx2, avx512, avx512dot (with VNNI and BF16) or neon."""
+    """Name of the instruction set in use: scalar, avx2, avx512, avx512dot (VNNI and BF16), amx or neon."""
     name: bytes = library().fastff_isa()
     return name.decode()
 

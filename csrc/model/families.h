@@ -1,0 +1,2 @@
+// Every family of kernels of whole models, for the instruction set whose Vec<T> and Words<W> the including file has defined.
+#include "model/linear_impl.h"

@@ -1,0 +1,88 @@
+// Dense products in 8 bits: a packed weight matrix and its products with few rows and with many.
+//
+// A matrix is cut into panels of 64 output rows, [panel][in_features / 4][64][4] unsigned bytes (the 8-bit weight + 128),
+// each panel followed by its 64 fp32 scales. in_features is filled up to a multiple of 64 and out_features to whole panels
+// with weights of zero. One layout serves all kernels: four lines of a step feed dot products of four bytes, and 16 steps at
+// a stride of 256 bytes are a tile of AMX.
+//
+// Rows of x are rounded to 8 or 16 bits with one scale a row, 16 bits as two planes of signed bytes. Sums are whole
+// numbers, so a row's result is the same bits alone and in any batch, at any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/dispatch.h"
+#include "fastff.h"
+
+namespace fastff {
+
+constexpr int64_t kPanel = 64;         // output rows of a panel
+constexpr int64_t kInputs = 64;        // in_features are filled up to a multiple of this
+constexpr int64_t kMostInputs = 131072;  // sums of 8-bit products fit 32 bits
+
+// A packed matrix in memory of another owner. A gated one holds pairs of output rows: a panel 32 gates, then their values.
+struct PackedMatrix {
+  const uint8_t* data = nullptr;
+  int64_t out_features = 0;  // of y: of a gated matrix the pairs
+  int64_t in_features = 0;
+  bool gated = false;
+
+  int64_t panel_outputs() const { return gated ? kPanel / 2 : kPanel; }
+  int64_t panels() const { return (out_features + panel_outputs() - 1) / panel_outputs(); }
+  int64_t steps() const { return (in_features + kInputs - 1) / kInputs * (kInputs / 4); }
+  int64_t panel_bytes() const { return steps() * kPanel * 4 + kPanel * static_cast<int64_t>(sizeof(float)); }
+  int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// Throws std::invalid_argument for sizes below 1 or beyond what a matrix can hold.
+void check_matrix(const PackedMatrix& shape);
+
+// Rounds and arranges weights [out_features (twice for gated: gates, then values)][in_features] into shape.bytes() at `to`.
+void pack_matrix(const PackedMatrix& shape, const float* weights, uint8_t* to);
+
+// The same arrangement for one number an output row, in the order of the panels: [panels * 64].
+void pack_bias(const PackedMatrix& shape, const float* bias, float* to);
+
+// Row `output` of a matrix that is not gated, as fp32.
+void unpack_row(const PackedMatrix& matrix, int64_t output, float* to);
+
+// Rows of x as whole numbers.
+struct QuantisedRows {
+  int64_t rows = 0, features = 0, stride = 0;  // stride: bytes from one row of bytes to the next
+  int planes = 1;                              // 2 for 16 bits: row r has its upper bytes in row 2r, its lower in 2r + 1
+  std::vector<int8_t> room;
+  int8_t* bytes = nullptr;        // [rows * planes][stride], on a cache line; room for whole tiles of 32 rows
+  std::vector<float> scale;       // [rows], NaN for a row that is not finite
+  std::vector<int32_t> offset;    // [rows], 128 times the sum of its numbers: what the bytes' offset adds to every sum
+
+  void resize(int64_t new_rows, int64_t new_features, int bits);
+};
+
+// Rounds rows of x to `bits` (8 or 16).
+void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, int bits, int threads,
+                   QuantisedRows& to);
+
+// What becomes of a product before it is stored.
+struct Epilogue {
+  const float* bias = nullptr;        // of pack_bias, or null
+  int activation = FASTFF_IDENTITY;   // FASTFF_SWIGLU for a gated matrix
+  bool add = false;                   // to what y holds: the residual
+  float* largest = nullptr;           // [rows][panels], |y| at most, or null
+};
+
+// y[r][0 .. out_features) of every row: act(x W^T + bias). Rows of y are y_stride apart.
+void multiply(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, float* y, int64_t y_stride,
+              int threads);
+
+struct LinearKernels {
+  // Rows [begin, end).
+  void (*quantise)(const float* x, int64_t x_stride, int64_t begin, int64_t end, QuantisedRows& to);
+  // Panels [begin, end).
+  void (*multiply)(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, float* y,
+                   int64_t y_stride, int64_t begin, int64_t end);
+};
+
+FASTFF_DECLARE_TILE_TABLES(LinearKernels, linear);
+
+}  // namespace fastff

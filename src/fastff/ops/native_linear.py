@@ -1,0 +1,86 @@
+"""Dense products in 8 bits by the C++ core: a packed weight matrix, for few rows and for many.
+
+Weights are rounded to 8 bits with one scale an output row, rows of x to 8 or 16 bits with one scale each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastff.config import ACTIVATIONS
+from fastff.errors import ShapeError
+from fastff.ops.dense import dense
+from fastff.ops.library import call, get_num_threads, library, pointer
+
+__all__ = ["PackedMatrix"]
+
+ALIGNMENT = 64  # bytes, of packed weights
+
+
+class _Matrix(ctypes.Structure):
+    """fastff_matrix of csrc/model/fastff_model.h."""
+
+    _fields_ = (("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64), ("gated", ctypes.c_int32))
+
+
+class PackedMatrix:
+    """Weights (out_features, in_features) in the core's packed layout.
+
+    gated: the weights are (2 * out_features, in_features), all gates and then all values, and an output is
+    silu(gate) * value. `data` holds the packed bytes. Raises ShapeError for weights that are not such a matrix and
+    FastffError for NaN or infinite ones.
+    """
+
+    def __init__(self, weights: Tensor, *, gated: bool = False) -> None:
+        if weights.dim() != 2 or (gated and len(weights) % 2):
+            raise ShapeError(f"weights {tuple(weights.shape)} are not a matrix" + " of pairs of rows" * gated)
+        rows, in_features = weights.shape
+        self._matrix = _Matrix(rows // 2 if gated else rows, in_features, gated)
+        self.out_features, self.in_features, self.gated = rows // 2 if gated else rows, in_features, gated
+        size = int(library().fastff_matrix_bytes(self._shape))
+        room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        start = -room.data_ptr() % ALIGNMENT
+        self.data = room[start : start + size]
+        (kept,) = dense(weights.detach().float())
+        call("fastff_matrix_pack_f32", self._shape, pointer(kept), pointer(self.data))
+
+    @property
+    def _shape(self) -> int:
+        return ctypes.addressof(self._matrix)
+
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: str = "identity",
+        bits: int = 8,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """act(x @ weights.T + bias) of x (rows, in_features) fp32; with add_to (rows, out_features) the sum of both."""
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ShapeError(f"x {tuple(x.shape)} is not (rows, {self.in_features})")
+        y = (
+            x.new_empty(len(x), self.out_features)
+            if add_to is None
+            else add_to.clone(memory_format=torch.contiguous_format)
+        )
+        kept = dense(x, bias)
+        activation = "swiglu" if self.gated else activation
+        call(
+            "fastff_matrix_multiply_f32",
+            self._shape,
+            pointer(self.data),
+            pointer(kept[0]),
+            len(x),
+            pointer(kept[1]),
+            ACTIVATIONS.index(activation),
+            bits,
+            add_to is not None,
+            pointer(y),
+            get_num_threads(),
+        )
+        return y
