@@ -77,7 +77,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_matrix_bytes.argtypes = [pointer]
     library.fastff_matrix_bytes.restype = int64
     library.fastff_matrix_pack_f32.argtypes = [pointer] * 3
-    library.fastff_matrix_multiply_f32.argtypes = [pointer] * 3 + [int64, pointer] + [int32] * 3 + [pointer, int32]
+    library.fastff_matrix_multiply_f32.argtypes = (
+        [pointer] * 3 + [int64] + [pointer] + [int32] * 3 + [pointer] + [int32]
+    )
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
