@@ -56,6 +56,7 @@ def test_heavy_packages_stay_where_they_belong(package):
 def test_public_names():
     public = {"FFF", "BackendUnavailable", "CheckpointError", "FastffError", "ShapeError", "TreeConfig", "ops"}
     public |= {"load", "save", "ConditionalFeedforward", "FlatRouter", "ProductKeyRouter", "TreeRouter"}
+    public |= {"export", "openvino_extension"}
     assert set(fastff.__all__) == public
     assert set(fastff.ops.__all__) >= {"forward", "conditional_matmul", "available_backends", "use_backend", "Routed"}
     for name in (*fastff.__all__, *(f"ops.{n}" for n in fastff.ops.__all__)):

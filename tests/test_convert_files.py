@@ -18,9 +18,9 @@ from transformers import AutoModel
 from convert_cases import few_shapes, saved, text, tokenizer
 from fastff.convert import ConversionSettings, Settings, choose, convert
 from fastff.convert.capture import capture
-from fastff.convert.carried_files import carry
 from fastff.convert.distill_context import converted_blocks
 from fastff.errors import CheckpointError
+from fastff.models.carried_files import carry
 from fastff.text.examples import tokenise
 
 BEFORE = Path(__file__).parent / "written_before" / "1f96a58"
@@ -170,7 +170,7 @@ def test_modules_of_a_model_of_the_hub_are_fetched(tmp_path, monkeypatch):
     cached, asked = tmp_path / "cache", []
     cached.mkdir()
     write_modules(cached)
-    monkeypatch.setattr("fastff.convert.carried_files.locate", lambda *_: str(cached / "modules.json"))
+    monkeypatch.setattr("fastff.models.carried_files.locate", lambda *_: str(cached / "modules.json"))
 
     def download(name, allow_patterns):
         asked.append((name, allow_patterns))

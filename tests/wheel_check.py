@@ -23,6 +23,7 @@ def main() -> None:
     isa = library.fastff_isa().decode()
     assert library.fastff_abi_version() >= 2
     assert (package / "py.typed").is_file()
+    assert any((folder / "csrc" / "openvino" / "extension.cpp").is_file() for folder in folders)
     assert not list(package.glob("demo/data/*.xz")), "the demo's novels are not for the wheel"
     print(f"library of ABI {library.fastff_abi_version()}, instruction set {isa}, without torch: as it should be")
     if importlib.util.find_spec("torch") is not None:

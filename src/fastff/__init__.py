@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fastff import ops
     from fastff.conditional import ConditionalFeedforward
     from fastff.config import TreeConfig
+    from fastff.engine.export import export
+    from fastff.engine.extension import openvino_extension
     from fastff.errors import BackendUnavailable, CheckpointError, FastffError, ShapeError
     from fastff.files import load, save
     from fastff.layers import FFF
@@ -30,7 +32,9 @@ __all__ = [
     "ShapeError",
     "TreeConfig",
     "TreeRouter",
+    "export",
     "load",
+    "openvino_extension",
     "ops",
     "save",
 ]
@@ -45,7 +49,9 @@ _HOMES = {
     "ShapeError": "errors",
     "TreeConfig": "config",
     "TreeRouter": "routers",
+    "export": "engine.export",
     "load": "files",
+    "openvino_extension": "engine.extension",
     "save": "files",
 }
 

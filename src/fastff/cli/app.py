@@ -20,6 +20,7 @@ COMMANDS = (
     ("bench", "fastff.cli.bench:bench", "Time conditional layers beside the fastest dense layers of this machine."),
     ("convert", "fastff.cli.convert:convert", "Make a trained dense model conditional, and report what that changes."),
     ("demo", "fastff.cli.demo:demo", "Train a small model with trees beside its dense twin; write a report."),
+    ("export", "fastff.cli.export:export", "Write a model for inference without PyTorch."),
     ("glue", "fastff.cli.train:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
     ("pretrain", "fastff.cli.train:pretrain", "Pretrain a language model on your text."),
     (

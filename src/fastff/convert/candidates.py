@@ -22,11 +22,12 @@ from fastff.convert.choose import (
     shortlist,
 )
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.distil import Kind, end_loss, normaliser, teach_layer, use_masked_training
+from fastff.convert.distil import end_loss, normaliser, teach_layer, use_masked_training
 from fastff.convert.latency import latency_profile, layer_us, place_name, place_of
 from fastff.convert.student import dense_layers, describe_tree, flops, stored_neurons
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.models.tasks import Kind
 from fastff.text.examples import Examples
 
 STEPS = 20  # of a candidate alone

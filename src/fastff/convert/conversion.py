@@ -14,12 +14,10 @@ import torch
 from fastff.convert import conversion_report, earlier, resources
 from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
 from fastff.convert.capture import Progress, capture
-from fastff.convert.carried_files import carry
 from fastff.convert.choose import choose, largest, shares_of
 from fastff.convert.conversion_record import ITS_TEXT, Plan, Point, record_of
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.dense_model import load_dense
-from fastff.convert.distil import Kind
 from fastff.convert.distill_context import Descriptions, DistillContext, baseline
 from fastff.convert.quality import measures_of, perplexity
 from fastff.convert.student import dense_layers
@@ -35,6 +33,8 @@ from fastff.convert.time_budget import (
 )
 from fastff.errors import CheckpointError, FileError
 from fastff.io import REMEDY, claim, read_json, write_json
+from fastff.models.carried_files import carry
+from fastff.models.tasks import Kind
 from fastff.text.examples import Examples, tokenise
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"

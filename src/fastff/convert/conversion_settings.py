@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fastff.convert.distil import Kind, Recipe
+from fastff.convert.distil import Recipe
+from fastff.models.tasks import Kind
 
 DEFAULT_ACTIVE = 0.1
 BASELINES = ("narrow", "pruned", "none")

@@ -5,35 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 
-from fastff.convert.distil import Kind
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
-
-AUTO: dict[Kind, Any] = {
-    "embedding": AutoModel,
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "classifier": AutoModelForSequenceClassification,
-}
-
-
-def kind_of(config: Any) -> Kind:
-    """What a model is used for, by the class that its configuration names."""
-    name = (getattr(config, "architectures", None) or [""])[0]
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal"
-    if name.endswith("ForSequenceClassification"):
-        return "classifier"
-    return "masked" if name.endswith("ForMaskedLM") else "embedding"
+from fastff.models.tasks import AUTO, Kind, kind_of
 
 
 def load_dense(model: str) -> tuple[Any, Any, Kind]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.models.tasks import Kind
 from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
 
-Kind = Literal["embedding", "causal", "masked", "classifier"]
 CHUNK_ROWS = 8192
 CLIP = 1.0
 WARMUP = 0.05  # of the steps

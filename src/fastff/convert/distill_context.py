@@ -12,13 +12,14 @@ import torch
 from fastff.convert import earlier
 from fastff.convert.capture import Captured, Progress
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.distil import Kind, distil, distillation_loss, use_masked_training
+from fastff.convert.distil import distil, distillation_loss, use_masked_training
 from fastff.convert.student import build_student, describe_narrow, flops
 from fastff.errors import FileError
 from fastff.io import read_torch, write_torch
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.models.tasks import Kind
 from fastff.text.examples import Examples
 
 Descriptions = Sequence[Mapping[str, Any] | None]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from fastff.convert.distil import Kind, mean_pool
+from fastff.convert.distil import mean_pool
 from fastff.errors import CheckpointError
+from fastff.models.tasks import Kind
 from fastff.text.examples import Examples, tokenise
 
 BATCH = 64

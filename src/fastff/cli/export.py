@@ -1,0 +1,44 @@
+"""`fastff export`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from fastff.cli.progress import console
+
+CALIBRATION_LINES = 64
+
+
+def export(
+    model: str,
+    /,
+    *,
+    to: Literal["openvino"],
+    out: Path,
+    weights: Literal["int8", "fp32"] = "int8",
+    text: Path | None = None,
+) -> int:
+    """Write a model for inference without PyTorch.
+
+    Parameters
+    ----------
+    model
+        Directory or hub name of a Transformers model, dense or conditional.
+    to
+        Who reads it: openvino.
+    out
+        Directory to write; what is there is replaced.
+    weights
+        What weights are stored in, conditional layers' and the others'.
+    text
+        Text, one example a line, whose first lines calibrate int8 activations (OpenVINO).
+    """
+    from fastff.engine.export import export as run
+    from fastff.text.reading import lines
+
+    texts = None if text is None else list(islice(lines(text), CALIBRATION_LINES))
+    run(model, out, to=to, weights=weights, texts=texts)
+    console.print(f"wrote {out}", markup=False)
+    return 0

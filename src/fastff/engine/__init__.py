@@ -1,0 +1,1 @@
+"""Whole models for inference without PyTorch: exported to OpenVINO, or run by the native engine."""

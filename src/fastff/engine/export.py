@@ -1,0 +1,62 @@
+"""A model directory written in the form that an engine reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+import fastff.models  # noqa: F401  the Auto classes know our models then
+from fastff.errors import CheckpointError
+from fastff.models.carried_files import carry
+from fastff.models.tasks import AUTO, Kind, kind_of
+
+Target = Literal["openvino"]
+
+
+def export(
+    model: str | Path, out: str | Path, *, to: Target, weights: str = "int8", texts: Sequence[str] | None = None
+) -> Path:
+    """Write a model, dense, narrow or conditional, for inference without PyTorch. Returns `out`.
+
+    model    directory or hub name of a Transformers model, converted ones and UltraFastBERT included
+    out      directory to write; what is there is replaced
+    to       "openvino": an IR with fastff's operations (`docs/openvino.md`)
+    weights  "int8" or "fp32"
+    texts    "openvino": what the ranges of int8 activations are measured on (default: a few plain sentences)
+
+    Raises ValueError for another target or weights, CheckpointError for a model that cannot be loaded or has no such
+    form, BackendUnavailable where the target's tools are missing, FileError if `out` cannot be written.
+    """
+    if to not in get_args(Target):
+        raise ValueError(f"to {to!r} is not one of {', '.join(get_args(Target))}")
+    from fastff.engine import openvino
+
+    openvino.check_weights(weights)
+    loaded, tokenizer, kind = load_model(str(model))
+    if kind == "causal":
+        raise CheckpointError(f"{model} is a causal model; to 'openvino' go encoders and classifiers")
+    output = "last_hidden_state" if kind == "embedding" else "logits"
+    openvino.export(loaded, tokenizer, Path(out), output=output, weights=weights, texts=texts)  # type: ignore[arg-type]
+    carry(str(model), Path(out))
+    return Path(out)
+
+
+def load_model(model: str) -> tuple[Any, Any, Kind]:
+    """Model (float32, evaluation mode, on the CPU), tokenizer (None where there is none) and kind.
+
+    Raises CheckpointError for a directory or name without a configuration or weights that Transformers knows.
+    """
+    try:
+        kind = kind_of(AutoConfig.from_pretrained(model))
+        loaded = AUTO[kind].from_pretrained(model, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} cannot be loaded: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        tokenizer = None
+    return loaded, tokenizer, kind
