@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from fastff.cli.progress import console
+from fastff.cli.console import console
 
 CALIBRATION_LINES = 64
 
