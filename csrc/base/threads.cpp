@@ -21,6 +21,7 @@ constexpr int kMostThreads = 1024;
 
 std::atomic<fastff_parallel_for> host_pool{nullptr};
 thread_local bool inside_pool = false;
+thread_local bool own_pool_only = false;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -131,6 +132,9 @@ void run_on_own_pool(int64_t pieces, int threads, const std::function<void(int64
 
 }  // namespace
 
+OwnPoolScope::OwnPoolScope() : before_(own_pool_only) { own_pool_only = true; }
+OwnPoolScope::~OwnPoolScope() { own_pool_only = before_; }
+
 void set_parallel_for(fastff_parallel_for host) { host_pool = host; }
 
 int resolved_threads(int threads) {
@@ -148,7 +152,8 @@ void run_pieces(int64_t n, int64_t pieces, int threads, const std::function<void
       failure = std::current_exception();
     }
   };
-  if (const fastff_parallel_for host = host_pool) {
+  const fastff_parallel_for host = own_pool_only ? nullptr : host_pool.load();
+  if (host) {
     const auto range = [](int64_t begin, int64_t end, void* context) {
       for (int64_t i = begin; i < end; ++i) (*static_cast<const std::function<void(int64_t)>*>(context))(i);
     };

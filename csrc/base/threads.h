@@ -10,6 +10,20 @@
 namespace fastff {
 
 void set_parallel_for(fastff_parallel_for host);
+
+// While one lives, work of this thread runs on fastff's own pool even if the host gave one: for calls that cut hundreds of
+// short pieces in turn, between which the host's pool may sleep.
+class OwnPoolScope {
+ public:
+  OwnPoolScope();
+  ~OwnPoolScope();
+  OwnPoolScope(const OwnPoolScope&) = delete;
+  OwnPoolScope& operator=(const OwnPoolScope&) = delete;
+
+ private:
+  bool before_;
+};
+
 int resolved_threads(int threads);  // a positive number as it is, else the processors that this process may use
 
 // Run piece(begin, end) for `pieces` equal cuts of [0, n). What a piece throws is thrown again here.

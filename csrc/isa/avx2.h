@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/bf16.h"
+#include "base/half.h"
 
 namespace fastff {
 namespace {
@@ -30,11 +31,13 @@ struct Vec<float> {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static Reg load_n(const Bf16* p, int64_t) { return load(p); }
+  static Reg load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Reg load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   static Reg load_n(const int8_t* p, int64_t) { return load(p); }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void store(Half* p, Reg v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
   static void stream(float* p, Reg v) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) _mm256_stream_ps(p, v);
     else store(p, v);

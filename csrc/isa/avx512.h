@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/bf16.h"
+#include "base/half.h"
 
 namespace fastff {
 namespace {
@@ -27,11 +28,13 @@ struct Vec<float> {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static Reg load_n(const Bf16* p, int64_t) { return load(p); }
+  static Reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Reg load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static Reg load_n(const int8_t* p, int64_t) { return load(p); }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void store(Half* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0)); }
   static void stream(float* p, Reg v) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof v == 0) _mm512_stream_ps(p, v);
     else store(p, v);

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/bf16.h"
+#include "base/half.h"
 
 namespace fastff {
 namespace {
@@ -36,6 +37,9 @@ struct Vec<float> {
     return vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
   }
   static Reg load_n(const Bf16* p, int64_t) { return load(p); }
+  static Reg load(const Half* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+  }
   static Reg load(const int8_t* p) {
     uint32_t four;
     std::memcpy(&four, p, sizeof four);
@@ -44,6 +48,9 @@ struct Vec<float> {
   }
   static Reg load_n(const int8_t* p, int64_t) { return load(p); }
   static void store(float* p, Reg v) { vst1q_f32(p, v); }
+  static void store(Half* p, Reg v) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
+  }
   static void stream(float* p, Reg v) { store(p, v); }
   static void store_n(float* p, Reg v, int64_t n) {
     float all[width];

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "base/bf16.h"
+#include "base/half.h"
 
 namespace fastff {
 namespace {
@@ -17,12 +18,14 @@ struct Vec {
   static Reg set(T v) { return v; }
   static Reg load(const T* p) { return *p; }
   static Reg load(const Bf16* p) { return to_float(*p); }
+  static Reg load(const Half* p) { return to_float(*p); }
   static Reg load(const int8_t* p) { return *p; }
   template <class W>
   static Reg load_n(const W* p, int64_t) {
     return load(p);
   }
   static void store(T* p, Reg v) { *p = static_cast<T>(v); }
+  static void store(Half* p, Reg v) { *p = to_half(static_cast<float>(v)); }
   static void stream(T* p, Reg v) { store(p, v); }
   static void store_n(T* p, Reg v, int64_t) { *p = static_cast<T>(v); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }

@@ -38,6 +38,53 @@ FASTFF_API int32_t fastff_matrix_multiply_f32(const fastff_matrix* matrix, const
                                               int64_t rows, const float* bias, int32_t activation, int32_t bits,
                                               int32_t add, float* y, int32_t threads);
 
+/* ---- Decoders ----
+ *
+ * A model is immutable: any number of sessions of it may run in threads of their own. A session is a conversation, its
+ * tokens, their keys and values; one thread at a time may use it, another is refused. Tokens are numbers below vocab_size. */
+typedef struct fastff_model fastff_model;
+typedef struct fastff_session fastff_session;
+
+typedef struct fastff_model_facts {
+  int64_t vocab_size;
+  int64_t positions; /* at most, of a session */
+  int64_t hidden;
+  int64_t layers;
+  int64_t bytes; /* of the file */
+} fastff_model_facts;
+
+/* Opens a file that `fastff export --to native` wrote. map: 0 copies it to huge pages; else its pages are shared with other
+ * processes, and it must not be cut while the model lives. FASTFF_BAD_ARGUMENT for a file that is missing, damaged or of
+ * another version. */
+FASTFF_API int32_t fastff_model_open(const char* path, int32_t map, fastff_model** model);
+FASTFF_API int32_t fastff_model_describe(const fastff_model* model, fastff_model_facts* facts);
+/* NULL is allowed. No session of the model may live. */
+FASTFF_API void fastff_model_free(fastff_model* model);
+
+/* capacity: positions the session can hold. Refused if their cache exceeds the machine's memory. */
+FASTFF_API int32_t fastff_session_new(const fastff_model* model, int64_t capacity, fastff_session** session);
+/* Tokens read so far; 0 for NULL. */
+FASTFF_API int64_t fastff_session_length(const fastff_session* session);
+/* Forgets all but the first `length` tokens. */
+FASTFF_API int32_t fastff_session_rewind(fastff_session* session, int64_t length);
+/* Reads tokens after those read so far. logits: NULL, or [count][vocab_size] for what each of them predicts; without it only
+ * the last one's prediction is computed. Nothing is read if a token is not of the vocabulary or they do not fit. */
+FASTFF_API int32_t fastff_session_feed(fastff_session* session, const int32_t* ids, int64_t count, float* logits,
+                                       int32_t threads);
+
+typedef struct fastff_sampling {
+  float temperature; /* 0: the likeliest token */
+  float top_p;       /* above 0, to 1: the likeliest tokens whose probabilities reach it; 1: all */
+  int64_t top_k;     /* the likeliest tokens; 0: all */
+} fastff_sampling;
+
+/* Seed of the session's random numbers; a new session has seed 0. */
+FASTFF_API int32_t fastff_session_seed(fastff_session* session, uint64_t seed);
+/* Draws the next token from what the last one read predicts. Does not read it. */
+FASTFF_API int32_t fastff_session_sample(fastff_session* session, const fastff_sampling* sampling, int32_t* id);
+/* NULL is allowed. */
+FASTFF_API void fastff_session_free(fastff_session* session);
+
 #ifdef __cplusplus
 }
 #endif

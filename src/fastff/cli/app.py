@@ -21,6 +21,7 @@ COMMANDS = (
     ("convert", "fastff.cli.convert:convert", "Make a trained dense model conditional, and report what that changes."),
     ("demo", "fastff.cli.demo:demo", "Train a small model with trees beside its dense twin; write a report."),
     ("export", "fastff.cli.export:export", "Write a model for inference without PyTorch."),
+    ("generate", "fastff.cli.generate:generate", "Stream text from an exported model, with its tokens a second."),
     ("glue", "fastff.cli.train:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
     ("pretrain", "fastff.cli.train:pretrain", "Pretrain a language model on your text."),
     (

@@ -15,7 +15,7 @@ def export(
     model: str,
     /,
     *,
-    to: Literal["openvino"],
+    to: Literal["native", "openvino"],
     out: Path,
     weights: Literal["int8", "fp32"] = "int8",
     text: Path | None = None,
@@ -25,9 +25,9 @@ def export(
     Parameters
     ----------
     model
-        Directory or hub name of a Transformers model, dense or conditional.
+        Directory or hub name of a Transformers model, dense or conditional; for native also a GGUF file.
     to
-        Who reads it: openvino.
+        Who reads it: native (fastff's own engine, for causal models) or openvino (encoders and classifiers).
     out
         Directory to write; what is there is replaced.
     weights

@@ -14,7 +14,7 @@ from fastff.errors import CheckpointError
 from fastff.models.carried_files import carry
 from fastff.models.tasks import AUTO, Kind, kind_of
 
-Target = Literal["openvino"]
+Target = Literal["native", "openvino"]
 
 
 def export(
@@ -24,8 +24,9 @@ def export(
 
     model    directory or hub name of a Transformers model, converted ones and UltraFastBERT included
     out      directory to write; what is there is replaced
-    to       "openvino": an IR with fastff's operations (`docs/openvino.md`)
-    weights  "int8" or "fp32"
+    to       "native": for `fastff.engine.generate` (`docs/engine.md`), where `model` may be a GGUF file too;
+             "openvino": an IR with fastff's operations (`docs/openvino.md`)
+    weights  "int8", or for OpenVINO "fp32"
     texts    "openvino": what the ranges of int8 activations are measured on (default: a few plain sentences)
 
     Raises ValueError for another target or weights, CheckpointError for a model that cannot be loaded or has no such
@@ -33,6 +34,8 @@ def export(
     """
     if to not in get_args(Target):
         raise ValueError(f"to {to!r} is not one of {', '.join(get_args(Target))}")
+    if to == "native":
+        return _to_native(str(model), Path(out), weights)
     from fastff.engine import openvino
 
     openvino.check_weights(weights)
@@ -43,6 +46,20 @@ def export(
     openvino.export(loaded, tokenizer, Path(out), output=output, weights=weights, texts=texts)  # type: ignore[arg-type]
     carry(str(model), Path(out))
     return Path(out)
+
+
+def _to_native(model: str, out: Path, weights: str) -> Path:
+    from fastff.engine import native
+
+    native.check_weights(weights)
+    if model.endswith(".gguf"):
+        native.export_gguf(Path(model), out)
+        return out
+    loaded, tokenizer, kind = load_model(model)
+    if kind != "causal":
+        raise CheckpointError(f"{model} is a model of kind {kind!r}; to 'native' go causal models")
+    native.export_model(loaded, tokenizer, out)
+    return out
 
 
 def load_model(model: str) -> tuple[Any, Any, Kind]:

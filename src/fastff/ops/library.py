@@ -80,6 +80,19 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_matrix_multiply_f32.argtypes = (
         [pointer] * 3 + [int64] + [pointer] + [int32] * 3 + [pointer] + [int32]
     )
+    library.fastff_model_open.argtypes = [ctypes.c_char_p, int32, pointer]
+    library.fastff_model_describe.argtypes = [pointer, pointer]
+    library.fastff_model_free.argtypes = [pointer]
+    library.fastff_model_free.restype = None
+    library.fastff_session_new.argtypes = [pointer, int64, pointer]
+    library.fastff_session_length.argtypes = [pointer]
+    library.fastff_session_length.restype = int64
+    library.fastff_session_rewind.argtypes = [pointer, int64]
+    library.fastff_session_feed.argtypes = [pointer, pointer, int64, pointer, int32]
+    library.fastff_session_seed.argtypes = [pointer, ctypes.c_uint64]
+    library.fastff_session_sample.argtypes = [pointer, pointer, pointer]
+    library.fastff_session_free.argtypes = [pointer]
+    library.fastff_session_free.restype = None
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]

@@ -15,7 +15,7 @@ from fastff.errors import ShapeError
 from fastff.ops.dense import dense
 from fastff.ops.library import call, get_num_threads, library, pointer
 
-__all__ = ["PackedMatrix"]
+__all__ = ["PackedMatrix", "packed_bytes"]
 
 ALIGNMENT = 64  # bytes, of packed weights
 
@@ -24,6 +24,12 @@ class _Matrix(ctypes.Structure):
     """fastff_matrix of csrc/model/fastff_model.h."""
 
     _fields_ = (("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64), ("gated", ctypes.c_int32))
+
+
+def packed_bytes(out_features: int, in_features: int, *, gated: bool = False) -> int:
+    """Size of a packed matrix; 0 for one that cannot be."""
+    matrix = _Matrix(out_features, in_features, gated)
+    return int(library().fastff_matrix_bytes(ctypes.addressof(matrix)))
 
 
 class PackedMatrix:

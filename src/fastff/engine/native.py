@@ -1,0 +1,66 @@
+"""Export to the native engine: a directory with the packed weights, the tokenizer and what else generation needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastff.engine import decoders
+from fastff.engine.gguf import Gguf, GgufWeights, configuration
+from fastff.engine.gguf_tokenizer import tokenizer_of
+from fastff.engine.native_file import write_model
+from fastff.errors import CheckpointError
+from fastff.io import replacing_folder
+
+MODEL_FILE, FACTS_FILE, FORMAT = "model.fastff", "engine.json", 1
+
+
+def check_weights(weights: str) -> None:
+    """Raises ValueError for a form of weights that the engine does not have."""
+    if weights != "int8":
+        raise ValueError(f"weights {weights!r}: the native engine takes 'int8'")
+
+
+def export_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write a causal model of Transformers, in float32 on the CPU. Raises CheckpointError for one the engine lacks."""
+    stop = _numbers(getattr(model.generation_config, "eos_token_id", None))
+    _write(model.config, model.state_dict(), tokenizer, stop, out)
+
+
+def export_gguf(path: Path, out: Path) -> None:
+    """Write the model of a GGUF file. Raises CheckpointError for one that is damaged or that the engine lacks."""
+    gguf = Gguf(path)
+    config = configuration(gguf)
+    stop = _numbers(gguf.metadata.get("tokenizer.ggml.eos_token_id"))
+    _write(config, GgufWeights(gguf, config), tokenizer_of(gguf), stop, out)
+
+
+def _numbers(ids: Any) -> list[int]:
+    return [] if ids is None else [int(i) for i in (ids if isinstance(ids, Iterable) else [ids])]
+
+
+def _write(config: Any, weights: decoders.Weights, tokenizer: Any, stop: list[int], out: Path) -> None:
+    described = decoders.describe(config, weights)
+    with replacing_folder(out) as folder:
+        write_model(folder / MODEL_FILE, described.model, described.tensors)
+        facts = {"format": FORMAT, "kind": described.model["kind"], "weights": "int8", "stop": stop}
+        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `engine.json` of an exported directory says. Raises CheckpointError for a directory that is none."""
+    path = folder / FACTS_FILE
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is no export for the native engine ({error}): make one with "
+            "`fastff export MODEL --to native --out DIR`"
+        ) from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is of another format, expected {FORMAT}: export the model again")
+    return facts

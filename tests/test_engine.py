@@ -1,0 +1,197 @@
+"""The native decoder against Transformers: values, order of reading, sessions, limits, and sampling."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from conftest import supported_isas
+from engine_cases import CONFIGS, VOCABULARY, exported, random_model
+from fastff.engine import native
+from fastff.engine.decoders import describe
+from fastff.engine.generate import Engine, Sampling, load
+from fastff.errors import CheckpointError, FastffError
+from fastff.ops import native as native_ops
+
+
+def tokens(count, seed=0):
+    return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=supported_isas(dots=True, tiles=True))
+def tile_isa(request):
+    before = native_ops.isa()
+    native_ops.set_isa(request.param)
+    yield request.param
+    native_ops.set_isa(before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_model_with_rounded_weights(name):
+    engine, model, _ = exported(name)
+    ids = tokens(37)
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0]
+    got = engine.logits(ids)
+    error = (got - want).abs().amax() / want.std()
+    assert error < 0.02, f"{error:.4f} of a standard deviation"
+    assert (got.argmax(1) == want.argmax(1)).all()
+
+
+def test_every_instruction_set_computes_the_same_model(tile_isa):
+    engine, model, _ = exported("llama")
+    ids = tokens(21, seed=5)
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0]
+    assert (engine.logits(ids) - want).abs().amax() / want.std() < 0.02
+
+
+def test_a_prompt_read_at_once_leaves_the_bits_of_one_read_in_pieces(tile_isa):
+    engine, _, _ = exported("qwen3")
+    ids = tokens(50)
+    whole = engine.logits(ids, threads=2)
+    for cuts in ([1] * 50, [7, 1, 30, 12]):
+        session, rows, at = engine.session(threads=1), [], 0
+        for count in cuts:
+            rows.append(session.feed(ids[at : at + count], want_logits=True))
+            at += count
+        assert torch.equal(torch.cat(rows), whole)
+
+
+def test_a_prompt_longer_than_one_pass_through_the_layers():
+    """More rows than pass together: what a later part sees of an earlier one is in the cache alone."""
+    engine, _, _ = exported("llama")
+    ids = tokens(96)
+    first = engine.logits(ids)
+    session = engine.session()
+    for token in ids[:95]:
+        session.feed([token])
+    assert torch.equal(session.feed(ids[95:], want_logits=True)[0], first[95])
+
+
+def test_greedy_tokens_are_those_of_transformers():
+    engine, model, _ = exported("llama")
+    prompt = tokens(8, seed=3)
+    got = list(engine.generate_ids(prompt, max_new_tokens=24))
+    with torch.no_grad():
+        predicted = model(torch.tensor([prompt + got])).logits[0].argmax(1)
+    assert got == predicted[7:-1].tolist()
+    assert len(got) == 24
+
+
+def test_sessions_of_many_threads_have_the_bits_of_one():
+    engine, _, _ = exported("llama")
+    prompts = [tokens(5 + 3 * i, seed=i) for i in range(8)]
+    alone = [list(engine.generate_ids(prompt, max_new_tokens=20)) for prompt in prompts]
+    logits = [engine.logits(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda prompt: list(engine.generate_ids(prompt, max_new_tokens=20)), prompts))
+        assert together == alone
+        for one, other in zip(logits, pool.map(engine.logits, prompts), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_rewound_sessions_go_on_as_new_ones():
+    engine, _, _ = exported("llama")
+    ids = tokens(40)
+    session = engine.session()
+    session.feed(ids)
+    session.rewind(11)
+    assert len(session) == 11
+    with pytest.raises(FastffError, match="no token was read"):
+        session.sample(Sampling())
+    again = session.feed(ids[11:20], want_logits=True)
+    assert torch.equal(again, engine.logits(ids[:20])[11:])
+
+
+def test_tokens_outside_the_vocabulary_and_prompts_too_long_are_refused_unread():
+    engine, _, _ = exported("llama")
+    session = engine.session(10)
+    for wrong in (-1, VOCABULARY):
+        with pytest.raises(FastffError, match=f"token {wrong} is outside the vocabulary of 300"):
+            session.feed([1, wrong])
+    with pytest.raises(FastffError, match="11 tokens after 0 do not fit the session's 10 positions"):
+        session.feed([1] * 11)
+    assert len(session) == 0
+    with pytest.raises(FastffError, match="capacity 97"):
+        engine.session(97)
+    with pytest.raises(FastffError, match="do not fit"):
+        list(engine.generate_ids([1] * 97))
+    with pytest.raises(FastffError, match="empty"):
+        engine.encode_prompt([])
+    with pytest.raises(CheckpointError, match="without a tokenizer"):
+        engine.encode_prompt("text")
+
+
+def test_generation_ends_where_positions_end():
+    engine, _, _ = exported("mistral")
+    assert engine.positions == 40  # of the sliding window
+    assert len(list(engine.generate_ids(tokens(30), max_new_tokens=100))) == 11
+
+
+class TestSampling:
+    def draws(self, count, **options):
+        engine, _, _ = exported("llama")
+        session = engine.session()
+        session.feed(tokens(6))
+        session.seed(options.pop("seed", 0))
+        logits = engine.logits(tokens(6))[-1].double()
+        return [session.sample(Sampling(**options)) for _ in range(count)], logits
+
+    def test_frequencies_are_the_probabilities(self):
+        drawn, logits = self.draws(4000, temperature=3.0)
+        want = torch.softmax(logits / 3, 0)
+        got = torch.bincount(torch.tensor(drawn), minlength=VOCABULARY) / 4000
+        likely = want > 0.01
+        assert likely.sum() >= 5
+        assert ((got - want)[likely].abs() < 5 * (want[likely] / 4000).sqrt()).all()
+
+    def test_a_seed_gives_the_same_tokens(self):
+        assert self.draws(50, temperature=5.0, seed=7)[0] == self.draws(50, temperature=5.0, seed=7)[0]
+        assert self.draws(50, temperature=5.0, seed=7)[0] != self.draws(50, temperature=5.0, seed=8)[0]
+
+    def test_top_k_and_top_p_keep_the_likeliest(self):
+        drawn, logits = self.draws(500, temperature=20.0, top_k=3)
+        assert set(drawn) == set(logits.topk(3).indices.tolist())
+        drawn, logits = self.draws(2000, temperature=5.0, top_p=0.3)
+        order = logits.argsort(descending=True)
+        sums = torch.softmax(logits / 5, 0)[order].cumsum(0)
+        kept = order[: int((sums < 0.3).sum()) + 1].tolist()
+        assert set(drawn) == set(kept)
+        assert self.draws(3, temperature=1.0, top_k=1)[0] == [int(logits.argmax())] * 3
+
+    @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+    def test_settings_out_of_range_are_refused(self, wrong):
+        with pytest.raises(FastffError, match=next(iter(wrong))):
+            self.draws(1, **wrong)
+
+
+class TestExport:
+    def test_a_mapped_file_gives_the_same_bits(self):
+        engine, _, folder = exported("llama")
+        assert torch.equal(load(folder, map=True).logits(tokens(9)), engine.logits(tokens(9)))
+
+    def test_weights_that_are_not_finite_are_refused(self, tmp_path):
+        model = random_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+        with pytest.raises(CheckpointError, match=r"layers\.1\.up holds NaN"):
+            native.export_model(model, None, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_models_and_weights_of_another_kind_are_refused(self):
+        model = random_model("llama")
+        weights = model.state_dict()
+        del weights["model.layers.0.self_attn.v_proj.weight"]
+        tensors = describe(model.config, weights).tensors
+        with pytest.raises(CheckpointError, match=r"v_proj\.weight is missing"):
+            tensors["layers.0.qkv"].make()
+        model.config.model_type = "bloom"
+        with pytest.raises(CheckpointError, match="'bloom' is not one of llama"):
+            describe(model.config, weights)
+
+    def test_another_directory_is_refused(self, tmp_path):
+        with pytest.raises(CheckpointError, match="fastff export"):
+            Engine(tmp_path)
