@@ -168,7 +168,9 @@ def _share_one_arena() -> None:
     ort.create_and_register_allocator(where, None)
 
 
-def _onnxruntime(model: Callable[[DenseLayer], bytes]) -> Make:
+def onnxruntime_calls(model: Callable[[DenseLayer], bytes]) -> Make:
+    """ONNX Runtime on the model that each layer becomes."""
+
     def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
         import onnxruntime as ort
 
@@ -186,7 +188,9 @@ def _onnxruntime(model: Callable[[DenseLayer], bytes]) -> Make:
     return make
 
 
-def _openvino(model: Callable[[DenseLayer], bytes]) -> Make:
+def openvino_calls(model: Callable[[DenseLayer], bytes]) -> Make:
+    """OpenVINO likewise."""
+
     def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
         os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
         import openvino as ov
@@ -289,14 +293,14 @@ PROVIDERS: dict[str, Provider] = {
             inputs=_bf16, output=Tensor.float, per_rows=True, missing=_no_onednn,
         ),
         Provider("torch int8", "torch", True, "int8", torch_int8, 1.25),
-        Provider("onnxruntime", "onnxruntime", True, "fp32", _onnxruntime(_FP32), 2, needs=_RUNTIME, **_ONNX),
+        Provider("onnxruntime", "onnxruntime", True, "fp32", onnxruntime_calls(_FP32), 2, needs=_RUNTIME, **_ONNX),
         Provider(
-            "onnxruntime int8", "onnxruntime", True, "int8", _onnxruntime(onnx_models.dynamic_int8), 1,
+            "onnxruntime int8", "onnxruntime", True, "int8", onnxruntime_calls(onnx_models.dynamic_int8), 1,
             needs=_RUNTIME, **_ONNX,
         ),
-        Provider("openvino", "openvino", True, "fp32", _openvino(_FP32), 2, 1.5, needs=_VINO, **_ONNX),
+        Provider("openvino", "openvino", True, "fp32", openvino_calls(_FP32), 2, 1.5, needs=_VINO, **_ONNX),
         Provider(
-            "openvino int8", "openvino", True, "int8", _openvino(onnx_models.static_int8), 1, 1.5,
+            "openvino int8", "openvino", True, "int8", openvino_calls(onnx_models.static_int8), 1, 1.5,
             needs=_STATIC, **_ONNX,
         ),
         Provider("fastff", "fastff", False, "fp32", modules, 1, trains=True),

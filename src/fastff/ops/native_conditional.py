@@ -16,7 +16,7 @@ from fastff.ops.dense import dense
 from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
 from fastff.ops.native import why_unavailable
 
-__all__ = ["WEIGHTS", "PackedLeaves", "backward", "forward", "why_not", "why_unavailable"]
+__all__ = ["WEIGHTS", "PackedLeaves", "backward", "forward", "leaves_of", "why_not", "why_unavailable"]
 
 
 WEIGHTS = {None: 0, "bf16": 1, "int8": 2}  # by the name of a quantisation: enum fastff_weights
@@ -39,7 +39,7 @@ def _c_leaves(in_features: int, out_features: int, leaves: int, width: int, acti
     return _Leaves(in_features, out_features, leaves, width, ACTIVATIONS.index(activation))
 
 
-def _leaves_of(w_in: Tensor, w_out: Tensor, activation: str) -> int:
+def leaves_of(w_in: Tensor, w_out: Tensor, activation: str) -> int:
     """Address of the C struct of leaves with these weights."""
     leaves, width, out_features = w_out.shape
     return ctypes.addressof(_c_leaves(w_in.shape[2], out_features, leaves, width, activation))
@@ -75,7 +75,7 @@ def forward(
     kept = dense(w_in, b_in, w_out, b_out, x, leaf, gate)
     call(
         f"fastff_conditional_forward_{SUFFIXES[x.dtype]}",
-        _leaves_of(w_in, w_out, activation),
+        leaves_of(w_in, w_out, activation),
         *map(pointer, kept),
         rows,
         k,
@@ -107,7 +107,7 @@ def backward(
     saved = dense(scores)
     call(
         f"fastff_conditional_backward_{SUFFIXES[x.dtype]}",
-        _leaves_of(w_in, w_out, activation),
+        leaves_of(w_in, w_out, activation),
         *map(pointer, kept),
         rows,
         k,
@@ -141,7 +141,7 @@ class PackedLeaves:
         kept = dense(*(None if t is None else t.detach().float() for t in (w_in, b_in, w_out, b_out)))
         call(
             "fastff_conditional_pack_f32",
-            _leaves_of(w_in, w_out, activation),
+            leaves_of(w_in, w_out, activation),
             *map(pointer, kept),
             WEIGHTS[quantization],
             ctypes.byref(self._handle),

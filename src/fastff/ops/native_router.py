@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastff.errors import FastffError
 from fastff.ops import backends, interface
 from fastff.ops.dense import dense
-from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
-from fastff.ops.native_conditional import WEIGHTS
+from fastff.ops.library import OK, SUFFIXES, call, get_num_threads, library, pointer
+from fastff.ops.native_conditional import WEIGHTS, leaves_of
 
 KINDS = ("tree", "paths", "flat", "product_key")
 GATES = (None, "boundary", "boundary_min", "normalised")
@@ -138,3 +139,52 @@ class PackedRouter:
         out = (pointer(leaf), pointer(gate))
         call("fastff_router_infer_f32", self._handle, pointer(x), len(x), *out, get_num_threads())
         return leaf, gate
+
+
+class JoinedLayer:
+    """Copies of an fp32 router and its leaves as one layer, for inference: one call from rows to rows.
+
+    router: weight, bias, balance; leaves: w_in (leaves, in_rows, in_features), b_in, w_out (leaves, width, features),
+    b_out; quantization: None, "bf16" or "int8". It does not follow later changes of the weights.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        router: tuple[Tensor, Tensor | None, Tensor | None],
+        leaves: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+        *,
+        activation: str,
+        quantization: str | None,
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        self._free = library().fastff_layer_free
+        self._infer = library().fastff_layer_infer_f32
+        self._out_features = leaves[2].shape[2]
+        kept = dense(*(None if t is None else t.detach().float() for t in (*router, *leaves)))
+        call(
+            "fastff_layer_pack_f32",
+            ctypes.addressof(_c_router(sizes)),
+            *map(pointer, kept[:3]),
+            leaves_of(leaves[0], leaves[2], activation),
+            *map(pointer, kept[3:]),
+            WEIGHTS[quantization],
+            ctypes.byref(self._handle),
+        )
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._free(self._handle)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copy."""
+        size: int = library().fastff_layer_bytes(self._handle)
+        return size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y (rows, out_features) of x (rows, in_features), fp32 and contiguous."""
+        y = x.new_empty(len(x), self._out_features)
+        if self._infer(self._handle, pointer(x), pointer(y), len(x), get_num_threads()) != OK:
+            raise FastffError(library().fastff_error().decode())
+        return y
