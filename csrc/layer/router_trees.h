@@ -65,7 +65,10 @@ class Trees {
       if (count_ <= kFewRows) {
         few_rows(piece.tree, piece.tree_end);
       } else {
-        for (int64_t t = piece.tree; t < piece.tree_end; ++t) many_rows(t);
+        for (int64_t t = piece.tree; t < piece.tree_end; ++t) {
+          fetch_later(t + 1 < piece.tree_end ? t + 1 : t);
+          many_rows(t);
+        }
       }
     }
   }
@@ -100,6 +103,20 @@ class Trees {
     if (out_.scores)
       for (int64_t i = 0; i < count_; ++i)
         for (int level = 0; level < router_.depth; ++level) score_out(i, t)[level] = score(level)[i];
+  }
+
+  // A tree whose nodes come into the second-level cache while the one before it is in work, a few lines a tile of rows.
+  void fetch_later(int64_t t) {
+    const int64_t bytes = router_.nodes() * view_.stride * static_cast<int64_t>(sizeof(W));
+    const int64_t tiles = (router_.depth + 1) / 2 * ((count_ + 3) / 4);
+    later_ = reinterpret_cast<const char*>(view_.at(weight_row(t, 0, 0)));
+    later_end_ = later_ + bytes;
+    later_bytes_ = (bytes / kLineBytes / std::max<int64_t>(1, tiles) + 1) * kLineBytes;
+  }
+  void fetch_some() {
+    if (later_ >= later_end_) return;
+    fetch_soon(later_, later_bytes_);
+    later_ += later_bytes_;
   }
 
   T* score(int level) const { return scratch_.score.data() + level * stride_; }
@@ -152,6 +169,7 @@ class Trees {
       const int64_t m = std::min(kRows, n - p);
       const W* x[kRows];
       for (int64_t k = 0; k < m; ++k) x[k] = rows_.row(order[p + k]);
+      fetch_some();
       Products<W>::template few<2 * L - 1>(x, m, w, rows_.n(), product + 4 * p);
     }
   }
@@ -227,6 +245,8 @@ class Trees {
   RoutedRows<T, W> rows_;
   TreesScratch<T>& scratch_;
   int64_t first_ = 0, count_ = 0, stride_ = 0;
+  const char *later_ = nullptr, *later_end_ = nullptr;
+  int64_t later_bytes_ = 0;
 
   // Rows grouped by node: those of node g of a level are order[start[g]] up to order[start[g + 1]].
   struct Groups {
