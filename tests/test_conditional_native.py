@@ -367,7 +367,7 @@ def test_packed_calls_refuse_bad_arguments_by_name():
         assert message in error()
     assert y.isnan().all()
     leaves, pointers = (
-        native_conditional._leaves_of(made.w_in, made.w_out, "swiglu"),
+        native_conditional.leaves_of(made.w_in, made.w_out, "swiglu"),
         [made.w_in, None, made.w_out, None],
     )
     pointers = [None if p is None else p.data_ptr() for p in pointers]

@@ -97,7 +97,7 @@ class ForestPack final : public fastff_packed {
 }  // namespace
 
 bool is_forest(const Tree& tree, int32_t weights) {
-  if (weights != FASTFF_BF16 && weights != FASTFF_INT8) return false;  // in fp32 paths side by side are as fast
+  if (weights < FASTFF_F32 || weights > FASTFF_INT8) return false;
   return tree.trees > 1 && !tree.node_output && tree.trees * tree.leaves() <= kMostLeaves &&
          (weights != FASTFF_INT8 || tree.in_features <= kMostLeafFeatures);
 }
