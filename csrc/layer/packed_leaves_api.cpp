@@ -82,7 +82,7 @@ LeafCall make_call(const fastff_packed_leaves& packed, const ItemArrays<float>& 
           in.x,
           in.gate,
           y,
-          rows <= kFewRows,
+          rows <= kFewRows || 2 * items < 3 * l.leaves.leaves,
           place,
           chosen,
           unpadded ? const_cast<char*>(reinterpret_cast<const char*>(in.x)) : memory.xs.at_least(rows * l.x_words * 4),

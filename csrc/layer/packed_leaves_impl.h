@@ -23,6 +23,7 @@ constexpr int kStreams = 4;                       // leaves read side by side
 constexpr int64_t kAheadBytes = 192 << 10;        // of weights on their way to the second-level cache
 constexpr int64_t kFirstBytes = 16 << 10;         // likewise when a range begins
 constexpr int64_t kBlockBytes = 640 << 10;        // of the second-level cache for a block of columns
+constexpr int64_t kNearBytes = 8 << 10;          // of a large leaf, before it is computed
 constexpr int kOutTile = 4;                       // rows of y that share a line of w_out
 
 inline void fetch(const char* p) { __builtin_prefetch(p, 0, 2); }
@@ -250,7 +251,6 @@ class Scores {
 
  private:
   const char* leaf_in(int64_t position) const { return call_.in + call_.visits.leaf[position] * l_.in_bytes; }
-  const char* leaf_out(int64_t position) const { return call_.out + call_.visits.leaf[position] * l_.out_bytes; }
   const char* x_row(int64_t position) const { return call_.xs + call_.visits.row(position) * l_.x_words * 4; }
 
   // ---- many rows: the items of one leaf together ----
@@ -317,7 +317,10 @@ class Scores {
   // ---- few rows: four items side by side ----
 
   void few(int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < std::min(begin + 2 * kStreams, end); ++at) fetch_all(leaf_in(at), l_.in_bytes);
+    // Leaves of several groups: a group is fetched while the one before it is computed. Others: four leaves after the next.
+    const bool large = l_.wide + l_.narrow > 1;
+    const int64_t first = large ? std::min(l_.in_bytes, kNearBytes) : l_.in_bytes;
+    for (int64_t at = begin; at < std::min(begin + (large ? 1 : 2) * kStreams, end); ++at) fetch_all(leaf_in(at), first);
     for (int64_t at = begin; at < end; at += kStreams) {
       const int64_t n = std::min<int64_t>(kStreams, end - at);
       streams(at, n, end);
@@ -328,30 +331,34 @@ class Scores {
   void streams(int64_t at, int64_t n, int64_t end) {
     const char *w[kStreams], *x[kStreams], *ahead[kStreams];
     Sum<W>* out[kStreams];
-    const bool more = at + 2 * kStreams < end;
+    const int64_t groups = l_.wide + l_.narrow, next = (groups > 1 ? 1 : 2) * kStreams;
+    const bool more = at + next < end;
     for (int64_t s = 0; s < kStreams; ++s) {
       const int64_t item = std::min(at + s, at + n - 1);
       w[s] = leaf_in(item);
       x[s] = x_row(item);
       out[s] = out_[s];
-      ahead[s] = leaf_in(more ? std::min(at + 2 * kStreams + s, end - 1) : item);
+      ahead[s] = leaf_in(more ? std::min(at + next + s, end - 1) : item);
       if (more) fetch_all(ahead[s], l_.head);
       w[s] += l_.head;
       ahead[s] += l_.head;
-      fetch_all(leaf_out(item), l_.out_bytes / 2);
     }
     const int64_t bytes = l_.x_words * kLineBytes;
     const auto step = [&](int64_t by, int64_t outputs) {
       for (int64_t s = 0; s < kStreams; ++s) {
         w[s] += by;
-        ahead[s] += by;
         out[s] += outputs;
       }
     };
-    for (int64_t group = 0; group < l_.wide; ++group, step(bytes, 16))
-      score_streams<W, false>(w, l_.x_words, x, out, more ? ahead : nullptr);
-    if (l_.narrow) score_streams<W, true>(w, l_.x_words / 2, x, out, more ? ahead : nullptr);
-    for (int64_t s = 0; s < n; ++s) fetch_all(leaf_out(at + s) + l_.out_bytes / 2, l_.out_bytes - l_.out_bytes / 2);
+    const char* following[kStreams];
+    for (int64_t group = 0; group < groups; ++group) {
+      const bool last = group + 1 == groups, narrow = group == l_.wide;
+      for (int64_t s = 0; s < kStreams; ++s) following[s] = last ? ahead[s] : w[s] + bytes;
+      const char* const* fetched = !last || more ? following : nullptr;
+      if (narrow) score_streams<W, true>(w, l_.x_words / 2, x, out, fetched);
+      else score_streams<W, false>(w, l_.x_words, x, out, fetched);
+      step(bytes, 16);
+    }
   }
 
   // ---- activations ----
