@@ -2,7 +2,8 @@
 //
 // Scores. Items that chose one leaf lie side by side and share its lines; up to `tile` rows broadcast their words of x
 // against each line. With few rows hardly any leaf is shared: then four leaves are read side by side, because one stream
-// alone does not keep the memory busy, while the lines of the four after the next come into the second-level cache.
+// alone does not keep the memory busy, while what comes next of each is on its way to the second-level cache: their next
+// group, or of leaves of one group the four after the next. More than that, or w_out too, only gets in the way.
 // Outputs. Narrow leaves: row by row over blocks of columns whose weights of all leaves fit the second-level cache, so that
 // y is written once. Wide leaves: leaf by leaf over blocks of columns in which y fits it.
 // int8 sums are exact. The others run in one order for any number of rows, and so a row's bits never depend on it.
@@ -20,7 +21,7 @@ namespace {
 
 constexpr int kItems = 8;                         // of one leaf scored before their activations
 constexpr int kStreams = 4;                       // leaves read side by side
-constexpr int64_t kAheadBytes = 192 << 10;        // of weights on their way to the second-level cache
+constexpr int64_t kAheadBytes = 96 << 10;         // of weights on their way to the second-level cache
 constexpr int64_t kFirstBytes = 16 << 10;         // likewise when a range begins
 constexpr int64_t kBlockBytes = 640 << 10;        // of the second-level cache for a block of columns
 constexpr int64_t kNearBytes = 8 << 10;          // of a large leaf, before it is computed
@@ -476,10 +477,6 @@ class Outputs {
     const int64_t block = call_.few ? end - begin : std::max<int64_t>(V::columns, fit / V::columns * V::columns);
     for (int64_t from = begin; from < end; from += block) {
       const int64_t to = std::min(end, from + block), next = std::min(end, to + block);
-      if (from == begin && !call_.few) {
-        begin_fetch(from, to);
-        fetch_some(fetch_lines_);
-      }
       begin_fetch(to, next);
       const int64_t gathers = call_.visits.items() * ((to - from + V::columns - 1) / V::columns);
       fetch_now_ = call_.few ? 0 : fetch_lines_ / std::max<int64_t>(1, gathers) + 1;
