@@ -16,8 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.engine import native
 from fastff.engine.generate import Engine
+from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
 
 VOCABULARY = 300
 _SIZES = {
@@ -82,6 +84,45 @@ def exported(name: str) -> tuple[Engine, torch.nn.Module, Path]:
     model = random_model(name)
     native.export_model(model, None, out)
     return Engine(out), rounded(model), out
+
+
+@functools.cache
+def conditional_model(kind: str) -> tuple[torch.nn.Module, Path]:
+    """A Llama whose feedforwards are conditional, its matrices rounded as the export rounds them, and its export."""
+    torch.manual_seed(1)
+    router = {
+        "flat": lambda: FlatRouter(64, 12, k=3),
+        "paths": lambda: TreeRouter(64, depth=3, trees=2, paths=2),
+        "product_key": lambda: ProductKeyRouter(64, n=4, k=5),
+    }[kind]
+    model = random_model("llama")
+    for block in model.model.layers:
+        made = router()
+        block.mlp = ConditionalFeedforward(64, router=made, leaves=made.leaves, leaf_width=8)
+        torch.nn.init.normal_(block.mlp.w_in, std=0.2)
+        torch.nn.init.normal_(block.mlp.w_out, std=0.5)
+        made.balance.normal_(std=0.1)
+    folder = tempfile.TemporaryDirectory()
+    _kept.append(folder)
+    native.export_model(model.eval(), None, Path(folder.name) / "model")
+    layers = [block.mlp for block in model.model.layers]
+    for block in model.model.layers:
+        block.mlp = torch.nn.Identity()
+    rounded(model)
+    for block, layer in zip(model.model.layers, layers, strict=True):
+        block.mlp = _InFloat(layer)
+    return model, Path(folder.name) / "model"
+
+
+class _InFloat(torch.nn.Module):
+    """A float32 layer within a float64 model."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.float()).double()
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []

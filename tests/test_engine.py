@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import supported_isas
-from engine_cases import CONFIGS, VOCABULARY, exported, random_model
+from engine_cases import CONFIGS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load
@@ -129,6 +129,22 @@ def test_generation_ends_where_positions_end():
     engine, _, _ = exported("mistral")
     assert engine.positions == 40  # of the sliding window
     assert len(list(engine.generate_ids(tokens(30), max_new_tokens=100))) == 11
+
+
+@pytest.mark.parametrize("kind", ["flat", "paths", "product_key"])
+def test_conditional_layers_are_those_of_the_model(kind):
+    model, folder = conditional_model(kind)
+    ids = tokens(30)
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0]
+    engine = Engine(folder)
+    got = engine.logits(ids)
+    # Leaves are rounded to 8 bits, and a row of x within them too, after which the next layer may choose another leaf.
+    error = (got - want).norm(dim=1) / want.norm(dim=1)
+    assert error.median() < 0.025
+    session = engine.session()
+    one_by_one = torch.cat([session.feed([token], want_logits=True) for token in ids])
+    assert torch.equal(one_by_one, got)
 
 
 class TestSampling:

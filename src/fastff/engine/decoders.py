@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from fastff.conditional import ConditionalFeedforward
+from fastff.engine import conditional_layers
 from fastff.engine.native_file import StoredTensor
 from fastff.errors import CheckpointError
 from fastff.models.families import ACTIVATION_NAMES
@@ -82,8 +84,10 @@ class Decoder:
     tensors: dict[str, StoredTensor]
 
 
-def describe(config: Any, weights: Weights) -> Decoder:
+def describe(config: Any, weights: Weights, conditional: Sequence[ConditionalFeedforward] = ()) -> Decoder:
     """A decoder with this Transformers configuration and these weights, for `write_model`.
+
+    conditional: the feedforward of every block, of one kind; none for dense blocks.
 
     Raises CheckpointError for a model type or a feature that the engine does not have, and for missing tensors.
     """
@@ -91,7 +95,9 @@ def describe(config: Any, weights: Weights) -> Decoder:
     if names is None:
         raise CheckpointError(f"model type {config.model_type!r} is not one of {', '.join(NAMES)}")
     model = _model(config, names)
-    return Decoder(model, dict(_tensors(config, names, model, weights)))
+    if conditional:
+        model |= {"neurons": 0, "conditional": conditional_layers.common_settings(conditional)}
+    return Decoder(model, dict(_tensors(config, names, model, weights, conditional)))
 
 
 def _model(config: Any, names: Names) -> dict[str, Any]:
@@ -211,13 +217,19 @@ def _block(reader: _Reader, names: Names, model: Mapping[str, Any], number: int)
             yield from _norm(reader, to + kind, of + name, dim)
     yield from _dense(reader, f"{to}out", (of + names.out,), hidden, model["heads"] * dim)
     yield from _norm(reader, f"{to}feedforward_norm", of + names.feedforward_norm, hidden)
+    if not model["neurons"]:
+        return
     gated = len(names.up) == 2
     yield from _dense(reader, f"{to}up", sources(names.up), model["neurons"], hidden, gated=gated)
     yield from _dense(reader, f"{to}down", (of + names.down,), hidden, model["neurons"])
 
 
 def _tensors(
-    config: Any, names: Names, model: Mapping[str, Any], weights: Weights
+    config: Any,
+    names: Names,
+    model: Mapping[str, Any],
+    weights: Weights,
+    conditional: Sequence[ConditionalFeedforward],
 ) -> Iterator[tuple[str, StoredTensor]]:
     reader, hidden, vocab = _Reader(weights, names), model["hidden"], model["vocab_size"]
     if names.positions:
@@ -231,5 +243,7 @@ def _tensors(
         yield "embedding", StoredTensor((vocab, hidden), partial(reader.get, embedding), "int8")
     for number in range(model["layers"]):
         yield from _block(reader, names, model, number)
+        if conditional:
+            yield from conditional_layers.tensors(conditional[number], f"layers.{number}.conditional.")
     yield from _norm(reader, "norm", names.norm, hidden)
     yield "head", StoredTensor((vocab, hidden), partial(reader.get, embedding if tied else head), "int8")

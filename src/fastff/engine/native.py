@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastff.engine import decoders
+from fastff.engine import conditional_layers, decoders
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.engine.native_file import write_model
 from fastff.errors import CheckpointError
 from fastff.io import replacing_folder
+from fastff.models.families import FAMILIES
 
 MODEL_FILE, FACTS_FILE, FORMAT = "model.fastff", "engine.json", 1
 
@@ -26,7 +27,10 @@ def check_weights(weights: str) -> None:
 def export_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Write a causal model of Transformers, in float32 on the CPU. Raises CheckpointError for one the engine lacks."""
     stop = _numbers(getattr(model.generation_config, "eos_token_id", None))
-    _write(model.config, model.state_dict(), tokenizer, stop, out)
+    family = FAMILIES.get(model.config.model_type)
+    slots = [family.slot_of(block) for block in family.blocks_of(model)] if family else []
+    described = decoders.describe(model.config, model.state_dict(), conditional_layers.layers_of(slots))
+    write(described, tokenizer, stop, out)
 
 
 def export_gguf(path: Path, out: Path) -> None:
@@ -34,18 +38,18 @@ def export_gguf(path: Path, out: Path) -> None:
     gguf = Gguf(path)
     config = configuration(gguf)
     stop = _numbers(gguf.metadata.get("tokenizer.ggml.eos_token_id"))
-    _write(config, GgufWeights(gguf, config), tokenizer_of(gguf), stop, out)
+    write(decoders.describe(config, GgufWeights(gguf, config)), tokenizer_of(gguf), stop, out)
 
 
 def _numbers(ids: Any) -> list[int]:
     return [] if ids is None else [int(i) for i in (ids if isinstance(ids, Iterable) else [ids])]
 
 
-def _write(config: Any, weights: decoders.Weights, tokenizer: Any, stop: list[int], out: Path) -> None:
-    described = decoders.describe(config, weights)
+def write(described: decoders.Decoder, tokenizer: Any, stop: Sequence[int], out: Path) -> None:
+    """Write a described model as a directory that `fastff.engine.load` opens."""
     with replacing_folder(out) as folder:
         write_model(folder / MODEL_FILE, described.model, described.tensors)
-        facts = {"format": FORMAT, "kind": described.model["kind"], "weights": "int8", "stop": stop}
+        facts = {"format": FORMAT, "kind": described.model["kind"], "weights": "int8", "stop": list(stop)}
         (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
