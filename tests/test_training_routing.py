@@ -9,9 +9,19 @@ import torch
 from torch import nn
 
 from conftest import make_layer, make_rows
+from fastff import FFF
 from fastff.errors import TrainingError
+from fastff.models import build_feedforward
 from fastff.routers import Usage
-from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance, layer_training
+from fastff.train.layer_training import (
+    LayerTraining,
+    RoutingLrScale,
+    RoutingStats,
+    balance,
+    layer_training,
+    scale_start,
+)
+from fastff.train.trainer import parameter_groups
 
 
 def trained(options, progress=0.5, **layer_options):
@@ -117,3 +127,34 @@ def test_options_out_of_range(options, message):
 def test_options_by_name():
     want = LayerTraining(lr_scale=0.5, feedforward_init="fan_in")
     assert layer_training(["lr_scale=0.5", "feedforward_init=fan_in"]) == want
+
+
+def router_model(description, seed=0):
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"first": nn.Linear(8, 8), "layer": build_feedforward(description, 8)})
+
+
+FLAT = {"kind": "flat", "leaves": 4, "k": 2, "leaf_width": 3}
+GREEDY = {"kind": "fff", "depth": 2, "leaf_width": 3, "node_output": False}
+
+
+@pytest.mark.parametrize("description", [FLAT, GREEDY], ids=["flat", "greedy"])
+def test_the_start_is_scaled_of_routing_and_of_outputs_alone(description):
+    before, after = router_model(description).layer, router_model(description).layer
+    scale_start(nn.ModuleList([after]), LayerTraining(output_scale=3.0, routing_scale=2.0))
+    assert torch.equal(after.w_out, before.w_out * 3)
+    if isinstance(after, FFF):
+        nodes = after.config.nodes
+        assert torch.equal(after.w_in[:, :nodes], before.w_in[:, :nodes] * 2)
+        assert torch.equal(after.w_in[:, nodes:], before.w_in[:, nodes:])
+    else:
+        assert torch.equal(after.router.weight, before.router.weight * 2)
+        assert torch.equal(after.w_in, before.w_in)
+
+
+def test_leaves_and_their_router_learn_at_rates_of_their_own():
+    model = router_model(FLAT)
+    groups = parameter_groups(model, 1.0, 0.5, 0.1, routing_lr_scale=0.25)
+    lr = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    layer = model.layer
+    assert [lr[id(p)] for p in (model.first.weight, layer.w_in, layer.router.weight)] == [1.0, 0.5, 0.125]

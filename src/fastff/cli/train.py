@@ -21,8 +21,8 @@ def pretrain(settings: PretrainSettings, *, layer_option: tuple[str, ...] = ()) 
     Parameters
     ----------
     layer_option
-        NAME=VALUE, how conditional layers are trained: lr_scale, level_lr_scale, freeze_after, balance, output_scale or
-        feedforward_init. May be repeated.
+        NAME=VALUE, how conditional layers are trained: lr_scale, level_lr_scale, freeze_after, balance,
+        output_scale, routing_scale, routing_lr_scale or feedforward_init. May be repeated.
     """
     from accelerate import PartialState
 

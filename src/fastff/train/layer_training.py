@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers
 from fastff.layers import FFF
 from fastff.routers import Usage
+
+_SCALES = ("lr_scale", "level_lr_scale", "output_scale", "routing_scale", "routing_lr_scale")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class LayerTraining:
     balance        with bias=True: after every step a node's bias moves to the side that got fewer rows, by this much
                    times the difference of the two sides' shares
     output_scale   factor on the initial output weights
+    routing_scale  factor on the initial weights of routers and routing nodes: louder scores, so larger gates at first
+    routing_lr_scale  factor on `lr` for the weights of the routers of ConditionalFeedforward, beside lr_scale
     feedforward_init  "published" or "fan_in", as in UltraFastBertConfig
     """
 
@@ -37,10 +42,12 @@ class LayerTraining:
     freeze_after: float = 1.0
     balance: float = 0.0
     output_scale: float = 1.0
+    routing_scale: float = 1.0
+    routing_lr_scale: float = 1.0
     feedforward_init: str = "published"
 
     def __post_init__(self) -> None:
-        for name in ("lr_scale", "level_lr_scale", "output_scale"):
+        for name in _SCALES:
             if not 0.0 < getattr(self, name) < math.inf:
                 raise TrainingError(f"{name} {getattr(self, name)} is not a positive finite number")
         if not 0.0 <= self.freeze_after <= 1.0:
@@ -79,6 +86,23 @@ def _current(name: str) -> str:
             f"{name} is now called {current}; the old name will be refused later", FutureWarning, stacklevel=3
         )
     return current
+
+
+def trained_layers(model: nn.Module) -> list[FFF | ConditionalFeedforward]:
+    """The conditional layers of a model behind any router, in order."""
+    return [module for module in model.modules() if isinstance(module, FFF | ConditionalFeedforward)]
+
+
+@torch.no_grad()
+def scale_start(model: nn.Module, options: LayerTraining) -> None:
+    """Multiply the initial weights of conditional layers by output_scale and routing_scale."""
+    for layer in trained_layers(model):
+        layer.w_out.mul_(options.output_scale)
+        if isinstance(layer, FFF):
+            layer.w_in[:, : layer.config.nodes].mul_(options.routing_scale)
+        else:
+            for parameter in layer.router.parameters():
+                parameter.mul_(options.routing_scale)
 
 
 class RoutingStats:

@@ -25,7 +25,6 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from fastff.errors import FileError, TrainingError
-from fastff.inspect import conditional_layers
 from fastff.io import read_json, replacing_folder, write_json
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.backends import BACKENDS, why_unavailable_cached
@@ -35,6 +34,7 @@ from fastff.text import tokens
 from fastff.text.batches import Batch, Batches
 from fastff.train import saving
 from fastff.train.interrupt import Stop
+from fastff.train.layer_training import scale_start
 from fastff.train.presets import Preset, configuration, cost_of, feedforward_of
 from fastff.train.pretrain_settings import PretrainSettings, upgraded
 from fastff.train.schedule import Budget
@@ -172,9 +172,7 @@ def build(
     )
     config.feedforward_init = settings.layer.feedforward_init
     model = (UltraFastBertForCausalLM if causal else UltraFastBertForMaskedLM)(config)
-    with torch.no_grad():
-        for layer in conditional_layers(model).values():
-            layer.w_out.mul_(settings.layer.output_scale)
+    scale_start(model, settings.layer)
     if settings.init_from is not None:
         saving.take_over(model, settings.init_from)
     last = len(text) if valid else len(text) - min(settings.valid_windows, max(1, len(text) // 20))

@@ -172,5 +172,6 @@ def upgraded(kept: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, 
     """The identity that an earlier version kept, under the names of this one; what it did not know is as asked."""
     found = {_RENAMED.get(name, name): value for name, value in kept.items()}
     if isinstance(layer := found.get("layer"), dict):
-        found["layer"] = {_RENAMED_OF_LAYERS.get(name, name): value for name, value in layer.items()}
+        named = {_RENAMED_OF_LAYERS.get(name, name): value for name, value in layer.items()}
+        found["layer"] = {**asdict(LayerTraining()), **named}  # options that came later change nothing by default
     return {"text_sha256": identity["text_sha256"], **found}

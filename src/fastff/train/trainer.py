@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.errors import TrainingError
-from fastff.inspect import conditional_layers
 from fastff.io import read_json, write_json
 from fastff.report.progress import Progress, silent
 from fastff.text.batches import Batch, Batches
 from fastff.train import saving
 from fastff.train.interrupt import Stop
-from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance
+from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance, trained_layers
 from fastff.train.schedule import Budget, rows_at, triangle
 
 _POSITION = "position.json"
@@ -100,7 +100,9 @@ class PretrainTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = model or self.model
             plan = self.plan
-            groups = parameter_groups(trained, plan.lr, plan.layer.lr_scale, plan.weight_decay)
+            groups = parameter_groups(
+                trained, plan.lr, plan.layer.lr_scale, plan.weight_decay, plan.layer.routing_lr_scale
+            )
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), eps=1e-12, fused=fused)
             if plan.layer.scales_routing:
@@ -247,18 +249,22 @@ def agreed(values: list[float], device: torch.device) -> list[float]:
     return found
 
 
-def parameter_groups(model: nn.Module, lr: float, layer_lr_scale: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters by learning rate (`layer_lr_scale` times `lr` in conditional layers) and by decay (matrices only)."""
-    ours = {id(p) for layer in conditional_layers(model).values() for p in layer.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def parameter_groups(
+    model: nn.Module, lr: float, layer_lr_scale: float, weight_decay: float, routing_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters by learning rate and by decay (matrices only): `layer_lr_scale` times `lr` in conditional layers, and
+    `routing_lr_scale` times that in their routers."""
+    kinds: dict[int, int] = {}  # of a parameter: 1 in a conditional layer, 2 in its router, 0 elsewhere
+    for layer in trained_layers(model):
+        kinds |= {id(parameter): 1 for parameter in layer.parameters()}
+        if isinstance(layer, ConditionalFeedforward):
+            kinds |= {id(parameter): 2 for parameter in layer.router.parameters()}
+    scales = (1.0, layer_lr_scale, layer_lr_scale * routing_lr_scale)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         decays = parameter.dim() > 1 and not name.endswith((".b_in", ".b_out"))
-        groups.setdefault((id(parameter) in ours, decays), []).append(parameter)
+        groups.setdefault((kinds.get(id(parameter), 0), decays), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": lr * (layer_lr_scale if conditional else 1.0),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (conditional, decays), parameters in groups.items()
+        {"params": parameters, "lr": lr * scales[kind], "weight_decay": weight_decay if decays else 0.0}
+        for (kind, decays), parameters in groups.items()
     ]
