@@ -15,6 +15,7 @@ from conftest import SANITIZED, make_rows, supported_isas
 from fastff.config import ACTIVATIONS
 from fastff.ops import conditional_reference, native, native_conditional
 from fastff.ops.library import library
+from fastff.ops.weights import Leaves
 
 # (rows, k, leaves, width, in_features, out_features)
 SIZES = [
@@ -51,8 +52,12 @@ def make(
     return made
 
 
-def weights(made):
-    return made.w_in, made.b_in, made.w_out, made.b_out
+def leaves(made):
+    return Leaves(made.w_in, made.b_in, made.w_out, made.b_out)
+
+
+def reference(made):
+    return conditional_reference.forward(made.x, made.leaf, made.gate, leaves(made), activation=made.activation)
 
 
 def widened(made):
@@ -64,13 +69,13 @@ def widened(made):
 
 
 def native_forward(made):
-    return native_conditional.forward(made.x, made.leaf, made.gate, *weights(made), activation=made.activation)
+    return native_conditional.forward(made.x, made.leaf, made.gate, leaves(made), activation=made.activation)
 
 
 def native_gradients(made, grad_y):
     y, scores = native_forward(made)
     grads = native_conditional.backward(
-        grad_y, made.x, made.leaf, made.gate, *weights(made), scores, activation=made.activation
+        grad_y, made.x, made.leaf, made.gate, leaves(made), scores, activation=made.activation
     )
     return {"y": y, **{name: grad for name, grad in zip(NAMES, grads, strict=True) if getattr(made, name) is not None}}
 
@@ -78,7 +83,7 @@ def native_gradients(made, grad_y):
 def reference_gradients(made, grad_y):
     inputs = {n: getattr(made, n).detach().requires_grad_() for n in NAMES if getattr(made, n) is not None}
     given = {**vars(made), **inputs}
-    y = conditional_reference.forward(**given)
+    y = reference(SimpleNamespace(**given))
     grads = torch.autograd.grad(y, [*inputs.values()], grad_y, materialize_grads=True, allow_unused=True)
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
@@ -196,8 +201,8 @@ def some_rows(made, rows):
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
 def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activation, threads):
     made = make(*sizes, activation=activation, bias=activation != "relu", dtype=torch.float32)
-    exact = conditional_reference.forward(**vars(widened(made)))
-    plain = conditional_reference.forward(**vars(made))
+    exact = reference(widened(made))
+    plain = reference(made)
     y = pack(made, None)(made.x, made.leaf, made.gate)
     assert max_error(y, exact) <= 2 * max_error(plain, exact) + 1e-6
 
@@ -208,7 +213,7 @@ def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activati
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
 def test_quantised_leaves_err_within_their_bound(sizes, activation, quantization, threads):
     made = make(*sizes, activation=activation, bias=activation == "silu", dtype=torch.float32)
-    exact = conditional_reference.forward(**vars(widened(made)))
+    exact = reference(widened(made))
     y = pack(made, quantization)(made.x, made.leaf, made.gate).double()
     assert (y - exact).norm() <= PACKED_ERROR[quantization] * exact.norm()
     assert max_error(y, exact) > 0, "nothing was rounded"
@@ -412,4 +417,4 @@ def test_any_shape_is_computed_or_refused(
         assert message == f"leaf {leaves + isa_index} is not 0 to {leaves - 1}"
     else:
         assert status == OK, message
-        assert max_error(call.values["y"], conditional_reference.forward(**vars(made))) <= 1e-11
+        assert max_error(call.values["y"], reference(made)) <= 1e-11

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastff.ops import conditional_reference as reference
+from fastff.ops.weights import Leaves
 
 ON_DEVICE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,12 +53,19 @@ def make_inputs(shape, dtype=torch.float64, seed=0):
     }  # fmt: skip
 
 
+def arguments(tensors):
+    """x, leaf and gate, and the weights of the leaves."""
+    routed = [tensors[name] for name in ("x", "leaf", "gate")]
+    return routed, Leaves(**{name: tensors[name] for name in Leaves._fields})
+
+
 def truth(inputs, activation, dtype=torch.float64):
     """y and the gradients, by the reference in this dtype."""
     leaves = {
         name: None if inputs[name] is None else inputs[name].to(dtype).detach().requires_grad_() for name in NAMES
     }
-    y = reference.forward(leaf=inputs["leaf"], **leaves, activation=activation)
+    routed, weights = arguments({**leaves, "leaf": inputs["leaf"]})
+    y = reference.forward(*routed, weights, activation=activation)
     y.backward(inputs["grad_y"].to(dtype))
     return [y.detach(), *(None if tensor is None else tensor.grad for tensor in leaves.values())]
 
@@ -68,8 +76,9 @@ def computed(inputs, activation, dtype):
         for name, tensor in inputs.items()
     }
     grad_y = on.pop("grad_y")
-    y, scores = conditional.forward(**on, activation=activation)
-    grads = conditional.backward(grad_y, **on, scores=scores, activation=activation)
+    routed, leaves = arguments(on)
+    y, scores = conditional.forward(*routed, leaves, activation=activation)
+    grads = conditional.backward(grad_y, *routed, leaves, scores, activation=activation)
     return [y, *(None if inputs[name] is None else grad for name, grad in zip(NAMES, grads, strict=True))]
 
 
@@ -138,8 +147,9 @@ def test_parts_of_a_weight_gradient_are_summed():
     grad_y = tensors.pop("grad_y")
     tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=32)
     chosen = conditional.Plan(tiles, tiles, tiles, splits=3)
-    y, scores = conditional_kernels.forward(**tensors, activation="swiglu", plan=chosen)
-    grads = conditional_kernels.backward(grad_y, **tensors, scores=scores, activation="swiglu", plan=chosen)
+    routed, leaves = arguments(tensors)
+    y, scores = conditional_kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
+    grads = conditional_kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
     for got, exact in zip((y, *grads), truth(inputs, "swiglu"), strict=True):
         assert error(got, exact) <= 1e-4
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastff.config import ACTIVATIONS, Activation, TreeConfig
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional
-from fastff.ops.conditional import Leaves, check_shapes, conditional_matmul
+from fastff.ops.conditional import check_shapes, conditional_matmul
 from fastff.ops.native_conditional import PackedLeaves
+from fastff.ops.weights import Leaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
 from fastff.routers.modules import Quantization, check_quantization, stamp_of
 

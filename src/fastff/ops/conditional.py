@@ -7,8 +7,8 @@ autograd itself. The kernels sit behind one registered op, `fastff::conditional_
 A kernel module has, with the shapes of conditional_reference:
 why_unavailable() -> str | None                 why it cannot run on this machine
 why_not(x, w_in, w_out, activation) -> str | None    why it cannot take these tensors
-forward(x, leaf, gate, w_in, b_in, w_out, b_out, *, activation) -> (y, scores (rows, k, in_rows))
-backward(grad_y, x, leaf, gate, w_in, b_in, w_out, b_out, scores, *, activation)
+forward(x, leaf, gate, leaves, *, activation) -> (y, scores (rows, k, in_rows)); leaves: `weights.Leaves`
+backward(grad_y, x, leaf, gate, leaves, scores, *, activation)
     -> gradients of x, gate, w_in, b_in, w_out, b_out; an empty tensor for a bias that is None
 """
 
@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,22 +27,13 @@ from fastff.config import ACTIVATIONS
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional_eager, conditional_reference, interface
 from fastff.ops.eager import is_autocast
+from fastff.ops.weights import Leaves
 
 BACKENDS = ("reference", "eager", "native", "triton")
 _PLAIN = {"reference": conditional_reference, "eager": conditional_eager}
 _KERNEL_MODULES = {"native": "fastff.ops.native_conditional", "triton": "fastff.ops.triton_kernels.conditional"}
 _modules: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
-
-
-class Leaves(NamedTuple):
-    """The weights of the leaves: w_in (leaves, in_rows, in_features), b_in (leaves, in_rows) or None,
-    w_out (leaves, width, out_features), b_out (leaves, out_features) or None."""
-
-    w_in: Tensor
-    b_in: Tensor | None
-    w_out: Tensor
-    b_out: Tensor | None
 
 
 def conditional_matmul(
@@ -80,11 +71,12 @@ def conditional_matmul(
     check_dtypes(x, leaf, gate, leaves)
     name = resolve(backend, x, leaves, activation)
     chosen = _rows(leaf)
-    arguments = (_rows(x), chosen, _rows(gate), *leaves)
+    routed = (_rows(x), chosen, _rows(gate))
+    arguments = (*routed, *leaves)
     if name in _PLAIN:
         check_leaves(chosen, w_in.shape[0])
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            y: Tensor = _PLAIN[name].forward(*arguments, activation=activation)
+            y: Tensor = _PLAIN[name].forward(*routed, leaves, activation=activation)
     elif not torch.is_grad_enabled() and interface.untouched(*arguments):
         y, _ = _forward_impl(*arguments, activation, name)
     else:
@@ -232,14 +224,15 @@ def _forward_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     check_leaves(leaf, w_in.shape[0])
-    arguments = (x, leaf, gate, w_in, b_in, w_out, b_out)
-    result: tuple[Tensor, Tensor] = kernels(backend).forward(*arguments, activation=activation)
+    leaves = Leaves(w_in, b_in, w_out, b_out)
+    result: tuple[Tensor, Tensor] = kernels(backend).forward(x, leaf, gate, leaves, activation=activation)
     return result
 
 
 def _backward_impl(grad_y: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, activation, backend = inputs
-    grads: tuple[Tensor, ...] = kernels(backend).backward(grad_y, *tensors, activation=activation)
+    x, leaf, gate, *weights, scores, activation, backend = inputs
+    leaves = Leaves(*weights)
+    grads: tuple[Tensor, ...] = kernels(backend).backward(grad_y, x, leaf, gate, leaves, scores, activation=activation)
     return grads
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastff.ops import conditional_reference
 from fastff.ops.reference import activate
+from fastff.ops.weights import Leaves
 
 
 class _Tiles(NamedTuple):
@@ -31,17 +32,15 @@ def forward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     *,
     activation: str,
 ) -> Tensor:
     """y (rows, out_features)."""
+    w_in, b_in, w_out, b_out = leaves
     rows, k = leaf.shape
     if rows * k == 0:  # nothing to sort; the gradients are zeros
-        return conditional_reference.forward(x, leaf, gate, w_in, b_in, w_out, b_out, activation=activation)
+        return conditional_reference.forward(x, leaf, gate, leaves, activation=activation)
     tiles = _sort(leaf.reshape(-1), w_in.shape[0])
     # Empty slots hold zeros: an infinity that some weights hold must not become a NaN in their gradients.
     x_tile = torch.where(tiles.filled, x[tiles.pair // k], 0)

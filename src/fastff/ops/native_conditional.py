@@ -15,6 +15,7 @@ from fastff.config import ACTIVATIONS
 from fastff.ops.dense import dense
 from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
 from fastff.ops.native import why_unavailable
+from fastff.ops.weights import Leaves
 
 __all__ = ["WEIGHTS", "PackedLeaves", "backward", "forward", "leaves_of", "why_not", "why_unavailable"]
 
@@ -62,17 +63,15 @@ def forward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     *,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """y (rows, out_features) and scores (rows, k, in_rows) of x (rows, in_features), leaf and gate (rows, k)."""
+    w_in, _, w_out, _ = leaves
     rows, k = leaf.shape
     y, scores = x.new_empty(rows, w_out.shape[2]), x.new_empty(rows, k, w_in.shape[1])
-    kept = dense(w_in, b_in, w_out, b_out, x, leaf, gate)
+    kept = dense(*leaves, x, leaf, gate)
     call(
         f"fastff_conditional_forward_{SUFFIXES[x.dtype]}",
         leaves_of(w_in, w_out, activation),
@@ -91,17 +90,15 @@ def backward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     scores: Tensor,
     *,
     activation: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gate, w_in, b_in, w_out and b_out; an empty tensor for an absent bias."""
+    w_in, _, w_out, b_out = leaves
     rows, k = leaf.shape
-    given = (x, gate, w_in, b_in, w_out, b_out)
+    given = (x, gate, *leaves)
     grads = [x.new_empty(0 if tensor is None else tensor.shape) for tensor in given]
     kept = dense(w_in, w_out, b_out, x, leaf, gate, grad_y)
     saved = dense(scores)

@@ -1,4 +1,4 @@
-"""The four tensors of a layer, as every backend takes them."""
+"""The tensors of a layer, as every backend takes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from fastff.config import TreeConfig
 from fastff.errors import ShapeError
 
 HALF = (torch.bfloat16, torch.float16)  # dtypes that the CPU kernels take and compute in fp32
+
+
+class Leaves(NamedTuple):
+    """The weights of leaves behind any router: w_in (leaves, in_rows, in_features), b_in (leaves, in_rows) or None,
+    w_out (leaves, width, out_features), b_out (leaves, out_features) or None."""
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
 
 
 class Weights(NamedTuple):

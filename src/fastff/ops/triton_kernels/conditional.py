@@ -18,6 +18,7 @@ from torch import Tensor
 from fastff.ops import triton_kernels
 from fastff.ops.dense import dense
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
+from fastff.ops.weights import Leaves
 
 MOST_COLUMNS = 64  # neurons of a leaf that one program takes: their products stay in registers
 MOST_LEAVES = 4096  # groups of the counting sort
@@ -66,18 +67,15 @@ def forward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     *,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """y (rows, out_features) and scores (rows, k, in_rows), which the backward needs; sums are in float32."""
     rows, slots = leaf.shape
     if rows == 0 or slots == 0:
-        return x.new_zeros(rows, w_out.shape[2]), x.new_empty(rows, slots, w_in.shape[1])
-    y, scores = _run("forward", (x, leaf, gate, w_in, b_in, w_out, b_out), activation)
+        return x.new_zeros(rows, leaves.w_out.shape[2]), x.new_empty(rows, slots, leaves.w_in.shape[1])
+    y, scores = _run("forward", (x, leaf, gate, *leaves), activation)
     return y, scores
 
 
@@ -86,10 +84,7 @@ def backward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     scores: Tensor,
     *,
     activation: str,
@@ -99,10 +94,10 @@ def backward(
     Leaves that no row uses get exactly zero. Deterministic: sums run in a fixed order, in float32."""
     rows, slots = leaf.shape
     if rows == 0 or slots == 0:
-        given = (x, gate, w_in, b_in, w_out, b_out)
+        given = (x, gate, *leaves)
         gx, ggate, gw_in, gb_in, gw_out, gb_out = (x.new_empty(0) if t is None else torch.zeros_like(t) for t in given)
         return gx, ggate, gw_in, gb_in, gw_out, gb_out
-    operands = (grad_y, x, leaf, gate, w_in, b_in, w_out, b_out, scores)
+    operands = (grad_y, x, leaf, gate, *leaves, scores)
     gx, ggate, gw_in, gb_in, gw_out, gb_out = _run("backward", operands, activation)
     return gx, ggate, gw_in, gb_in, gw_out, gb_out
 
@@ -115,16 +110,24 @@ def _run(kind: str, operands: tuple[Tensor | None, ...], activation: str) -> tup
 
     operands = dense(*operands)
     x: Tensor = operands[0]  # type: ignore[assignment]  # or grad_y: of the same rows, dtype and device
-    w_in, w_out = operands[-4 if kind == "forward" else -5], operands[-2 if kind == "forward" else -3]
-    assert w_in is not None
-    assert w_out is not None
+    first = 3 if kind == "forward" else 4  # of the leaves' weights
+    w_in, _, w_out, _ = _leaves(operands, first)
     chosen = plan(x.shape[0], w_in.shape[0], w_out.shape[1], max(w_in.shape[2], w_out.shape[2]))
     function: Any = getattr(conditional_kernels, kind)
     shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in operands)
     key = (function, chosen, shapes, activation, x.dtype, x.device, precision_of(x.dtype))
 
     def run(*given: Tensor | None) -> tuple[Tensor, ...]:
-        return triton_kernels.fitting(chosen, lambda fitted: function(*given, activation=activation, plan=fitted))
+        arguments = (*given[:first], _leaves(given, first), *given[first + 4 :])
+        return triton_kernels.fitting(chosen, lambda fitted: function(*arguments, activation=activation, plan=fitted))
 
     with triton_kernels.on_device(x):
         return replay(key, run, *operands)
+
+
+def _leaves(operands: tuple[Tensor | None, ...], first: int) -> Leaves:
+    """The weights among the operands of a pass."""
+    w_in, b_in, w_out, b_out = operands[first : first + 4]
+    assert w_in is not None
+    assert w_out is not None
+    return Leaves(w_in, b_in, w_out, b_out)

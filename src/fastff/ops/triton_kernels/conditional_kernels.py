@@ -19,21 +19,20 @@ from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import beyond, precision_of, sorted_rows, tables, tile_of
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 from fastff.ops.triton_kernels.sort import Groups, group_rows
+from fastff.ops.weights import Leaves
 
 
 def forward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     *,
     activation: str,
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """y (rows, out_features), scores (rows, k, in_rows)."""
+    w_in, b_in, w_out, b_out = leaves
     rows, slots = leaf.shape
     width = w_out.shape[1]
     groups = _group(leaf, w_in.shape[0], plan)
@@ -54,19 +53,17 @@ def backward(
     x: Tensor,
     leaf: Tensor,
     gate: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    leaves: Leaves,
     scores: Tensor,
     *,
     activation: str,
     plan: Plan,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gate, w_in, b_in, w_out, b_out; an empty tensor for an absent bias."""
+    w_in, b_in, w_out, b_out = leaves
     rows, slots = leaf.shape
-    leaves, width, _ = w_out.shape
-    groups = _group(leaf, leaves, plan)
+    count, width, _ = w_out.shape
+    groups = _group(leaf, count, plan)
     d_scores, coefficient = new(x, *scores.shape), new(x, rows, slots, width)
     parts = new(x, rows, slots, ceil_div(width, plan.tiles.columns), dtype=torch.float32)
     d_gate, grad_x = new(gate, rows, slots), new(x, *x.shape)
@@ -171,6 +168,25 @@ def _add_parts(grad: Tensor, parts: Tensor) -> None:
 
 
 @triton.jit
+def _rows_and_neurons(
+    tile,
+    slot,
+    order_ptr,
+    table_ptr,
+    rows,
+    GROUPS: tl.constexpr,
+    LEAF_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """What a program works on: leaf, rows and which are there, neurons of this chunk, and which pairs of both are."""
+    leaf, row, there = sorted_rows(tile, slot, order_ptr, table_ptr, rows, GROUPS, BM)
+    neuron = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    kept = there[:, None] & (neuron < LEAF_WIDTH)[None, :]
+    return leaf.to(tl.int64), row, there, neuron, kept
+
+
+@triton.jit
 def _score_kernel(
     x_ptr,
     w_in_ptr,
@@ -195,12 +211,11 @@ def _score_kernel(
     tile, slot = tl.program_id(0), tl.program_id(1)
     if beyond(tile, slot, table_ptr, GROUPS):
         return
-    leaf, row, there = sorted_rows(tile, slot, order_ptr, table_ptr, rows, GROUPS, BM)
-    leaf = leaf.to(tl.int64)
+    leaf, row, there, neuron, kept = _rows_and_neurons(
+        tile, slot, order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM
+    )
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH
-    neuron = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    kept = there[:, None] & (neuron < LEAF_WIDTH)[None, :]
     in_row = leaf * in_rows + tl.where(neuron < LEAF_WIDTH, neuron, 0)
     score = tl.zeros((BM, WIDTH), tl.float32)
     if swiglu:
@@ -254,13 +269,12 @@ def _pull_kernel(
     tile, slot = tl.program_id(0), tl.program_id(1)
     if beyond(tile, slot, table_ptr, GROUPS):
         return
-    leaf, row, there = sorted_rows(tile, slot, order_ptr, table_ptr, rows, GROUPS, BM)
-    leaf = leaf.to(tl.int64)
+    leaf, row, there, neuron, kept = _rows_and_neurons(
+        tile, slot, order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM
+    )
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH
     chunk, chunks = tl.program_id(2), tl.num_programs(2)
-    neuron = chunk * WIDTH + tl.arange(0, WIDTH)
-    kept = there[:, None] & (neuron < LEAF_WIDTH)[None, :]
     out_row = leaf * LEAF_WIDTH + tl.where(neuron < LEAF_WIDTH, neuron, 0)
     d_value = tl.zeros((BM, WIDTH), tl.float32)
     d_gate = tl.zeros((BM,), tl.float32)
