@@ -16,6 +16,7 @@ from fastff.config import ACTIVATIONS
 from fastff.ops import conditional_reference, native, native_conditional
 from fastff.ops.library import library
 from fastff.ops.weights import Leaves
+from pairs import every_pair
 
 # (rows, k, leaves, width, in_features, out_features)
 SIZES = [
@@ -92,10 +93,8 @@ def max_error(a, b):
     return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
 
 
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_float64_matches_the_reference(sizes, activation, threads):
+@every_pair(sizes=SIZES, activation=ACTIVATIONS, isa=supported_isas(), threads=(1, 2))
+def test_float64_matches_the_reference(sizes, activation, isa, threads):
     made = make(*sizes, activation=activation, bias=activation != "silu")
     grad_y = make_rows(sizes[0], sizes[5], seed=9)
     got, want = native_gradients(made, grad_y), reference_gradients(made, grad_y)
@@ -196,10 +195,10 @@ def some_rows(made, rows):
     return [getattr(made, name)[rows].contiguous() for name in ("x", "leaf", "gate")]
 
 
-@pytest.mark.usefixtures("dot_isa")
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
-@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
-def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activation, threads):
+@every_pair(
+    sizes=PACKED_SIZES, activation=("swiglu", "gelu", "relu"), dot_isa=supported_isas(dots=True), threads=(1, 2)
+)
+def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activation, dot_isa, threads):
     made = make(*sizes, activation=activation, bias=activation != "relu", dtype=torch.float32)
     exact = reference(widened(made))
     plain = reference(made)
@@ -207,11 +206,14 @@ def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activati
     assert max_error(y, exact) <= 2 * max_error(plain, exact) + 1e-6
 
 
-@pytest.mark.usefixtures("dot_isa")
-@pytest.mark.parametrize("quantization", ["bf16", "int8"])
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
-@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
-def test_quantised_leaves_err_within_their_bound(sizes, activation, quantization, threads):
+@every_pair(
+    sizes=PACKED_SIZES,
+    quantization=("bf16", "int8"),
+    activation=("swiglu", "silu"),
+    dot_isa=supported_isas(dots=True),
+    threads=(1, 2),
+)
+def test_quantised_leaves_err_within_their_bound(sizes, quantization, activation, dot_isa, threads):
     made = make(*sizes, activation=activation, bias=activation == "silu", dtype=torch.float32)
     exact = reference(widened(made))
     y = pack(made, quantization)(made.x, made.leaf, made.gate).double()
@@ -219,10 +221,8 @@ def test_quantised_leaves_err_within_their_bound(sizes, activation, quantization
     assert max_error(y, exact) > 0, "nothing was rounded"
 
 
-@pytest.mark.usefixtures("dot_isa")
-@pytest.mark.parametrize("quantization", [None, "bf16", "int8"])
-@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
-def test_a_packed_row_has_the_same_bits_in_any_company(sizes, quantization):
+@every_pair(sizes=PACKED_SIZES, quantization=(None, "bf16", "int8"), dot_isa=supported_isas(dots=True))
+def test_a_packed_row_has_the_same_bits_in_any_company(sizes, quantization, dot_isa):
     made = make(*sizes, dtype=torch.float32)
     packed, rows = pack(made, quantization), sizes[0]
     together = packed(made.x, made.leaf, made.gate)
@@ -232,12 +232,14 @@ def test_a_packed_row_has_the_same_bits_in_any_company(sizes, quantization):
         assert torch.equal(packed(*some_rows(made, part)), together[part])
 
 
-@pytest.mark.usefixtures("dot_isa")
-@pytest.mark.parametrize("quantization", [None, "bf16", "int8"])
-@pytest.mark.parametrize("rows", [3, 200])
-@pytest.mark.parametrize("poison", ["x", "gate"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_packed_row_that_is_not_finite_disturbs_no_other(quantization, rows, poison, value):
+@every_pair(
+    quantization=(None, "bf16", "int8"),
+    rows=(3, 200),
+    poison=("x", "gate"),
+    value=(float("nan"), float("inf")),
+    dot_isa=supported_isas(dots=True),
+)
+def test_a_packed_row_that_is_not_finite_disturbs_no_other(quantization, rows, poison, value, dot_isa):
     made = make(rows, 4, 7, 12, 48, 33, dtype=torch.float32)
     packed = pack(made, quantization)
     clean = packed(made.x, made.leaf, made.gate)

@@ -17,6 +17,7 @@ import fastff
 from conftest import make_layer, make_rows, weights_of
 from fastff.ops import reference
 from fastff.ops.packed import RECHECK
+from pairs import every_pair
 
 NAMES = ("w_in", "b_in", "w_out", "b_out")
 KINDS = {None: 1e-5, "bf16": 0.05, "int8": 0.05}
@@ -203,9 +204,7 @@ SEEN_AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", SEEN_AT_ONCE)
-@pytest.mark.parametrize("name", NAMES)
+@every_pair(way=SEEN_AT_ONCE, name=NAMES, kind=KINDS)
 def test_the_next_call_uses_the_edited_weight(name, way, kind):
     layer = tree(quantization=kind).eval()
     before = answer(layer)
@@ -328,9 +327,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", REPLACED)
-@pytest.mark.parametrize("name", ["w_in", "w_out", "b_out"])
+@every_pair(way=REPLACED, name=("w_in", "w_out", "b_out"), kind=KINDS)
 def test_what_stands_in_the_place_of_a_parameter_is_used(name, way, kind):
     layer = tree(quantization=kind).eval()
     before = answer(layer)

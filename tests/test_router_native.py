@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from conftest import make_rows
+from conftest import make_rows, supported_isas
 from fastff.ops.library import library, pointer
+from pairs import every_pair
 
 OK, BAD_ARGUMENT = 0, 1
 TREES, PATHS, FLAT, PRODUCT_KEYS = range(4)
@@ -289,8 +290,7 @@ def test_scores_that_sixteen_bits_cannot_tell_apart_are_decided_in_fp32(name, is
         assert torch.equal(Packed(case, (w, None, balance), kind).route(x)[0], leaf), kind
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", CASES)
+@every_pair(name=CASES, kind=WEIGHTS, isa=supported_isas(dots=True))
 def test_a_row_has_the_same_bits_in_any_batch(name, kind, isa):
     case = CASES[name]
     weights, x = case.weights(torch.float32), make_rows(130, case.in_features, dtype=torch.float32)
@@ -303,8 +303,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, kind, isa):
             assert torch.equal(part[1].view(torch.int32), whole[1][:rows].view(torch.int32))
 
 
-@pytest.mark.parametrize("kind", ["plain", *WEIGHTS])
-@pytest.mark.parametrize("name", ["paths", "flat", "product-keys"])
+@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
 def test_ties_choose_the_lower_leaf(name, kind, isa):
     case = CASES[name]
     w, x = torch.zeros(case.weight_shape), make_rows(30, case.in_features, dtype=torch.float32)
@@ -322,8 +321,7 @@ def test_zero_scores_turn_left_and_close_the_gate(kind, isa):
     assert (gate == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", *WEIGHTS])
-@pytest.mark.parametrize("name", ["paths", "flat", "product-keys"])
+@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
 def test_nan_scores_lose(name, kind, isa):
     """A row of weights that is NaN makes its own leaves lose, and no gate of others NaN."""
     case = CASES[name]
@@ -342,8 +340,7 @@ def test_nan_scores_lose(name, kind, isa):
     assert gate.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["plain", *WEIGHTS])
-@pytest.mark.parametrize("name", CASES)
+@every_pair(name=CASES, kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
 def test_a_row_that_is_not_finite_disturbs_no_other(name, kind, isa):
     case = CASES[name]
     weights, x = case.weights(torch.float32), make_rows(40, case.in_features, dtype=torch.float32)
@@ -533,8 +530,7 @@ def joined(case, kind, x, threads=1):
     return y
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", CASES)
+@every_pair(name=CASES, kind=WEIGHTS, isa=supported_isas(dots=True))
 def test_a_joined_layer_is_its_packed_router_and_its_packed_leaves(name, kind, isa):
     case = CASES[name]
     w_in, w_out = leaf_weights(case)
