@@ -119,6 +119,15 @@ def dot_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(before)
 
 
+@pytest.fixture(params=supported_isas(dots=True, tiles=True))
+def tile_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As dot_isa, for kernels that have a form for tiles."""
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> Iterator[None]:
     """What a test does to torch's number of threads ends with it: it changes the bits of sums."""

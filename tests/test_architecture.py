@@ -75,7 +75,7 @@ def test_no_symbol_of_a_newer_instruction_set_can_replace_a_baseline_one(isa, tm
     avx512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
     dots = [*avx512, "-mavx512vnni", "-mavx512bf16"]
     flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": avx512, "avx512dot": dots}
-    flags["amx"] = [*dots, "-mamx-tile", "-mamx-int8"]
+    flags["amx"] = [*dots, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
     compile_command = [
         "g++",
         "-std=c++17",

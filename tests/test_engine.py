@@ -7,25 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from conftest import supported_isas
 from engine_cases import CONFIGS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load
 from fastff.errors import CheckpointError, FastffError
-from fastff.ops import native as native_ops
 
 
 def tokens(count, seed=0):
     return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@pytest.fixture(params=supported_isas(dots=True, tiles=True))
-def tile_isa(request):
-    before = native_ops.isa()
-    native_ops.set_isa(request.param)
-    yield request.param
-    native_ops.set_isa(before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

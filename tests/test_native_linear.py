@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,14 +12,6 @@ from fastff.ops import native
 from fastff.ops.native_linear import PackedMatrix
 
 SHAPES = [(1, 1), (64, 64), (65, 66), (130, 300), (48, 1024), (200, 33)]  # out_features, in_features
-
-
-@pytest.fixture(params=supported_isas(dots=True, tiles=True))
-def tile_isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def rounded(x, bits, in_features):

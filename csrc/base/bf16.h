@@ -21,6 +21,13 @@ inline float to_float(Bf16 value) {
 
 inline float to_float(int8_t value) { return value; }
 
+// To nearest, ties to even.
+inline uint16_t to_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return static_cast<uint16_t>(v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 }  // namespace
 
 }  // namespace fastff

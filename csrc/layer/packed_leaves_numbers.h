@@ -25,12 +25,6 @@ inline int32_t nearest(float v) {
   return bits - 0x4b400000;
 }
 
-inline uint16_t to_bf16(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return static_cast<uint16_t>(v != v ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // What a row is divided by to become integers of at most `top`; NaN for a row that is not finite, 0 for one of zeros. The
 // bits of magnitudes are ordered as the magnitudes are, NaN above infinity.
 inline float row_scale(const float* v, int64_t n, float top) {

@@ -12,6 +12,7 @@
 #include "base/half.h"
 #include "base/huge_pages.h"
 #include "model/attention.h"
+#include "model/dense.h"
 #include "model/linear.h"
 #include "model/norm.h"
 #include "model/weights_file.h"
@@ -26,16 +27,6 @@ struct DecoderShape {
 
   int64_t qkv_features() const { return (heads + 2 * key_heads) * head_dim; }
   bool gated() const { return activation == FASTFF_SWIGLU; }
-};
-
-// A matrix and the bias that goes with it.
-struct Dense {
-  PackedMatrix matrix;
-  std::vector<float> bias;  // of pack_bias; empty for none
-
-  Epilogue epilogue(int activation = FASTFF_IDENTITY, bool add = false) const {
-    return {bias.empty() ? nullptr : bias.data(), activation, add, nullptr};
-  }
 };
 
 struct LayerFree {

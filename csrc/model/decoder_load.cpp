@@ -62,12 +62,7 @@ class Loader {
   }
 
   Dense dense(const std::string& name, int64_t out_features, int64_t in_features, bool gated = false) const {
-    Dense result{file_.matrix(name, out_features, in_features, gated), {}};
-    if (!file_.has(name + ".bias")) return result;
-    const float* bias = file_.numbers(name + ".bias", {out_features * (gated ? 2 : 1)});
-    result.bias.resize(result.matrix.panels() * kPanel);
-    pack_bias(result.matrix, bias, result.bias.data());
-    return result;
+    return load_dense(file_, name, out_features, in_features, gated);
   }
 
   DecoderLayer layer(int64_t number) const {

@@ -85,6 +85,33 @@ FASTFF_API int32_t fastff_session_sample(fastff_session* session, const fastff_s
 /* NULL is allowed. */
 FASTFF_API void fastff_session_free(fastff_session* session);
 
+/* ---- Encoders ----
+ *
+ * Immutable: any number of threads may call fastff_encoder_run at once. */
+typedef struct fastff_encoder fastff_encoder;
+
+typedef struct fastff_encoder_facts {
+  int64_t vocab_size;
+  int64_t positions; /* tokens of a sequence at most */
+  int64_t types;     /* segments; 0 for a model without */
+  int64_t hidden;
+  int64_t layers;
+  int64_t bytes; /* of the file */
+} fastff_encoder_facts;
+
+/* Opens a file that `fastff export --to native` wrote of an encoder. map: 0 copies it to huge pages; else its pages are shared
+ * with other processes, and it must not be cut while the encoder lives. FASTFF_BAD_ARGUMENT for a file that is missing,
+ * damaged or of another kind. */
+FASTFF_API int32_t fastff_encoder_open(const char* path, int32_t map, fastff_encoder** encoder);
+FASTFF_API int32_t fastff_encoder_describe(const fastff_encoder* encoder, fastff_encoder_facts* facts);
+/* hidden [tokens][hidden] of sequences that lie end to end, without padding: lengths [sequences], each at least 1, sum to
+ * tokens. ids [tokens]; types [tokens], or NULL for all of the first segment. With dense feedforwards a sequence's bits
+ * depend neither on the sequences beside it nor on the number of threads. */
+FASTFF_API int32_t fastff_encoder_run(const fastff_encoder* encoder, const int32_t* ids, const int32_t* types,
+                                      const int64_t* lengths, int64_t sequences, float* hidden, int32_t threads);
+/* NULL is allowed. */
+FASTFF_API void fastff_encoder_free(fastff_encoder* encoder);
+
 #ifdef __cplusplus
 }
 #endif

@@ -27,7 +27,7 @@ def export(
     model
         Directory or hub name of a Transformers model, dense or conditional; for native also a GGUF file.
     to
-        Who reads it: native (fastff's own engine, for causal models) or openvino (encoders and classifiers).
+        Who reads it: native (fastff's own engine) or openvino (encoders and classifiers).
     out
         Directory to write; what is there is replaced.
     weights

@@ -24,7 +24,7 @@ def export(
 
     model    directory or hub name of a Transformers model, converted ones and UltraFastBERT included
     out      directory to write; what is there is replaced
-    to       "native": for `fastff.engine.generate` (`docs/engine.md`), where `model` may be a GGUF file too;
+    to       "native": for `fastff.engine.load` (`docs/engine.md`), where `model` may be a GGUF file too;
              "openvino": an IR with fastff's operations (`docs/openvino.md`)
     weights  "int8", or for OpenVINO "fp32"
     texts    "openvino": what the ranges of int8 activations are measured on (default: a few plain sentences)
@@ -56,9 +56,10 @@ def _to_native(model: str, out: Path, weights: str) -> Path:
         native.export_gguf(Path(model), out)
         return out
     loaded, tokenizer, kind = load_model(model)
-    if kind != "causal":
-        raise CheckpointError(f"{model} is a model of kind {kind!r}; to 'native' go causal models")
-    native.export_model(loaded, tokenizer, out)
+    if kind == "causal":
+        native.export_model(loaded, tokenizer, out)
+    else:
+        native.export_encoder(loaded, tokenizer, model, kind, out)
     return out
 
 

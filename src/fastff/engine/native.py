@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastff.engine import conditional_layers, decoders
+from fastff.engine import conditional_layers, decoders, encoders
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
+from fastff.engine.heads import sentence_pooling, write_head
 from fastff.engine.native_file import write_model
 from fastff.errors import CheckpointError
 from fastff.io import replacing_folder
+from fastff.models.carried_files import carry
 from fastff.models.families import FAMILIES
+from fastff.models.tasks import Kind
 
 MODEL_FILE, FACTS_FILE, FORMAT = "model.fastff", "engine.json", 1
 
@@ -31,6 +34,22 @@ def export_model(model: Any, tokenizer: Any, out: Path) -> None:
     slots = [family.slot_of(block) for block in family.blocks_of(model)] if family else []
     described = decoders.describe(model.config, model.state_dict(), conditional_layers.layers_of(slots))
     write(described, tokenizer, stop, out)
+
+
+def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Path) -> None:
+    """Write an encoder of Transformers with its head, in float32 on the CPU, and what sentence-transformers keeps
+    beside it in the directory or hub model `source`. Raises CheckpointError for one the engine lacks."""
+    described = encoders.describe(model)
+    with replacing_folder(out) as folder:
+        write_model(folder / MODEL_FILE, described.model, described.tensors)
+        head = write_head(model, kind, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        carry(source, folder)
+        pooling, normalise = sentence_pooling(folder)
+        facts = {"format": FORMAT, "kind": "encoder", "weights": "int8"}
+        facts |= {"pooling": pooling, "normalise": normalise, "head": head}
+        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def export_gguf(path: Path, out: Path) -> None:

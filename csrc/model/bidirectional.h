@@ -1,0 +1,28 @@
+// Attention over whole sequences in both directions: products in bfloat16, sums and softmax in fp32.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dispatch.h"
+
+namespace fastff {
+
+// One sequence. A row holds all queries, all keys, all values, [heads][head_dim] each.
+struct BidirectionalCall {
+  const float* qkv;
+  int64_t row_stride, tokens, heads, head_dim;
+  float scale;  // of scores
+  float* out;   // [tokens][heads * head_dim]
+};
+
+struct BidirectionalKernels {
+  // Heads [begin, end).
+  void (*attend)(const BidirectionalCall& call, int64_t begin, int64_t end);
+};
+
+FASTFF_DECLARE_TILE_TABLES(BidirectionalKernels, bidirectional);
+inline const BidirectionalKernels& bidirectional_kernels() {
+  return FASTFF_CHOSEN_TILE_TABLE(BidirectionalKernels, bidirectional);
+}
+
+}  // namespace fastff

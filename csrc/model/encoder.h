@@ -1,0 +1,71 @@
+// An encoder for inference: immutable weights, and one function from token ids to hidden states.
+//
+// Sequences lie end to end, so that no position is padding. Rows of activations are rounded to 16 or 8 bits before every
+// product.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "fastff.h"
+#include "model/dense.h"
+#include "model/norm.h"
+#include "model/weights_file.h"
+
+namespace fastff {
+
+struct EncoderShape {
+  int64_t vocab_size, hidden, layers, heads;
+  int64_t positions;        // tokens of a sequence at most
+  int64_t first_position;   // row of the positions' table that the first token takes
+  int64_t types;            // segments; 0 for none
+  bool pre_norm;            // norms before attention and feedforward and a last one, else after each
+};
+
+struct FreeConditional {
+  void operator()(fastff_layer* layer) const { fastff_layer_free(layer); }
+  void operator()(fastff_packed* trees) const { fastff_packed_free(trees); }
+};
+
+struct EncoderLayer {
+  Norm attention_norm, feedforward_norm;
+  Dense qkv, out;
+  Dense up, down;  // of a dense feedforward, or the part of a conditional one that every row passes; may be absent
+  int32_t activation = FASTFF_GELU;
+  std::unique_ptr<fastff_layer, FreeConditional> routed;
+  std::unique_ptr<fastff_packed, FreeConditional> trees;
+  const float* bias = nullptr;  // [hidden], of a conditional feedforward, or null
+
+  bool conditional() const { return routed || trees; }
+};
+
+class Encoder {
+ public:
+  explicit Encoder(const WeightsFile& file);  // which must outlive it; throws std::invalid_argument
+
+  const EncoderShape& shape() const { return shape_; }
+
+  // Tokens of all sequences, one after the other; types may be null: all of the first segment. hidden: [tokens][hidden].
+  void run(const int32_t* ids, const int32_t* types, const int64_t* lengths, int64_t sequences, float* hidden,
+           int threads) const;
+
+ private:
+  struct Group;  // sequences that pass the layers together
+
+  void embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const;
+  void layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const;
+  void attention(const EncoderLayer& layer, const Group& group, const float* x, float* y, int threads) const;
+  void feedforward(const EncoderLayer& layer, const float* x, int64_t rows, float* y, int threads) const;
+  void through(const std::vector<Group>& groups, int64_t begin, int64_t end, const int32_t* ids, const int32_t* types,
+               float* hidden, int threads) const;
+
+  EncoderShape shape_;
+  const float* embedding_;  // [vocab_size][hidden]
+  const float* positions_;  // [first_position + positions][hidden]
+  const float* types_ = nullptr;
+  Norm embedding_norm_, norm_;
+  std::vector<EncoderLayer> layers_;
+};
+
+}  // namespace fastff

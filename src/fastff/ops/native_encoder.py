@@ -1,0 +1,80 @@
+"""Encoders in the C++ core, called through ctypes: immutable, so that any number of threads may run one at once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastff.errors import ShapeError
+from fastff.ops.library import call, library, pointer
+
+__all__ = ["NativeEncoder"]
+
+
+class _Facts(ctypes.Structure):
+    """fastff_encoder_facts of csrc/model/fastff_model.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("vocab_size", "positions", "types", "hidden", "layers", "bytes")
+    )
+
+    vocab_size: int
+    positions: int
+    types: int
+    hidden: int
+    layers: int
+    bytes: int
+
+
+@functools.cache
+def _declare() -> None:
+    pointer_type, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    loaded = library()
+    loaded.fastff_encoder_open.argtypes = [ctypes.c_char_p, int32, pointer_type]
+    loaded.fastff_encoder_describe.argtypes = [pointer_type, pointer_type]
+    loaded.fastff_encoder_run.argtypes = [pointer_type] * 4 + [int64, pointer_type, int32]
+    loaded.fastff_encoder_free.argtypes = [pointer_type]
+    loaded.fastff_encoder_free.restype = None
+
+
+class NativeEncoder:
+    """An encoder's file, opened. map: share its pages with other processes instead of a copy on huge pages.
+
+    Raises FastffError for a file that is missing, damaged or of another version.
+    """
+
+    def __init__(self, path: Path, *, map: bool = False) -> None:
+        _declare()
+        self._handle = ctypes.c_void_p()
+        self._free = library().fastff_encoder_free
+        call("fastff_encoder_open", os.fsencode(path), map, ctypes.byref(self._handle))
+        facts = _Facts()
+        call("fastff_encoder_describe", self._handle, ctypes.addressof(facts))
+        self.vocab_size, self.positions, self.types = facts.vocab_size, facts.positions, facts.types
+        self.hidden, self.layers, self.file_bytes = facts.hidden, facts.layers, facts.bytes
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._free(self._handle)
+
+    def run(self, ids: Tensor, lengths: Sequence[int], *, types: Tensor | None = None, threads: int = 0) -> Tensor:
+        """Hidden states (tokens, hidden) of sequences that lie end to end in ids (tokens,) int32, types likewise.
+
+        threads: at most how many work on the call, 0 for all that this process may use. Raises ShapeError for lengths
+        that do not sum to the tokens, FastffError for a token, type or length out of range.
+        """
+        ids = ids.to(torch.int32).contiguous()
+        types = None if types is None else types.to(torch.int32).contiguous()
+        if ids.dim() != 1 or sum(lengths) != len(ids) or (types is not None and types.shape != ids.shape):
+            raise ShapeError(f"ids {tuple(ids.shape)} are not the {sum(lengths)} tokens of the lengths, types alike")
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        hidden = torch.empty(len(ids), self.hidden)
+        data = (pointer(ids), pointer(types), pointer(counts), len(lengths))
+        call("fastff_encoder_run", self._handle, *data, pointer(hidden), threads)
+        return hidden

@@ -1,0 +1,122 @@
+"""Small encoders with random weights, exported, and the same ones with the weights that the export rounds to."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+
+import fastff.models as fastff_models
+from fastff.engine import native
+from fastff.engine.encode import EncoderEngine
+from fastff.models import UltraFastBertConfig, UltraFastBertForSequenceClassification, UltraFastBertModel
+from fastff.models.tasks import kind_of
+
+VOCABULARY = 80
+TREES = {
+    "kind": "fff",
+    "depth": 3,
+    "trees": 2,
+    "leaf_width": 2,
+    "node_output": False,
+    "activation": "swiglu",
+    "gate": "boundary",
+    "bias": True,
+}
+FLAT = {"kind": "flat", "leaves": 6, "k": 2, "leaf_width": 8, "bias": True}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 160,
+    "max_position_embeddings": 100,
+}
+
+
+def bert(cls=BertModel, **changes):
+    return cls(BertConfig(**{**_BERT, **changes}))
+
+
+def roberta(cls=RobertaModel):
+    return cls(RobertaConfig(**{**_BERT, "max_position_embeddings": 102}, pad_token_id=1))
+
+
+def distilbert(cls=DistilBertModel):
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 100}
+    return cls(DistilBertConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def ours(feedforward, cls=UltraFastBertModel, **changes):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 100}
+    return cls(UltraFastBertConfig(vocab_size=VOCABULARY, head_dim=24, feedforward=feedforward, **sizes, **changes))
+
+
+MODELS = {
+    "bert": bert,
+    "bert-of-wide-heads": lambda: bert(hidden_size=192, num_attention_heads=2),
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "ours-dense": lambda: ours({"kind": "dense", "intermediate_size": 40, "bias": True}),
+    "ours-swiglu": lambda: ours(
+        {"kind": "dense", "intermediate_size": 40, "activation": "swiglu"}, attention_bias=True
+    ),
+    "ours-none": lambda: ours({"kind": "none"}),
+    "ours-1x4": lambda: ours({"kind": "fff", "depth": 4}),
+    "ours-trees": lambda: ours(TREES),
+    "ours-flat": lambda: ours(FLAT),
+    "ours-paths": lambda: ours({"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 4}),
+    "converted": lambda: fastff_models.make_converted(bert(), [{**TREES, "shared": 24}, None]),
+    "converted-none": lambda: fastff_models.make_converted(bert(), [FLAT, {"kind": "none"}]),
+}
+HEADS = {
+    "bert": lambda: bert(BertForSequenceClassification, num_labels=3),
+    "roberta": lambda: roberta(RobertaForSequenceClassification),
+    "distilbert": lambda: distilbert(DistilBertForSequenceClassification),
+    "ours": lambda: ours({"kind": "none"}, UltraFastBertForSequenceClassification, num_labels=4),
+    "masked": lambda: bert(BertForMaskedLM),
+}
+
+
+def random_model(make):
+    """With every parameter random, biases and norms included, and matrices that the export does not round further."""
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            elif "embedding" not in name:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not any(part in name for part in _HEAD_PARTS):
+                scale = module.weight.abs().amax(1, keepdim=True) / 127
+                module.weight.copy_((module.weight / scale).round() * scale)
+    return model
+
+
+_HEAD_PARTS = ("classifier", "pooler", "cls.", "lm_head", "pre_classifier")
+
+
+@functools.cache
+def exported(name: str, heads: bool = False):
+    """The model and its engine."""
+    model = random_model((HEADS if heads else MODELS)[name])
+    model.config.architectures = [type(model).__name__]
+    folder = Path(tempfile.mkdtemp())
+    native.export_encoder(model, None, str(folder), kind_of(model.config), folder / "out")
+    return model, EncoderEngine(folder / "out", threads=1)

@@ -1,0 +1,208 @@
+"""Encoders in the native engine: hidden states, embeddings and classes are those of Transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fastff
+import fastff.engine
+from encoder_cases import HEADS, MODELS, VOCABULARY, bert, exported, ours, random_model
+from engine_cases import exported as exported_decoder
+from fastff.engine import encoders, heads, native
+from fastff.engine.encode import EncoderEngine, _batches
+from fastff.engine.generate import Engine
+from fastff.errors import CheckpointError, FastffError, ShapeError
+from fastff.ops.native_encoder import NativeEncoder
+
+CONDITIONAL = [name for name in MODELS if "ours-1" in name or name.split("-")[-1] in ("trees", "flat", "paths")]
+
+
+def tokens(*lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def wanted(model, ids, **more):
+    """Hidden states or logits of each sequence alone, by Transformers."""
+    return [model(input_ids=torch.tensor([i]), **more)[0][0] for i in ids]
+
+
+def relative(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_states_are_those_of_the_model_with_rounded_weights(name):
+    model, engine = exported(name)
+    ids = tokens(1, 2, 15, 16, 17, 33, 100)
+    for got, want in zip(engine.hidden_states(ids), wanted(model, ids), strict=True):
+        assert got.shape == want.shape
+        # Conditional layers round their own weights to 8 bits; attention is in bfloat16.
+        assert relative(got, want) < (0.04 if name in CONDITIONAL or "converted" in name else 0.01), len(got)
+
+
+def test_every_instruction_set_computes_the_same_model(tile_isa):
+    model, engine = exported("bert")
+    ids = tokens(5, 40)
+    for got, want in zip(engine.hidden_states(ids), wanted(model, ids), strict=True):
+        assert relative(got, want) < 0.01
+
+
+@pytest.mark.parametrize("name", ["bert", "ours-none"])
+def test_neighbours_and_threads_change_no_bit(name, tile_isa):
+    _, engine = exported(name)
+    ids = tokens(3, 90, 17, 1, 64, 90, 33)
+    alone = [engine.hidden_states([i])[0] for i in ids]
+    for threads in (1, 2, 3):
+        flat = torch.tensor([t for i in ids for t in i])
+        together = engine.model.run(flat, [len(i) for i in ids], threads=threads).split([len(i) for i in ids])
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)), threads
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_neighbours_of_conditional_layers_change_roundings_alone(name):
+    _, engine = exported(name)
+    ids = tokens(3, 90, 17, 1, 64)
+    alone = [engine.hidden_states([i])[0] for i in ids]
+    for got, want in zip(engine.hidden_states(ids), alone, strict=True):
+        assert relative(got, want) < 1e-3
+
+
+def test_segments_are_added():
+    model, engine = exported("bert")
+    ids, kinds = tokens(12)[0], [0] * 5 + [1] * 7
+    (want,) = wanted(model, [ids], token_type_ids=torch.tensor([kinds]))
+    (got,) = engine.hidden_states([ids], types=[kinds])
+    assert relative(got, want) < 0.01
+    assert relative(engine.hidden_states([ids])[0], want) > 0.05
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name):
+    model, engine = exported(name, heads=True)
+    ids = tokens(9, 30, 4)
+    want = wanted(model, ids)
+    got = engine.predict_words(ids) if name == "masked" else list(engine.classify(ids))
+    assert [g.shape for g in got] == [w.shape for w in want]
+    assert relative(torch.cat(got), torch.cat(want)) < 0.03
+    assert engine.labels == ([] if name == "masked" else list(model.config.id2label.values()))
+
+
+def test_embeddings_pool_and_normalise():
+    _, engine = exported("bert")
+    ids = tokens(6, 3)
+    hidden = engine.hidden_states(ids)
+    assert torch.allclose(engine.embed(ids), torch.stack([h.mean(0) for h in hidden]))
+    unit = engine.embed(ids, normalise=True)
+    assert torch.allclose(unit.norm(dim=1), torch.ones(2))
+    assert torch.equal(heads.pool(torch.cat(hidden), [6, 3], "first"), torch.stack([h[0] for h in hidden]))
+    assert engine.embed([]).shape == (0, engine.model.hidden)
+    assert engine.hidden_states([]) == []
+
+
+def test_modules_of_sentence_transformers_say_how(tmp_path):
+    def pooling(settings, *kinds):
+        (tmp_path / "1").mkdir(exist_ok=True)
+        (tmp_path / "1" / "config.json").write_text(json.dumps(settings))
+        modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1"} for kind in ("Transformer", *kinds)]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        return heads.sentence_pooling(tmp_path)
+
+    assert heads.sentence_pooling(tmp_path) == ("mean", False)
+    assert pooling({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "Pooling") == ("first", False)
+    assert pooling({"pooling_mode": "mean"}, "Pooling", "Normalize") == ("mean", True)
+    with pytest.raises(CheckpointError, match="pooling by max_tokens"):
+        pooling({"pooling_mode_max_tokens": True}, "Pooling")
+    with pytest.raises(CheckpointError, match="module Dense"):
+        pooling({"pooling_mode": "mean"}, "Pooling", "Dense")
+
+
+def test_a_directory_is_exported_and_loaded(tmp_path):
+    model, engine = exported("converted")
+    model.save_pretrained(tmp_path / "model")
+    fastff.export(tmp_path / "model", tmp_path / "out", to="native")
+    loaded = fastff.engine.load(tmp_path / "out", map=True)
+    assert isinstance(loaded, EncoderEngine)
+    loaded.threads = 1
+    ids = tokens(8)
+    assert torch.equal(loaded.hidden_states(ids)[0], engine.hidden_states(ids)[0])
+    with pytest.raises(CheckpointError, match="give token ids"):
+        loaded.embed("a text without a tokenizer")
+    with pytest.raises(CheckpointError, match="no sequence classifier"):
+        loaded.classify(ids)
+    with pytest.raises(CheckpointError, match="no masked language model"):
+        loaded.predict_words(ids)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    _, engine = exported("bert")
+    for wrong, error, message in (
+        ([[]], ShapeError, "input 0 has 0 tokens, expected 1 to 100"),
+        (tokens(3, 101), ShapeError, "input 1 has 101 tokens"),
+        ([[5, VOCABULARY]], FastffError, f"token {VOCABULARY} is not 0 to {VOCABULARY - 1}"),
+        ([[-1]], FastffError, "token -1 is not"),
+        (["text", [1, 2]], ValueError, "mixed"),
+    ):
+        with pytest.raises(error, match=message):
+            engine.hidden_states(wrong)
+    with pytest.raises(FastffError, match="type 2 is not 0 to 1"):
+        engine.hidden_states([[4]], types=[[2]])
+    with pytest.raises(ShapeError, match="types are not one for each token"):
+        engine.hidden_states([[4]], types=[[0, 0]])
+    with pytest.raises(ShapeError, match="are not the 3 tokens"):
+        engine.model.run(torch.tensor([1, 2]), [3])
+    with pytest.raises(FastffError, match="length of a sequence"):
+        engine.model.run(torch.tensor([1, 2]), [3, -1])
+
+
+def test_files_that_are_no_encoder_are_refused(tmp_path):
+    model, _ = exported("bert")
+    described = encoders.describe(model)
+    path = tmp_path / "model.fastff"
+    native.write_model(path, described.model, described.tensors)
+    whole = path.read_bytes()
+    for size in (0, 30, 2000, len(whole) // 2, len(whole) - 4096):
+        path.write_bytes(whole[:size])
+        for mapped in (False, True):
+            with pytest.raises(FastffError):
+                NativeEncoder(path, map=mapped)
+    for change, message in (
+        ({"heads": 7}, "no multiple of heads"),
+        ({"kind": "decoder"}, "expected 'encoder'"),
+        ({"hidden": 64}, r"tensor embedding is \[80, 96\], expected \[80, 64\]"),
+        ({"feedforwards": []}, "0 feedforwards"),
+    ):
+        native.write_model(path, described.model | change, described.tensors)
+        with pytest.raises(FastffError, match=message):
+            NativeEncoder(path)
+    with pytest.raises(FastffError, match="cannot be read"):
+        NativeEncoder(tmp_path / "nothing")
+
+
+def test_models_that_the_engine_lacks_are_refused():
+    model = random_model(bert)
+    model.config.model_type = "deberta"
+    with pytest.raises(CheckpointError, match="model type 'deberta' is not one of bert"):
+        encoders.describe(model)
+    gated = ours({"kind": "dense", "intermediate_size": 8, "activation": "geglu"})
+    with pytest.raises(CheckpointError, match="gates of kind 'geglu'"):
+        encoders.describe(gated)
+    model = random_model(lambda: bert(hidden_act="quick_gelu"))
+    with pytest.raises(CheckpointError, match="activation 'quick_gelu'"):
+        encoders.describe(model)
+
+
+def test_a_decoder_is_loaded_as_one():
+    _, _, folder = exported_decoder("gpt2")
+    assert isinstance(fastff.engine.load(folder), Engine)
+
+
+def test_batches_hold_every_input_once():
+    lengths = [5, 20000, 7, 300, 16000, 1]
+    batches = _batches(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(sum(lengths[i] for i in batch) <= 16384 or len(batch) == 1 for batch in batches)
