@@ -117,18 +117,21 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
+_FORMS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}  # of numbers, by their kind in the file
+
+
 def _typed(value: Any) -> bytes:
     if isinstance(value, list):
-        kind = _kind(value[0]) if value else 4
-        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(_plain(item) for item in value)
-    return struct.pack("<I", _kind(value)) + _plain(value)
+        kind = _kind(value[0], signed=True) if value else 5  # llama.cpp wants lists of numbers signed, single ones not
+        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(_plain(item, kind) for item in value)
+    kind = _kind(value)
+    return struct.pack("<I", kind) + _plain(value, kind)
 
 
-def _kind(value: Any) -> int:
-    return {str: 8, bool: 7, int: 5 if isinstance(value, int) and value < 0 else 4, float: 6}[type(value)]
+def _kind(value: Any, *, signed: bool = False) -> int:
+    whole = 5 if signed or (isinstance(value, int) and value < 0) else 4
+    return {str: 8, bool: 7, int: whole, float: 6}[type(value)]
 
 
-def _plain(value: Any) -> bytes:
-    if isinstance(value, str):
-        return _text(value)
-    return struct.pack({7: "<?", 5: "<i", 4: "<I", 6: "<f"}[_kind(value)], value)
+def _plain(value: Any, kind: int) -> bytes:
+    return _text(value) if kind == 8 else struct.pack(_FORMS[kind], value)
