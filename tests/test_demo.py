@@ -21,7 +21,7 @@ from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus
 from fastff.demo.report import render
 from fastff.demo.run import run_demo
-from fastff.demo.settings import ARMS, DENSE, Settings, equal_work
+from fastff.demo.settings import DENSE, VARIANTS, Settings, equal_work
 from fastff.demo.store import DemoError, Store, write_atomic
 from fastff.demo.summary import missing_parts, paired, recovered_gap, summarise
 from fastff.demo.terminal import print_summary
@@ -111,12 +111,12 @@ def test_results_hold_every_number(finished):
     assert set(results["speed"]["times_faster"]) == {f"1x11-hot-{n}-rows-1-threads" for n in (1, 128, 1024)}
     names = {DENSE, "tree", "tree-narrow"}
     assert set(results["pretrain"]) == set(results["finetune"]) == names
-    tokens = {(arm["tokens"], arm["steps"]) for arm in results["pretrain"].values()}
-    assert len(tokens) == 1, "every arm must see the same tokens"
-    for arm in results["pretrain"].values():
-        assert 0 < arm["valid_loss"] < 7
-        assert len(arm["valid_losses"]) == 48
-        assert arm["curve"][-1][0] == arm["steps"]
+    tokens = {(variant["tokens"], variant["steps"]) for variant in results["pretrain"].values()}
+    assert len(tokens) == 1, "every variant must see the same tokens"
+    for variant in results["pretrain"].values():
+        assert 0 < variant["valid_loss"] < 7
+        assert len(variant["valid_losses"]) == 48
+        assert variant["curve"][-1][0] == variant["steps"]
     tree = results["pretrain"]["tree"]
     assert (tree["active_neurons"], tree["neurons"]) == (10, 1023)
     assert tree["flops_per_token"] == results["pretrain"]["tree-narrow"]["flops_per_token"]
@@ -146,13 +146,13 @@ def test_the_page_comes_from_the_results_alone(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [4, 5, 7, 8, 10])
-@pytest.mark.parametrize("arms", [1, 3])
-def test_a_run_stopped_after_any_part_can_be_reported(finished, parts, arms):
+@pytest.mark.parametrize("variants", [1, 3])
+def test_a_run_stopped_after_any_part_can_be_reported(finished, parts, variants):
     order = ["schema", "settings", "machine", "data", "speed", "plan", "start", "pretrain", "plan_finetune", "finetune"]
     cut = {part: finished[2][part] for part in order[:parts]}
     last = order[parts - 1]
     if last in ("pretrain", "finetune"):
-        cut[last] = dict(list(cut[last].items())[:arms])
+        cut[last] = dict(list(cut[last].items())[:variants])
     cut["summary"] = summarise(cut)
     assert cut["summary"]["missing"]
     assert "Missing: " in render(cut)
@@ -227,17 +227,17 @@ def test_every_arm_begins_as_the_same_function():
     tokens = torch.randint(5, 128, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = start.eval()(input_ids=tokens).logits
-        for arm in ARMS:
-            got = masked_word_model(arm, 128, 7, start.state_dict()).eval()(input_ids=tokens).logits
-            assert torch.equal(got, want), arm.name
+        for variant in VARIANTS:
+            got = masked_word_model(variant, 128, 7, start.state_dict()).eval()(input_ids=tokens).logits
+            assert torch.equal(got, want), variant.name
 
 
 def test_narrow_controls_do_the_same_arithmetic():
-    for arm in ARMS:
-        if arm.narrow_of:
-            tree = next(a for a in ARMS if a.name == arm.narrow_of).feedforward
+    for variant in VARIANTS:
+        if variant.narrow_of:
+            tree = next(a for a in VARIANTS if a.name == variant.narrow_of).feedforward
             options = {name: value for name, value in tree.items() if name != "kind"}
-            assert arm.feedforward["intermediate_size"] == equal_work(**options)
+            assert variant.feedforward["intermediate_size"] == equal_work(**options)
     assert equal_work(depth=9) == 10
     assert equal_work(depth=5, trees=16) == 96
 
@@ -256,15 +256,19 @@ def arm_with(losses):
 
 
 def test_recovered_gap():
-    arms = {DENSE: arm_with([1.0, 1.1, 0.9]), "narrow": arm_with([2.0, 2.1, 1.9]), "tree": arm_with([1.7, 1.8, 1.6])}
-    found = recovered_gap(arms, "tree", "narrow")
+    variants = {
+        DENSE: arm_with([1.0, 1.1, 0.9]),
+        "narrow": arm_with([2.0, 2.1, 1.9]),
+        "tree": arm_with([1.7, 1.8, 1.6]),
+    }
+    found = recovered_gap(variants, "tree", "narrow")
     assert found["value"] == pytest.approx(0.3)
     assert found["gap"] == pytest.approx(1.0)
 
 
 def test_recovered_gap_of_noise_has_no_value():
-    arms = {DENSE: arm_with([1.0, 2.1]), "narrow": arm_with([1.2, 2.0]), "tree": arm_with([1.0, 2.0])}
-    found = recovered_gap(arms, "tree", "narrow")
+    variants = {DENSE: arm_with([1.0, 2.1]), "narrow": arm_with([1.2, 2.0]), "tree": arm_with([1.0, 2.0])}
+    found = recovered_gap(variants, "tree", "narrow")
     assert found["value"] is None
     assert "not clearly better" in found["reason"]
 

@@ -89,8 +89,11 @@ def test_compile_without_graph_breaks(options):
     want.sum().backward()
     assert torch.allclose(compiled_grad, layer.w_in.grad, atol=1e-6)
     layer.eval()
-    with torch.no_grad():
-        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    with torch.no_grad():  # the compiled layer reads its parameters, the other one packed leaves: sums in another order
+        compiled, packed = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+        exact = layer.double()(x.double())
+    plain_error = (compiled - exact).abs().max()
+    assert (packed - exact).abs().max() <= 2 * plain_error + 1e-6
 
 
 def test_export_keeps_the_op():
@@ -360,7 +363,7 @@ def test_a_layer_that_uses_most_neurons_takes_the_masked_form():
 
 def test_explain_describes_the_gpu_kernels_without_a_gpu():
     explained = fastff.ops.explain(PLAIN, 65536, dtype=torch.bfloat16, backend="triton")
-    assert explained.form == "blocked"
+    assert explained.form == "grouped"
     assert explained.choices["tiles.rows"] == 64
 
 

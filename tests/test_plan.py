@@ -18,7 +18,7 @@ class TestPlan:
             for trees in (1, 2, 3, 16):
                 for leaf_width in (1, 16):
                     shape = TreeConfig(in_features=8, out_features=8, depth=depth, trees=trees, leaf_width=leaf_width)
-                    chosen = plan.blocked_plan(shape, count, 2)
+                    chosen = plan.grouped_plan(shape, count, 2)
                     levels = [stage.level + i for stage in chosen.stages for i in range(stage.levels)]
                     assert levels == list(range(depth + chosen.leaf_routed))
                     assert chosen.level * chosen.joint <= 24
@@ -30,7 +30,7 @@ class TestPlan:
         for trees in (1, 4):
             shape = TreeConfig(in_features=8, out_features=8, depth=depth, trees=trees)
             chosen = plan.forward_plan(shape, 2**20, 2)
-            if isinstance(chosen, plan.BlockedPlan):
+            if isinstance(chosen, plan.GroupedPlan):
                 assert all(stage.level * stage.joint <= 12 for stage in chosen.stages)
                 assert chosen.level * chosen.joint <= 12
             back = plan.backward_plan(shape, 2**20, 2)
@@ -40,10 +40,10 @@ class TestPlan:
     def test_a_handful_a_few_and_many_rows_take_different_forms(self):
         shape = TreeConfig(in_features=768, out_features=768, depth=11)
         forms = [type(plan.forward_plan(shape, count, 2)) for count in (1, 100, 65536)]
-        assert forms == [plan.ScoutPlan, plan.RowsPlan, plan.BlockedPlan]
+        assert forms == [plan.SpeculativePlan, plan.PerTokenPlan, plan.GroupedPlan]
         explained = [ops.explain(shape, count, dtype=torch.bfloat16, backend="triton") for count in (1, 100, 65536)]
-        assert [e.form for e in explained] == ["scout", "rows", "blocked"]
-        tiles = plan.blocked_plan(shape, 65536, 2).tiles
+        assert [e.form for e in explained] == ["speculative", "per_token", "grouped"]
+        tiles = plan.grouped_plan(shape, 65536, 2).tiles
         assert explained[2].choices["tiles.rows"] == tiles.rows
         assert explained[2].choices["stages.1.level"] == 6
         assert "backward.chunk" in explained[0].choices
@@ -63,7 +63,7 @@ class TestFitting:
                 raise no_room(300000, 232448, "shared memory")
             return "done"
 
-        chosen = plan.blocked_plan(TreeConfig(in_features=64, out_features=36, depth=11), 65536, 2)
+        chosen = plan.grouped_plan(TreeConfig(in_features=64, out_features=36, depth=11), 65536, 2)
         assert triton_kernels.fitting(chosen, run) == "done"
         count = len(tried)
         assert triton_kernels.fitting(chosen, run) == "done"
@@ -75,5 +75,5 @@ class TestFitting:
 
         with pytest.raises(no_room):
             triton_kernels.fitting(
-                plan.blocked_plan(TreeConfig(in_features=20, out_features=36, depth=9), 4096, 2), run
+                plan.grouped_plan(TreeConfig(in_features=20, out_features=36, depth=9), 4096, 2), run
             )

@@ -26,7 +26,7 @@ runs_kernels = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import blocks, gradients, plan, rows, scout, sort, tuned, tuning
+    from fastff.ops.triton_kernels import gradients, grouped, per_token, plan, sort, speculative, tuned, tuning
 
 
 def config(**changes):
@@ -76,17 +76,23 @@ def small_tiles():
 
 
 def run(form, args, config):
-    if form == "rows":
-        block = plan.RowsPlan(ahead=2, fused=False, block_in=16, block_out=32, block_leaf=4, block_entries=4, warps=1)
-        return rows.forward(*args, config=config, plan=block)
+    if form == "per_token":
+        block = plan.PerTokenPlan(
+            ahead=2, fused=False, block_in=16, block_out=32, block_leaf=4, block_entries=4, warps=1
+        )
+        return per_token.forward(*args, config=config, plan=block)
     if form == "fused":
-        block = plan.RowsPlan(ahead=3, fused=True, block_in=32, block_out=16, block_leaf=2, block_entries=4, warps=1)
-        return rows.forward(*args, config=config, plan=block)
-    if form == "scout":
-        return scout.forward(*args, config=config, plan=plan.ScoutPlan(levels=3, block_in=16, block_out=32, warps=1))
+        block = plan.PerTokenPlan(
+            ahead=3, fused=True, block_in=32, block_out=16, block_leaf=2, block_entries=4, warps=1
+        )
+        return per_token.forward(*args, config=config, plan=block)
+    if form == "speculative":
+        return speculative.forward(
+            *args, config=config, plan=plan.SpeculativePlan(levels=3, block_in=16, block_out=32, warps=1)
+        )
     # Planned as for a large batch, so that several stages and joint trees occur at a small one.
-    blocked = plan.blocked_plan(config, 65536, 4, tiles=small_tiles())
-    return blocks.forward(*args, config=config, plan=blocked)
+    blocked = plan.grouped_plan(config, 65536, 4, tiles=small_tiles())
+    return grouped.forward(*args, config=config, plan=blocked)
 
 
 def backward(grad_y, args, leaf, scores, config, chunk=8):
@@ -101,10 +107,10 @@ def max_error(got, want):
 class TestForward:
     pytestmark = runs_kernels
 
-    @pytest.mark.parametrize("form", ["rows", "fused", "blocked"])
+    @pytest.mark.parametrize("form", ["per_token", "fused", "grouped"])
     @pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.name}-{c.activation}")
     def test_matches_the_reference(self, form, config):
-        args = make_inputs(config, 20 if form == "blocked" else 2)
+        args = make_inputs(config, 20 if form == "grouped" else 2)
         want = by_reference(in_float64(args), config)
         single = by_reference(args, config)
         y, leaf, margin, scores = run(form, args, config)
@@ -131,18 +137,18 @@ class TestForward:
             config(depth=0),
         ],
     )
-    def test_scouting_matches_the_reference(self, shape):
+    def test_the_speculative_form_matches_the_reference(self, shape):
         args = make_inputs(shape, 2)
         want = by_reference(in_float64(args), shape)
-        y, leaf, margin, scores = run("scout", args, shape)
+        y, leaf, margin, scores = run("speculative", args, shape)
         assert torch.equal(leaf, want.leaf)
         assert max_error(y, want.y) <= 2e-6
         assert torch.equal(margin, scores[:, 0, : shape.depth].abs().amin(1)) if shape.depth else margin.isinf().all()
 
-    @pytest.mark.parametrize("form", ["rows", "blocked"])
+    @pytest.mark.parametrize("form", ["per_token", "grouped"])
     def test_half_precision(self, form):
         shape = config(depth=4, in_features=32, leaf_width=2, gate="boundary")
-        args = make_inputs(shape, 16 if form == "blocked" else 4, torch.float16)
+        args = make_inputs(shape, 16 if form == "grouped" else 4, torch.float16)
         want = by_reference(in_float64(args), shape)
         y, leaf, _, _ = run(form, args, shape)
         decided = want.margin > 1e-2
@@ -150,7 +156,7 @@ class TestForward:
         assert torch.equal(leaf[decided], want.leaf[decided])
         assert ((y.double() - want.y)[decided].norm() / want.y[decided].norm()).item() <= 2e-3
 
-    @pytest.mark.parametrize("form", ["scout", "rows", "blocked"])
+    @pytest.mark.parametrize("form", ["speculative", "per_token", "grouped"])
     def test_a_nan_row_disturbs_no_other(self, form):
         shape = config(depth=3)
         args = make_inputs(shape, 3)
@@ -168,7 +174,7 @@ class TestForward:
         shape = config(depth=6, in_features=8, out_features=16)
         args = make_inputs(shape, sort.SORT_TILE + 6)
         want = by_reference(in_float64(args), shape)
-        y, leaf, _, _ = run("blocked", args, shape)
+        y, leaf, _, _ = run("grouped", args, shape)
         decided = want.margin > 1e-4
         assert torch.equal(leaf[decided], want.leaf[decided])
         assert max_error(y[decided], want.y[decided]) <= 2e-6
@@ -185,11 +191,11 @@ class TestForward:
     )
     def test_leaves_in_one_pass_match_the_reference(self, shape, joint):
         stages = (plan.Stage(0, shape.depth, 1),) if shape.depth else ()
-        chosen = plan.BlockedPlan(stages, shape.depth, joint, False, True, small_tiles())
+        chosen = plan.GroupedPlan(stages, shape.depth, joint, False, True, small_tiles())
         args = make_inputs(shape, 20)
         want = by_reference(in_float64(args), shape)
-        y, leaf, margin, scores = blocks.forward(*args, config=shape, plan=chosen)
-        separate = blocks.forward(*args, config=shape, plan=replace(chosen, one_pass=False))
+        y, leaf, margin, scores = grouped.forward(*args, config=shape, plan=chosen)
+        separate = grouped.forward(*args, config=shape, plan=replace(chosen, one_pass=False))
         assert torch.equal(leaf, want.leaf)
         assert max_error(y, want.y) <= 3e-6
         assert torch.equal(margin, separate[2])
@@ -198,7 +204,7 @@ class TestForward:
     @pytest.mark.parametrize(("leaf_width", "one_pass"), [(16, True), (150, False)])
     def test_wide_leaves_take_one_pass_unless_they_are_too_wide(self, leaf_width, one_pass):
         shape = TreeConfig(in_features=768, out_features=768, depth=4, trees=8, leaf_width=leaf_width)
-        assert plan.blocked_plan(shape, 65536, 2).one_pass == one_pass
+        assert plan.grouped_plan(shape, 65536, 2).one_pass == one_pass
 
     def test_an_empty_batch(self):
         shape = config(trees=2, bias=True)
@@ -222,7 +228,7 @@ class TestBackward:
         want = by_reference(exact, config)
         assert (want.margin > 1e-5).all()
         grad_y = make_inputs(config, 12, seed=1)[0][:, :1] + torch.linspace(-1, 1, config.out_features, device=DEVICE)
-        _, leaf, _, scores = run("blocked", args, config)
+        _, leaf, _, scores = run("grouped", args, config)
         got = backward(grad_y, args, leaf, scores, config)
         wanted = torch.autograd.grad(want.y, [e for e in exact if e is not None], grad_y.double())
         given = [(name, g) for name, g, a in zip(("x", "w_in", "b_in", "w_out", "b_out"), got, args, strict=True)
@@ -235,7 +241,7 @@ class TestBackward:
     def test_a_subtree_wider_than_a_tile(self):
         shape = config(depth=4, trees=2, gate="boundary")
         args = make_inputs(shape, 6)
-        _, leaf, _, scores = run("blocked", args, shape)
+        _, leaf, _, scores = run("grouped", args, shape)
         grad_y = torch.ones(6, 36, device=DEVICE)
         want = backward(grad_y, args, leaf, scores, shape)
         tiles = replace(small_tiles(), columns=16)
@@ -247,7 +253,7 @@ class TestBackward:
         shape = config(depth=3)
         args = make_inputs(shape, 30)
         args = (args[0][:1].expand(30, -1).contiguous(), *args[1:])
-        _, leaf, _, scores = run("blocked", args, shape)
+        _, leaf, _, scores = run("grouped", args, shape)
         ones = torch.ones(30, 36, device=DEVICE)
         _, grad_w_in, _, grad_w_out, _ = backward(ones, args, leaf, scores, shape, chunk=8)
         node = leaf[0, 0].item() + shape.nodes
@@ -264,7 +270,7 @@ class TestBackward:
     def test_is_deterministic(self):
         shape = config(depth=2, trees=2)
         args = make_inputs(shape, 10)
-        _, leaf, _, scores = run("blocked", args, shape)
+        _, leaf, _, scores = run("grouped", args, shape)
         grad_y = torch.ones(10, 36, device=DEVICE)
         first, second = (backward(grad_y, args, leaf, scores, shape) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -311,14 +317,14 @@ class TestReplay:
 
     pytestmark = runs_kernels
 
-    @pytest.mark.parametrize("form", ["scout", "rows", "blocked", "one pass"])
+    @pytest.mark.parametrize("form", ["speculative", "per_token", "grouped", "one pass"])
     def test_a_forward_computes_on_the_tensors_it_is_given(self, form):
-        shape = config(gate="boundary") if form == "scout" else SHAPES[3]
+        shape = config(gate="boundary") if form == "speculative" else SHAPES[3]
         chosen = {
-            "scout": plan.ScoutPlan(levels=3, block_in=16, block_out=32, warps=1),
-            "rows": plan.rows_plan(shape, 6),
-            "blocked": plan.blocked_plan(shape, 65536, 4, tiles=small_tiles()),
-            "one pass": plan.BlockedPlan((plan.Stage(0, 2, 1),), 2, 2, False, True, small_tiles()),
+            "speculative": plan.SpeculativePlan(levels=3, block_in=16, block_out=32, warps=1),
+            "per_token": plan.per_token_plan(shape, 6),
+            "grouped": plan.grouped_plan(shape, 65536, 4, tiles=small_tiles()),
+            "one pass": plan.GroupedPlan((plan.Stage(0, 2, 1),), 2, 2, False, True, small_tiles()),
         }[form]
         for seed in (0, 1):
             args = make_inputs(shape, 6, seed=seed)
@@ -333,7 +339,7 @@ class TestReplay:
         chosen = plan.backward_plan(shape, 65536, 4, tiles=small_tiles(), outer_tiles=small_tiles())
         for seed in (0, 1):
             args = make_inputs(shape, 6, seed=seed)
-            _, leaf, _, scores = run("rows", args, shape)
+            _, leaf, _, scores = run("per_token", args, shape)
             given = (args[0][:, :1] + torch.linspace(-1, 1, 36, device=DEVICE), *args, leaf, scores)
             got = triton_kernels.run_backward(chosen, *given, config=shape)
             want = gradients.backward(*given, config=shape, plan=chosen)
@@ -427,13 +433,13 @@ class TestTuning:
         timed = tuning._Timed(lambda chosen: (args[0] * chosen,), (args[0],), lambda run: 1.0)
         assert [timed(1.0), timed(1.001), timed(0.5), timed(float("nan"))] == [1.0, 1.0, float("inf"), float("inf")]
 
-    @pytest.mark.parametrize("chosen", ["rows", "scout", "blocked", "backward"])
+    @pytest.mark.parametrize("chosen", ["per_token", "speculative", "grouped", "backward"])
     def test_every_plan_survives_the_file(self, chosen):
         shape = TreeConfig(in_features=768, out_features=768, depth=11)
         made = {
-            "rows": plan.rows_plan(shape, 100),
-            "scout": plan.scout_plan(shape),
-            "blocked": plan.blocked_plan(shape, 65536, 2),
+            "per_token": plan.per_token_plan(shape, 100),
+            "speculative": plan.speculative_plan(shape),
+            "grouped": plan.grouped_plan(shape, 65536, 2),
             "backward": plan.backward_plan(shape, 65536, 2),
         }[chosen]
         direction = "backward" if chosen == "backward" else "forward"
@@ -458,7 +464,7 @@ class TestTuning:
 
     def test_a_plan_of_other_fields_is_told_and_the_shipped_one_serves(self):
         shape = config(depth=3)
-        tuned.keep("forward", shape, 2, torch.float32, "a gpu", plan.rows_plan(shape, 2))
+        tuned.keep("forward", shape, 2, torch.float32, "a gpu", plan.per_token_plan(shape, 2))
         document = json.loads(tuned.cache_file().read_text())
         next(iter(document["plans"].values()))["colour"] = "red"
         tuned.cache_file().write_text(json.dumps(document))
@@ -471,7 +477,7 @@ class TestTuning:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         shape = config(depth=3)
-        chosen = replace(plan.rows_plan(shape, 2), warps=16)
+        chosen = replace(plan.per_token_plan(shape, 2), warps=16)
         with pytest.warns(RuntimeWarning, match="cannot be"):
             tuned.keep("forward", shape, 2, torch.float32, "a gpu", chosen)
         assert tuned.forward_plan(shape, 2, torch.float32, "a gpu") == chosen

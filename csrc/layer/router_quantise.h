@@ -40,8 +40,8 @@ struct RowParts {
       float q = (x[j] * inverse + kRounder) - kRounder;
       q = q > kLargestInt16 ? kLargestInt16 : q < -kLargestInt16 ? -kLargestInt16 : q;
       to[j] = static_cast<int16_t>(static_cast<int32_t>(q));
-      const float missed = x[j] - q * scale;
-      squares[j] += missed * missed;
+      const float rest = x[j] - q * scale;
+      squares[j] += rest * rest;
     }
   }
   float sum() const {
@@ -79,10 +79,10 @@ inline Row16 store_row16(const float* x, int64_t n, int64_t padded, int16_t* to)
     return useless;
   }
   const float scale = std::max(static_cast<float>(std::sqrt(widest) * 1.0001 / room), largest / kLargestInt16);
-  RowParts missed = {};
-  for_units(x, n, [&](const float* unit, int64_t i) { missed.store(unit, scale, 1 / scale, to + i); });
+  RowParts rest = {};
+  for_units(x, n, [&](const float* unit, int64_t i) { rest.store(unit, scale, 1 / scale, to + i); });
   const float norm = std::sqrt(squares);
-  return {scale, norm * 1.001f, std::sqrt(missed.sum()) * 1.001f + norm * 1e-6f};
+  return {scale, norm * 1.001f, std::sqrt(rest.sum()) * 1.001f + norm * 1e-6f};
 }
 
 }  // namespace

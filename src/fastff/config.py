@@ -1,7 +1,7 @@
 """Shape and cost arithmetic of a conditional feedforward layer, on plain integers.
 
 Node `k` of a tree has the children `2k + 1` (left) and `2k + 2` (right); level `d` of a tree occupies the heap
-indices `[2**d - 1, 2**(d + 1) - 1)`. After `depth` turns a row is at leaf `heap index - (2**depth - 1)`.
+indices `[2**d - 1, 2**(d + 1) - 1)`. After `depth` decisions a row is at leaf `heap index - (2**depth - 1)`.
 Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
 """
 
@@ -31,7 +31,7 @@ class TreeConfig:
     """Everything about a layer but its weights.
 
     in_features, out_features  widths of a row before and after the layer
-    depth        turns from root to leaf, 0 to 24
+    depth        decisions from root to leaf, 0 to 24
     trees        trees that read the same input; their outputs are summed
     leaf_width   neurons of a leaf
     node_output  routing nodes on the path are neurons too (UltraFastBERT) or only route (FFF 2023)
@@ -111,7 +111,7 @@ class TreeConfig:
 
     @property
     def path_scores(self) -> int:
-        """Scores a row computes in one tree: depth turns, then the rows of its leaf."""
+        """Scores a row computes in one tree: depth decisions, then the rows of its leaf."""
         return self.depth + self.leaf_in_rows
 
     @property
@@ -126,7 +126,7 @@ class TreeConfig:
 
     @property
     def routing_scores(self) -> int:
-        """Scores that decide a turn of one row, over all trees."""
+        """Scores that make a decision of one row, over all trees."""
         return self.trees * self.depth
 
     @property

@@ -45,7 +45,7 @@ class FFF(nn.Module):
     in_features, out_features  widths of a row; out_features defaults to in_features
     depth, trees, leaf_width, node_output, activation, gate, tau, bias  see TreeConfig
     surrogate    gradient of the routing in training mode: None (only the gate's, conditional cost) or, at dense cost,
-                 "straight_through" (each turn differentiated as a sigmoid), "soft" (the 2023 mixture of all leaves,
+                 "straight_through" (each decision differentiated as a sigmoid), "soft" (the 2023 mixture of all leaves,
                  needs node_output=False and no gate). Evaluation always routes hard.
     region_leak  with surrogate="soft": probability that a node swaps its sides for a row, in [0, 0.5]
     backend      a name of `fastff.ops.available_backends()`, or None to choose by device and dtype
@@ -376,7 +376,7 @@ class FFF(nn.Module):
     ) -> Self:
         """Layer from a published state dict, dtype kept.
 
-        UltraFastBERT: `linear_in.weight`, `linear_in.bias` (optional), `linear_out.weight`; needs `depth` (turns),
+        UltraFastBERT: `linear_in.weight`, `linear_in.bias` (optional), `linear_out.weight`; needs `depth`,
         trees follow from the shape. fastfeedforward: `node_weights`, `node_biases`, `w1s`, `b1s`, `w2s`, `b2s`.
         activation: default gelu for the first and relu for the second, as published. options: as for FFF.
         Raises CheckpointError naming a missing, extra or misshapen tensor, or an unknown layout.

@@ -1,4 +1,4 @@
-"""`fastff demo`: a few minutes on a CPU that show what the layer is worth, controls included, and write a report."""
+"""`fastff demo`: a few minutes on a CPU that show what the layer is worth, baselines included, and write a report."""
 
 from fastff.demo.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Who wrote this sentence: scores, and the control that needs no neural network."""
+"""Who wrote this sentence: scores, and the baseline that needs no neural network."""
 
 from __future__ import annotations
 

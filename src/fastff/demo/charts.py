@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastff.demo.settings import ARMS
+from fastff.demo.settings import VARIANTS
 from fastff.demo.terminal import speed_pair
 from fastff.inspect.picture import STYLE, Box, draw_path, draw_scale, draw_tree
 from fastff.report import svg
@@ -21,7 +21,7 @@ LOOKS = {
     "none": (5, "dotted"),
     "start": (6, "solid"),
 }
-TITLES = {arm.name: arm.title for arm in ARMS} | {"start": "shared start"}
+TITLES = {variant.name: variant.title for variant in VARIANTS} | {"start": "shared start"}
 WIDTH = 560.0
 
 
@@ -76,11 +76,11 @@ def _dot(name: str, value: float, error: float) -> Row:
     return Row(words[name], [Value(value, value - error, value + error, LOOKS.get(name, (6, ""))[0])])
 
 
-def routing(arm: dict[str, Any]) -> str:
+def routing(variant: dict[str, Any]) -> str:
     """Every tree of every layer of a variant, coloured by use."""
     shapes: list[str] = []
     y = 0.0
-    for number, layer in enumerate(arm["routing"].values(), start=1):
+    for number, layer in enumerate(variant["routing"].values(), start=1):
         columns = 1 if layer["trees"] == 1 else 8
         height = 130.0 if columns == 1 else 48.0
         shapes.append(svg.text(0, y + 14, f"layer {number}", kind="title"))
@@ -94,13 +94,13 @@ def routing(arm: dict[str, Any]) -> str:
     return svg.drawing(WIDTH, y + 56, shapes, title="How often each node is visited", style=STYLE)
 
 
-def paths(arm: dict[str, Any]) -> str:
+def paths(variant: dict[str, Any]) -> str:
     """The ways of a sentence's pieces through the first tree of every layer."""
-    filled = arm["fill"]
+    filled = variant["fill"]
     masked = {mask["position"] for mask in filled["masks"]}
     shapes: list[str] = []
     y = 0.0
-    for number, (name, layer) in enumerate(arm["routing"].items(), start=1):
+    for number, (name, layer) in enumerate(variant["routing"].items(), start=1):
         box = Box(0, y + 22, WIDTH, 140)
         shapes.append(svg.text(0, y + 14, f"layer {number}", kind="title"))
         shapes += ['<g opacity="0.35">', *draw_tree(layer["counts"][0], layer["depth"], box), "</g>"]

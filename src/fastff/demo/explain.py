@@ -18,7 +18,7 @@ def fill(model: nn.Module, corpus: Corpus, sentence: str) -> dict[str, Any]:
     """The likeliest pieces of every mask, and each piece's path through each tree of each layer.
 
     Returns sentence, pieces, masks (position, best pieces with probabilities) and paths by layer: heap indices
-    (pieces, trees, levels) with their turns in words.
+    (pieces, trees, levels) with their decisions in words.
     """
     model.eval()
     encoded = corpus.tokenizer.encode(sentence)
@@ -39,5 +39,5 @@ def fill(model: nn.Module, corpus: Corpus, sentence: str) -> dict[str, Any]:
         "pieces": encoded.tokens,
         "masks": masks,
         "paths": {name: path[0].tolist() for name, path in taken.items()},
-        "turns": {name: [[decisions(tree) for tree in piece] for piece in path[0]] for name, path in taken.items()},
+        "decisions": {name: [[decisions(tree) for tree in piece] for piece in path[0]] for name, path in taken.items()},
     }

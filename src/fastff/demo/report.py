@@ -63,7 +63,7 @@ def headline(results: dict[str, Any]) -> str:
         sentences.append(
             f"After {trained / 1000:,.0f} thousand tokens, the small model with such trees has a loss on unseen books "
             f"<strong>{abs(against['difference']):.3f} nats {better}</strong> than its dense twin{sure}. "
-            "Read it beside the controls below: with so little training, a feedforward layer matters little."
+            "Read it beside the baselines below: with so little training, a feedforward layer matters little."
         )
     found = results.get("summary", {}).get("recovered_gap", {}).values()
     if found and all(gap["value"] is None for gap in found):
@@ -114,17 +114,17 @@ providers took turns. This is the layer alone: attention does not get faster, so
 
 
 def pretraining(results: dict[str, Any]) -> str:
-    arms = results.get("pretrain", {})
+    variants = results.get("pretrain", {})
     summary = results["summary"]
     rows = []
-    for name, arm in arms.items():
+    for name, variant in variants.items():
         against = summary["against_dense"].get(name)
         rows.append(
             (
-                arm["title"],
-                f"{arm['active_neurons']} of {arm['neurons']}",
-                f"{arm['flops_per_token'] / 1000:.0f}",
-                f"{arm['valid_loss']:.3f}",
+                variant["title"],
+                f"{variant['active_neurons']} of {variant['neurons']}",
+                f"{variant['flops_per_token'] / 1000:.0f}",
+                f"{variant['valid_loss']:.3f}",
                 f"{against['difference']:+.3f} ± {against['error']:.3f}" if against else "-",
                 gap_words(summary["recovered_gap"].get(name)),
                 f"{summary['training_speed'][name]:,.0f}",
@@ -145,43 +145,45 @@ def pretraining(results: dict[str, Any]) -> str:
         else ""
     )
     return f"""<section><h2>Pretraining: guess masked pieces of words</h2>
-{figure(charts.curves(results), "Mean of about twenty steps. After the line, every arm goes on from the same start.")}
+{figure(charts.curves(results), "Mean of about twenty steps. After the line, each variant goes on from one start.")}
 {difference}{table(head, rows) if rows else ""}
-<p>All arms begin as one model without feedforward, trained on growing windows; each then gets its own feedforward,
+<p>All variants begin as one model without feedforward, trained on growing windows; each then gets its own feedforward,
 which at first adds nothing, and sees the same tokens in the same order with the same masks. Loss: mean cross-entropy in
-nats over the masked quarter of the pieces, on the beginnings of novels that no arm has seen. The error is that of the
-paired difference over windows; it does not include the luck of the seed.</p>
+nats over the masked quarter of the pieces, on the beginnings of novels that no variant has seen. The error is that of
+the paired difference over windows; it does not include the luck of the seed.</p>
 {gaps(results)}</section>"""
 
 
 def gaps(results: dict[str, Any]) -> str:
-    """The recovered gap of every conditional arm, in words."""
-    arms, items = results.get("pretrain", {}), []
+    """The recovered gap of every conditional variant, in words."""
+    variants, items = results.get("pretrain", {}), []
     for name, gap in results["summary"]["recovered_gap"].items():
         wide, tree = (f"{gap[key]:.3f} ± {gap[key + '_error']:.3f}" for key in ("gap", "gain"))
-        measured = f"against the narrow control the wide layer gains {wide}, the tree {tree}"
+        measured = f"against the narrow baseline the wide layer gains {wide}, the tree {tree}"
         verdict = gap["reason"] if gap["value"] is None else f"recovered gap {gap['value']:.2f}"
-        items.append(f"<li>{escape(arms[name]['title'])}: {escape(measured)}; {escape(verdict)}.</li>")
+        items.append(f"<li>{escape(variants[name]['title'])}: {escape(measured)}; {escape(verdict)}.</li>")
     if not items:
         return ""
-    return f"""<p>The control that counts is a dense layer so narrow that it does the same arithmetic, routing
+    return f"""<p>The baseline that counts is a dense layer so narrow that it does the same arithmetic, routing
 included. The <em>recovered gap</em> is (narrow - tree) / (narrow - wide): 0, the tree is worth nothing; 1, it is as
 good as the full width. All dense layers here use GELU.</p><ul>{"".join(items)}</ul>"""
 
 
 def authors(results: dict[str, Any]) -> str:
     names = results["data"]["authors"]
-    pretrain, controls = results.get("pretrain", {}), results.get("baselines", {})
+    pretrain, baselines = results.get("pretrain", {}), results.get("baselines", {})
     rows = [
-        (pretrain[name]["title"], percent(arm), f"{arm['macro_f1']:.3f}", f"{arm['seconds']:.0f}")
-        for name, arm in results["finetune"].items()
+        (pretrain[name]["title"], percent(variant), f"{variant['macro_f1']:.3f}", f"{variant['seconds']:.0f}")
+        for name, variant in results["finetune"].items()
     ]
     titles = {"bag_of_words": "bag of words, logistic regression", "majority": "always one author"}
-    rows += [(titles[name], percent(arm), f"{arm['macro_f1']:.3f}", "") for name, arm in controls.items()]
-    arms = results["finetune"].values()
-    count = next(iter(arms))["sentences"]
-    words = controls.get("bag_of_words", {"accuracy": 0.0})["accuracy"]
-    ahead = " Counting words beats every network here." if words > max(arm["accuracy"] for arm in arms) else ""
+    rows += [(titles[name], percent(variant), f"{variant['macro_f1']:.3f}", "") for name, variant in baselines.items()]
+    variants = results["finetune"].values()
+    count = next(iter(variants))["sentences"]
+    words = baselines.get("bag_of_words", {"accuracy": 0.0})["accuracy"]
+    ahead = (
+        " Counting words beats every network here." if words > max(variant["accuracy"] for variant in variants) else ""
+    )
     return f"""<section><h2>Fine-tuning: who wrote this sentence?</h2>
 {figure(charts.accuracies(results), "Unseen books; bars are two standard errors.")}
 {table(("model", "accuracy", "macro F1", "training, s"), rows)}
@@ -193,15 +195,15 @@ much of this task: look at the model without feedforward, and at the bag of word
 
 def routing(results: dict[str, Any]) -> str:
     parts = []
-    for arm in results["pretrain"].values():
-        if not arm["routing"]:
+    for variant in results["pretrain"].values():
+        if not variant["routing"]:
             continue
         facts = []
-        for number, layer in enumerate(arm["routing"].values(), start=1):
+        for number, layer in enumerate(variant["routing"].values(), start=1):
             entropy = sum(layer["entropy_bits"]) / layer["trees"]
             dead, leaves = sum(layer["dead_leaves"]), layer["trees"] * 2 ** layer["depth"]
             facts.append(f"layer {number}: {entropy:.2f} of {layer['depth']} bits, {dead} of {leaves} leaves unused")
-        parts.append(figure(charts.routing(arm), f"{escape(arm['title'])}. {'; '.join(facts)}."))
+        parts.append(figure(charts.routing(variant), f"{escape(variant['title'])}. {'; '.join(facts)}."))
     if not parts:
         return ""
     return f"""<section><h2>Where tokens go</h2>{"".join(parts)}
@@ -210,23 +212,23 @@ positive. Colours say how many tokens of unseen text came by, relative to a tree
 
 
 def filling(results: dict[str, Any]) -> str:
-    arm = results["pretrain"].get("tree")
-    if arm is None:
+    variant = results["pretrain"].get("tree")
+    if variant is None:
         return ""
-    filled = arm["fill"]
+    filled = variant["fill"]
     guesses = "".join(
         "<li>" + ", ".join(f"<b>{escape(piece)}</b> {100 * chance:.0f} %" for piece, chance in mask["best"]) + "</li>"
         for mask in filled["masks"]
     )
-    head = ["piece", *(f"layer {number}" for number in range(1, len(filled["turns"]) + 1))]
+    head = ["piece", *(f"layer {number}" for number in range(1, len(filled["decisions"]) + 1))]
     rows = [
-        (piece, *(filled["turns"][name][at][0] for name in filled["turns"]))
+        (piece, *(filled["decisions"][name][at][0] for name in filled["decisions"]))
         for at, piece in enumerate(filled["pieces"])
     ]
     return f"""<section><h2>One sentence through the tree</h2>
 <p class="sentence">{escape(filled["sentence"])}</p><ol>{guesses}</ol>
-{figure(charts.paths(arm), "Ways of the sentence's pieces; thick: the masks. Behind them, how often nodes are used.")}
-<details><summary>Every piece's turns</summary>{table(head, rows)}</details></section>"""
+{figure(charts.paths(variant), "Paths of the pieces; thick: the masks. Behind them, how often nodes are used.")}
+<details><summary>Every piece's decisions</summary>{table(head, rows)}</details></section>"""
 
 
 def machine(results: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from fastff.demo.authors import bag_of_words, score
 from fastff.demo.data import Corpus, manifest
 from fastff.demo.explain import fill
 from fastff.demo.report import write_report
-from fastff.demo.settings import Arm, Settings
+from fastff.demo.settings import Settings, Variant
 from fastff.demo.store import DemoError, Store
 from fastff.demo.summary import missing_parts, summarise
 from fastff.demo.terminal import print_summary
@@ -101,19 +101,19 @@ class Demo:
         for name, stage in stages:
             if name not in self.store.results:
                 self.store.finish(name, stage())
-        for arm in self.settings.arms:
-            self.once("pretrain", arm, self.pretrain)
+        for variant in self.settings.variants:
+            self.once("pretrain", variant, self.pretrain)
         if "plan_finetune" not in self.store.results:
             self.store.finish("plan_finetune", self.plan_finetune())
-        for arm in self.settings.arms:
-            self.once("finetune", arm, self.finetune)
+        for variant in self.settings.variants:
+            self.once("finetune", variant, self.finetune)
         if "baselines" not in self.store.results:
             self.store.finish("baselines", self.baselines())
 
-    def once(self, stage: str, arm: Arm, work: Callable[[Arm], dict[str, Any]]) -> None:
+    def once(self, stage: str, variant: Variant, work: Callable[[Variant], dict[str, Any]]) -> None:
         done: dict[str, Any] = self.store.results.get(stage, {})
-        if arm.name not in done:
-            self.store.finish(stage, {**done, arm.name: work(arm)})
+        if variant.name not in done:
+            self.store.finish(stage, {**done, variant.name: work(variant)})
 
     def describe(self) -> dict[str, Any]:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -168,14 +168,14 @@ class Demo:
         }
 
     def plan(self) -> dict[str, Any]:
-        """Steps of pretraining for every arm alike, from what a step of each costs here and the time that is left."""
+        """Steps of pretraining, the same for all variants, from what a step of each costs here and the time left."""
         if self.settings.quick:
             return {"start": QUICK_STEPS["start"], "pretrain": QUICK_STEPS["pretrain"]}
         self.console.print("measuring a training step of every model", style="dim")
-        arms = self.settings.arms
+        variants = self.settings.variants
         start = self.step_seconds(sizes.START, "start")
-        pretrain = {arm.name: self.step_seconds(arm, "pretrain") for arm in arms}
-        finetune = {arm.name: self.step_seconds(arm, "finetune") for arm in arms}
+        pretrain = {variant.name: self.step_seconds(variant, "pretrain") for variant in variants}
+        finetune = {variant.name: self.step_seconds(variant, "finetune") for variant in variants}
         valid_steps = self.settings.valid_windows * sizes.WINDOW / sizes.BATCH_TOKENS
         evaluation = EVALUATION_COST * valid_steps * sum(pretrain.values())
         left = MARGIN * (self.seconds_left() - evaluation - self.scoring_seconds(finetune))
@@ -189,12 +189,12 @@ class Demo:
         }
 
     def plan_finetune(self) -> dict[str, Any]:
-        """Steps of fine-tuning for every arm alike. A machine that has become slower since the plan gets fewer."""
+        """Steps of fine-tuning for every variant alike. A machine that has become slower since the plan gets fewer."""
         if self.settings.quick:
             return {"finetune": QUICK_STEPS["finetune"], "slower": 1.0}
         results, plan = self.store.results, self.store.results["plan"]
         took = results["start"]["seconds"] + sum(
-            arm["seconds"] + arm["scoring_seconds"] for arm in results["pretrain"].values()
+            variant["seconds"] + variant["scoring_seconds"] for variant in results["pretrain"].values()
         )
         slower = took / plan["pretrain_seconds"]
         finetune = {name: slower * seconds for name, seconds in plan["step_seconds"]["finetune"].items()}
@@ -206,12 +206,12 @@ class Demo:
         return self.settings.seconds - self.store.seconds_used() - REPORT_SECONDS
 
     def scoring_seconds(self, finetune: dict[str, float]) -> float:
-        """Expected seconds of scoring every arm on the unseen sentences."""
+        """Expected seconds of scoring every variant on the unseen sentences."""
         return EVALUATION_COST * self.settings.test_sentences / sizes.BATCH_SENTENCES * sum(finetune.values())
 
-    def step_seconds(self, arm: Arm, task: str) -> float:
+    def step_seconds(self, variant: Variant, task: str) -> float:
         """Median seconds of a training step, after one to warm up."""
-        model, batch = self.trial(arm, task)
+        model, batch = self.trial(variant, task)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         seconds = []
@@ -223,15 +223,15 @@ class Demo:
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds[1:])
 
-    def trial(self, arm: Arm, task: str) -> tuple[Any, Callable[[int], train.Batch]]:
+    def trial(self, variant: Variant, task: str) -> tuple[Any, Callable[[int], train.Batch]]:
         seed, vocab_size = self.settings.seed, self.corpus.vocab_size
-        model = train.masked_word_model(arm, vocab_size, seed, None)
+        model = train.masked_word_model(variant, vocab_size, seed, None)
         if task == "start":
             return model, train.start_batches(self.corpus, 5, seed)
         if task == "pretrain":
             return model, self.pretrain_batches
         labels = len(self.corpus.authors)
-        author = train.author_model(arm, vocab_size, labels, seed, model.state_dict())
+        author = train.author_model(variant, vocab_size, labels, seed, model.state_dict())
         return author, train.author_batches(self.corpus.learn_sentences, 5, seed)
 
     @cached_property
@@ -244,18 +244,18 @@ class Demo:
         batch = train.start_batches(self.corpus, steps, seed)
         return self.train(train.Job("start", steps, sizes.START_RATE, batch, seed), model, "shared start")
 
-    def pretrain(self, arm: Arm) -> dict[str, Any]:
+    def pretrain(self, variant: Variant) -> dict[str, Any]:
         steps, seed = self.store.results["plan"]["pretrain"], self.settings.seed
-        model = train.masked_word_model(arm, self.corpus.vocab_size, seed, self.weights("start"))
-        job = train.Job(f"pretrain-{arm.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
-        trained = self.train(job, model, f"pretrain {arm.title}")
+        model = train.masked_word_model(variant, self.corpus.vocab_size, seed, self.weights("start"))
+        job = train.Job(f"pretrain-{variant.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
+        trained = self.train(job, model, f"pretrain {variant.title}")
         inputs, labels = self.valid
         begin = time.perf_counter()
         losses: list[float] = []
         routing = collect(model, lambda: losses.extend(train.masked_word_losses(model, inputs, labels, self.stop)))
         return {
             **trained,
-            **cost(arm, model),
+            **cost(variant, model),
             "scoring_seconds": time.perf_counter() - begin,
             "valid_loss": statistics.fmean(losses),
             "valid_losses": [round(loss, 5) for loss in losses],
@@ -263,13 +263,13 @@ class Demo:
             "fill": fill(model, self.corpus, sizes.MASKED_SENTENCE),
         }
 
-    def finetune(self, arm: Arm) -> dict[str, Any]:
+    def finetune(self, variant: Variant) -> dict[str, Any]:
         steps, seed, corpus = self.store.results["plan_finetune"]["finetune"], self.settings.seed, self.corpus
-        weights = self.weights(f"pretrain-{arm.name}")
-        model = train.author_model(arm, corpus.vocab_size, len(corpus.authors), seed, weights)
+        weights = self.weights(f"pretrain-{variant.name}")
+        model = train.author_model(variant, corpus.vocab_size, len(corpus.authors), seed, weights)
         batch = train.author_batches(corpus.learn_sentences, steps, seed)
-        job = train.Job(f"finetune-{arm.name}", steps, sizes.FINETUNE_RATE, batch, seed)
-        trained = self.train(job, model, f"fine-tune {arm.title}")
+        job = train.Job(f"finetune-{variant.name}", steps, sizes.FINETUNE_RATE, batch, seed)
+        trained = self.train(job, model, f"fine-tune {variant.title}")
         found = train.author_predictions(model, corpus.unseen_sentences, self.stop)
         return {**trained, **score(found, corpus.unseen_sentences.labels.tolist(), len(corpus.authors))}
 
@@ -314,14 +314,14 @@ class Demo:
             yield lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
-def cost(arm: Arm, model: Any) -> dict[str, Any]:
+def cost(variant: Variant, model: Any) -> dict[str, Any]:
     """Size and arithmetic of one layer's feedforward, and the model's parameters."""
     layer = model.encoder.layers[0].feedforward
     numbers = (0, 0, 0) if layer is None else (layer.neurons, layer.active_neurons, layer.flops_per_row)
     return {
-        "title": arm.title,
-        "note": arm.note,
-        "narrow_of": arm.narrow_of,
+        "title": variant.title,
+        "note": variant.note,
+        "narrow_of": variant.narrow_of,
         "neurons": numbers[0],
         "active_neurons": numbers[1],
         "flops_per_token": numbers[2],

@@ -27,8 +27,8 @@ FINETUNE_RATE = 3e-3
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One feedforward that is trained and scored. narrow_of: the arm whose arithmetic a narrow control matches."""
+class Variant:
+    """One feedforward that is trained and scored. narrow_of: the variant whose arithmetic a narrow baseline matches."""
 
     name: str
     title: str
@@ -55,27 +55,27 @@ FOREST: dict[str, Any] = {"depth": 5, "trees": 16, "gate": "boundary"}
 DENSE = "dense"
 
 # The most expensive first: its cost is what the plan needs to know.
-ARMS = (
-    Arm(DENSE, "dense twin", {"kind": "dense", "intermediate_size": 1023}, "every neuron for every token"),
-    Arm("forest", "FFF 16x5, gated", {"kind": "fff", **FOREST}, "16 trees of depth 5 with the boundary gate"),
-    Arm("tree", "FFF 1x9", {"kind": "fff", **TREE}, "one tree of depth 9: UltraFastBERT as published"),
-    Arm(
+VARIANTS = (
+    Variant(DENSE, "dense twin", {"kind": "dense", "intermediate_size": 1023}, "every neuron for every token"),
+    Variant("forest", "FFF 16x5, gated", {"kind": "fff", **FOREST}, "16 trees of depth 5 with the boundary gate"),
+    Variant("tree", "FFF 1x9", {"kind": "fff", **TREE}, "one tree of depth 9: UltraFastBERT as published"),
+    Variant(
         "forest-narrow",
         f"dense {equal_work(**FOREST)}",
         {"kind": "dense", "intermediate_size": equal_work(**FOREST)},
-        "dense control with the arithmetic of 16x5",
+        "dense baseline with the arithmetic of 16x5",
         narrow_of="forest",
     ),
-    Arm(
+    Variant(
         "tree-narrow",
         f"dense {equal_work(**TREE)}",
         {"kind": "dense", "intermediate_size": equal_work(**TREE)},
-        "dense control with the arithmetic of 1x9",
+        "dense baseline with the arithmetic of 1x9",
         narrow_of="tree",
     ),
-    Arm("none", "no feedforward", {"kind": "none"}, "attention alone"),
+    Variant("none", "no feedforward", {"kind": "none"}, "attention alone"),
 )
-START = Arm("start", "shared start", {"kind": "none"}, "attention alone, from which every arm begins")
+START = Variant("start", "shared start", {"kind": "none"}, "attention alone, from which every variant begins")
 
 # A mask is one piece: here, one word.
 MASKED_SENTENCE = "The old man was standing by [MASK] window, and he said [MASK] to her."
@@ -112,8 +112,8 @@ class Settings:
         return 0.4 if self.quick else min(6.0, self.seconds / 45)
 
     @property
-    def arms(self) -> tuple[Arm, ...]:
-        return tuple(a for a in ARMS if a.name in (DENSE, "tree", "tree-narrow")) if self.quick else ARMS
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(a for a in VARIANTS if a.name in (DENSE, "tree", "tree-narrow")) if self.quick else VARIANTS
 
     @property
     def book_characters(self) -> int | None:

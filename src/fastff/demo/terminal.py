@@ -47,12 +47,12 @@ def model_table(results: dict[str, Any]) -> Table:
     for head in ("active/stored", "loss", "gap", "author", "F1", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
     finetune, gaps = results.get("finetune", {}), results["summary"]["recovered_gap"]
-    for name, arm in results["pretrain"].items():
+    for name, variant in results["pretrain"].items():
         author = finetune.get(name)
         table.add_row(
-            arm["title"],
-            f"{arm['active_neurons']}/{arm['neurons']}",
-            f"{arm['valid_loss']:.3f}",
+            variant["title"],
+            f"{variant['active_neurons']}/{variant['neurons']}",
+            f"{variant['valid_loss']:.3f}",
             gap_words(gaps.get(name)),
             percent(author),
             f"{author['macro_f1']:.3f}" if author else "-",

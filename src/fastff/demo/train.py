@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus, Sentences, pad
-from fastff.demo.settings import Arm
+from fastff.demo.settings import Variant
 from fastff.demo.store import Store
 from fastff.layers import FFF
 from fastff.models import (
@@ -46,14 +46,14 @@ class Job:
     seed: int
 
 
-def configuration(arm: Arm, vocab_size: int, labels: int, dropout: float) -> UltraFastBertConfig:
+def configuration(variant: Variant, vocab_size: int, labels: int, dropout: float) -> UltraFastBertConfig:
     config = UltraFastBertConfig(
         vocab_size=vocab_size,
         hidden_size=sizes.HIDDEN,
         num_hidden_layers=sizes.LAYERS,
         num_attention_heads=sizes.HEADS,
         max_position_embeddings=sizes.LONGEST,
-        feedforward=arm.feedforward,
+        feedforward=variant.feedforward,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=0.0,
         embedding_dropout=dropout,
@@ -65,15 +65,15 @@ def configuration(arm: Arm, vocab_size: int, labels: int, dropout: float) -> Ult
     return config
 
 
-def masked_word_model(arm: Arm, vocab_size: int, seed: int, start: dict[str, Tensor] | None) -> Any:
+def masked_word_model(variant: Variant, vocab_size: int, seed: int, start: dict[str, Tensor] | None) -> Any:
     """A model to pretrain. With `start`, the weights of the shared start, its feedforwards begin by adding nothing, so
-    that every arm begins as exactly the same function."""
+    that every variant begins as exactly the same function."""
     torch.manual_seed(seed)
-    model = UltraFastBertForMaskedLM(configuration(arm, vocab_size, labels=2, dropout=0.0))
+    model = UltraFastBertForMaskedLM(configuration(variant, vocab_size, labels=2, dropout=0.0))
     if start is not None:
         missing, extra = model.load_state_dict(start, strict=False)
         if extra or any(".feedforward" not in name for name in missing):
-            raise RuntimeError(f"the shared start does not fit {arm.name}: missing {missing}, extra {extra}")
+            raise RuntimeError(f"the shared start does not fit {variant.name}: missing {missing}, extra {extra}")
         for layer in model.modules():
             if isinstance(layer, FFF):
                 nn.init.zeros_(layer.w_out)
@@ -82,10 +82,10 @@ def masked_word_model(arm: Arm, vocab_size: int, seed: int, start: dict[str, Ten
     return model
 
 
-def author_model(arm: Arm, vocab_size: int, labels: int, seed: int, pretrained: dict[str, Tensor]) -> Any:
+def author_model(variant: Variant, vocab_size: int, labels: int, seed: int, pretrained: dict[str, Tensor]) -> Any:
     """A model to fine-tune, on the encoder of a pretrained one."""
     torch.manual_seed(seed)
-    model = UltraFastBertForSequenceClassification(configuration(arm, vocab_size, labels=labels, dropout=0.1))
+    model = UltraFastBertForSequenceClassification(configuration(variant, vocab_size, labels=labels, dropout=0.1))
     prefix = "encoder."
     encoder = {name.removeprefix(prefix): value for name, value in pretrained.items() if name.startswith(prefix)}
     model.encoder.load_state_dict(encoder)
@@ -176,7 +176,7 @@ def start_batches(corpus: Corpus, steps: int, seed: int) -> Callable[[int], Batc
 
 
 def pretrain_batches(corpus: Corpus, seed: int) -> Callable[[int], Batch]:
-    """Windows of full length, the same for every arm."""
+    """Windows of full length, the same for every variant."""
     shuffled = _shuffled(corpus.windows(corpus.learn, sizes.WINDOW), seed + 1)
     rows = sizes.BATCH_TOKENS // sizes.WINDOW
     return lambda step: _masked(corpus, shuffled, step, rows, seed * 7919 + 500_000 + step)

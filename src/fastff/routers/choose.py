@@ -53,7 +53,7 @@ def beam(node_score: Tensor, k: int, balance: Tensor | None) -> Beam:
     """Walk down trees with the k best nodes of every level.
 
     node_score: (rows, trees, nodes) in heap order; balance: (trees, nodes + leaves) in heap order.
-    A node's sum is +score for every turn to the right and -score for every turn to the left on the way to it.
+    A node's sum is +score for every decision to the right and -score for every one to the left on the way to it.
     """
     rows, trees, nodes = node_score.shape
     place = torch.zeros(rows, trees, 1, dtype=torch.int64, device=node_score.device)  # within its level

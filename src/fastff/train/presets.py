@@ -1,7 +1,7 @@
 """Model sizes and the feedforwards that are compared in them, with the arithmetic of each.
 
 `base` is the paper's model (arXiv:2311.10770): 16 layers of width 768, sequences of 128. The feedforward variants are
-given for its width and scaled to the others: one tree loses turns, several trees lose trees.
+given for its width and scaled to the others: one tree loses levels, several trees lose trees.
 """
 
 from __future__ import annotations

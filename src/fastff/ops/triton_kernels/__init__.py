@@ -87,13 +87,13 @@ def run_forward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor
 
 
 def _forward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) -> tuple[Tensor, ...]:
-    from fastff.ops.triton_kernels import blocks, plan, rows, scout
+    from fastff.ops.triton_kernels import grouped, per_token, plan, speculative
 
-    if isinstance(chosen, plan.ScoutPlan):
-        return scout.forward(*operands, config=config, plan=chosen)
-    if isinstance(chosen, plan.RowsPlan):
-        return rows.forward(*operands, config=config, plan=chosen)
-    return fitting(chosen, lambda fitted: blocks.forward(*operands, config=config, plan=fitted))
+    if isinstance(chosen, plan.SpeculativePlan):
+        return speculative.forward(*operands, config=config, plan=chosen)
+    if isinstance(chosen, plan.PerTokenPlan):
+        return per_token.forward(*operands, config=config, plan=chosen)
+    return fitting(chosen, lambda fitted: grouped.forward(*operands, config=config, plan=fitted))
 
 
 def backward(

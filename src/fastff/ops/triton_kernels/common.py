@@ -1,7 +1,7 @@
 """Device functions that several kernels share: activations, the gate, and where the rows of a path lie.
 
 A tree's matrix holds, in heap order, `2**depth - 1` node rows (or none) and then `LEAF_ROWS` rows for each leaf.
-Kernels on grouped rows see a *subtree*: the `SUB` levels of turns below a common prefix of `DEPTH - SUB` turns.
+Kernels on grouped rows see a *subtree*: the `SUB` levels of decisions below a common prefix of `DEPTH - SUB` decisions.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def subtree_column(
 
 @triton.jit
 def prefix_of(group, tree, LEVEL: tl.constexpr, JOINT: tl.constexpr):
-    """The first LEVEL turns in tree number `tree` of the JOINT trees whose turns make up the group's number."""
+    """The first LEVEL decisions in tree number `tree` of the JOINT trees whose decisions make up the group's number."""
     return (group >> (LEVEL * (JOINT - 1 - tree))) & ((1 << LEVEL) - 1)
 
 

@@ -42,9 +42,9 @@ def forward(
         _score_kernel, (x, w_in, b_in, gate, scores, coefficient), groups,
         activation=activation, width=width, features=w_in.shape[2], plan=plan,
     )  # fmt: skip
-    _spread(coefficient, w_out, groups, y, plan, add=False)
+    _scatter_matmul(coefficient, w_out, groups, y, plan, add=False)
     if b_out is not None:
-        _spread(gate, b_out, groups, y, plan, add=True)
+        _scatter_matmul(gate, b_out, groups, y, plan, add=True)
     return y, scores
 
 
@@ -71,7 +71,7 @@ def backward(
         _pull_kernel, (grad_y, w_out, b_out, gate, scores, d_scores, coefficient, parts), groups,
         activation=activation, width=width, features=w_out.shape[2], plan=plan,
     )  # fmt: skip
-    _spread(d_scores, w_in, groups, grad_x, plan, add=False)
+    _scatter_matmul(d_scores, w_in, groups, grad_x, plan, add=False)
     apply(_sum_of_parts, d_gate, parts)
     grad_w_in = _outer(d_scores, x, groups, new(w_in, *w_in.shape), plan)
     grad_w_out = _outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan)
@@ -126,7 +126,7 @@ def _dtype_of(operands: tuple[Tensor | None, ...]) -> torch.dtype:
     return operands[0].dtype
 
 
-def _spread(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor, plan: Plan, *, add: bool) -> None:
+def _scatter_matmul(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor, plan: Plan, *, add: bool) -> None:
     """out[row] = sum over the slots of entries (rows, k, [columns]) times the leaf's rows of weight (leaves, [columns],
     features). Slots run one after another: sums have one order. add: to what `out` holds."""
     features, leaves = out.shape[1], weight.shape[0]
@@ -136,7 +136,7 @@ def _spread(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor, plan: 
     for slot in range(slots):
         for first in range(0, count, columns):
             launch(
-                _spread_kernel, (ceil_div(features, tiles.outer), groups.tiles),
+                _scatter_matmul_kernel, (ceil_div(features, tiles.outer), groups.tiles),
                 entries, weight, out, *tables(groups), rows, slot, first,
                 D=features, SLOTS=groups.order.shape[0], GROUPS=groups.groups, COUNT=count, COLUMNS=columns,
                 ADD=add or slot > 0 or first > 0, BM=plan.tiles.rows, BN=tiles.outer,
@@ -305,7 +305,7 @@ def _pull_kernel(
 
 
 @triton.jit(do_not_specialize=["slot", "first"])
-def _spread_kernel(
+def _scatter_matmul_kernel(
     entries_ptr,
     weight_ptr,
     out_ptr,

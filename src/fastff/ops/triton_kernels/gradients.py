@@ -1,7 +1,7 @@
-"""Gradients at conditional cost: `pick`, an elementwise step, `spread`, and a grouped outer product.
+"""Gradients at conditional cost: `gather_matmul`, an elementwise step, `scatter_matmul`, and a grouped outer product.
 
-d coefficient = pick(grad_y, w_out);  d score from it, the activation and the gates;
-grad_x = spread(d score, w_in);  grad_w_in = outer(d score, x);  grad_w_out = outer(coefficient, grad_y).
+d coefficient = gather_matmul(grad_y, w_out);  d score from it, the activation and the gates;
+grad_x = scatter_matmul(d score, w_in);  grad_w_in = outer(d score, x);  grad_w_out = outer(coefficient, grad_y).
 Sums run over sorted rows in a fixed order, in float32: the result does not depend on scheduling.
 """
 
@@ -15,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.config import TreeConfig
-from fastff.ops.triton_kernels.blocks import VALUES_TILE, values_shape
 from fastff.ops.triton_kernels.common import activate, locate, slope, subtree_column, tanh
+from fastff.ops.triton_kernels.grouped import VALUES_TILE, values_shape
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import (
     Matrix,
     columns_of,
+    gather_matmul,
     out_entries,
     path_mask,
-    pick,
     precision_of,
+    scatter_matmul,
     sort_leaves,
-    spread,
 )
 from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.sort import Groups
@@ -52,13 +52,13 @@ def backward(
         single = sort_leaves(leaf, config=config, level=plan.outer_level, joint=1, tiles=plan.tiles, chunk=plan.chunk)
     out, into = Matrix.of_w_out(config), Matrix.of_w_in(config, nodes=config.node_output or config.gate is not None)
     d_coefficient = new(x, *leaf.shape, out_entries(config), dtype=torch.float32)
-    pick(grad_y, w_out, leaf, joint, d_coefficient, config=config, matrix=out, tiles=plan.tiles)
+    gather_matmul(grad_y, w_out, leaf, joint, d_coefficient, config=config, matrix=out, tiles=plan.tiles)
     if b_out is not None:
         leaves = Matrix.of_b_out(config)
-        pick(grad_y, b_out, leaf, joint, d_coefficient, config=config, matrix=leaves, tiles=plan.tiles)
+        gather_matmul(grad_y, b_out, leaf, joint, d_coefficient, config=config, matrix=leaves, tiles=plan.tiles)
     d_scores, coefficient = _values_backward(scores, d_coefficient, config=config)
 
-    grad_x = spread(d_scores, w_in, leaf, joint, config=config, matrix=into, tiles=plan.tiles)
+    grad_x = scatter_matmul(d_scores, w_in, leaf, joint, config=config, matrix=into, tiles=plan.tiles)
     grad_w_in = _outer(d_scores, x, leaf, single, w_in, config=config, matrix=into, plan=plan)
     grad_w_out = _outer(coefficient, grad_y, leaf, single, w_out, config=config, matrix=out, plan=plan)
     grad_b_in, grad_b_out = new(x, 0), new(x, 0)
@@ -204,10 +204,10 @@ def _values_backward_kernel(
             gate = tl.load(gates_ptr + item * DEPTH + level, mask=there, other=0.0)
         d_node = tl.zeros((TILE,), tl.float32)
         if GATED:
-            turn = tanh(tl.abs(node_score) / tau)
+            decision = tanh(tl.abs(node_score) / tau)
             sign = tl.where(node_score > 0, 1.0, tl.where(node_score < 0, -1.0, 0.0))
-            d_node += gate * rest * (1.0 - turn * turn) / tau * sign
-            rest *= turn
+            d_node += gate * rest * (1.0 - decision * decision) / tau * sign
+            rest *= decision
         if NODE_OUTPUT:
             d_out_value = tl.load(d_out + level, mask=there, other=0.0)
             node_value = activate(node_score, ACTIVATION)

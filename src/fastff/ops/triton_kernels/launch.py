@@ -241,8 +241,8 @@ class _Recording:
 
 def _picker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
     """What takes these places out of a list."""
-    pick = itemgetter(*places)
-    return pick if len(places) > 1 else lambda values: (pick(values),)
+    chosen = itemgetter(*places)
+    return chosen if len(places) > 1 else lambda values: (chosen(values),)
 
 
 def place(buffers: list[_Buffer]) -> int:

@@ -42,26 +42,26 @@ def leaves(
 ) -> Tensor:
     """y (rows, out_features); fills the leaves' part of scores (rows, trees, path_scores), and margins (rows,).
 
-    groups: by all turns of `groups.joint` trees. Passes run one after another, each adding to the last.
+    groups: by all decisions of `groups.joint` trees. Passes run one after another, each adding to the last.
     """
     y = new(x, x.shape[0], config.out_features)
     outputs = Matrix.of_w_out(config)
-    for turn in range(ceil_div(config.trees, groups.joint)):
+    for pass_number in range(ceil_div(config.trees, groups.joint)):
         launch(
             _leaves_kernel, (groups.tiles,),
-            x, w_in, b_in, w_out, b_out, scores, margins, y, *tables(groups), x.shape[0], turn, tau_of(config),
+            x, w_in, b_in, w_out, b_out, scores, margins, y, *tables(groups), x.shape[0], pass_number, tau_of(config),
             D_IN=config.in_features, D_OUT=config.out_features, TREES=config.trees, DEPTH=config.depth,
             JOINT=groups.joint, GROUPS=groups.groups, LEAF_WIDTH=config.leaf_width,
             WIDTH=leaf_columns(config, groups.joint) // groups.joint, NODES=config.nodes, LEAF_ROWS=config.leaf_in_rows,
             IN_ROWS=config.in_rows, OUT_FIRST=outputs.leaf_first, OUT_ROWS=config.out_rows,
             ANCESTORS=ancestors_of(outputs, groups), SCORES=config.path_scores, ACTIVATION=config.activation,
-            GATED=config.gate is not None, ACCUMULATE=turn > 0, BM=tiles.rows, BK=tiles.inner, BN=tiles.outer,
+            GATED=config.gate is not None, ACCUMULATE=pass_number > 0, BM=tiles.rows, BK=tiles.inner, BN=tiles.outer,
             PRECISION=precision_of(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y
 
 
-@triton.jit(do_not_specialize=["turn"])
+@triton.jit(do_not_specialize=["pass_number"])
 def _leaves_kernel(
     x_ptr,
     w_in_ptr,
@@ -74,7 +74,7 @@ def _leaves_kernel(
     order_ptr,
     table_ptr,
     rows,
-    turn,
+    pass_number,
     tau,
     D_IN: tl.constexpr,
     D_OUT: tl.constexpr,
@@ -101,14 +101,14 @@ def _leaves_kernel(
 ):
     """One tile of rows that share their leaves in JOINT trees; WIDTH columns for the LEAF_WIDTH neurons of each."""
     tile = tl.program_id(0)
-    turn = tl.zeros((), tl.int32) + turn
-    if beyond(tile, turn, table_ptr, GROUPS):
+    pass_number = tl.zeros((), tl.int32) + pass_number
+    if beyond(tile, pass_number, table_ptr, GROUPS):
         return
-    group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
+    group, row, there = sorted_rows(tile, pass_number, order_ptr, table_ptr, rows, GROUPS, BM)
 
     c = tl.arange(0, WIDTH * JOINT)
     joint, neuron = c // WIDTH, c % WIDTH
-    tree = turn * JOINT + joint
+    tree = pass_number * JOINT + joint
     exists = (neuron < LEAF_WIDTH) & (tree < TREES)
     leaf = prefix_of(group, joint, DEPTH, JOINT).to(tl.int64)
     in_row = tl.where(exists, tree.to(tl.int64) * IN_ROWS + NODES + leaf * LEAF_ROWS + neuron, 0)
@@ -138,14 +138,14 @@ def _leaves_kernel(
         tl.store(score_at + LEAF_WIDTH, factor.to(dtype), mask=kept)
         value *= factor
 
-    # The turns that led here: margins, gates, and the nodes' own neurons.
+    # The decisions that led here: margins, gates, and the nodes' own neurons.
     if ANCESTORS > 0:
         a = tl.arange(0, ANCESTORS)
-        _a_tree, a_row, _a_entry, a_exists = ancestor_column(a, group, turn, DEPTH, JOINT, TREES, OUT_ROWS)
+        _a_tree, a_row, _a_entry, a_exists = ancestor_column(a, group, pass_number, DEPTH, JOINT, TREES, OUT_ROWS)
         above = tl.zeros((BM, ANCESTORS), tl.float32)
     if b_out_ptr is not None:
         j = tl.arange(0, 16)
-        b_tree = turn * JOINT + j
+        b_tree = pass_number * JOINT + j
         b_leaf = prefix_of(group, tl.minimum(j, JOINT - 1), DEPTH, JOINT).to(tl.int64)
         b_exists = (j < JOINT) & (b_tree < TREES)
         b_row = tl.where(b_exists, b_tree.to(tl.int64) * (1 << DEPTH) + b_leaf, 0)
@@ -154,8 +154,8 @@ def _leaves_kernel(
     if ACCUMULATE:
         margin = tl.load(margins_ptr + row, mask=there, other=0.0).to(tl.float32)
     for other in tl.static_range(JOINT):
-        item = row * TREES + turn * JOINT + other
-        wanted = there & (turn * JOINT + other < TREES)
+        item = row * TREES + pass_number * JOINT + other
+        wanted = there & (pass_number * JOINT + other < TREES)
         gate = tl.full((BM,), 1.0, tl.float32)
         for level in tl.static_range(DEPTH):
             node = tl.load(scores_ptr + item * SCORES + level, mask=wanted, other=float("inf")).to(tl.float32)

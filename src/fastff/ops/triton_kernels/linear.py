@@ -1,9 +1,9 @@
 """Two linear kernels on grouped rows, which serve forward and backward; nothing in them knows of activations or gates.
 
-pick      x times the subtree of each group, of which every row keeps the entries on its path
-spread    entries on the path times the rows of a matrix: the transpose of `pick`
-Rows of a group share their first turns, so their ancestors' rows are shared too: a group multiplies by its ancestors
-and by its subtree, and nothing else.
+gather_matmul   x times the subtree of each group, of which every row keeps the entries on its path
+scatter_matmul  entries on the path times the rows of a matrix: the transpose of `gather_matmul`
+Rows of a group share their first decisions, so their ancestors' rows are shared too: a group multiplies by its
+ancestors and by its subtree, and nothing else.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Matrix:
         }
 
     def columns(self, sub: int) -> int:
-        """Rows of the matrix in a subtree with `sub` turns left."""
+        """Rows of the matrix in a subtree with `sub` decisions left."""
         return int((2**sub - 1 if self.nodes else 0) + 2**sub * self.leaf_rows)
 
 
@@ -86,11 +86,11 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def sort_leaves(leaf: Tensor, *, config: TreeConfig, level: int, joint: int, tiles: Tiles, chunk: int) -> Groups:
-    """Group rows by the first `level` turns in each of `joint` trees, from their leaves."""
+    """Group rows by the first `level` decisions in each of `joint` trees, from their leaves."""
     return group_rows(leaf, shift=config.depth - level, level=level, joint=joint, tile=tiles.rows, chunk=chunk)
 
 
-def pick(
+def gather_matmul(
     x: Tensor,
     w: Tensor,
     leaf: Tensor,
@@ -105,7 +105,7 @@ def pick(
     """Fill out (rows, trees, entries) with the products of x and the rows of `w` that lie on each row's path."""
     columns, chunks = columns_of(matrix, config, groups, tiles)
     launch(
-        _pick_kernel, (groups.tiles, ceil_div(config.trees, groups.joint), chunks),
+        _gather_matmul_kernel, (groups.tiles, ceil_div(config.trees, groups.joint), chunks),
         x, w, bias, leaf, out, *tables(groups), x.shape[0],
         D=x.shape[1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
         GROUPS=groups.groups, COLUMNS=columns, ANCESTORS=ancestors_of(matrix, groups), BM=tiles.rows, BK=tiles.inner,
@@ -113,7 +113,7 @@ def pick(
     )  # fmt: skip
 
 
-def spread(
+def scatter_matmul(
     entries: Tensor,
     w: Tensor,
     leaf: Tensor,
@@ -130,14 +130,14 @@ def spread(
     """
     columns, chunks = columns_of(matrix, config, groups, tiles)
     y = new(entries, entries.shape[0], w.shape[-1]) if into is None else into
-    for turn in range(ceil_div(config.trees, groups.joint)):
+    for pass_number in range(ceil_div(config.trees, groups.joint)):
         launch(
-            _spread_kernel, (groups.tiles,),
-            entries, w, leaf, y, *tables(groups), entries.shape[0], turn,
+            _scatter_matmul_kernel, (groups.tiles,),
+            entries, w, leaf, y, *tables(groups), entries.shape[0], pass_number,
             D=w.shape[-1], TREES=config.trees, DEPTH=config.depth, LEVEL=groups.level, JOINT=groups.joint,
             GROUPS=groups.groups, COLUMNS=columns, CHUNKS=chunks, ANCESTORS=ancestors_of(matrix, groups),
-            ACCUMULATE=turn > 0 or into is not None, BM=tiles.rows, BN=tiles.outer, PRECISION=precision_of(w.dtype),
-            **matrix.shape(), num_warps=tiles.warps, num_stages=tiles.stages,
+            ACCUMULATE=pass_number > 0 or into is not None, BM=tiles.rows, BN=tiles.outer,
+            PRECISION=precision_of(w.dtype), **matrix.shape(), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y
 
@@ -160,15 +160,15 @@ def ancestors_of(matrix: Matrix, groups: Groups) -> int:
 
 
 @triton.jit
-def beyond(tile, turn, table_ptr, GROUPS: tl.constexpr):
-    """Whether a tile lies beyond the last one of its turn: the launch grid is an upper bound."""
-    return tile >= tl.load(table_ptr + turn * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS)
+def beyond(tile, pass_number, table_ptr, GROUPS: tl.constexpr):
+    """Whether a tile lies beyond the last one of its pass: the launch grid is an upper bound."""
+    return tile >= tl.load(table_ptr + pass_number * 4 * (GROUPS + 1) + GROUPS + 1 + GROUPS)
 
 
 @triton.jit
 def sorted_rows(
     tile,
-    turn,
+    pass_number,
     order_ptr,
     table_ptr,
     rows,
@@ -182,10 +182,10 @@ def sorted_rows(
         row = (tile * BM + place).to(tl.int64)
         there = row < rows
     else:
-        table = table_ptr + turn * 4 * (GROUPS + 1)
+        table = table_ptr + pass_number * 4 * (GROUPS + 1)
         group, begin, end = locate(tile, table, table + GROUPS + 1, GROUPS, BM)
         there = begin + place < end
-        row = tl.load(order_ptr + turn.to(tl.int64) * rows + begin + place, mask=there, other=0).to(tl.int64)
+        row = tl.load(order_ptr + pass_number.to(tl.int64) * rows + begin + place, mask=there, other=0).to(tl.int64)
     return group, tl.where(there, row, 0), there
 
 
@@ -201,14 +201,14 @@ def tile_of(base, row, start, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def ancestor_column(
-    a, group, turn, LEVEL: tl.constexpr, JOINT: tl.constexpr, TREES: tl.constexpr, TREE_ROWS: tl.constexpr
+    a, group, pass_number, LEVEL: tl.constexpr, JOINT: tl.constexpr, TREES: tl.constexpr, TREE_ROWS: tl.constexpr
 ):
     """What ancestor column `a` is: (tree, row of all trees' matrix, path entry, exists)."""
     joint = tl.minimum(a // LEVEL, JOINT - 1)
     level = a % LEVEL
     prefix = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
     row = ((1 << level) - 1).to(tl.int64) + (prefix >> (LEVEL - level))
-    tree = turn * JOINT + joint
+    tree = pass_number * JOINT + joint
     exists = (a < LEVEL * JOINT) & (tree < TREES)
     return tree, tl.where(exists, tree.to(tl.int64) * TREE_ROWS + row, 0), level, exists
 
@@ -217,7 +217,7 @@ def ancestor_column(
 def group_columns(
     chunk,
     group,
-    turn,
+    pass_number,
     TREES: tl.constexpr,
     DEPTH: tl.constexpr,
     LEVEL: tl.constexpr,
@@ -233,7 +233,7 @@ def group_columns(
     trees, tree, row of all trees' matrix, and entry, shift, place and existence as `subtree_column` gives them)."""
     c = tl.arange(0, COLUMNS * JOINT)
     joint = c // COLUMNS
-    tree = turn * JOINT + joint
+    tree = pass_number * JOINT + joint
     prefix = prefix_of(group, joint, LEVEL, JOINT)
     place_row, entry, shift, place, exists = subtree_column(
         chunk * COLUMNS + c % COLUMNS, prefix, DEPTH, DEPTH - LEVEL, HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY
@@ -245,23 +245,23 @@ def group_columns(
 
 @triton.jit
 def path_mask(
-    leaf_ptr, row, joint, turn, there, shift, place, TREES: tl.constexpr, SUB: tl.constexpr, JOINT: tl.constexpr
+    leaf_ptr, row, joint, pass_number, there, shift, place, TREES: tl.constexpr, SUB: tl.constexpr, JOINT: tl.constexpr
 ):
-    """(len(row), len(joint)): whether each column, of tree number `joint` in this turn, lies on each row's path."""
+    """(len(row), len(joint)): whether each column, of tree number `joint` in this pass, lies on each row's path."""
     if SUB == 0:  # all columns of a lone leaf do
-        return there[:, None] & (turn * JOINT + joint < TREES)[None, :]
-    inside = tl.load(leaf_ptr + row * TREES + turn * JOINT, mask=there, other=0).to(tl.int32)[:, None]
+        return there[:, None] & (pass_number * JOINT + joint < TREES)[None, :]
+    inside = tl.load(leaf_ptr + row * TREES + pass_number * JOINT, mask=there, other=0).to(tl.int32)[:, None]
     # One load a tree and a select: a gather by column would load every leaf once for each of its columns.
     for other in tl.static_range(1, JOINT):
-        wanted = there & (turn * JOINT + other < TREES)
-        leaf = tl.load(leaf_ptr + row * TREES + turn * JOINT + other, mask=wanted, other=0).to(tl.int32)
+        wanted = there & (pass_number * JOINT + other < TREES)
+        leaf = tl.load(leaf_ptr + row * TREES + pass_number * JOINT + other, mask=wanted, other=0).to(tl.int32)
         inside = tl.where((joint == other)[None, :], leaf[:, None], inside)
     on_path = ((inside & ((1 << SUB) - 1)) >> shift[None, :]) == place[None, :]
-    return on_path & there[:, None] & (turn * JOINT + joint < TREES)[None, :]
+    return on_path & there[:, None] & (pass_number * JOINT + joint < TREES)[None, :]
 
 
 @triton.jit
-def _pick_kernel(
+def _gather_matmul_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -288,19 +288,19 @@ def _pick_kernel(
     TREE_ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    tile, turn = tl.program_id(0), tl.program_id(1)
-    if beyond(tile, turn, table_ptr, GROUPS):
+    tile, pass_number = tl.program_id(0), tl.program_id(1)
+    if beyond(tile, pass_number, table_ptr, GROUPS):
         return
-    group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
+    group, row, there = sorted_rows(tile, pass_number, order_ptr, table_ptr, rows, GROUPS, BM)
 
     joint, tree, w_row, entry, shift, place, exists = group_columns(
-        tl.program_id(2), group, turn, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+        tl.program_id(2), group, pass_number, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
         HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS,
     )  # fmt: skip
     acc = tl.zeros((BM, COLUMNS * JOINT), tl.float32)
     if ANCESTORS > 0:
         a = tl.arange(0, ANCESTORS)
-        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES, TREE_ROWS)
+        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, pass_number, LEVEL, JOINT, TREES, TREE_ROWS)
         a_acc = tl.zeros((BM, ANCESTORS), tl.float32)
     for start in range(0, D, BK):
         x = tile_of(x_ptr, row, start, D, BK)
@@ -312,7 +312,9 @@ def _pick_kernel(
     if b_ptr is not None:
         acc += tl.load(b_ptr + w_row).to(tl.float32)[None, :]
 
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
+    on_path = (
+        path_mask(leaf_ptr, row, joint, pass_number, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
+    )
     at = out_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=on_path)
     if ANCESTORS > 0:
@@ -327,7 +329,7 @@ def _path_entries(
     row,
     there,
     group,
-    turn,
+    pass_number,
     chunk,
     TREES: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -343,16 +345,18 @@ def _path_entries(
 ):
     """A chunk of subtree columns: entries (len(row), columns), zero off each row's path, and the matrix row of each."""
     joint, tree, w_row, entry, shift, place, exists = group_columns(
-        chunk, group, turn, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+        chunk, group, pass_number, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
         HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS,
     )  # fmt: skip
-    on_path = path_mask(leaf_ptr, row, joint, turn, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
+    on_path = (
+        path_mask(leaf_ptr, row, joint, pass_number, there, shift, place, TREES, DEPTH - LEVEL, JOINT) & exists[None, :]
+    )
     at = entries_ptr + (row[:, None] * TREES + tree[None, :]) * ENTRIES + entry[None, :]
     return tl.load(at, mask=on_path, other=0.0), w_row
 
 
-@triton.jit(do_not_specialize=["turn"])
-def _spread_kernel(
+@triton.jit(do_not_specialize=["pass_number"])
+def _scatter_matmul_kernel(
     entries_ptr,
     w_ptr,
     leaf_ptr,
@@ -360,7 +364,7 @@ def _spread_kernel(
     order_ptr,
     table_ptr,
     rows,
-    turn,
+    pass_number,
     D: tl.constexpr,
     TREES: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -382,20 +386,20 @@ def _spread_kernel(
     ENTRIES: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    turn = tl.zeros((), tl.int32) + turn
-    if beyond(tile, turn, table_ptr, GROUPS):
+    pass_number = tl.zeros((), tl.int32) + pass_number
+    if beyond(tile, pass_number, table_ptr, GROUPS):
         return
-    group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
+    group, row, there = sorted_rows(tile, pass_number, order_ptr, table_ptr, rows, GROUPS, BM)
 
     # What does not depend on the output columns is loaded once: ancestors' entries, and a lone chunk of the subtree.
     if ANCESTORS > 0:
         a = tl.arange(0, ANCESTORS)
-        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, turn, LEVEL, JOINT, TREES, TREE_ROWS)
+        a_tree, a_row, a_entry, a_exists = ancestor_column(a, group, pass_number, LEVEL, JOINT, TREES, TREE_ROWS)
         a_at = entries_ptr + (row[:, None] * TREES + a_tree[None, :]) * ENTRIES + a_entry[None, :]
         above = tl.load(a_at, mask=there[:, None] & a_exists[None, :], other=0.0)
     if CHUNKS == 1:
         below, w_row = _path_entries(
-            entries_ptr, leaf_ptr, row, there, group, turn, 0, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+            entries_ptr, leaf_ptr, row, there, group, pass_number, 0, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
             HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS, ENTRIES,
         )  # fmt: skip
 
@@ -411,7 +415,7 @@ def _spread_kernel(
         else:
             for chunk in range(CHUNKS):
                 part, part_row = _path_entries(
-                    entries_ptr, leaf_ptr, row, there, group, turn, chunk, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
+                    entries_ptr, leaf_ptr, row, there, group, pass_number, chunk, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
                     HAS_NODES, LEAF_FIRST, LEAF_ROWS, LEAF_ENTRY, TREE_ROWS, ENTRIES,
                 )  # fmt: skip
                 acc = tl.dot(part, tile_of(w_ptr, part_row, start, D, BN), acc, input_precision=PRECISION)

@@ -13,7 +13,7 @@ from fastff.ops.explanation import Explanation
 
 
 @dataclass(frozen=True)
-class RowsPlan:
+class PerTokenPlan:
     """One program a row (and tree). ahead: levels fetched at once; fused: one launch where there is one tree;
     block_*: elements of a program's tile along features in and out, leaf neurons and path entries."""
 
@@ -27,8 +27,8 @@ class RowsPlan:
 
 
 @dataclass(frozen=True)
-class ScoutPlan:
-    """One program a node, a launch for every `levels` levels. block_in, block_out: as in RowsPlan."""
+class SpeculativePlan:
+    """One program a node, a launch for every `levels` levels. block_in, block_out: as in PerTokenPlan."""
 
     levels: int
     block_in: int
@@ -50,7 +50,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Stage:
-    """A block of levels: after `level` turns, `levels` more are scored, `joint` trees at a time."""
+    """A block of levels: after `level` decisions, `levels` more are scored, `joint` trees at a time."""
 
     level: int
     levels: int
@@ -58,8 +58,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class BlockedPlan:
-    """Routing stages, then rows grouped by the first `level` turns in each of `joint` trees for all that follows.
+class GroupedPlan:
+    """Routing stages, then rows grouped by the first `level` decisions in each of `joint` trees for all that follows.
 
     leaf_routed: the last stage scores the leaves too. one_pass: groups share their leaves, and one kernel computes
     them."""
@@ -88,17 +88,18 @@ class BackwardPlan:
     outer_turned: bool = False
 
 
-ForwardPlan = ScoutPlan | RowsPlan | BlockedPlan
+ForwardPlan = SpeculativePlan | PerTokenPlan | GroupedPlan
+_FORMS = {SpeculativePlan: "speculative", PerTokenPlan: "per_token", GroupedPlan: "grouped"}
 
 
-def rows_plan(config: TreeConfig, rows: int) -> RowsPlan:
+def per_token_plan(config: TreeConfig, rows: int) -> PerTokenPlan:
     """Few rows wait for memory: fetch ahead. Many rows fill the machine: fetch only what is used."""
     wide = config.in_features > 2048
     few = rows * config.trees <= (16 if wide else 64)
     ahead = (2 if wide else 4) if few else (1 if wide else 2)
     most_in = (2048 if few else 4096) if wide else 256
     entries = config.depth * config.node_output + config.leaf_width
-    return RowsPlan(
+    return PerTokenPlan(
         ahead=min(ahead, max(1, config.depth + (config.leaf_in_rows == 1))),
         fused=config.trees == 1 and not wide and config.out_features <= 2048,
         block_in=_block(config.in_features, most_in),
@@ -130,7 +131,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles | None = None) -> BlockedPlan:
+def grouped_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles | None = None) -> GroupedPlan:
     """Routing in blocks of up to six levels, then the grouping that moves the fewest bytes for the rows at hand."""
     single = config.leaf_in_rows == 1
     if config.trees == 1 and single:
@@ -151,7 +152,7 @@ def blocked_plan(config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles |
         tiles = _tiles(config, rows, itemsize, level, joint)
         if one_pass and itemsize == 2 and tiles.rows > 16:
             tiles = replace(tiles, inner=64, outer=128, stages=3)
-    return BlockedPlan(tuple(stages), level, joint, fused, one_pass, tiles)
+    return GroupedPlan(tuple(stages), level, joint, fused, one_pass, tiles)
 
 
 def leaf_columns(config: TreeConfig, joint: int) -> int:
@@ -163,7 +164,7 @@ def leaf_columns(config: TreeConfig, joint: int) -> int:
 def backward_plan(
     config: TreeConfig, rows: int, itemsize: int, *, tiles: Tiles | None = None, outer_tiles: Tiles | None = None
 ) -> BackwardPlan:
-    """The grouping of `blocked_plan` for the linear kernels; one tree at a time for the weight gradients."""
+    """The grouping of `grouped_plan` for the linear kernels; one tree at a time for the weight gradients."""
     if config.trees == 1 and config.leaf_in_rows == 1:
         level, joint = sum(_cut(config.depth + 1)[:-1]), 1
     else:
@@ -185,7 +186,7 @@ def backward_plan(
 
 
 def grouping(config: TreeConfig, rows: int, itemsize: int) -> tuple[int, int]:
-    """(level, joint): turns and trees of a group's number, by bytes moved and products made for one row.
+    """(level, joint): decisions and trees of a group's number, by bytes moved and products made for one row.
 
     Every pass over `joint` trees reads a row and reads and writes its output, three times its width, at BANDWIDTH;
     its products are those of the joint subtrees, at PRODUCTS. More groups than rows / 64 would leave tiles empty."""
@@ -211,13 +212,13 @@ PRODUCTS = 1.2e14  # floating-point operations per second that small grouped pro
 
 
 def _columns(config: TreeConfig, level: int) -> int:
-    """Rows of w_in in a subtree after `level` turns."""
+    """Rows of w_in in a subtree after `level` decisions."""
     left = config.depth - level
     return int(2**left - 1 + 2**left * config.leaf_in_rows)
 
 
 def _single_level(config: TreeConfig, columns: int = 64) -> int:
-    """Fewest turns after which one tree's subtree has no more columns than these; all of them if none has."""
+    """Fewest decisions after which one tree's subtree has no more columns than these; all of them if none has."""
     return next((level for level in range(config.depth) if _columns(config, level) <= columns), config.depth)
 
 
@@ -248,12 +249,12 @@ def _tiles(config: TreeConfig, rows: int, itemsize: int, level: int, joint: int)
     )
 
 
-def scout_plan(config: TreeConfig) -> ScoutPlan | None:
+def speculative_plan(config: TreeConfig) -> SpeculativePlan | None:
     """Blocks of at most six levels; None where that form does not apply."""
     if config.trees > 1 or config.leaf_in_rows > 1 or config.depth < 4:
         return None
     wide = config.in_features > 2048
-    return ScoutPlan(
+    return SpeculativePlan(
         levels=min(6, config.depth + 1),
         block_in=_block(config.in_features, 2048 if wide else 256),
         block_out=min(power_of_two(config.out_features), 128 if wide else 32),
@@ -269,20 +270,23 @@ def forward_plan(config: TreeConfig, rows: int, itemsize: int) -> ForwardPlan:
 
 def _forward_choice(config: TreeConfig, rows: int, itemsize: int) -> tuple[ForwardPlan, str]:
     """The plan, and why it was chosen."""
-    scout, handful = scout_plan(config), 4 if config.in_features > 2048 else 8
-    if scout is not None and rows <= handful:
-        return scout, f"at most {handful} rows of one tree: scoring whole blocks of levels hides their loads' latency"
+    speculative, handful = speculative_plan(config), 4 if config.in_features > 2048 else 8
+    if speculative is not None and rows <= handful:
+        return (
+            speculative,
+            f"at most {handful} rows of one tree: scoring whole blocks of levels hides their loads' latency",
+        )
     # Rows and blocks met at 8192 rows of 12 neurons; what a row costs alone grows with its neurons.
     neurons = config.trees * (config.path_scores + config.depth * config.node_output + config.leaf_width) // 2
     work, enough = rows * neurons, 8192 * 12
     if work < enough:
         why = f"{rows} rows of {neurons} neurons are fewer than the {enough} from which sorting rows by node pays"
-        return rows_plan(config, rows), why
-    blocked = blocked_plan(config, rows, itemsize)
-    bits = max((s.level * s.joint for s in blocked.stages), default=0)
-    if max(bits, blocked.level * blocked.joint) > MOST_BITS:
-        return rows_plan(config, rows), f"the tree would need more than 2**{MOST_BITS} groups of rows"
-    return blocked, f"{rows} rows of {neurons} neurons are enough to sort by node and use matrix products"
+        return per_token_plan(config, rows), why
+    grouped = grouped_plan(config, rows, itemsize)
+    bits = max((s.level * s.joint for s in grouped.stages), default=0)
+    if max(bits, grouped.level * grouped.joint) > MOST_BITS:
+        return per_token_plan(config, rows), f"the tree would need more than 2**{MOST_BITS} groups of rows"
+    return grouped, f"{rows} rows of {neurons} neurons are enough to sort by node and use matrix products"
 
 
 def explain(config: TreeConfig, rows: int, dtype: torch.dtype, used: ForwardPlan) -> Explanation:
@@ -293,7 +297,7 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype, used: ForwardPlan
     if used != shipped:
         reason += "; its sizes were tuned on this machine"
     choices = _sizes(used) | _sizes(backward_plan(config, rows, dtype.itemsize), "backward.")
-    return Explanation("triton", type(used).__name__.removesuffix("Plan").lower(), reason, choices)
+    return Explanation("triton", _FORMS[type(used)], reason, choices)
 
 
 def _sizes(value: Any, prefix: str = "") -> dict[str, int | float | str]:
@@ -309,7 +313,7 @@ def _sizes(value: Any, prefix: str = "") -> dict[str, int | float | str]:
     return sizes
 
 
-AnyPlan = TypeVar("AnyPlan", BlockedPlan, BackwardPlan)
+AnyPlan = TypeVar("AnyPlan", GroupedPlan, BackwardPlan)
 
 
 def smaller(plan: AnyPlan) -> AnyPlan | None:

@@ -1,6 +1,6 @@
-"""A block of levels below the groups' common turns: one product scores its nodes, then every row follows its turns.
+"""A block of levels below the groups' common decisions: one product scores its nodes, then every row descends in it.
 
-Scores and leaves stay behind; the last block, where leaves are single rows, scores them too and turns scores into
+Scores and leaves stay behind; the last block, where leaves are single rows, scores them too and makes scores into
 coefficients.
 """
 
@@ -55,7 +55,7 @@ def _block_scores(
     b_ptr,
     row,
     group,
-    turn,
+    pass_number,
     D_IN: tl.constexpr,
     TREES: tl.constexpr,
     TREE_ROWS: tl.constexpr,
@@ -70,7 +70,7 @@ def _block_scores(
     block's 2**LEVELS - 1 hold scores of row 0 that are never looked at."""
     c = tl.arange(0, JOINT * SPAN)
     n = c % SPAN
-    tree = turn * JOINT + c // SPAN
+    tree = pass_number * JOINT + c // SPAN
     exists = (n < (1 << LEVELS) - 1) & (tree < TREES)
     prefix = prefix_of(group, c // SPAN, LEVEL, JOINT).to(tl.int64)
     level = level_of(tl.where(exists, n, 0), LEVELS)
@@ -104,8 +104,8 @@ def _walk(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Follow a tree's turns through its block, which begins at column `first`: (place reached, scores (rows, STEPS),
-    values, gate, margin). LAST: values takes the coefficients, by path entry.
+    """Follow a tree's decisions through its block, which begins at column `first`: (place reached, scores
+    (rows, STEPS), values, gate, margin). LAST: values takes the coefficients, by path entry.
 
     The score at the current node is the only one selected, so the others cannot disturb it. Tree by tree, in the layout
     the product left its result in: a reshape would send it through shared memory. What a row leaves behind is gathered
@@ -171,22 +171,22 @@ def _route_kernel(
     """Levels LEVEL ... LEVEL + LEVELS - 1 of JOINT trees; the leaf level counts when a leaf is a single row.
 
     LAST: leaves are among them, so all scores are known and their coefficients and margins are written too."""
-    tile, turn = tl.program_id(0), tl.program_id(1)
+    tile, pass_number = tl.program_id(0), tl.program_id(1)
     if GROUPS > 0:
-        if beyond(tile, turn, table_ptr, GROUPS):
+        if beyond(tile, pass_number, table_ptr, GROUPS):
             return
-    group, row, there = sorted_rows(tile, turn, order_ptr, table_ptr, rows, GROUPS, BM)
+    group, row, there = sorted_rows(tile, pass_number, order_ptr, table_ptr, rows, GROUPS, BM)
     blocks = _block_scores(
-        x_ptr, w_ptr, b_ptr, row, group, turn, D_IN, TREES, TREE_ROWS, LEVEL, LEVELS, JOINT, SPAN, BK, PRECISION
+        x_ptr, w_ptr, b_ptr, row, group, pass_number, D_IN, TREES, TREE_ROWS, LEVEL, LEVELS, JOINT, SPAN, BK, PRECISION
     )
 
     dtype: tl.constexpr = scores_ptr.dtype.element_ty
-    turns: tl.constexpr = LEVELS if LEVEL + LEVELS <= DEPTH else DEPTH - LEVEL
+    decisions: tl.constexpr = LEVELS if LEVEL + LEVELS <= DEPTH else DEPTH - LEVEL
     s = tl.arange(0, STEPS)
     if LAST:
         c = tl.arange(0, OUT_WIDTH)
     for joint in range(JOINT):
-        tree = turn * JOINT + joint
+        tree = pass_number * JOINT + joint
         wanted = there & (tree < TREES)
         item = row * TREES + tree
         gate = tl.full((BM,), 1.0, tl.float32)
@@ -208,7 +208,7 @@ def _route_kernel(
         at = scores_ptr + item[:, None] * ENTRIES + LEVEL + s[None, :]
         tl.store(at, scores.to(dtype), mask=wanted[:, None] & (s < LEVELS)[None, :])
         above = prefix_of(group, joint, LEVEL, JOINT).to(tl.int64)
-        tl.store(leaf_ptr + item, (above << turns) + local - ((1 << turns) - 1), mask=wanted)
+        tl.store(leaf_ptr + item, (above << decisions) + local - ((1 << decisions) - 1), mask=wanted)
         if LAST:
             tl.store(margins_ptr + item, margin.to(dtype), mask=wanted)
             if HAS_B_OUT:

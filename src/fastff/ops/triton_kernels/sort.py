@@ -1,6 +1,6 @@
-"""Counting sort of rows by the turns they took: stable, deterministic, three launches, no host synchronisation.
+"""Counting sort of rows by the decisions they took: stable, deterministic, three launches, no host synchronisation.
 
-Several sorts run side by side: pass `p` groups the rows by the first `level` turns in each of the trees
+Several sorts run side by side: pass `p` groups the rows by the first `level` decisions in each of the trees
 `p * joint ... p * joint + joint - 1`.
 """
 
@@ -26,7 +26,7 @@ class Groups:
 
     order (passes, rows) int32 row numbers; table (passes, 4, groups + 1) int32, exclusive sums over the groups of their
     rows, tiles (of `tile` rows), chunks (of `chunk` rows), and chunks of those groups that have more than one.
-    groups is a power of two, at least 2; level, joint: turns and trees that make a group's number.
+    groups is a power of two, at least 2; level, joint: decisions and trees that make a group's number.
     """
 
     order: Tensor
@@ -103,28 +103,28 @@ def _count_kernel(
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    tile, turn = tl.program_id(0), tl.program_id(1)
+    tile, pass_number = tl.program_id(0), tl.program_id(1)
     row = tile * TILE + tl.arange(0, TILE)
     mask = row < rows
-    key = _key(leaf_ptr, row, mask, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    key = _key(leaf_ptr, row, mask, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
     groups = tl.arange(0, GROUPS)
     count = tl.histogram(key, GROUPS, mask=mask)
-    tl.store(counts_ptr + (turn * tiles + tile) * GROUPS + groups, count)
+    tl.store(counts_ptr + (pass_number * tiles + tile) * GROUPS + groups, count)
 
 
 @triton.jit
 def _scan_kernel(counts_ptr, totals_ptr, tiles, GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr):
-    turn = tl.program_id(1)
+    pass_number = tl.program_id(1)
     group = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.int32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        at = counts_ptr + (turn * tiles + tile)[:, None] * GROUPS + group[None, :]
+        at = counts_ptr + (pass_number * tiles + tile)[:, None] * GROUPS + group[None, :]
         mask = (tile < tiles)[:, None]
         count = tl.load(at, mask=mask, other=0)
         tl.store(at, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, 0)
-    tl.store(totals_ptr + turn * GROUPS + group, total)
+    tl.store(totals_ptr + pass_number * GROUPS + group, total)
 
 
 @triton.jit
@@ -152,11 +152,11 @@ def _place_kernel(
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    tile, turn = tl.program_id(0), tl.program_id(1)
+    tile, pass_number = tl.program_id(0), tl.program_id(1)
     groups = tl.arange(0, GROUPS)
-    total = tl.load(totals_ptr + turn * GROUPS + groups)
+    total = tl.load(totals_ptr + pass_number * GROUPS + groups)
     if tile == 0:
-        table = table_ptr + turn * 4 * (GROUPS + 1)
+        table = table_ptr + pass_number * 4 * (GROUPS + 1)
         chunk = (total + chunk_rows - 1) // chunk_rows
         _store_sums(table, 0, total, GROUPS)
         _store_sums(table, 1, (total + tile_rows - 1) // tile_rows, GROUPS)
@@ -166,13 +166,13 @@ def _place_kernel(
     place = tl.arange(0, TILE)
     row = tile * TILE + place
     mask = row < rows
-    key = _key(leaf_ptr, row, mask, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    key = _key(leaf_ptr, row, mask, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
     key = tl.where(mask, key, -1)
     # The rank of a row among the equal keys before it in the tile: all pairs, which costs the same for any GROUPS.
     other = tile * TILE + tl.arange(0, TILE)
-    other_key = _key(leaf_ptr, other, other < rows, turn * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    other_key = _key(leaf_ptr, other, other < rows, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
     before = (other_key[None, :] == key[:, None]) & (tl.arange(0, TILE)[None, :] < place[:, None])
     rank = tl.sum(before.to(tl.int32), 1)
     first = tl.gather(tl.cumsum(total, 0) - total, tl.where(mask, key, 0), 0)
-    offset = tl.load(counts_ptr + (turn * tiles + tile) * GROUPS + tl.where(mask, key, 0), mask=mask, other=0)
-    tl.store(order_ptr + turn.to(tl.int64) * rows + first + offset + rank, row, mask=mask)
+    offset = tl.load(counts_ptr + (pass_number * tiles + tile) * GROUPS + tl.where(mask, key, 0), mask=mask, other=0)
+    tl.store(order_ptr + pass_number.to(tl.int64) * rows + first + offset + rank, row, mask=mask)

@@ -19,10 +19,18 @@ import torch
 
 from fastff.config import TreeConfig
 from fastff.ops.triton_kernels import plan
-from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, ForwardPlan, RowsPlan, ScoutPlan, Stage, Tiles
+from fastff.ops.triton_kernels.plan import (
+    BackwardPlan,
+    ForwardPlan,
+    GroupedPlan,
+    PerTokenPlan,
+    SpeculativePlan,
+    Stage,
+    Tiles,
+)
 
-FORMAT = 3  # of the file; raised when a plan's fields change, or what they mean
-_KINDS = {kind.__name__: kind for kind in (RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)}
+FORMAT = 4  # of the file; raised when a plan's fields change, or what they mean
+_KINDS = {kind.__name__: kind for kind in (PerTokenPlan, SpeculativePlan, GroupedPlan, BackwardPlan)}
 _PARTS: dict[str, Callable[[Any], Any]] = {
     "tiles": lambda found: Tiles(**found),
     "outer_tiles": lambda found: Tiles(**found),
@@ -42,7 +50,7 @@ def cache_file() -> Path:
 def forward_plan(config: TreeConfig, rows: int, dtype: torch.dtype, device: str | None) -> ForwardPlan:
     """The plan tuned for a device of this name, or the shipped one. device: None where nothing can be tuned."""
     found = None if device is None else _found("forward", config, rows, dtype, device)
-    if isinstance(found, (RowsPlan, ScoutPlan, BlockedPlan)):
+    if isinstance(found, (PerTokenPlan, SpeculativePlan, GroupedPlan)):
         return found
     return plan.forward_plan(config, rows, dtype.itemsize)
 

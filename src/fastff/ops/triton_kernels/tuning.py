@@ -22,11 +22,11 @@ from fastff.ops.triton_kernels import (
     why_not,
     why_unavailable,
 )
-from fastff.ops.triton_kernels.plan import BackwardPlan, BlockedPlan, RowsPlan, ScoutPlan, Tiles
+from fastff.ops.triton_kernels.plan import BackwardPlan, GroupedPlan, PerTokenPlan, SpeculativePlan, Tiles
 from fastff.ops.triton_kernels.tuned import Direction
 from fastff.ops.weights import Weights
 
-AnyPlan = TypeVar("AnyPlan", RowsPlan, ScoutPlan, BlockedPlan, BackwardPlan)
+AnyPlan = TypeVar("AnyPlan", PerTokenPlan, SpeculativePlan, GroupedPlan, BackwardPlan)
 INTERPRETER = "interpreter"  # device name of kernels that run without a device
 TimeUs = Callable[[Callable[[], object]], float]  # microseconds of a call
 

@@ -1,8 +1,8 @@
 """A handful of rows: every node of a block of levels is scored at once, by a program of its own.
 
 A descent by one program waits for memory once a block and draws on one multiprocessor's bandwidth. Here the nodes of a
-block, up to 63, are read by as many programs, most of them in vain, and the next launch follows the turns: a row costs
-one launch a block and one for the output. One tree, leaves of one row.
+block, up to 63, are read by as many programs, most of them in vain, and the next launch follows the decisions: a row
+costs one launch a block and one for the output. One tree, leaves of one row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
-from fastff.ops.triton_kernels.plan import ScoutPlan, ceil_div, power_of_two, tau_of
-from fastff.ops.triton_kernels.rows import dots, w_out_row, weighted_rows
+from fastff.ops.triton_kernels.per_token import dots, w_out_row, weighted_rows
+from fastff.ops.triton_kernels.plan import SpeculativePlan, ceil_div, power_of_two, tau_of
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     b_out: Tensor | None,
     *,
     config: TreeConfig,
-    plan: ScoutPlan,
+    plan: SpeculativePlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features), for one tree whose leaves are single rows."""
     rows, levels = x.shape[0], config.depth + 1
@@ -41,7 +41,7 @@ def forward(
     for block in range(blocks):
         count = 2 ** min(plan.levels, levels - block * plan.levels) - 1
         launch(
-            _scout_kernel, (rows, count),
+            _speculative_kernel, (rows, count),
             x, w_in, b_in, seen, prefixes, rows, BLOCK=block, D_IN=config.in_features, LEVELS=plan.levels,
             BD=plan.block_in, num_warps=plan.warps,
         )  # fmt: skip
@@ -57,22 +57,22 @@ def forward(
 
 
 @triton.jit
-def _turn(seen_ptr, prefix, LEVELS: tl.constexpr, TURNS: tl.constexpr):
-    """Prefix after TURNS turns through a block whose scores, in heap order, lie at seen_ptr."""
+def _decide(seen_ptr, prefix, LEVELS: tl.constexpr, DECISIONS: tl.constexpr):
+    """Prefix after DECISIONS decisions through a block whose scores, in heap order, lie at seen_ptr."""
     n = tl.arange(0, 1 << LEVELS)
-    right = tl.load(seen_ptr + n, mask=n < (1 << TURNS) - 1, other=0.0) > 0
+    right = tl.load(seen_ptr + n, mask=n < (1 << DECISIONS) - 1, other=0.0) > 0
     # All decisions in one word: following them is then scalar arithmetic, without a reduction a level.
     word = tl.sum(tl.where(right, tl.full(n.shape, 1, tl.int64) << n, 0), 0)
     local = tl.zeros((), tl.int64)
-    for _step in tl.static_range(TURNS):
-        turn = (word >> local) & 1
-        local = 2 * local + 1 + turn
-        prefix = 2 * prefix + turn
+    for _step in tl.static_range(DECISIONS):
+        decision = (word >> local) & 1
+        local = 2 * local + 1 + decision
+        prefix = 2 * prefix + decision
     return prefix
 
 
 @triton.jit
-def _scout_kernel(
+def _speculative_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -89,7 +89,7 @@ def _scout_kernel(
     prefix = tl.zeros((), tl.int64)
     if BLOCK > 0:
         before = (BLOCK - 1) * rows + row
-        prefix = _turn(seen_ptr + (before << LEVELS), tl.load(prefixes_ptr + before), LEVELS, LEVELS)
+        prefix = _decide(seen_ptr + (before << LEVELS), tl.load(prefixes_ptr + before), LEVELS, LEVELS)
     below = level_of(n, LEVELS)
     heap = (tl.full((), 1, tl.int64) << (BLOCK * LEVELS + below)) - 1 + (prefix << below) + (n + 1 - (1 << below))
     one = tl.zeros((1,), tl.int64)
@@ -131,8 +131,8 @@ def _settle_kernel(
     """Columns of y for one row; the row's first program also writes its scores, leaf and margin."""
     row = tl.program_id(0).to(tl.int64)
     last = (BLOCKS - 1) * rows + row
-    turns: tl.constexpr = DEPTH - (BLOCKS - 1) * LEVELS
-    leaf = _turn(seen_ptr + (last << LEVELS), tl.load(prefixes_ptr + last), LEVELS, turns)
+    decisions: tl.constexpr = DEPTH - (BLOCKS - 1) * LEVELS
+    leaf = _decide(seen_ptr + (last << LEVELS), tl.load(prefixes_ptr + last), LEVELS, decisions)
 
     level = tl.arange(0, BE)
     there = level <= DEPTH
@@ -142,19 +142,19 @@ def _settle_kernel(
     at = seen_ptr + (((level // LEVELS) * rows + row) << LEVELS) + (1 << inside) - 1 + place
     score = tl.load(at)
     size = tl.abs(score)
-    turned = level < DEPTH
+    decided = level < DEPTH
     value = activate(score, ACTIVATION)
     gate = tl.full((), 1.0, tl.float32)
     if GATED:
-        factor = tl.where(turned, tanh(size / tau), 1.0)
+        factor = tl.where(decided, tanh(size / tau), 1.0)
         above = (level[None, :] < level[:, None]) & there[None, :]
         value *= tl.reduce(tl.where(above, factor[None, :], 1.0), 1, _product)
         gate = tl.reduce(tl.where(there, factor, 1.0), 0, _product)
     if tl.program_id(1) == 0:
         tl.store(scores_ptr + row * (DEPTH + 1) + level, score.to(scores_ptr.dtype.element_ty), mask=there)
         tl.store(leaf_ptr + row, leaf)
-        bad = tl.sum((turned & (size != size)).to(tl.int32), 0) > 0
-        least = tl.min(tl.where(turned & (size == size), size, float("inf")), 0)
+        bad = tl.sum((decided & (size != size)).to(tl.int32), 0) > 0
+        least = tl.min(tl.where(decided & (size == size), size, float("inf")), 0)
         tl.store(margin_ptr + row, tl.where(bad, float("nan"), least).to(margin_ptr.dtype.element_ty))
 
     n = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -1,7 +1,7 @@
 """Many rows: trees cut into blocks of levels, rows sorted between blocks, every product a tensor-core GEMM.
 
-route.py multiplies x by a block of nodes and takes the turns inside it: scores and leaf. Then either the two linear
-kernels of linear.py, with `_values_kernel` between them to turn scores into coefficients; or, where groups share their
+route.py multiplies x by a block of nodes and takes the decisions inside it: scores and leaf. Then either the two linear
+kernels of linear.py, with `_values_kernel` between them to make scores into coefficients; or, where groups share their
 leaves, one kernel a pass that does it all (leaves.py).
 
 Weights must be finite: a row multiplies the neighbours of its path by zero, and zero times infinity is NaN.
@@ -20,8 +20,8 @@ from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, tanh
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.leaves import leaves
-from fastff.ops.triton_kernels.linear import Matrix, out_entries, pick, sort_leaves, spread
-from fastff.ops.triton_kernels.plan import BlockedPlan, ceil_div, power_of_two, tau_of
+from fastff.ops.triton_kernels.linear import Matrix, gather_matmul, out_entries, scatter_matmul, sort_leaves
+from fastff.ops.triton_kernels.plan import GroupedPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.route import route
 from fastff.ops.triton_kernels.sort import group_rows
 
@@ -34,7 +34,7 @@ def forward(
     b_out: Tensor | None,
     *,
     config: TreeConfig,
-    plan: BlockedPlan,
+    plan: GroupedPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
     rows, trees = x.shape[0], config.trees
@@ -59,12 +59,14 @@ def forward(
     else:
         if not plan.leaf_routed:
             matrix = Matrix.of_w_in(config, nodes=False)
-            pick(x, w_in, leaf, groups, scores, config=config, matrix=matrix, tiles=plan.tiles, bias=b_in)
+            gather_matmul(x, w_in, leaf, groups, scores, config=config, matrix=matrix, tiles=plan.tiles, bias=b_in)
             _values(scores, coefficient, margins, config=config)
-        y = spread(coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles)
+        y = scatter_matmul(
+            coefficient, w_out, leaf, groups, config=config, matrix=Matrix.of_w_out(config), tiles=plan.tiles
+        )
         if b_out is not None:
             matrix = Matrix.of_b_out(config)
-            spread(coefficient, b_out, leaf, groups, config=config, matrix=matrix, tiles=plan.tiles, into=y)
+            scatter_matmul(coefficient, b_out, leaf, groups, config=config, matrix=matrix, tiles=plan.tiles, into=y)
     margin = margins
     if apart:
         margin = new(x, rows)

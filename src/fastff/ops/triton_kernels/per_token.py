@@ -15,7 +15,7 @@ from torch import Tensor
 from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
-from fastff.ops.triton_kernels.plan import RowsPlan, ceil_div, tau_of
+from fastff.ops.triton_kernels.plan import PerTokenPlan, ceil_div, tau_of
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
     b_out: Tensor | None,
     *,
     config: TreeConfig,
-    plan: RowsPlan,
+    plan: PerTokenPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
     rows, trees = x.shape[0], config.trees
@@ -176,11 +176,11 @@ def _descend_kernel(
         local = 0
         for step in tl.static_range(AHEAD):
             level = first + step
-            turns = level < DEPTH
+            decisions = level < DEPTH
             score = tl.sum(tl.where(n == local, block, 0.0), 0)
             tl.store(scores_item + level, score.to(scores_ptr.dtype.element_ty), mask=level < levels)
             if NODE_ENTRIES > 0 or single:
-                entry = tl.where(turns, level, NODE_ENTRIES)
+                entry = tl.where(decisions, level, NODE_ENTRIES)
                 wanted = (level < levels) if NODE_ENTRIES > 0 else (level < levels) & (level == DEPTH)
                 value = gate * activate(score, ACTIVATION)
                 if FUSED:
@@ -189,10 +189,10 @@ def _descend_kernel(
                     tl.store(coefficient_item + entry, value, mask=wanted)
             size = tl.abs(score)
             if GATED:
-                gate = tl.where(turns, gate * tanh(size / tau), gate)
-            margin = tl.where(turns & ((size < margin) | (size != size)), size, margin)
-            right = ((score > 0) & turns).to(tl.int32)
-            prefix = tl.where(turns, 2 * prefix + right, prefix)
+                gate = tl.where(decisions, gate * tanh(size / tau), gate)
+            margin = tl.where(decisions & ((size < margin) | (size != size)), size, margin)
+            right = ((score > 0) & decisions).to(tl.int32)
+            prefix = tl.where(decisions, 2 * prefix + right, prefix)
             local = 2 * local + 1 + right
     if not single:
         for start in range(0, LEAF_WIDTH, BJ):
