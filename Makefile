@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/fastff demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests of the C++ core against a build of it that stops at the first error of memory or undefined behaviour. Leaks of
 # the interpreter would drown the core's, so they are not looked for here.
