@@ -3,10 +3,14 @@
     python benchmarks/encoder.py --models build/encoder --build                 (minutes: export and quantise)
     python benchmarks/encoder.py --models build/encoder --out encoder.json      (seconds: time them, interleaved)
 
+    python benchmarks/encoder.py --models build/encoder --engines native --shapes 1x128 8x128 --threads 1 2
+
 Twelve layers of width 768 with random weights: speed does not depend on their values, except that routing is as even
 as random weights make it. Dense layers run in PyTorch, ONNX Runtime and OpenVINO, in fp32 and in int8 (OpenVINO's by
 NNCF post-training quantisation, ONNX Runtime's and PyTorch's dynamic). Trees run in PyTorch with the native kernels;
-with int8, the trees have int8 weights and every other linear layer is PyTorch's dynamic int8. `none` has no
+with int8, the trees have int8 weights and every other linear layer is PyTorch's dynamic int8. `openvino int8` runs the
+conditional layers as fastff's operations; `openvino int8 bf16` is its setting for the least time, in which what is not
+int8 may be bfloat16. `native int8` is fastff's own engine. `none` has no
 feedforward: what no feedforward layer can go below. Every engine is compared with PyTorch's fp32 before it is timed;
 engines then take turns in one process, each on one thread.
 """
@@ -16,16 +20,23 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fastff
 from fastff import models
+from fastff.engine import openvino
+from fastff.engine.encoders import describe
+from fastff.engine.native_file import write_model
 from fastff.io import write_json
 from fastff.machine import commit, machine
+from fastff.models.feedforward import complete
+from fastff.ops.native_encoder import NativeEncoder
 from fastff.timing import interleaved
 from fastff.train.presets import feedforward_of
 
@@ -36,6 +47,7 @@ FEEDFORWARDS: dict[str, dict[str, Any]] = {
     "18x6-swiglu8-gate": feedforward_of("18x6-swiglu8-gate", 768),
     "narrow": feedforward_of("narrow:36x5-swiglu4-gate", 768),
     "1x11": feedforward_of("1x11", 768),
+    "flat-96x32-top3": complete("flat-96x32-top3"),
     "none": {"kind": "none"},
 }
 TREES = ("36x5-swiglu4-gate", "18x6-swiglu8-gate", "1x11")
@@ -45,10 +57,12 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "dense-swiglu": ("torch", "openvino", "torch int8", "openvino int8"),
     "narrow": ("torch", "openvino", "torch int8", "openvino int8"),
     "none": ("torch", "openvino", "torch int8", "openvino int8"),
-    **dict.fromkeys(TREES, ("torch", "torch int8")),
+    **dict.fromkeys((*TREES, "flat-96x32-top3"), ("torch", "torch int8", "openvino int8")),
 }
+ENGINES = {name: (*engines, "openvino int8 bf16", "native int8") for name, engines in ENGINES.items()}
 ERROR_LIMITS = {"fp32": 1e-4, "int8": 0.3}  # relative to the norm of PyTorch's fp32 output; a wrong one errs by 1
 CALIBRATION_BATCHES = 8
+LENGTH = 128  # of a sequence that calibrates, and that checks the output
 Run = Callable[[Tensor], Any]
 
 
@@ -73,26 +87,29 @@ def tokens(shape: tuple[int, int], seed: int) -> Tensor:
     return torch.randint(1000, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def build(folder: Path, shape: tuple[int, int]) -> None:
-    """Export the dense encoders for the runtimes, in fp32 and int8."""
+def build(folder: Path, chosen: Iterable[str], kinds: Iterable[str]) -> None:
+    """Export the encoders for the engines that read a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, engines in ENGINES.items():
+    for name in chosen:
         module = Hidden(FEEDFORWARDS[name])
-        for engine in engines:
+        for engine in engines_of(name, kinds):
             path = _file(folder, name, engine)
             if path is not None and not path.exists():
-                _BUILDERS[engine](module, path, shape)
+                _BUILDERS[engine](module, path, (1, LENGTH))
                 print(f"wrote {path}", flush=True)
 
 
 def _file(folder: Path, name: str, engine: str) -> Path | None:
     """Where the model of an engine lies that reads one."""
-    suffix = {"onnxruntime": "onnx", "openvino": "xml"}.get(engine.partition(" ")[0])
-    return None if suffix is None else folder / f"{name}-{engine.replace(' ', '-')}.{suffix}"
+    suffix = {"onnxruntime": "onnx", "openvino": "xml", "native": "fastff"}.get(engine.partition(" ")[0])
+    stored = engine.removesuffix(" bf16").replace(" ", "-")
+    return None if suffix is None else folder / f"{name}-{stored}.{suffix}"
 
 
 def _onnx(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
-    torch.onnx.export(module, (tokens(shape, 0),), path, input_names=["ids"], dynamo=False)
+    torch.onnx.export(
+        module, (tokens(shape, 0),), path, input_names=["ids"], dynamo=False, dynamic_axes={"ids": {0: "sequences"}}
+    )
 
 
 def _onnx_int8(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
@@ -105,21 +122,24 @@ def _onnx_int8(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
 
 
 def _openvino(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
-    import openvino as ov
-
-    ov.save_model(ov.convert_model(module, example_input=tokens(shape, 0)), path, compress_to_fp16=False)
+    _save(module, path, shape, "fp32")
 
 
 def _openvino_int8(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
-    import nncf
+    _save(module, path, shape, "int8")
+
+
+def _save(module: Hidden, path: Path, shape: tuple[int, int], weights: openvino.Weights) -> None:
     import openvino as ov
 
-    model = ov.convert_model(module, example_input=tokens(shape, 0))
-    calibration = nncf.Dataset([tokens(shape, seed).numpy() for seed in range(1, 1 + CALIBRATION_BATCHES)])
-    quantised = nncf.quantize(
-        model, calibration, subset_size=CALIBRATION_BATCHES, model_type=nncf.ModelType.TRANSFORMER
-    )
-    ov.save_model(quantised, path, compress_to_fp16=False)
+    samples = [{"ids": tokens(shape, seed).numpy()} for seed in range(1, 1 + CALIBRATION_BATCHES)]
+    model = openvino.convert(module, (tokens(shape, 0),), ["ids"], weights=weights, samples=samples)
+    ov.save_model(model, path, compress_to_fp16=False)
+
+
+def _native(module: Hidden, path: Path, shape: tuple[int, int]) -> None:
+    described = describe(module.model)
+    write_model(path, described.model, described.tensors)
 
 
 _BUILDERS: dict[str, Callable[[Hidden, Path, tuple[int, int]], None]] = {
@@ -127,14 +147,19 @@ _BUILDERS: dict[str, Callable[[Hidden, Path, tuple[int, int]], None]] = {
     "onnxruntime int8": _onnx_int8,
     "openvino": _openvino,
     "openvino int8": _openvino_int8,
+    "openvino int8 bf16": _openvino_int8,
+    "native int8": _native,
 }
 
 
-def load(folder: Path, name: str, engine: str) -> Run:
+def load(folder: Path, name: str, engine: str, threads: int) -> Run:
     """The encoder with a feedforward in an engine, as a function of token ids."""
     path = _file(folder, name, engine)
     if path is not None:
-        return _read_openvino(path) if path.suffix == ".xml" else _read_onnx(path)
+        if path.suffix == ".fastff":
+            return _read_native(path, threads)
+        hint = "bf16" if engine.endswith("bf16") else "f32"
+        return _read_openvino(path, threads, hint) if path.suffix == ".xml" else _read_onnx(path, threads)
     module = Hidden(FEEDFORWARDS[name])
     return _torch_int8(module, trees=name in TREES) if engine.endswith("int8") else module
 
@@ -150,22 +175,33 @@ def _torch_int8(module: Hidden, *, trees: bool) -> Run:
     return run
 
 
-def _read_onnx(path: Path) -> Run:
+def _read_onnx(path: Path, threads: int) -> Run:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda ids: session.run(None, {"ids": ids.numpy()})[0]
 
 
-def _read_openvino(path: Path) -> Run:
+def _read_openvino(path: Path, threads: int, hint: str) -> Run:
     import openvino as ov
 
-    # Its default would use bf16 for whatever is not int8 on a CPU that has it: precision is what the table compares.
-    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(path, "CPU", options)
+    core = ov.Core()
+    core.add_extension(fastff.openvino_extension())
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": hint}
+    compiled = core.compile_model(path, "CPU", options)
     return lambda ids: compiled(ids.numpy())[0]
+
+
+def _read_native(path: Path, threads: int) -> Run:
+    encoder = NativeEncoder(path)
+
+    def run(ids: Tensor) -> Tensor:
+        sequences, length = ids.shape
+        return encoder.run(ids.flatten(), [length] * sequences, threads=threads).view(sequences, length, -1)
+
+    return run
 
 
 def relative_error(run: Run, reference: nn.Module, shape: tuple[int, int]) -> float:
@@ -176,19 +212,44 @@ def relative_error(run: Run, reference: nn.Module, shape: tuple[int, int]) -> fl
         return float((torch.as_tensor(run(ids)) - want).norm() / want.norm())
 
 
-def prepared(folder: Path, shape: tuple[int, int], chosen: Iterable[str]) -> tuple[dict[str, Run], dict[str, float]]:
-    """Every engine of the chosen feedforwards, checked, and its error. Raises SystemExit for a wrong output."""
+def prepared(
+    folder: Path, chosen: Iterable[str], engines: Iterable[str], threads: int
+) -> tuple[dict[str, Run], dict[str, float]]:
+    """The engines of the chosen feedforwards, checked, and their errors. Raises SystemExit for a wrong output."""
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     for name in chosen:
         reference = Hidden(FEEDFORWARDS[name])
-        for engine in ENGINES[name]:
+        for engine in engines_of(name, engines):
             key = f"{name}, {engine}"
-            runs[key] = load(folder, name, engine)
-            errors[key] = relative_error(runs[key], reference, shape)
+            runs[key] = load(folder, name, engine, threads)
+            errors[key] = relative_error(runs[key], reference, (1, LENGTH))
             if not errors[key] < ERROR_LIMITS["int8" if "int8" in engine else "fp32"]:
                 raise SystemExit(f"{key}: the output differs from PyTorch's fp32 by {errors[key]:.2g} of its norm")
     return runs, errors
+
+
+def engines_of(name: str, kinds: Iterable[str]) -> list[str]:
+    """The engines of a feedforward whose names start with one of `kinds`."""
+    return [engine for engine in ENGINES[name] if engine.startswith(tuple(kinds))]
+
+
+def measured(asked: argparse.Namespace, threads: int) -> Iterator[dict[str, Any]]:
+    """A cell for every engine and shape, in turns within a shape."""
+    torch.set_num_threads(threads)
+    runs, errors = prepared(asked.models, asked.feedforwards, asked.engines, threads)
+    for shape in asked.shapes:
+        sequences, length = map(int, shape.split("x"))
+        ids = tokens((sequences, length), 0)
+        with torch.inference_mode():
+            timed = interleaved({key: partial(run, ids) for key, run in runs.items()}, asked.seconds)
+        for key, timing in timed.items():
+            name, engine = key.split(", ")
+            quartiles = {"ms": timing.p50_us / 1e3, "q1": timing.p25_us / 1e3, "q3": timing.p75_us / 1e3}
+            place = {"feedforward": name, "engine": engine, "shape": shape, "threads": threads}
+            yield {**place, "relative_error": errors[key], **quartiles}
+            spread = f"({quartiles['q1']:.1f} to {quartiles['q3']:.1f})"
+            print(f"{shape} {threads} threads {key:40} {quartiles['ms']:8.1f} ms {spread}", flush=True)
 
 
 def main() -> None:
@@ -196,30 +257,19 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of the exported models")
     parser.add_argument("--build", action="store_true", help="export and quantise them")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--shape", default="1x128", help="sequences x tokens")
+    parser.add_argument("--shapes", nargs="+", default=[f"1x{LENGTH}"], help="sequences x tokens")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--feedforwards", nargs="+", default=list(FEEDFORWARDS), choices=list(FEEDFORWARDS))
-    parser.add_argument("--seconds", type=float, default=40.0, help="of timing, all engines together")
+    parser.add_argument("--engines", nargs="+", default=[""], help="those whose names start so")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of timing a shape, all engines together")
     asked = parser.parse_args()
     os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-    torch.set_num_threads(1)
-    sequences, length = map(int, asked.shape.split("x"))
-    shape = sequences, length
     if asked.build:
-        return build(asked.models, shape)
-    runs, errors = prepared(asked.models, shape, asked.feedforwards)
-    ids = tokens(shape, 0)
-    with torch.inference_mode():
-        timed = interleaved({key: lambda run=run: run(ids) for key, run in runs.items()}, asked.seconds)  # type: ignore[misc]
-    cells = []
-    for key, timing in timed.items():
-        name, engine = key.split(", ")
-        quartiles = {"ms": timing.p50_us / 1e3, "q1": timing.p25_us / 1e3, "q3": timing.p75_us / 1e3}
-        cells.append({"feedforward": name, "engine": engine, "relative_error": errors[key], **quartiles})
-        print(f"{key:32} {quartiles['ms']:8.1f} ms ({quartiles['q1']:.1f} to {quartiles['q3']:.1f})", flush=True)
+        return build(asked.models, asked.feedforwards, asked.engines)
+    cells = [cell for threads in asked.threads for cell in measured(asked, threads)]
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {**machine(), "commit": commit()}
-        write_json(asked.out, {"machine": about, "threads": 1, "shape": asked.shape, "cells": cells})
+        write_json(asked.out, {"machine": {**machine(), "commit": commit()}, "cells": cells})
     return None
 
 

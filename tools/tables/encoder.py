@@ -58,6 +58,28 @@ def engines() -> str:
     return f"{markdown_table(head, rows)}\n\n{machine['cpu']}, one thread; {versions}."
 
 
+def whole_engines() -> str:
+    """Every shape and number of threads: milliseconds, and how many times faster than the fastest dense int8 engine."""
+    run: dict[str, Any] = read(INTEL / "encoder-engines.json")
+    columns = list(dict.fromkeys((cell["shape"], cell["threads"]) for cell in run["cells"]))
+    ms = {(c["feedforward"], c["engine"], c["shape"], c["threads"]): c["ms"] for c in run["cells"]}
+    keys = list(dict.fromkeys((cell["feedforward"], cell["engine"]) for cell in run["cells"]))
+    errors = {(cell["feedforward"], cell["engine"]): cell["relative_error"] for cell in run["cells"]}
+    others = [key for key in keys if key[0] == "dense-gelu" and not key[1].startswith("native")]
+    rows = []
+    for key in keys:
+        row = [key[0], key[1]]
+        for column in columns:
+            best = min(ms[(*other, *column)] for other in others)
+            row.append(f"{three_digits(ms[(*key, *column)])} ({best / ms[(*key, *column)]:.2f}x)")
+        rows.append((*row, f"{errors[key]:.0e}"))
+    heads = [f"{shape.replace('x', ' x ')}, {threads} thread{'s' * (threads > 1)}" for shape, threads in columns]
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
+    table = markdown_table(["feedforward", "engine", *heads, "error"], rows)
+    return f"{table}\n\n{machine['cpu']}; {versions}."
+
+
 def speed_and_quality() -> str:
     """Work, held-out loss and the time of a whole encoder, each row about one kind of layer."""
     ms = _ms(found())
