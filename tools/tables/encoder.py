@@ -70,8 +70,9 @@ def whole_engines() -> str:
     for key in keys:
         row = [key[0], key[1]]
         for column in columns:
-            best = min(ms[(*other, *column)] for other in others)
-            row.append(f"{three_digits(ms[(*key, *column)])} ({best / ms[(*key, *column)]:.2f}x)")
+            best = min(ms[(*other, *column)] for other in others if (*other, *column) in ms)
+            own = ms.get((*key, *column))
+            row.append("-" if own is None else f"{three_digits(own)} ({best / own:.2f}x)")
         rows.append((*row, f"{errors[key]:.0e}"))
     heads = [f"{shape.replace('x', ' x ')}, {threads} thread{'s' * (threads > 1)}" for shape, threads in columns]
     machine = run["machine"]
