@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastff
 from conftest import make_layer, make_rows
 from fastff import FFF
 from fastff.errors import TrainingError
@@ -99,6 +100,26 @@ def test_health_counts_what_training_saw_and_begins_anew():
     model(rows[100:])
     report = health.report()
     assert report["0"] == {"leaf_entropy_bits": 0.0, "most_bits": 1, "dead_leaves": 0.5, "one_sided_nodes": 1.0}
+
+
+def test_health_counts_layers_behind_routers_too():
+    torch.manual_seed(0)
+    routers = (fastff.FlatRouter(6, leaves=12, k=3), fastff.TreeRouter(6, depth=2, trees=3))
+    model = nn.Sequential(
+        *(fastff.ConditionalFeedforward(6, router=r, leaves=12, leaf_width=2) for r in routers), nn.LayerNorm(6)
+    )
+    health = RoutingStats(model)
+    model(torch.randn(500, 6))
+    report = health.report()
+    assert set(report) == {"0", "1"}
+    assert report["0"]["most_bits"] == pytest.approx(math.log2(12), abs=1e-4)
+    assert report["0"]["one_sided_nodes"] is None
+    assert report["1"]["most_bits"] == 2
+    assert report["1"]["one_sided_nodes"] is not None
+    for name, layer in (("0", model[0]), ("1", model[1])):
+        assert 0 < report[name]["leaf_entropy_bits"] <= report[name]["most_bits"]
+        assert layer.usage().counts.sum() == 0, "counting began anew"
+    balance(health.layers, health.collect(), 0.05)  # leaves them alone
 
 
 def test_one_sided_nodes_need_rows_enough_to_tell():

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.layers import FFF
-from fastff.routers import Usage
+from fastff.routers import Router, Usage
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,17 @@ class Routing:
 
 
 def conditional_layers(model: nn.Module) -> dict[str, FFF]:
-    """The conditional layers by the name of the module, in order."""
+    """The layers of trees by the name of the module, in order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FFF)}
+
+
+def routed_layers(model: nn.Module) -> dict[str, FFF | ConditionalFeedforward]:
+    """As `conditional_layers`, with the layers behind routers of fastff, which count their rows too."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FFF) or (isinstance(module, ConditionalFeedforward) and isinstance(module.router, Router))
+    }
 
 
 def collect(model: nn.Module, run: Callable[[], object]) -> dict[str, Routing]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.errors import TrainingError
-from fastff.inspect import conditional_layers
+from fastff.inspect import conditional_layers, routed_layers
 from fastff.layers import FFF
-from fastff.routers import Usage
+from fastff.routers import TreeRouter, Usage
 
 _SCALES = ("lr_scale", "level_lr_scale", "output_scale", "routing_scale", "routing_lr_scale")
 
@@ -109,7 +109,7 @@ class RoutingStats:
     """Rows that took each leaf, over all processes, since the last report."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = conditional_layers(model)
+        self.layers = routed_layers(model)
         self.total: dict[str, Tensor] = {}  # made when something is counted: by then the model is on its device
 
     def collect(self) -> dict[str, Usage]:
@@ -126,20 +126,27 @@ class RoutingStats:
 
     def report(self) -> dict[str, dict[str, float]]:
         """Per layer, means over its trees: leaf entropy in bits (and at most), share of dead leaves, share of nodes
-        that send 99 % of 100 or more rows to one side (None if no node saw as many). The counting then begins anew."""
+        that send 99 % of 100 or more rows to one side (None if no node saw as many, or there are none). The counting
+        then begins anew."""
         self.collect()
         found: dict[str, Any] = {}
         for name, counts in self.total.items():
             usage = Usage.of(counts)
-            one_sided = usage.one_sided()
+            tree = has_nodes(self.layers[name])
+            one_sided = usage.one_sided() if tree else math.nan
             found[name] = {
                 "leaf_entropy_bits": round(float(usage.entropy_bits.mean()), 4),
-                "most_bits": self.layers[name].config.depth,
+                "most_bits": counts.shape[1].bit_length() - 1 if tree else round(math.log2(counts.shape[1]), 4),
                 "dead_leaves": round(float(usage.dead_leaves.double().mean()) / counts.shape[1], 4),
                 "one_sided_nodes": None if math.isnan(one_sided) else round(one_sided, 4),
             }
         self.total.clear()
         return found
+
+
+def has_nodes(layer: FFF | ConditionalFeedforward) -> bool:
+    """Whether trees route its rows."""
+    return isinstance(layer, FFF) or isinstance(layer.router, TreeRouter)
 
 
 class RoutingRows:
@@ -192,15 +199,15 @@ class RoutingLrScale:
 
 
 @torch.no_grad()
-def balance(layers: dict[str, FFF], usage: dict[str, Usage], step: float) -> None:
+def balance(layers: Mapping[str, FFF | ConditionalFeedforward], usage: dict[str, Usage], step: float) -> None:
     """Move every node's bias towards the side that got fewer rows, by `step` times (left - right) / (left + right).
 
     In proportion, so that it is strong where a node sends all rows to one side, which the gate rewards, and still where
     both sides get the same. Raises TrainingError for a layer with decisions but without biases.
     """
     for name, layer in layers.items():
-        if layer.config.depth == 0:
-            continue
+        if not isinstance(layer, FFF) or layer.config.depth == 0:
+            continue  # routers balance their leaves themselves
         if layer.b_in is None:
             raise TrainingError(f"balance needs bias=True in the feedforward, {name} has bias=False")
         nodes = layer.config.nodes
