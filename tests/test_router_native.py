@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from conftest import make_rows, supported_isas
+from conftest import SANITIZED, make_rows, supported_isas
+from fastff.ops import native
 from fastff.ops.library import library, pointer
 from pairs import every_pair
 
@@ -589,3 +592,68 @@ def test_leaves_that_are_not_the_routers_are_refused():
     ):
         assert bad == BAD_ARGUMENT
     library().fastff_layer_free(handle)
+
+
+@settings(
+    max_examples=40 if SANITIZED else 80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(
+    kind=st.integers(0, 3),
+    halves=st.integers(1, 40),
+    trees=st.integers(1, 6),
+    depth=st.integers(0, 6),
+    candidates=st.integers(1, 12),
+    chosen=st.integers(1, 12),
+    width=st.integers(1, 19),
+    out=st.integers(1, 70),
+    rows=st.integers(0, 90),
+    weights=st.sampled_from(sorted(WEIGHTS)),
+    balanced=st.booleans(),
+    isa_index=st.integers(0, 9),
+    threads=st.integers(1, 2),
+)
+def test_any_joined_layer_is_computed_or_refused(
+    kind, halves, trees, depth, candidates, chosen, width, out, rows, weights, balanced, isa_index, threads
+):
+    """Nothing is written beside y, and y is that of the leaves that the packed router chooses."""
+    of_trees = kind in (TREES, PATHS)
+    case = Case(
+        kind,
+        in_features=2 * halves,
+        trees=trees if of_trees else 1,
+        depth=depth if of_trees else 0,
+        candidates=0 if of_trees else candidates,
+        chosen=1 if kind == TREES else chosen,
+        gate=BOUNDARY if kind == TREES else NORMALISED,
+        balanced=balanced and kind != TREES,
+    )
+    leaves = leaf_count(case)
+    most = 2**depth if of_trees else leaves
+    w_in = make_rows(leaves, 2 * width, case.in_features, seed=3, dtype=torch.float32) * case.in_features**-0.5
+    w_out = make_rows(leaves, width, out, seed=4, dtype=torch.float32)
+    x = make_rows(rows, case.in_features, dtype=torch.float32)
+    names, before = supported_isas(dots=True), native.isa()
+    native.set_isa(names[isa_index % len(names)])
+    try:
+        sizes = {"leaf_width": width, "out_features": out}
+        status, handle = pack_layer(case, case.weights(torch.float32), w_in, w_out, weights, **sizes)
+        if case.chosen > most:
+            assert status == BAD_ARGUMENT
+            assert f"chosen {case.chosen}" in library().fastff_error().decode()
+            return
+        assert status == OK, library().fastff_error().decode()
+        room = torch.full((rows * out + 16,), -77.0)
+        y = room[8 : 8 + rows * out].view(rows, out)
+        infer = library().fastff_layer_infer_f32
+        assert infer(handle, pointer(x), y.data_ptr(), ctypes.c_int64(rows), threads) == OK
+        library().fastff_layer_free(handle)
+        assert (room[:8] == -77).all()
+        assert (room[8 + rows * out :] == -77).all()
+        if rows:
+            leaf, gate = Packed(case, case.weights(torch.float32), weights).route(x)
+            score = torch.einsum("ri,rkni->rkn", x.double(), w_in.double()[leaf])
+            hidden = torch.nn.functional.silu(score[..., :width]) * score[..., width:] * gate[..., None]
+            want = torch.einsum("rkn,rkno->ro", hidden, w_out.double()[leaf])
+            assert (y - want).norm() <= {"f32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[weights] * want.norm() + 1e-6
+    finally:
+        native.set_isa(before)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from tools.tables import cpu, encoder, gpu, rules, training
+from tools.tables import conditional, cpu, encoder, gpu, rules, training
 from tools.tables.places import INTEL, ROOT
 
 from fastff.report.markdown import replace_marked
@@ -23,6 +23,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "layer-cpu": cpu.published_layer,
         "recommended-cpu": cpu.recommended_layers,
         "layers-cpu": cpu.other_layers,
+        "conditional-cpu": conditional.layers,
     },
     "docs/benchmarks-gpu.md": {"layer-gpu": gpu.layers, "gpus": training.gpus},
     "docs/quality.md": training.QUALITY,
