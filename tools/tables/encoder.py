@@ -51,7 +51,7 @@ def engines() -> str:
         )
         for cell in run["cells"]
     ]
-    shape = run["shape"].replace("x", " x ")
+    shape = (run.get("shape") or run["cells"][0]["shape"]).replace("x", " x ")  # runs of one shape named it once
     head = ["feedforward", "engine", f"{shape} tokens, ms (quartiles)", f"over {DENSE} in {STRONGEST}", "error"]
     machine = run["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
