@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from torch import nn
 import fastff
 from conftest import make_layer, make_rows
 
+BEFORE = Path(__file__).parent / "written_before" / "1f96a58" / "layers"
 FORMS = [
     {"depth": 4},
     {"depth": 0, "leaf_width": 3},
@@ -127,11 +130,25 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     before = (tmp_path / "layer").read_bytes()
 
     def run_out_of_space(tensors, path, metadata):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr("safetensors.torch.save_file", run_out_of_space)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(fastff.CheckpointError, match=r"cannot write .*layer: no space left"):
         fastff.save(fastff.FFF(6, depth=2), tmp_path / "layer")
     assert (tmp_path / "layer").read_bytes() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "layer"]
+
+
+@pytest.mark.parametrize("name", ["tree", "forest-int8", "leaves"])
+def test_a_layer_that_the_version_before_saved_computes_the_same(name):
+    """tests/written_before/1f96a58/layers: saved by that commit, with rows and what it computed of them."""
+    expected = load_file(BEFORE / "expected.safetensors")
+    layer = fastff.load(BEFORE / f"{name}.safetensors").eval()
+    with torch.no_grad():
+        y = layer(expected[f"{name}.x"])
+    want = expected[f"{name}.y"]
+    assert y.dtype == want.dtype
+    # bfloat16 outputs may round to the neighbour: the sum is in another order
+    unit = torch.finfo(want.dtype).eps * want.abs().max().item()
+    assert (y.double() - want.double()).abs().max() <= (unit if want.dtype == torch.bfloat16 else 1e-6)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -203,3 +205,55 @@ def test_locks_that_the_file_system_does_not_have_cost_no_file(tmp_path, monkeyp
     io.write_json(tmp_path / "file", {"k": 1})
     assert json.loads((tmp_path / "file").read_text()) == {"k": 1}
     assert (tmp_path / ".file.9.tmp").exists()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_file_that_is_published_is_the_one_that_was_brought_to_the_disk(kind, tmp_path, monkeypatch):
+    """safetensors puts another file in the place of the one that it is given, which only its owner may read."""
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), fsync(handle)))
+    (tmp_path / "plain").touch()
+    WRITERS[kind](tmp_path / "file", 10)
+    found = (tmp_path / "file").stat()
+    assert found.st_ino in synced
+    assert found.st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@dataclass
+class Inner:
+    sizes: tuple[float, ...]
+
+
+@dataclass
+class Outer:
+    name: str
+    inner: Inner
+    by_number: dict[int, Inner]
+    flag: bool = False
+    count: int | None = None
+
+
+def test_a_dataclass_comes_back_from_json():
+    whole = Outer("a", Inner((1.0, 2.0)), {3: Inner(())}, True, 4)
+    assert io.restored(Outer, json.loads(json.dumps(asdict(whole)))) == whole
+    assert io.restored(Outer, {"name": "a", "inner": {"sizes": [1]}, "by_number": {}}).inner.sizes == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 1}, "it.name is 1, expected str"),
+        ({"count": True}, "it.count is True, expected int"),
+        ({"count": 1.5}, "it.count is 1.5, expected int"),
+        ({"flag": 1}, "it.flag is 1, expected bool"),
+        ({"inner": {"sizes": [float("inf")]}}, "it.inner.sizes[0] is inf, expected a finite number"),
+        ({"inner": {}}, "it.inner has ; missing or unknown: sizes"),
+        ({"inner": []}, "it.inner is [], expected Inner"),
+        ({"by_number": {"x": {"sizes": []}}}, "it.by_number has the name 'x', expected a whole number"),
+        ({"more": 1}, "missing or unknown: more"),
+    ],
+)
+def test_json_that_is_not_of_a_dataclass_is_refused_with_the_name_of_the_value(change, message):
+    whole = {"name": "a", "inner": {"sizes": []}, "by_number": {}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        io.restored(Outer, {**whole, **change})

@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fastff.config import ACTIVATIONS, Activation, TreeConfig
+from fastff.config import ACTIVATIONS, Activation, TreeConfig, check_addressable
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional
 from fastff.ops.conditional import check_shapes, conditional_matmul
@@ -60,6 +60,7 @@ class ConditionalConfig:
             if self.router.in_features != self.in_features:
                 raise ShapeError(f"the router reads {self.router.in_features} features, the layer {self.in_features}")
             check_leaves(self.router.leaves, self.leaves)
+        check_addressable(self.leaves * max(self.leaf_in_rows * self.in_features, self.leaf_width * self.out_features))
 
     @property
     def leaf_in_rows(self) -> int:

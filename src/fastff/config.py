@@ -26,6 +26,12 @@ MAX_DEPTH = 24
 ADDRESSABLE_BYTES = 2**47  # user space of a 64-bit process
 
 
+def check_addressable(values: int) -> None:
+    """Raise ShapeError if a weight of so many values is more than any address can name, whatever its dtype."""
+    if 8 * values > ADDRESSABLE_BYTES:
+        raise ShapeError(f"a weight of {8 * values} bytes is more than can be addressed, {ADDRESSABLE_BYTES}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TreeConfig:
     """Everything about a layer but its weights.
@@ -70,9 +76,7 @@ class TreeConfig:
             raise ShapeError("activation 'swiglu' needs node_output=False, got node_output=True")
         if not 0.0 < self.tau < float("inf"):
             raise ShapeError(f"tau {self.tau} is not a positive finite number")
-        largest = self.trees * max(self.in_rows * self.in_features, self.out_rows * self.out_features) * 8
-        if largest > ADDRESSABLE_BYTES:
-            raise ShapeError(f"a weight of {largest} bytes is more than can be addressed, {ADDRESSABLE_BYTES}")
+        check_addressable(self.trees * max(self.in_rows * self.in_features, self.out_rows * self.out_features))
 
     @property
     def nodes(self) -> int:

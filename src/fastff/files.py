@@ -19,6 +19,7 @@ import torch
 from fastff.conditional import ConditionalConfig, ConditionalFeedforward, make_conditional
 from fastff.config import TreeConfig
 from fastff.errors import CheckpointError
+from fastff.io import write_tensors
 from fastff.layers import FFF
 from fastff.routers import Router, RouterConfig
 
@@ -39,19 +40,12 @@ Layer = FFF | ConditionalFeedforward
 def save(layer: Layer, path: str | os.PathLike[str]) -> None:
     """Write a layer's weights and configuration into one safetensors file, replacing it whole or not at all.
 
-    Raises TypeError if layer is neither an FFF nor a ConditionalFeedforward with one of fastff's routers, ImportError
-    without the package safetensors."""
-    from safetensors.torch import save_file
-
+    Raises TypeError if layer is neither an FFF nor a ConditionalFeedforward with one of fastff's routers, FileError if
+    the file cannot be written, ImportError without the package safetensors."""
     values = _described(layer)
     metadata = {"format": _FORMAT, "version": _VERSION, **{name: _text(value) for name, value in values.items()}}
     tensors = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
-    part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, metadata)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(Path(path), tensors, metadata)
 
 
 def load(

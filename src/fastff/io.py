@@ -11,18 +11,24 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastff.errors import CheckpointError, FileError, TrainingError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+T = TypeVar("T")
 
 SETTINGS = "settings.json"
 REMEDY = "remove it and run the same command again"
@@ -55,7 +61,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             with file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                # safetensors puts a file of its own, closed to others, in the place of the one that it is given.
+                os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+                sync(Path(file.name))
                 os.replace(file.name, path)
             sync(path.parent)
         finally:
@@ -213,6 +221,53 @@ def append_json_line(path: Path, content: dict[str, Any]) -> None:
             file.write(json.dumps(content, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def restored(kind: type[T], content: Any, what: str = "it") -> T:
+    """A dataclass from what `asdict` gave, through JSON: the fields' types are checked, lists become tuples again.
+
+    Raises ValueError that names the field, for `reading` to say in which file."""
+    restore: Callable[..., T] = _restored
+    return restore(kind, content, what)
+
+
+def _restored(kind: Any, content: Any, what: str) -> Any:
+    origin, of = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return content
+    if origin in (Union, types.UnionType):
+        # Of the unions in use, every one is of None and another.
+        return None if content is None else _restored(next(a for a in of if a is not type(None)), content, what)
+    if origin is tuple:
+        return tuple(_restored(list[of[0]], content, what))  # type: ignore[valid-type]
+    plain = dict if is_dataclass(kind) else origin
+    number = kind is float and type(content) is int
+    if not (number or isinstance(content, plain)) or (isinstance(content, bool) and kind is not bool):
+        raise ValueError(f"{what} is {content!r:.80}, expected {getattr(kind, '__name__', kind)}")
+    if kind is float and not math.isfinite(content):
+        raise ValueError(f"{what} is {content}, expected a finite number")
+    if is_dataclass(kind):
+        return _restored_dataclass(kind, content, what)
+    if origin is list and of:
+        return [_restored(of[0], value, f"{what}[{k}]") for k, value in enumerate(content)]
+    if origin is dict and of:
+        return {_key(of[0], name, what): _restored(of[1], value, f"{what}[{name}]") for name, value in content.items()}
+    return float(content) if number else content
+
+
+def _restored_dataclass(kind: Any, content: dict[str, Any], what: str) -> Any:
+    hints = get_type_hints(kind)
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    if wrong := needed - set(content) | set(content) - {f.name for f in fields(kind)}:
+        raise ValueError(f"{what} has {', '.join(sorted(content))}; missing or unknown: {', '.join(sorted(wrong))}")
+    return kind(**{name: _restored(hints[name], value, f"{what}.{name}") for name, value in content.items()})
+
+
+def _key(kind: Any, name: str, what: str) -> Any:
+    """JSON's objects have strings for keys."""
+    if kind is int and not name.lstrip("-").isdecimal():
+        raise ValueError(f"{what} has the name {name!r:.80}, expected a whole number")
+    return kind(name)
 
 
 def read_array(path: Path, *, remedy: str = REMEDY) -> np.ndarray[Any, Any]:

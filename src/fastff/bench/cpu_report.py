@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.table import Table
 from fastff.bench.cpu_run import PARTIAL, Record, Timing
 from fastff.bench.limits import Limits
 from fastff.bench.workloads import TWINS, Grid, Only, Workload, label, visits
+from fastff.io import write_json, write_text
 from fastff.report.axis import Axis
 from fastff.report.chart import Panel, Series
 from fastff.report.chart import chart as draw
@@ -137,11 +138,12 @@ def save(record: Record, directory: Path, *, whole: bool = True) -> list[Path]:
     """Write layer-cpu.csv, .json and .svg into a directory; returns their paths. A whole run leaves no partial one."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json", "svg")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(_rounded(t) for t in record.timings)
-    paths[1].write_text(json.dumps(document(record, whole=whole), indent=1) + "\n")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(Timing.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(_rounded(t) for t in record.timings)
+    write_text(paths[0], table.getvalue())
+    write_json(paths[1], document(record, whole=whole))
     chart(record, paths[2])
     if whole:
         (directory / PARTIAL).unlink(missing_ok=True)
@@ -259,7 +261,7 @@ def chart(record: Record, path: Path) -> None:
         most = max((best.layers for best in here), default=1)
         panels.append(_panel([best for best in here if best.layers == most], f"{name}, {visits(most, False)}"))
     drawn = draw(panels, title="Times faster than the fastest dense fp32 layer", width=330 * len(panels), height=360)
-    path.write_text(drawn, encoding="utf-8")
+    write_text(path, drawn)
 
 
 def _panel(here: Sequence[Best], title: str) -> Panel:

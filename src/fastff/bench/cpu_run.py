@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from fastff.bench.limits import Limits, least_us
 from fastff.bench.workers import FAILED, INPUT_BYTES, WRONG, Checked, LocalWorker, Refused, RemoteWorker
 from fastff.bench.workloads import Cell, DenseConfig, Grid, Subject, Workload, features_of, label, weights_of
 from fastff.config import TreeConfig
+from fastff.io import read_json, reading, restored, write_json
 from fastff.machine import available_bytes, commit, machine
 
 PARTIAL = "partial.json"
@@ -323,14 +323,14 @@ def _expected_seconds(cell: Cell, settings: Settings) -> float:
 
 def begun(settings: Settings, out: Path) -> Record | None:
     """What an interrupted run of the same settings, machine, versions and commit left in a folder."""
-    path, found = out / PARTIAL, fresh(settings)
-    kept = json.loads(path.read_text()) if path.is_file() else None
-    if kept is None or [kept["machine"], kept["settings"]] != json.loads(json.dumps([found.machine, found.settings])):
+    path, now = out / PARTIAL, fresh(settings)
+    if not path.is_file():
         return None
-    found.limits = {int(threads): Limits(**measured) for threads, measured in kept["limits"].items()}
-    found.timings = [Timing(**timing) for timing in kept["timings"]]
-    found.left_out, found.finished = kept["left_out"], kept["finished"]
-    return found
+    kept = read_json(path, needs={"machine": dict, "settings": dict})
+    if [kept["machine"], kept["settings"]] != json.loads(json.dumps([now.machine, now.settings])):
+        return None
+    with reading(path):
+        return restored(Record, kept)
 
 
 def fresh(settings: Settings) -> Record:
@@ -339,7 +339,4 @@ def fresh(settings: Settings) -> Record:
 
 
 def _keep(record: Record, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(asdict(record)) + "\n")
-    os.replace(temporary, path)
+    write_json(path, asdict(record))

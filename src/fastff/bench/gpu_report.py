@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from fastff.bench.gpu_run import Record, Timing
+from fastff.io import write_json, write_text
 from fastff.report.numbers import three_digits
 
 NAME = "layer-gpu"
@@ -95,13 +96,14 @@ def notes(record: Record) -> list[str]:
 def save(record: Record, directory: Path) -> list[Path]:
     """Write layer-gpu.csv and .json beside the lines that a run can go on from; returns their paths."""
     paths = [directory / f"{NAME}.{kind}" for kind in ("csv", "json")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Timing.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(t) for t in record.timings)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(Timing.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(asdict(t) for t in record.timings)
+    write_text(paths[0], table.getvalue())
     best = [
         {"dense": b.dense.key, "ours": b.ours.key, "ratio": float(f"{b.ratio:.4g}")} for b in best_of(record.timings)
     ]
     document = {"best": best, **asdict(record)}
-    paths[1].write_text(json.dumps(document, indent=1) + "\n")
+    write_json(paths[1], document)
     return paths

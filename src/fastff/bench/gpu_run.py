@@ -21,6 +21,7 @@ from fastff.bench.gpu_model import Sizes, training_step
 from fastff.bench.gpu_providers import chain, layers_of, rows_of
 from fastff.bench.workers import FAILED, Refused
 from fastff.bench.workloads import label, weights_of
+from fastff.io import append_json_line, read_json_lines, reading, restored, write_text
 from fastff.machine import commit, machine
 from fastff.ops.cost import visited_weights
 from fastff.ops.weights import Weights
@@ -127,7 +128,7 @@ def run_gpu(
                 record.steps.append(found)
             else:
                 record.timings.append(found)
-            _append(out / LINES, asdict(found))
+            append_json_line(out / LINES, asdict(found))
         device.settle()
     return record
 
@@ -232,20 +233,17 @@ def _resume(device: Device, out: Path, settings: Settings) -> Record:
     """What an earlier run of the same device, versions and seed left; a fresh file otherwise."""
     about = {"device": device.name, "seed": settings.seed, "commit": commit(), **machine()}
     path = out / LINES
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_json_lines(path) if path.is_file() else []
     kept = lines[0] if lines else {}
     if {name: kept.get(name) for name in about} == json.loads(json.dumps(about)):
-        steps = [Step(**line) for line in lines[1:] if "step_ms_p50" in line]
-        return Record(kept, [Timing(**line) for line in lines[1:] if "step_ms_p50" not in line], steps)
+        with reading(path):
+            restored(float, kept.get("copy_bytes_per_s"), "copy_bytes_per_s")
+            steps = [restored(Step, line) for line in lines[1:] if "step_ms_p50" in line]
+            timings = [restored(Timing, line) for line in lines[1:] if "step_ms_p50" not in line]
+        return Record(kept, timings, steps)
     about["copy_bytes_per_s"] = device.copy_bytes_per_s()
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about) + "\n")
+    write_text(path, json.dumps(about) + "\n")
     return Record(about)
-
-
-def _append(path: Path, found: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(found) + "\n")
 
 
 def _compile_ahead(cells: Sequence[Cell], settings: Settings) -> None:

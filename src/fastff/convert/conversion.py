@@ -32,7 +32,7 @@ from fastff.convert.time_budget import (
     timetable,
 )
 from fastff.errors import CheckpointError, FileError
-from fastff.io import REMEDY, claim, read_json, write_json
+from fastff.io import claim, read_json, reading, restored, write_json
 from fastff.models.carried_files import carry
 from fastff.models.tasks import Kind
 from fastff.text.examples import Examples, tokenise
@@ -79,11 +79,11 @@ def convert(
         table = _timetable(context, points, plan, scores_s, limit)
         say(str(table))
         write_json(work / TIMETABLE, asdict(table))
-    table = read_json(work / TIMETABLE, needs={"steps": int, "students": int, "step_s": float})
+    table = _read_timetable(work / TIMETABLE)
     for point in points:
-        point.teach(context, table["steps"], dense["quality"])
+        point.teach(context, table.steps, dense["quality"])
     record = record_of(context, plan, points, dense)
-    record |= {"timetable": table, "continued": continued, "seconds": limit.spent_s}
+    record |= {"timetable": asdict(table), "continued": continued, "seconds": limit.spent_s}
     _write(settings, points[0].models["tree"], tokenizer, record)
     del context, points  # their files are mapped
     shutil.rmtree(work)
@@ -161,11 +161,15 @@ def _plan(context: DistillContext, found: Survey, limit: TimeLimit, say: Say) ->
 
 
 def _read_plan(path: Path) -> Plan:
-    content = read_json(path, needs={"profile": dict, "tried": list, "options": list})
-    try:
+    content = read_json(path)
+    with reading(path):
         return Plan.of(content)
-    except (TypeError, KeyError) as error:
-        raise FileError(f"{path} is damaged ({error}): {REMEDY}") from error
+
+
+def _read_timetable(path: Path) -> Timetable:
+    content = read_json(path)
+    with reading(path):
+        return restored(Timetable, content)
 
 
 def _points(context: DistillContext, plan: Plan, work: Path) -> list[Point]:

@@ -24,6 +24,7 @@ from fastff.convert.latency import (
 )
 from fastff.convert.quality import METRIC, table_name
 from fastff.convert.student import dense_layers
+from fastff.io import restored
 
 ITS_TEXT = "text kept aside"
 
@@ -39,9 +40,13 @@ class Plan:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Plan:
-        """From what `asdict` gave, through JSON."""
-        options = [[Option(**option) for option in block] for block in content["options"]]
-        return cls(LatencyProfile(**content["profile"]), content["tried"], options)
+        """From what `asdict` gave, through JSON. Raises ValueError for times of other shapes, or other blocks."""
+        plan = restored(cls, content, "the plan")
+        shapes = len(plan.profile.model_us)
+        times = [*plan.profile.dense_us, *(option.times_us for block in plan.options for option in block)]
+        if len(plan.options) != len(plan.profile.dense_us) or any(len(found) != shapes for found in times):
+            raise ValueError(f"the plan has not one time for each of {shapes} shapes and {len(plan.options)} blocks")
+        return plan
 
 
 @dataclass

@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from fastff.convert.distil import mean_pool
 from fastff.errors import CheckpointError
+from fastff.io import reading
 from fastff.models.tasks import Kind
 from fastff.text.examples import Examples, tokenise
 
@@ -60,15 +61,19 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     """Columns of a .parquet, .tsv or .csv table by name. Raises CheckpointError for another format or no file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return dict(pq.read_table(path).to_pydict())
-    if path.suffix not in (".tsv", ".csv"):
+    if path.suffix not in (".parquet", ".tsv", ".csv"):
         raise CheckpointError(f"{path.name}: expected .parquet, .tsv or .csv")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+    with reading(path, "make the table again"):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return dict(pq.read_table(path).to_pydict())
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        for number, row in enumerate(rows, 1):
+            if None in row.values():
+                raise ValueError(f"row {number} has fewer columns than the header")
+        return {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name is not None}
 
 
 @torch.no_grad()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastff.errors import FastffError, FileError
-from fastff.io import write_bytes
+from fastff.io import read_json, read_torch, reading, restored, write_bytes, write_torch
 
 SCHEMA = 1
+REMEDY = "`--restart` begins again"
 
 
 class DemoError(FastffError):
@@ -71,9 +69,10 @@ class Store:
         return before + time.perf_counter() - self._counted
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.state / f"{name}.pt", buffer.getvalue())
+        try:
+            write_torch(self.state / f"{name}.pt", state)
+        except FileError as error:
+            raise DemoError(str(error)) from error
 
     def load_state(self, name: str) -> dict[str, Any] | None:
         """A saved state, None if there is none. Raises DemoError if it cannot be read."""
@@ -81,19 +80,21 @@ class Store:
         if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:
-            # What torch says about a damaged file is long, and advises to trust it.
-            raise DemoError(f"{path} is damaged ({type(error).__name__}): `--restart` begins again") from error
+            state: dict[str, Any] = read_torch(path, needs={}, remedy=REMEDY)
+        except FileError as error:
+            raise DemoError(str(error)) from error
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DemoError(f"cannot read {path}: {error}; `--restart` begins again") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise DemoError(f"{path} is not of this version of the demo; `--restart` begins again")
+            content: dict[str, Any] = read_json(path, needs={}, remedy=REMEDY)
+            if content.get("schema") != SCHEMA:
+                raise DemoError(f"{path} is not of this version of the demo; {REMEDY}")
+            with reading(path, REMEDY):
+                restored(dict, content.get("settings"), "settings")
+                restored(float, content.get("seconds_used", 0.0), "seconds_used")
+        except FileError as error:
+            raise DemoError(str(error)) from error
         return content
 
     def _check(self, identity: dict[str, Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fastff.config import GATES, MAX_DEPTH
+from fastff.config import GATES, MAX_DEPTH, check_addressable
 from fastff.errors import ShapeError
 
 Kind = Literal["tree", "paths", "flat", "product_key"]
@@ -18,6 +19,7 @@ _SIZES = {  # what a kind is sized by, beside in_features, and the least of each
     "flat": {"candidates": 1, "chosen": 1},
     "product_key": {"candidates": 1, "chosen": 1},
 }
+_LEAST = {"in_features": 1, "depth": 0, "trees": 1, "candidates": 0, "chosen": 1}  # of a kind that does not use it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ShapeError(f"router kind {self.kind!r} is not one of {', '.join(KINDS)}")
-        for name, least in {"in_features": 1, **_SIZES[self.kind]}.items():
+        for name, least in {**_LEAST, **_SIZES[self.kind]}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ShapeError(f"{name} {value!r} of a {self.kind} router is not an integer of at least {least}")
@@ -70,6 +72,7 @@ class RouterConfig:
             raise ShapeError(f"gate {self.gate!r} of a {self.kind} router is not {' or '.join(map(repr, gates))}")
         if not 0.0 < self.tau < float("inf"):
             raise ShapeError(f"tau {self.tau} is not a positive finite number")
+        check_addressable(math.prod(self.shape_of_weight))
 
     @property
     def is_tree(self) -> bool:

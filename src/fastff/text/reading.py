@@ -111,7 +111,7 @@ def _from_parquet(path: Path, column: str) -> Iterator[str]:
                 raise TrainingError(f"{path} has no column {column!r}, only {', '.join(names)}")
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
 
 

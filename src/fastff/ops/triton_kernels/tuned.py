@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 
 from fastff.config import TreeConfig
+from fastff.errors import FileError
+from fastff.io import write_json
 from fastff.ops.triton_kernels import plan
 from fastff.ops.triton_kernels.plan import (
     BackwardPlan,
@@ -66,12 +68,9 @@ def keep(direction: Direction, config: TreeConfig, rows: int, dtype: torch.dtype
     plans = {**_plans(), _key(direction, config, rows, dtype, device): _as_dict(chosen)}
     path = cache_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}.new")
-        fresh.write_text(json.dumps({"format": FORMAT, "plans": plans}, indent=1) + "\n")
-        os.replace(fresh, path)
-    except OSError as error:
-        _warn(f"tuned plans are used in this process only: {path} cannot be written: {error}")
+        write_json(path, {"format": FORMAT, "plans": plans})
+    except FileError as error:
+        _warn(f"tuned plans are used in this process only: {error}")
     _loaded[str(path)] = plans
     _found.cache_clear()
 
