@@ -654,6 +654,8 @@ def test_any_joined_layer_is_computed_or_refused(
             score = torch.einsum("ri,rkni->rkn", x.double(), w_in.double()[leaf])
             hidden = torch.nn.functional.silu(score[..., :width]) * score[..., width:] * gate[..., None]
             want = torch.einsum("rkn,rkno->ro", hidden, w_out.double()[leaf])
-            assert (y - want).norm() <= {"f32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[weights] * want.norm() + 1e-6
+            # Rounding is relative to the terms of a sum, which may cancel one another.
+            terms = torch.einsum("rkn,rkno->ro", hidden.abs(), w_out.double()[leaf].abs())
+            assert (y - want).norm() <= {"f32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[weights] * terms.norm() + 1e-6
     finally:
         native.set_isa(before)
