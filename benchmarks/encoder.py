@@ -48,6 +48,7 @@ FEEDFORWARDS: dict[str, dict[str, Any]] = {
     "narrow": feedforward_of("narrow:36x5-swiglu4-gate", 768),
     "1x11": feedforward_of("1x11", 768),
     "flat-96x32-top3": complete("flat-96x32-top3"),
+    "flat-96x48-top3": complete("flat-96x48-top3"),
     "none": {"kind": "none"},
 }
 TREES = ("36x5-swiglu4-gate", "18x6-swiglu8-gate", "1x11")
@@ -57,7 +58,7 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "dense-swiglu": ("torch", "openvino", "torch int8", "openvino int8"),
     "narrow": ("torch", "openvino", "torch int8", "openvino int8"),
     "none": ("torch", "openvino", "torch int8", "openvino int8"),
-    **dict.fromkeys((*TREES, "flat-96x32-top3"), ("torch", "torch int8", "openvino int8")),
+    **dict.fromkeys((*TREES, "flat-96x32-top3", "flat-96x48-top3"), ("torch", "torch int8", "openvino int8")),
 }
 ENGINES = {name: (*engines, "openvino int8 bf16", "native int8") for name, engines in ENGINES.items()}
 ERROR_LIMITS = {"fp32": 1e-4, "int8": 0.3}  # relative to the norm of PyTorch's fp32 output; a wrong one errs by 1

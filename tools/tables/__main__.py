@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from tools.tables import conditional, cpu, encoder, gpu, rules, training
+from tools.tables import conditional, cpu, decode, encoder, gpu, rules, training
 from tools.tables.places import INTEL, ROOT
 
 from fastff.report.markdown import replace_marked
@@ -25,6 +25,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "layers-cpu": cpu.other_layers,
         "conditional-cpu": conditional.layers,
     },
+    "docs/engine.md": {"decode": decode.engines},
     "docs/benchmarks-gpu.md": {"layer-gpu": gpu.layers, "gpus": training.gpus},
     "docs/quality.md": training.QUALITY,
     "docs/convert.md": {name: convert.TABLES[name] for name in ("convert-minilm", "convert-latency")},

@@ -1,0 +1,26 @@
+"""Table of decoding: tokens a second of every engine, beside llama.cpp and OpenVINO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.tables.places import INTEL, read
+
+from fastff.report.markdown import markdown_table
+
+FASTEST_OTHER = "llama.cpp Q4_0"
+
+
+def engines() -> str:
+    """Every context and number of threads: tokens a second and, in brackets, over the fastest engine of others."""
+    run: dict[str, Any] = read(INTEL / "decode.json")
+    speed = {(c["engine"], c["context"], c["threads"]): 1e3 / c["ms"] for c in run["cells"]}
+    columns = list(dict.fromkeys((cell["context"], cell["threads"]) for cell in run["cells"]))
+    names = list(dict.fromkeys(cell["engine"] for cell in run["cells"]))
+    rows = [
+        (name, *(f"{speed[name, *at]:.0f} ({speed[name, *at] / speed[FASTEST_OTHER, *at]:.2f}x)" for at in columns))
+        for name in names
+    ]
+    heads = [f"context {context}, {threads} thread{'s' * (threads > 1)}" for context, threads in columns]
+    table = markdown_table(["engine", *heads], rows)
+    return f"{table}\n\n{run['machine']['cpu']}; openvino {run['machine']['openvino']}."
