@@ -478,7 +478,7 @@ class TestTuning:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         shape = config(depth=3)
         chosen = replace(plan.per_token_plan(shape, 2), warps=16)
-        with pytest.warns(RuntimeWarning, match="cannot be"):
+        with pytest.warns(RuntimeWarning, match="cannot write"):
             tuned.keep("forward", shape, 2, torch.float32, "a gpu", chosen)
         assert tuned.forward_plan(shape, 2, torch.float32, "a gpu") == chosen
 
