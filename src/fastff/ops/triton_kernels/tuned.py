@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
         plans = document["plans"]
         if not isinstance(plans, dict):
             raise TypeError(f"plans is {type(plans).__name__}, expected an object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # it is not there; writing says what stands in the way
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         _warn(f"tuned plans in {path} cannot be read ({error!r}): the shipped ones are used; tune again or delete it")
