@@ -30,10 +30,16 @@ _interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin the kernels' tests in Triton's interpreter, a fifth of the suite's time, on another core than the rest; the
-    test that reports them waits for them."""
-    wanted = any(item.name == INTERPRETER_TEST for item in session.items) and not session.config.option.collectonly
+    test that reports them waits for them. Of several workers the one that gets that test begins them then."""
+    if "PYTEST_XDIST_WORKER" in os.environ or session.config.option.collectonly:
+        return
+    if any(item.name == INTERPRETER_TEST for item in session.items):
+        _begin_interpreter(session.config)
+
+
+def _begin_interpreter(config: pytest.Config) -> None:
     here = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    if wanted and not here and importlib.util.find_spec("triton"):
+    if not here and importlib.util.find_spec("triton"):
         command = [
             sys.executable,
             "-m",
@@ -45,7 +51,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         said = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the session ends
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
-        session.config.stash[_interpreter] = process, said
+        config.stash[_interpreter] = process, said
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -59,6 +65,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture
 def interpreted(pytestconfig: pytest.Config) -> tuple[int, str]:
     """Exit code and output of the kernels' tests in Triton's interpreter; skips where there is no Triton."""
+    if _interpreter not in pytestconfig.stash:
+        _begin_interpreter(pytestconfig)
     if _interpreter not in pytestconfig.stash:
         pytest.skip("the kernels need the package triton")
     process, said = pytestconfig.stash[_interpreter]
