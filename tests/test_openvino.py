@@ -18,8 +18,8 @@ from fastff.engine import extension, openvino
 from fastff.errors import BackendUnavailable, CheckpointError, FileError
 from fastff.models.feedforward import build_feedforward
 
-ov = pytest.importorskip("openvino")
-pytest.importorskip("nncf")
+ov = pytest.importorskip("openvino", reason="the export needs the package openvino")
+pytest.importorskip("nncf", reason="weights in int8 need the package nncf")
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.filterwarnings("ignore"),  # of tracing and of OpenVINO's converter

@@ -37,6 +37,10 @@ def _ms(run: dict[str, Any]) -> dict[tuple[str, str], float]:
     return {(cell["feedforward"], cell["engine"]): cell["ms"] for cell in run["cells"]}
 
 
+def _versions(run: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {run['machine'][name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
+
+
 def engines() -> str:
     """Every engine's latency, and how many times faster than the strongest int8 engine's dense layers it is."""
     run = found()
@@ -53,9 +57,7 @@ def engines() -> str:
     ]
     shape = (run.get("shape") or run["cells"][0]["shape"]).replace("x", " x ")  # runs of one shape named it once
     head = ["feedforward", "engine", f"{shape} tokens, ms (quartiles)", f"over {DENSE} in {STRONGEST}", "error"]
-    machine = run["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
-    return f"{markdown_table(head, rows)}\n\n{machine['cpu']}, one thread; {versions}."
+    return f"{markdown_table(head, rows)}\n\n{run['machine']['cpu']}, one thread; {_versions(run)}."
 
 
 def whole_engines() -> str:
@@ -75,10 +77,8 @@ def whole_engines() -> str:
             row.append("-" if own is None else f"{three_digits(own)} ({best / own:.2f}x)")
         rows.append((*row, f"{errors[key]:.0e}"))
     heads = [f"{shape.replace('x', ' x ')}, {threads} thread{'s' * (threads > 1)}" for shape, threads in columns]
-    machine = run["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino", "nncf"))
     table = markdown_table(["feedforward", "engine", *heads, "error"], rows)
-    return f"{table}\n\n{machine['cpu']}; {versions}."
+    return f"{table}\n\n{run['machine']['cpu']}; {_versions(run)}."
 
 
 def speed_and_quality() -> str:

@@ -13,7 +13,7 @@ from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.engine.heads import sentence_pooling, write_head
 from fastff.engine.native_file import write_model
 from fastff.errors import CheckpointError
-from fastff.io import replacing_folder
+from fastff.io import replacing_folder, write_json
 from fastff.models.carried_files import carry
 from fastff.models.families import FAMILIES
 from fastff.models.tasks import Kind
@@ -47,9 +47,7 @@ def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Pat
             tokenizer.save_pretrained(folder)
         carry(source, folder)
         pooling, normalise = sentence_pooling(folder)
-        facts = {"format": FORMAT, "kind": "encoder", "weights": "int8"}
-        facts |= {"pooling": pooling, "normalise": normalise, "head": head}
-        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        _write_facts(folder, "encoder", pooling=pooling, normalise=normalise, head=head)
 
 
 def export_gguf(path: Path, out: Path) -> None:
@@ -68,10 +66,13 @@ def write(described: decoders.Decoder, tokenizer: Any, stop: Sequence[int], out:
     """Write a described model as a directory that `fastff.engine.load` opens."""
     with replacing_folder(out) as folder:
         write_model(folder / MODEL_FILE, described.model, described.tensors)
-        facts = {"format": FORMAT, "kind": described.model["kind"], "weights": "int8", "stop": list(stop)}
-        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        _write_facts(folder, described.model["kind"], stop=list(stop))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+def _write_facts(folder: Path, kind: str, **more: Any) -> None:
+    write_json(folder / FACTS_FILE, {"format": FORMAT, "kind": kind, "weights": "int8", **more})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastff_session_sample.argtypes = [pointer, pointer, pointer]
     library.fastff_session_free.argtypes = [pointer]
     library.fastff_session_free.restype = None
+    library.fastff_encoder_open.argtypes = [ctypes.c_char_p, int32, pointer]
+    library.fastff_encoder_describe.argtypes = [pointer, pointer]
+    library.fastff_encoder_run.argtypes = [pointer] * 4 + [int64, pointer, int32]
+    library.fastff_encoder_free.argtypes = [pointer]
+    library.fastff_encoder_free.restype = None
     library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
     library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
     library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
@@ -146,6 +151,30 @@ def call(name: str, *arguments: Any) -> None:
     """Call a function that returns a status. Raises FastffError with the library's message."""
     if getattr(library(), name)(*arguments) != OK:
         raise FastffError(library().fastff_error().decode())
+
+
+class Owner:
+    """Holds something that the core made, and frees it with `fastff_<of>_free` when it goes itself."""
+
+    of: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._handle = ctypes.c_void_p()
+        self._free = getattr(library(), f"fastff_{self.of}_free")  # found now: at exit the library may be gone before
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._free(self._handle)
+
+
+class Pack(Owner):
+    """An Owner of packed weights, whose size `fastff_<of>_bytes` tells."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copy."""
+        size: int = getattr(library(), f"fastff_{self.of}_bytes")(self._handle)
+        return size
 
 
 def threads_within(processors: int, available: int) -> Callable[[], int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastff.config import ACTIVATIONS
 from fastff.ops.dense import dense
-from fastff.ops.library import SUFFIXES, call, get_num_threads, library, pointer
+from fastff.ops.library import SUFFIXES, Pack, call, get_num_threads, pointer
 from fastff.ops.native import why_unavailable
 from fastff.ops.weights import Leaves
 
@@ -115,12 +115,14 @@ def backward(
     return tuple(grads)
 
 
-class PackedLeaves:
+class PackedLeaves(Pack):
     """A copy of fp32 leaves laid out for inference.
 
     w_in: (leaves, in_rows, in_features); w_out: (leaves, width, out_features); biases as in `conditional_matmul`.
     quantization: None, "bf16" or "int8". The copy does not follow later changes of the weights.
     """
+
+    of = "conditional_packed"
 
     def __init__(
         self,
@@ -132,8 +134,7 @@ class PackedLeaves:
         b_out: Tensor | None = None,
         quantization: str | None = None,
     ) -> None:
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_conditional_packed_free
+        super().__init__()
         self._in_features, self._out_features = w_in.shape[2], w_out.shape[2]
         kept = dense(*(None if t is None else t.detach().float() for t in (w_in, b_in, w_out, b_out)))
         call(
@@ -143,16 +144,6 @@ class PackedLeaves:
             WEIGHTS[quantization],
             ctypes.byref(self._handle),
         )
-
-    def __del__(self) -> None:
-        if self._handle:
-            self._free(self._handle)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the copy."""
-        size: int = library().fastff_conditional_packed_bytes(self._handle)
-        return size
 
     def __call__(self, x: Tensor, leaf: Tensor, gate: Tensor) -> Tensor:
         """y (rows, out_features) of x (rows, in_features), leaf and gate (rows, k); x and gate fp32."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastff.errors import ShapeError
-from fastff.ops.library import call, library, pointer
+from fastff.ops.library import Owner, call, pointer
 
 __all__ = ["NativeEncoder"]
 
@@ -32,36 +31,21 @@ class _Facts(ctypes.Structure):
     bytes: int
 
 
-@functools.cache
-def _declare() -> None:
-    pointer_type, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded = library()
-    loaded.fastff_encoder_open.argtypes = [ctypes.c_char_p, int32, pointer_type]
-    loaded.fastff_encoder_describe.argtypes = [pointer_type, pointer_type]
-    loaded.fastff_encoder_run.argtypes = [pointer_type] * 4 + [int64, pointer_type, int32]
-    loaded.fastff_encoder_free.argtypes = [pointer_type]
-    loaded.fastff_encoder_free.restype = None
-
-
-class NativeEncoder:
+class NativeEncoder(Owner):
     """An encoder's file, opened. map: share its pages with other processes instead of a copy on huge pages.
 
     Raises FastffError for a file that is missing, damaged or of another version.
     """
 
+    of = "encoder"
+
     def __init__(self, path: Path, *, map: bool = False) -> None:
-        _declare()
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_encoder_free
+        super().__init__()
         call("fastff_encoder_open", os.fsencode(path), map, ctypes.byref(self._handle))
         facts = _Facts()
         call("fastff_encoder_describe", self._handle, ctypes.addressof(facts))
         self.vocab_size, self.positions, self.types = facts.vocab_size, facts.positions, facts.types
         self.hidden, self.layers, self.file_bytes = facts.hidden, facts.layers, facts.bytes
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._free(self._handle)
 
     def run(self, ids: Tensor, lengths: Sequence[int], *, types: Tensor | None = None, threads: int = 0) -> Tensor:
         """Hidden states (tokens, hidden) of sequences that lie end to end in ids (tokens,) int32, types likewise.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastff.ops.library import call, library, pointer, processors
+from fastff.ops.library import Owner, call, library, pointer, processors
 
 __all__ = ["NativeModel", "NativeSession", "Sampling"]
 
@@ -50,15 +50,16 @@ class _Sampling(ctypes.Structure):
     _fields_ = (("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("top_k", ctypes.c_int64))
 
 
-class NativeModel:
+class NativeModel(Owner):
     """A model file, opened. map: share its pages with other processes instead of a copy on huge pages.
 
     Raises FastffError for a file that is missing, damaged or of another version.
     """
 
+    of = "model"
+
     def __init__(self, path: Path, *, map: bool = False) -> None:
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_model_free
+        super().__init__()
         call("fastff_model_open", os.fsencode(path), map, ctypes.byref(self._handle))
         facts = _Facts()
         call("fastff_model_describe", self._handle, ctypes.addressof(facts))
@@ -69,29 +70,22 @@ class NativeModel:
     def handle(self) -> ctypes.c_void_p:
         return self._handle
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._free(self._handle)
 
-
-class NativeSession:
+class NativeSession(Owner):
     """The tokens of one conversation and what the model keeps of them, up to `capacity` positions.
 
     One thread at a time may use it. threads: at most how many work on a call, 0 for all that this process may use.
     Raises FastffError for a capacity that the model or the memory lacks.
     """
 
+    of = "session"
+
     def __init__(self, model: NativeModel, capacity: int, *, threads: int = 0) -> None:
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_session_free
+        super().__init__()
         self.model = model  # which must live as long
         self.threads = threads or processors()
         self.capacity = capacity
         call("fastff_session_new", model.handle, capacity, ctypes.byref(self._handle))
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._free(self._handle)
 
     def __len__(self) -> int:
         return int(library().fastff_session_length(self._handle))

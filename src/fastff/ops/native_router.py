@@ -12,7 +12,7 @@ from torch import Tensor
 from fastff.errors import FastffError
 from fastff.ops import backends, interface
 from fastff.ops.dense import dense
-from fastff.ops.library import OK, SUFFIXES, call, get_num_threads, library, pointer
+from fastff.ops.library import OK, SUFFIXES, Pack, call, get_num_threads, library, pointer
 from fastff.ops.native_conditional import WEIGHTS, leaves_of
 
 KINDS = ("tree", "paths", "flat", "product_key")
@@ -100,18 +100,19 @@ def route(
     return leaf, gate
 
 
-class PackedRouter:
+class PackedRouter(Pack):
     """A copy of an fp32 router in 16 bits, for inference: half the memory to read, and the leaves of fp32, because what
     16 bits leave in doubt is computed again. It does not follow later changes of the weights.
 
     quantization: "bf16" or "int8", which route alike.
     """
 
+    of = "router"
+
     def __init__(
         self, sizes: Sizes, weight: Tensor, bias: Tensor | None, balance: Tensor | None, quantization: str
     ) -> None:
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_router_free
+        super().__init__()
         self._k = sizes.trees * sizes.chosen
         kept = dense(*(None if t is None else t.detach().float() for t in (weight, bias, balance)))
         call(
@@ -122,16 +123,6 @@ class PackedRouter:
             ctypes.byref(self._handle),
         )
 
-    def __del__(self) -> None:
-        if self._handle:
-            self._free(self._handle)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the copy."""
-        size: int = library().fastff_router_bytes(self._handle)
-        return size
-
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """leaf (rows, k) int64 and gate (rows, k) of x (rows, in_features), fp32."""
         (x,) = dense(x)
@@ -141,12 +132,14 @@ class PackedRouter:
         return leaf, gate
 
 
-class JoinedLayer:
+class JoinedLayer(Pack):
     """Copies of an fp32 router and its leaves as one layer, for inference: one call from rows to rows.
 
     router: weight, bias, balance; leaves: w_in (leaves, in_rows, in_features), b_in, w_out (leaves, width, features),
     b_out; quantization: None, "bf16" or "int8". It does not follow later changes of the weights.
     """
+
+    of = "layer"
 
     def __init__(
         self,
@@ -157,8 +150,7 @@ class JoinedLayer:
         activation: str,
         quantization: str | None,
     ) -> None:
-        self._handle = ctypes.c_void_p()
-        self._free = library().fastff_layer_free
+        super().__init__()
         self._infer = library().fastff_layer_infer_f32
         self._out_features = leaves[2].shape[2]
         kept = dense(*(None if t is None else t.detach().float() for t in (*router, *leaves)))
@@ -171,16 +163,6 @@ class JoinedLayer:
             WEIGHTS[quantization],
             ctypes.byref(self._handle),
         )
-
-    def __del__(self) -> None:
-        if self._handle:
-            self._free(self._handle)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the copy."""
-        size: int = library().fastff_layer_bytes(self._handle)
-        return size
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (rows, out_features) of x (rows, in_features), fp32 and contiguous."""
