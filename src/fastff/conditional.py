@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self, cast
 
 import torch
@@ -21,10 +21,11 @@ from fastff.config import ACTIVATIONS, Activation, TreeConfig, check_addressable
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional
 from fastff.ops.conditional import check_shapes, conditional_matmul
+from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.native_conditional import PackedLeaves
 from fastff.ops.weights import Leaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
-from fastff.routers.modules import Quantization, check_quantization, stamp_of
+from fastff.routers.modules import Quantization, check_quantization
 
 LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 
@@ -171,7 +172,7 @@ class ConditionalFeedforward(nn.Module):
         self.backend = backend
         self.router = router
         self.quantization: Quantization | None = None
-        self._packed: tuple[Any, PackedLeaves] | None = None  # and the stamp of what was packed
+        self._packed: FollowedPack[PackedLeaves] = FollowedPack(RECHECK * leaves)  # counts the leaves it reads
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -220,7 +221,8 @@ class ConditionalFeedforward(nn.Module):
         gradients, no training. The parameters stay fp32, and so do saved files. Raises ValueError for another name.
         """
         check_quantization(quantization)
-        self.quantization, self._packed = quantization, None
+        self.quantization = quantization
+        self._packed.drop()
         if isinstance(self.router, Router):
             self.router.quantize(quantization)
         return self
@@ -244,21 +246,19 @@ class ConditionalFeedforward(nn.Module):
             weights = Leaves(self.w_in, self.b_in, self.w_out, self.b_out)
             check_shapes(rows, leaf, gate, weights, self.config.activation)
             conditional.check_leaves(leaf, self.config.leaves)
-            y = self._packed_leaves()(rows, leaf, gate.float())
+            y = self._packed.of(weights, leaf.numel(), partial(self._pack, weights))(rows, leaf, gate.float())
             return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def _packed_leaves(self) -> PackedLeaves:
-        """The packed copy, made again when a weight was replaced or edited."""
-        weights = {"b_in": self.b_in, "b_out": self.b_out}
-        stamp = stamp_of(self.w_in, self.w_out, *weights.values())
-        if self._packed is None or self._packed[0] != stamp:
-            activation, quantization = self.config.activation, self.quantization
-            made = PackedLeaves(self.w_in, self.w_out, **weights, activation=activation, quantization=quantization)
-            self._packed = stamp, made
-        return self._packed[1]
+    def _pack(self, weights: Leaves) -> PackedLeaves:
+        w_in, b_in, w_out, b_out = weights
+        activation, quantization = self.config.activation, self.quantization
+        return PackedLeaves(w_in, w_out, b_in=b_in, b_out=b_out, activation=activation, quantization=quantization)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # a copy packs for itself
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's. Entering or leaving training also drops the packed copy of the weights."""
+        if mode or self.training:
+            self._packed.drop()
+        return super().train(mode)
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:

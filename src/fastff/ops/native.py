@@ -242,6 +242,11 @@ def checksum(tensor: Tensor) -> int:
     return int(library().fastff_checksum(pointer(tensor), tensor.nbytes))
 
 
+def peek(address: int) -> int:
+    """The four bytes that lie there."""
+    return ctypes.c_uint32.from_address(address).value
+
+
 def last_error() -> str:
     """What the core says about this thread's last call."""
     said: bytes = library().fastff_error()

@@ -29,18 +29,16 @@ from fastff.config import TreeConfig
 from fastff.errors import FastffError, ShapeError
 from fastff.ops import native
 from fastff.ops.eager import are_plain
+from fastff.ops.followed import RECHECK, Stamp, checksum_of, packed_whole, stamp_of, watched
 from fastff.ops.library import library, thread_counter
 from fastff.ops.reference import Routed
 from fastff.ops.weights import HALF, Weights
 
-RECHECK = 256
-_ATTEMPTS = 3  # to pack weights that another thread is editing
 # One call into C: no other thread runs between the first tensor and the last.
 _take = itemgetter(*Weights._fields)
 _FLOAT32, _empty_like = torch.float32, torch.empty_like
 
 Parameters = Mapping[str, Tensor | None]
-_Stamp = tuple[int, ...]
 
 
 class _Pack:
@@ -53,7 +51,7 @@ class _Pack:
         self._aliases = [tensor.detach() for tensor in weights.present]  # what is watched must stay where it is
         floats = weights.map(lambda tensor: tensor.detach().float())
         self.address = native.new_pack(config, floats, quantization)
-        native.watch_pack(self.address, _watched(weights))
+        native.watch_pack(self.address, watched(weights.present))
 
     def __del__(self) -> None:
         if hasattr(self, "address"):
@@ -64,7 +62,7 @@ class _Snapshot(NamedTuple):
     """What was packed."""
 
     weights: Weights
-    stamp: _Stamp
+    stamp: Stamp
     checksum: tuple[int, ...]
     pack: _Pack
 
@@ -77,13 +75,13 @@ class _Snapshot(NamedTuple):
         counted = not any(tensor.is_inference() for tensor in self.weights.present)
         short = (w_in._version, w_in.data_ptr(), w_out._version, w_out.data_ptr()) if counted else None
         rest = [tensor for tensor in (b_in, b_out) if tensor is not None] if counted else self.weights.present
-        read = _counted_stamp if counted else _stamp
+        read = _counted_stamp if counted else stamp_of
         return (*self.weights, w_in.dtype, short, rest, read, read(rest), self.pack.address, self)
 
     def shows(self, weights: Weights) -> bool:
         """Whether these are the tensors that were packed, unchanged as far as counters and addresses tell."""
         same = all(now is then for now, then in zip(weights, self.weights, strict=True))
-        return same and _stamp(weights.present) == self.stamp
+        return same and stamp_of(weights.present) == self.stamp
 
 
 _NOTHING = (None, None, None, None, None, None, (), None, (), 0, None)
@@ -221,7 +219,7 @@ class PackedLayer:
             if snapshot is not None and snapshot.shows(weights):
                 if checked:
                     return snapshot
-                if snapshot.checksum == _checksum(weights):
+                if snapshot.checksum == checksum_of(weights.present):
                     self._rows_left = self._recheck_rows
                     return snapshot
             self.drop()  # before the new copy comes
@@ -230,13 +228,8 @@ class PackedLayer:
             return snapshot
 
     def _packed(self, weights: Weights) -> _Snapshot:
-        """Pack again while another thread edits: what was read while it wrote belongs to no moment."""
-        for _ in range(_ATTEMPTS):
-            seen = _stamp(weights.present), _checksum(weights)
-            pack = _Pack(self._config, weights, self._quantization)
-            if seen == (_stamp(weights.present), _checksum(weights)):
-                break
-        return _Snapshot(weights, *seen, pack)
+        make = partial(_Pack, self._config, weights, self._quantization)
+        return _Snapshot(weights, *packed_whole(weights.present, make))
 
 
 def _weights(parameters: Parameters) -> Weights:
@@ -261,21 +254,6 @@ def _packable(weights: Weights, config: TreeConfig) -> bool:
     )
 
 
-def _stamp(tensors: Sequence[Tensor]) -> _Stamp:
-    """Version (0 without a counter) and address of each."""
-    return tuple([x for t in tensors for x in (0 if t.is_inference() else t._version, t.data_ptr())])
-
-
-def _counted_stamp(tensors: Sequence[Tensor]) -> _Stamp:
-    """The same of tensors that all have a counter, in less time."""
+def _counted_stamp(tensors: Sequence[Tensor]) -> Stamp:
+    """`stamp_of` tensors that all have a counter, in less time."""
     return tuple([x for t in tensors for x in (t._version, t.data_ptr())])
-
-
-def _checksum(weights: Weights) -> tuple[int, ...]:
-    return tuple(native.checksum(tensor) for tensor in weights.present)
-
-
-def _watched(weights: Weights) -> list[int]:
-    """Addresses of four bytes of each tensor: the first of w_in, where the root lies, and the last of the others."""
-    places = [tensor.data_ptr() + max(tensor.nbytes - 4, 0) for tensor in weights.present if tensor.nbytes >= 4]
-    return [weights.w_in.data_ptr(), *places[1:]] if weights.w_in.nbytes >= 4 else places

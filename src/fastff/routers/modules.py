@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fastff.errors import ShapeError
 from fastff.ops import choose, native_router
+from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
 from fastff.routers.config import RouterConfig, RouterGate
@@ -69,7 +71,8 @@ class Router(nn.Module):
         shape = config.shape_of_balance
         self.register_buffer("balance", None if shape is None else torch.zeros(shape, device=device))
         self.quantization: Quantization | None = None
-        self._packed: tuple[Any, native_router.PackedRouter] | None = None  # and the stamp of what was packed
+        # Counts the numbers of `weight` that it reads.
+        self._packed: FollowedPack[native_router.PackedRouter] = FollowedPack(RECHECK * self.weight.numel())
         self._balance_before: Tensor | None = None  # the last move
         usage = (config.trees, config.leaves // config.trees)
         self.register_buffer("_leaf_counts", torch.zeros(usage, dtype=torch.int64, device=device), persistent=False)
@@ -95,6 +98,8 @@ class Router(nn.Module):
         if not self.training and native_router.can_route(rows, self.weight):
             leaf, gate, load = self._native(rows)
         else:
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                self._packed.doubt()  # an update of the weights may follow
             leaf, gate, load = self._route(rows, balance)
         if (self.training or self._track_in_eval) and not again:
             with torch.no_grad():
@@ -115,21 +120,23 @@ class Router(nn.Module):
         if self.quantization is None or rows.dtype != torch.float32:
             leaf, gate = native_router.route(self.config, *weights, rows)
         else:
-            stamp = stamp_of(*weights)
-            if self._packed is None or self._packed[0] != stamp:
-                self._packed = stamp, native_router.PackedRouter(self.config, *weights, self.quantization)
-            leaf, gate = self._packed[1](rows)
+            make = partial(native_router.PackedRouter, self.config, *weights, self.quantization)
+            leaf, gate = self._packed.of(weights, len(rows) * self.flops_per_row // 2, make)(rows)
         shape = (self.config.trees, self.leaves // self.config.trees)
         return leaf, gate, _counted(leaf, shape)
 
     def quantize(self, quantization: Quantization | None) -> Self:
         """Route inference on the CPU in 16 bits, to the leaves of fp32; None returns to fp32. ValueError otherwise."""
         check_quantization(quantization)
-        self.quantization, self._packed = quantization, None
+        self.quantization = quantization
+        self._packed.drop()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # a copy packs for itself
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's. Entering or leaving training also drops the packed copy of the weights."""
+        if mode or self.training:
+            self._packed.drop()
+        return super().train(mode)
 
     def _scores(self, rows: Tensor) -> Tensor:
         """A score of every row of weight (rows, ...), as float32 or wider."""
@@ -355,12 +362,6 @@ def check_quantization(quantization: str | None) -> None:
     """Raise ValueError for a name that is none."""
     if quantization not in (None, "bf16", "int8"):
         raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
-
-
-def stamp_of(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What changes when a tensor is replaced, moved, or edited where autograd sees it."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    return tuple([(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in present])
 
 
 def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:
