@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastff
-from fastff.inspect import collect, decisions, visited
+from fastff.inspect import collect, conditional_layers, decisions, visited
 from fastff.inspect.picture import Box, colour, draw_path, draw_tree, relative_use
 from fastff.routers import Usage
 
@@ -42,6 +42,61 @@ def test_collect_counts_every_visit(model):
         for tree in range(trees):
             by_hand = torch.bincount(paths[name][:, tree].flatten(), minlength=nodes)
             assert torch.equal(routing.counts[tree], by_hand)
+
+
+ROUTERS = {
+    "tree": lambda: fastff.TreeRouter(12, 3, 2),
+    "paths": lambda: fastff.TreeRouter(12, 4, 2, paths=3),
+    "flat": lambda: fastff.FlatRouter(12, 12, 3),
+    "product_key": lambda: fastff.ProductKeyRouter(12, 5, 4),
+}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_layers_behind_routers_are_counted_too(kind, quantization):
+    torch.manual_seed(0)
+    router = ROUTERS[kind]()
+    layer = fastff.ConditionalFeedforward(12, router=router, leaves=router.leaves, leaf_width=2)
+    model = nn.Sequential(nn.LayerNorm(12), layer.quantize(quantization)).eval()
+    x = torch.randn(50, 12)
+    with torch.no_grad():
+        collect(model, lambda: model(x[:7]))
+        routing = collect(model, lambda: model(x))["1"]
+        path = visited(model, lambda: model(x))["1"]
+        leaf = layer.route(model[0](x))
+        model(x)
+    trees, depth, chosen = router.config.trees, router.config.depth, router.config.chosen
+    assert (routing.rows, routing.depth, routing.chosen) == (50, depth, chosen)
+    assert torch.equal(routing.usage.counts.flatten(), torch.bincount(leaf.flatten(), minlength=router.leaves))
+    assert torch.equal(layer.usage().counts, routing.usage.counts), "counting in evaluation must be off again"
+    assert path.shape == (50, router.k, depth + 1)
+    of_tree = path.view(50, trees, chosen * (depth + 1))
+    for tree in range(trees):
+        by_hand = torch.bincount(of_tree[:, tree].flatten(), minlength=routing.counts.shape[1])
+        assert torch.equal(routing.counts[tree], by_hand)
+    assert routing.as_dict()["rows"] == 50
+
+
+def test_the_path_of_a_greedy_router_is_that_of_its_scores():
+    torch.manual_seed(0)
+    router = fastff.TreeRouter(12, 3, 2)
+    layer = fastff.ConditionalFeedforward(12, router=router, leaves=16, leaf_width=2).eval()
+    x = torch.randn(6, 12)
+    path = visited(layer, lambda: layer(x))[""]
+    for row in range(6):
+        scores = (router.weight[1, path[row, 1, :-1]] @ x[row]).tolist()
+        assert decisions(path[row, 1]) == "".join("R" if score > 0 else "L" for score in scores)
+
+
+def test_a_router_of_ones_own_is_left_alone():
+    class Hash(nn.Module):
+        def forward(self, x):
+            return torch.zeros(*x.shape[:-1], 1, dtype=torch.int64), x.new_ones(*x.shape[:-1], 1)
+
+    layer = fastff.ConditionalFeedforward(12, router=Hash(), leaves=2, leaf_width=2)
+    assert collect(layer, lambda: layer(torch.randn(3, 12))) == {}
+    assert list(conditional_layers(layer)) == [""]
 
 
 def test_collect_leaves_no_trace(model):

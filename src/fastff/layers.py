@@ -29,7 +29,7 @@ from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
 from fastff.ops.weights import Weights
 from fastff.published import read_published
-from fastff.routers.usage import Usage
+from fastff.routers.usage import Usage, path_of
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
@@ -268,9 +268,7 @@ class FFF(nn.Module):
     @torch.no_grad()
     def path(self, x: Tensor) -> Tensor:
         """Heap indices (..., trees, levels) int64 of the nodes each row visits, root first, leaf last."""
-        heap = self.route(x).unsqueeze(-1) + self.config.leaves
-        shift = torch.arange(self.config.depth, -1, -1, device=heap.device)
-        return (heap >> shift) - 1
+        return path_of(self.route(x), self.config.depth)
 
     def usage(self, x: Tensor | None = None) -> Usage:
         """How rows spread over the leaves: those of `x`, or, without it, all rows seen in training mode (and in

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def path_of(leaf: Tensor, depth: int) -> Tensor:
+    """Heap indices (..., depth + 1) int64 of the nodes on the way to leaves (...) of trees, root first, leaf last."""
+    shift = torch.arange(depth, -1, -1, device=leaf.device)
+    heap = leaf.unsqueeze(-1) + int(2**depth)
+    return (heap >> shift) - 1
+
+
 class Usage(NamedTuple):
     """How rows spread over the leaves: counts (trees, leaves) int64, and per tree the entropy in bits of that
     distribution (`depth` when all leaves are equally used) and the number of leaves no row reached."""

@@ -90,7 +90,7 @@ def _current(name: str) -> str:
 
 def trained_layers(model: nn.Module) -> list[FFF | ConditionalFeedforward]:
     """The conditional layers of a model behind any router, in order."""
-    return [module for module in model.modules() if isinstance(module, FFF | ConditionalFeedforward)]
+    return list(conditional_layers(model).values())
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ class RoutingRows:
     Adam's steps do not depend on a gradient's scale, so a step is shortened after it was taken."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for layer in conditional_layers(model).values() if layer.config.depth]
+        self._layers = [layer for layer in trained_layers(model) if isinstance(layer, FFF) and layer.config.depth]
         self._before: list[Tensor] = []
 
     @torch.no_grad()
