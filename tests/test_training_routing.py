@@ -57,6 +57,62 @@ def test_late_in_the_budget_the_turns_freeze_and_the_leaves_do_not():
     assert torch.equal(early["w_in"], trained(LayerTraining())[1]["w_in"])
 
 
+ROUTERS = {
+    "tree": lambda: fastff.TreeRouter(6, 3, 2, bias=True),
+    "paths": lambda: fastff.TreeRouter(6, 3, 2, paths=3, bias=True),
+    "flat": lambda: fastff.FlatRouter(6, 16, 3, bias=True),
+    "product_key": lambda: fastff.ProductKeyRouter(6, 4, 4, bias=True),
+}
+
+
+def trained_behind(kind, options, progress=0.5, optimiser=torch.optim.SGD):
+    """Weights of a layer behind a router before and after one step under `options`."""
+    torch.manual_seed(0)
+    layer = fastff.ConditionalFeedforward(6, router=ROUTERS[kind](), leaves=16, leaf_width=2).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    optimizer = optimiser(layer.parameters(), lr=0.1)
+    if options.scales_routing:
+        RoutingLrScale(layer, options, lambda: progress).watch(optimizer)
+    layer(make_rows(64, 6)).square().sum().backward()
+    optimizer.step()
+    return before, dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_late_in_the_budget_routers_freeze_and_their_leaves_do_not(kind, optimiser):
+    options = LayerTraining(freeze_after=0.4)
+    before, frozen = trained_behind(kind, options, 0.5, optimiser)
+    _, plain = trained_behind(kind, LayerTraining(), 0.5, optimiser)
+    for name in ("router.weight", "router.bias"):
+        assert torch.equal(frozen[name], before[name])
+        assert not torch.equal(plain[name], before[name])
+    for name in ("w_in", "w_out"):
+        assert torch.equal(frozen[name], plain[name])
+        assert not torch.equal(frozen[name], before[name])
+    _, early = trained_behind(kind, options, 0.3, optimiser)
+    assert all(torch.equal(early[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["router.weight", "router.bias"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_each_level_of_a_tree_router_learns_at_its_own_pace(kind, name):
+    before, plain = trained_behind(kind, LayerTraining())
+    _, paced = trained_behind(kind, LayerTraining(level_lr_scale=0.5))
+    change, slower = plain[name] - before[name], paced[name] - before[name]
+    assert change.abs().max() > 0
+    if kind in ("flat", "product_key"):
+        assert torch.equal(paced[name], plain[name]), "routers without trees have no levels"
+        return
+    for level, scale in enumerate((1.0, 0.5, 0.25)):
+        own = slice(2**level - 1, 2 ** (level + 1) - 1)
+        assert change[:, own].abs().max() > 0
+        torch.testing.assert_close(slower[:, own], scale * change[:, own], rtol=0, atol=1e-12)
+
+
 def test_balance_moves_a_bias_in_proportion_to_what_its_sides_differ_by():
     layer = make_layer(6, depth=2, bias=True)
     before = layer.b_in.detach().clone()

@@ -26,9 +26,11 @@ class LayerTraining:
     """How conditional layers learn; the defaults change nothing.
 
     lr_scale       factor on the learning rate of all weights of a conditional layer
-    level_lr_scale factor on each update of the routing rows, once a level below the root: 0.5 halves it at every level
+    level_lr_scale factor on each update of the routing rows, once a level below the root: 0.5 halves it at every level;
+                   of the nodes of a TreeRouter too, while routers without trees have no levels
     freeze_after   share of the budget after which the routing rows stay as they are, so that leaves learn on fixed
-                   regions; with node_output=True those rows are neurons too, which then stop learning their inputs
+                   regions; with node_output=True those rows are neurons too, which then stop learning their inputs.
+                   Of ConditionalFeedforward the router's parameters stay; its balance goes on
     balance        with bias=True: after every step a node's bias moves to the side that got fewer rows, by this much
                    times the difference of the two sides' shares
     output_scale   factor on the initial output weights
@@ -150,12 +152,13 @@ def has_nodes(layer: FFF | ConditionalFeedforward) -> bool:
 
 
 class RoutingRows:
-    """The rows of w_in and b_in that decide, in all trees of a model, and how far an optimiser step may move them.
+    """What decides in all conditional layers of a model, and how far an optimiser step may move it: the rows of w_in
+    and b_in of an FFF's nodes, and the parameters of other layers' routers.
 
     Adam's steps do not depend on a gradient's scale, so a step is shortened after it was taken."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [layer for layer in trained_layers(model) if isinstance(layer, FFF) and layer.config.depth]
+        self._layers = trained_layers(model)
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -165,17 +168,23 @@ class RoutingRows:
 
     @torch.no_grad()
     def shorten(self, share: float, *, per_level: float = 1.0) -> None:
-        """After it: keep `share` of the way at the root, and `per_level` times as much at every level below."""
+        """After it: keep `share` of the way at the root, and `per_level` times as much at every level below. All that
+        decides where no trees route goes the way of a root."""
         before = iter(self._before)
         for layer in self._layers:
-            levels = torch.arange(1, layer.config.nodes + 1, device=layer.w_in.device).log2().floor()
-            kept = share * per_level**levels
             for rows in self._of(layer):
                 old = next(before)
-                rows.copy_(old + kept.to(rows.dtype).view(1, -1, *(1,) * (rows.dim() - 2)) * (rows - old))
+                kept = torch.full_like(rows, share)
+                if has_nodes(layer):
+                    levels = torch.arange(1, rows.shape[1] + 1, device=rows.device).log2().floor()
+                    kept *= (per_level**levels).to(rows.dtype).view(1, -1, *(1,) * (rows.dim() - 2))
+                rows.copy_(torch.lerp(old, rows, kept))
 
     @staticmethod
-    def _of(layer: FFF) -> list[Tensor]:
+    def _of(layer: FFF | ConditionalFeedforward) -> list[Tensor]:
+        """Of trees (trees, nodes, ...)."""
+        if isinstance(layer, ConditionalFeedforward):
+            return list(layer.router.parameters())
         nodes = layer.config.nodes
         return [tensor[:, :nodes] for tensor in (layer.w_in, layer.b_in) if tensor is not None]
 
