@@ -50,4 +50,6 @@ def _gain(missing: dict[Any, None], row: dict[int, int], column: int, index: int
 
 
 def _label(values: dict[str, list[Any]], row: tuple[int, ...]) -> str:
-    return "-".join(str(values[name][i]) for name, i in zip(values, row, strict=True))
+    # A function's str() holds its address, which differs between the workers of a suite.
+    chosen = [values[name][i] for name, i in zip(values, row, strict=True)]
+    return "-".join(str(getattr(value, "__name__", value)) for value in chosen)

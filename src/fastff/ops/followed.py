@@ -101,10 +101,9 @@ class FollowedPack(Generic[Pack]):
             del seen
             self.drop()  # before the new copy comes
             aliases = [tensor.detach() for tensor in present]
-            stamp, checksum, pack = packed_whole(present, make)
             places = watched(present)
-            self._seen = _Seen(
-                tuple(tensors), aliases, stamp, places, [native.peek(at) for at in places], checksum, pack
-            )
+            seen_bytes = [native.peek(at) for at in places]  # before packing: an edit after it shows
+            stamp, checksum, pack = packed_whole(present, make)
+            self._seen = _Seen(tuple(tensors), aliases, stamp, places, seen_bytes, checksum, pack)
             self._left = self._limit
             return pack

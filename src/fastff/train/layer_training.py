@@ -90,15 +90,10 @@ def _current(name: str) -> str:
     return current
 
 
-def trained_layers(model: nn.Module) -> list[FFF | ConditionalFeedforward]:
-    """The conditional layers of a model behind any router, in order."""
-    return list(conditional_layers(model).values())
-
-
 @torch.no_grad()
 def scale_start(model: nn.Module, options: LayerTraining) -> None:
     """Multiply the initial weights of conditional layers by output_scale and routing_scale."""
-    for layer in trained_layers(model):
+    for layer in conditional_layers(model).values():
         layer.w_out.mul_(options.output_scale)
         if isinstance(layer, FFF):
             layer.w_in[:, : layer.config.nodes].mul_(options.routing_scale)
@@ -158,7 +153,7 @@ class RoutingRows:
     Adam's steps do not depend on a gradient's scale, so a step is shortened after it was taken."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = trained_layers(model)
+        self._layers = list(conditional_layers(model).values())
         self._before: list[Tensor] = []
 
     @torch.no_grad()

@@ -19,12 +19,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.errors import TrainingError
+from fastff.inspect import conditional_layers
 from fastff.io import read_json, write_json
 from fastff.report.progress import Progress, silent
 from fastff.text.batches import Batch, Batches
 from fastff.train import saving
 from fastff.train.interrupt import Stop
-from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance, trained_layers
+from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance
 from fastff.train.schedule import Budget, rows_at, triangle
 
 _POSITION = "position.json"
@@ -255,7 +256,7 @@ def parameter_groups(
     """Parameters by learning rate and by decay (matrices only): `layer_lr_scale` times `lr` in conditional layers, and
     `routing_lr_scale` times that in their routers."""
     kinds: dict[int, int] = {}  # of a parameter: 1 in a conditional layer, 2 in its router, 0 elsewhere
-    for layer in trained_layers(model):
+    for layer in conditional_layers(model).values():
         kinds |= {id(parameter): 1 for parameter in layer.parameters()}
         if isinstance(layer, ConditionalFeedforward):
             kinds |= {id(parameter): 2 for parameter in layer.router.parameters()}
