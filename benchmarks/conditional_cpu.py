@@ -5,9 +5,10 @@ python benchmarks/conditional_cpu.py --out benchmarks/results/<machine> [--layer
 Each layer is the C function on packed weights, called through ctypes. The dense layers are SwiGLU of OpenVINO and ONNX
 Runtime in int8: one of 2,048 neurons, which is BERT-base's feedforward in size, and one that stores as many weights as
 the conditional layer. Every output is checked against float64 before anything is timed. All that is compared takes
-turns in one process. A model has several layers, and so do those measured here: a sample is a pass through all of them
-that is not timed, then as many timed passes as fill 20 ms. Microseconds a row are medians, low and high the quarters.
-Cells already in the file are replaced, others stay.
+turns in one process. A model has several layers, and so do those measured here: a sample goes through them untimed for
+20 ms at most, then as many whole times as fill 20 ms. All are sampled until each has had its timed seconds, and at
+least five times. Microseconds a row are medians, low and high the quarters. Cells already in the file are replaced,
+others stay.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ ENGINES = {"openvino int8": openvino_calls, "onnxruntime int8": onnxruntime_call
 MODELS = {"openvino int8": onnx_models.static_int8, "onnxruntime int8": onnx_models.dynamic_int8}
 VISITED = {1: 16, 8: 16}  # layers in turn, by rows of a call; 12 of others
 POOL_ROWS = 4096  # different rows that the calls go through
+LEAST_SAMPLES = 5
 SAMPLE_SECONDS, REST_SECONDS = 0.02, 0.005  # after a rest, threads of other pools have stopped spinning
 
 
@@ -77,23 +79,30 @@ class Contestant:
 
     def __init__(self, name: str, precision: str, calls: list[Callable[[Any], Any]], error: float) -> None:
         self.name, self.precision, self.calls, self.error = name, precision, calls, error
+        self.pool = "numpy" if precision in ENGINES else "torch"
         self.us: list[float] = []
         self._turn = 0
 
-    def sample(self, pool: list[Any], rows: int) -> None:
-        self._pass(pool)
+    def sample(self, pool: list[Any], rows: int) -> float:
+        """Adds a sample; returns its timed seconds."""
+        start = time.perf_counter()
+        for call in self.calls:
+            self._call(call, pool)
+            if time.perf_counter() - start > SAMPLE_SECONDS:
+                break
         start = now = time.perf_counter()
         passes = 0
         while now - start < SAMPLE_SECONDS:
-            self._pass(pool)
+            for call in self.calls:
+                self._call(call, pool)
             passes += 1
             now = time.perf_counter()
         self.us.append((now - start) / passes / len(self.calls) / rows * 1e6)
+        return now - start
 
-    def _pass(self, pool: list[Any]) -> None:
-        for call in self.calls:
-            self._turn = (self._turn + 7) % len(pool)
-            call(pool[self._turn])
+    def _call(self, call: Callable[[Any], Any], pool: list[Any]) -> None:
+        self._turn = (self._turn + 7) % len(pool)
+        call(pool[self._turn])
 
 
 def dense_models(neurons: int) -> tuple[DenseLayer, dict[str, bytes]]:
@@ -154,16 +163,18 @@ def relative_error(got: Tensor, exact: Tensor, name: str, precision: str) -> flo
 
 
 def measure(contestants: list[Contestant], rows: int, threads: int, seconds: float) -> list[Cell]:
-    """All in turn, until each has had so many seconds."""
+    """All in turn, until each has had so many timed seconds in at least LEAST_SAMPLES samples."""
     x = torch.randn(max(POOL_ROWS, rows), WIDTH)
     plain = [x[at : at + rows] for at in range(0, len(x), rows)]
     pools = {"torch": plain, "numpy": [part.numpy() for part in plain]}
+    left = dict.fromkeys(contestants, seconds)
     with torch.inference_mode():
-        for turn in range(2 + int(seconds / SAMPLE_SECONDS)):
-            for contestant in contestants:
-                contestant.sample(pools["numpy" if contestant.precision in ENGINES else "torch"], rows)
-                if turn < 2:
-                    contestant.us.clear()
+        for contestant in contestants:  # the first sample finds memory to be had and caches to be filled
+            contestant.sample(pools[contestant.pool], rows)
+            contestant.us.clear()
+        while unfinished := [c for c in contestants if left[c] > 0 or len(c.us) < LEAST_SAMPLES]:
+            for contestant in unfinished:
+                left[contestant] -= contestant.sample(pools[contestant.pool], rows)
                 time.sleep(REST_SECONDS)
     cells = []
     for contestant in contestants:
@@ -179,9 +190,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of conditional_cpu.json")
     parser.add_argument("--layer", default=",".join(LAYERS), help="layers to measure")
-    parser.add_argument("--rows", default="1,8,128,1024", help="rows of a call")
+    parser.add_argument("--rows", default="1,8,32,128,1024", help="rows of a call")
     parser.add_argument("--threads", type=int, default=1, help="of every call")
-    parser.add_argument("--seconds", type=float, default=0.5, help="timed seconds of a cell")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="timed seconds of a cell, where five samples take no longer"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = options.out / "conditional_cpu.json"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +370,20 @@ def test_threads_are_restored():
     before = torch.get_num_threads()
     run_grid(small_settings(layer=(label(TREE),), providers=("fastff",)))
     assert torch.get_num_threads() == before
+
+
+def test_a_call_that_outlasts_a_sample_is_timed_no_longer_than_asked():
+    """Two threads and 1,024 rows: 45 contestants with passes of a third of a second never came to an end."""
+    script = Path(__file__).parents[1] / "benchmarks" / "conditional_cpu.py"
+    spec = importlib.util.spec_from_file_location("conditional_cpu", script)
+    conditional_cpu = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = conditional_cpu  # its dataclasses look there
+    spec.loader.exec_module(conditional_cpu)
+    calls = []
+    slow = [lambda _: (calls.append("slow"), time.sleep(0.025))] * 2
+    fast = [lambda _: (calls.append("fast"), time.sleep(0.001))] * 2
+    contestants = [conditional_cpu.Contestant(name, "int8", made, 0.0) for name, made in (("s", slow), ("f", fast))]
+    cells = conditional_cpu.measure(contestants, rows=2048, threads=1, seconds=0.1)
+    assert all(cell.us >= us / 2048 for cell, us in zip(cells, (25_000, 1_000), strict=True))
+    assert calls.count("slow") == (1 + 2) * (1 + 5)  # untimed for a sample's length, then one pass; five samples
+    assert calls.count("fast") > calls.count("slow")
