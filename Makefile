@@ -25,14 +25,19 @@ sanitize: setup
 	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py tests/test_conditional_native.py tests/test_router_native.py \
 	tests/test_native_linear.py tests/test_engine_files.py tests/test_engine.py tests/test_encoder.py
 
-# The core under ThreadSanitizer: many callers at once, and sixteen readers of packs that a writer replaces.
-sanitize-threads:
+# The core under ThreadSanitizer: many callers at once, and sixteen readers of packs that a writer replaces, from C and then
+# from Python.
+sanitize-threads: setup
 	$(CMAKE) -S . -B build/sanitize-threads -DFASTFF_SANITIZE=thread
 	$(CMAKE) --build build/sanitize-threads --parallel $$(nproc)
 	$(CC) -std=c99 -fsanitize=thread -O1 -g -Icsrc tests/c/check_core.c build/sanitize-threads/libfastff.so \
 	-Wl,-rpath,$(CURDIR)/build/sanitize-threads -lm -lpthread -o build/sanitize-threads/check_core
 	for mode in threads snapshots "kernels 8"; do \
 	TSAN_OPTIONS=halt_on_error=1 build/sanitize-threads/check_core $$mode || exit 1; done
+	FASTFF_LIBRARY=$(CURDIR)/build/sanitize-threads/libfastff.so OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS="halt_on_error=1 suppressions=$(CURDIR)/tests/c/tsan.supp" \
+	$(BIN)/python -m pytest -s -k sixteen_threads tests/test_packed.py tests/test_packed_conditional.py
 
 check: setup
 	$(BIN)/ruff format --check .

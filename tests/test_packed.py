@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from conftest import make_layer, make_rows, weights_of
 from fastff.ops import reference
 from fastff.ops.packed import RECHECK
 from pairs import every_pair
+from threads_case import check_whole
 
 NAMES = ("w_in", "b_in", "w_out", "b_out")
 KINDS = {None: 1e-5, "bf16": 0.05, "int8": 0.05}
@@ -448,29 +447,4 @@ def test_sixteen_threads_see_whole_weights_while_one_writes(write, kind):
         twin.load_state_dict({k: v.detach() for k, v in state.items()})
         whole.append(answer(twin, x))
     layer.load_state_dict({k: v.detach() for k, v in states[0].items()})
-    done = Event()
-
-    def read(_):
-        seen = [0, 0]
-        with torch.no_grad():
-            while not done.is_set():
-                y = layer(x)
-                matches = [torch.equal(y, w) for w in whole]
-                if not any(matches):
-                    return None
-                seen[matches.index(True)] += 1
-        return seen
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            readers = [pool.submit(read, i) for i in range(16)]
-            for turn in range(24):
-                write(layer, states[turn % 2])
-            done.set()
-            results = [reader.result() for reader in readers]
-    finally:
-        sys.setswitchinterval(interval)
-    assert None not in results, "a result belongs to neither of the weights"
-    assert all(sum(column) > 0 for column in zip(*results, strict=True)), "both weights must have been seen"
+    check_whole(layer, x, whole, [partial(write, layer, states[turn % 2]) for turn in range(24)])

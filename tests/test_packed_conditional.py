@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import fastff
 from conftest import make_rows
 from fastff.ops.followed import RECHECK
 from pairs import every_pair
+from threads_case import check_whole
 
 ROUTERS = {
     "tree": lambda: fastff.TreeRouter(24, 3, 2, bias=True),
@@ -117,6 +120,19 @@ def test_the_call_after_one_that_recorded_gradients_sees_a_part(router):
     assert torch.equal(after.leaf, fresh.leaf)
     assert torch.equal(after.gate, fresh.gate)
     assert not torch.equal(after.leaf, before.leaf)
+
+
+@every_pair(name=["w_in", "w_out", "router.weight"], router=ROUTERS, kind=KINDS)
+def test_sixteen_threads_see_whole_weights_while_one_replaces_a_tensor(name, router, kind):
+    layer, x = make(router, kind), X[:3]
+    owner, _, of_owner = name.rpartition(".")
+    values = [layer.get_parameter(name), nn.Parameter(-layer.get_parameter(name).detach())]
+    writes = [partial(setattr, layer.get_submodule(owner), of_owner, value) for value in values]
+    whole = []
+    for write in writes:
+        write()
+        whole.append(answer(copy.deepcopy(layer), x))
+    check_whole(layer, x, whole, writes * 10)
 
 
 def test_packs_live_until_training_begins_or_ends(monkeypatch):
