@@ -28,7 +28,7 @@ from torch import Tensor
 import fastff
 from fastff.bench import onnx_models
 from fastff.bench.cpu_providers import ERROR_LIMITS, PROVIDERS, onnxruntime_calls, openvino_calls
-from fastff.bench.layers import DenseLayer, expected, make_layer
+from fastff.bench.timed_layers import DenseLayer, expected, make_layer
 from fastff.bench.workloads import DenseConfig
 from fastff.conditional import ConditionalFeedforward
 from fastff.io import write_json

@@ -66,7 +66,7 @@ def _write_variant(out: Path, layer: str) -> None:
     import torch
 
     from fastff.conditional import ConditionalFeedforward
-    from fastff.engine import decoders, native
+    from fastff.engine import decoders, native_export
     from fastff.engine.gguf import Gguf, GgufWeights, configuration
     from fastff.models.feedforward import build_feedforward
 
@@ -82,7 +82,7 @@ def _write_variant(out: Path, layer: str) -> None:
         made = build_feedforward(layer, config.hidden_size)
         assert isinstance(made, ConditionalFeedforward)
         described = decoders.describe(config, weights, [made] * config.num_hidden_layers)
-    native.write(described, None, [], out)
+    native_export.write(described, None, [], out)
 
 
 # ---- engines ----

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from conftest import make_rows
-from fastff.convert import ConversionSettings, choose
+from fastff.convert import ConversionSettings, choose_layers
 from fastff.models.families import DenseWeights
 
 WORDS = [f"w{k}" for k in range(60)]
@@ -43,8 +43,8 @@ def text(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
     """Whole conversions in these tests try two shapes: with and without a shared part."""
-    monkeypatch.setattr(choose, "TREES", (2,))
-    monkeypatch.setattr(choose, "DEPTHS", (3,))
+    monkeypatch.setattr(choose_layers, "TREES", (2,))
+    monkeypatch.setattr(choose_layers, "DEPTHS", (3,))
 
 
 def tiny(model_type="bert", seed=0, **extra):

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 import fastff.models as fastff_models
-from fastff.engine import native
+from fastff.engine import native_export
 from fastff.engine.encode import EncoderEngine
 from fastff.models import UltraFastBertConfig, UltraFastBertForSequenceClassification, UltraFastBertModel
-from fastff.models.tasks import kind_of
+from fastff.models.kinds import kind_of
 
 VOCABULARY = 80
 TREES = {
@@ -118,5 +118,5 @@ def exported(name: str, heads: bool = False):
     model = random_model((HEADS if heads else MODELS)[name])
     model.config.architectures = [type(model).__name__]
     folder = Path(tempfile.mkdtemp())
-    native.export_encoder(model, None, str(folder), kind_of(model.config), folder / "out")
+    native_export.export_encoder(model, None, str(folder), kind_of(model.config), folder / "out")
     return model, EncoderEngine(folder / "out", threads=1)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fastff.conditional import ConditionalFeedforward
-from fastff.engine import native
+from fastff.engine import native_export
 from fastff.engine.generate import Engine
 from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
 
@@ -82,7 +82,7 @@ def exported(name: str) -> tuple[Engine, torch.nn.Module, Path]:
     _kept.append(folder)
     out = Path(folder.name) / "model"
     model = random_model(name)
-    native.export_model(model, None, out)
+    native_export.export_model(model, None, out)
     return Engine(out), rounded(model), out
 
 
@@ -104,7 +104,7 @@ def conditional_model(kind: str) -> tuple[torch.nn.Module, Path]:
         made.balance.normal_(std=0.1)
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
-    native.export_model(model.eval(), None, Path(folder.name) / "model")
+    native_export.export_model(model.eval(), None, Path(folder.name) / "model")
     layers = [block.mlp for block in model.model.layers]
     for block in model.model.layers:
         block.mlp = torch.nn.Identity()

@@ -25,8 +25,8 @@ from fastff.bench.cpu_command import bench_cpu, conclude, saved, settings_of
 from fastff.bench.cpu_providers import PROVIDERS, Provider
 from fastff.bench.cpu_report import best_of, document, is_whole, notes, save, update
 from fastff.bench.cpu_run import PARTIAL, Record, Timing, resident_bytes, seatings
-from fastff.bench.layers import expected, make_layer
 from fastff.bench.limits import Limits, least_us, measure
+from fastff.bench.timed_layers import expected, make_layer
 from fastff.bench.workers import LocalWorker, Refused, RemoteWorker
 from fastff.bench.workloads import Cell, DenseConfig, Workload, label, weights_of
 from fastff.ops import reference

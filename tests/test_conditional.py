@@ -11,7 +11,7 @@ import torch
 import fastff
 from conftest import make_rows
 from fastff.config import ACTIVATIONS
-from fastff.ops import conditional, conditional_matmul
+from fastff.ops import conditional_interface, conditional_matmul
 
 SIZES = {"in_features": 6, "out_features": 5, "leaves": 7, "width": 3, "k": 2}
 NAMES = ("x", "gate", "w_in", "w_out", "b_in", "b_out")
@@ -53,7 +53,7 @@ def gradients(given, backend):
 
 
 def backends():
-    return [name for name in conditional.BACKENDS[1:] if conditional.why_unavailable(name) is None]
+    return [name for name in conditional_interface.BACKENDS[1:] if conditional_interface.why_unavailable(name) is None]
 
 
 def close(got, want, tolerance):

@@ -330,9 +330,9 @@ def test_a_decoder_is_converted_and_its_perplexity_measured(model_type, tokenize
 
 KILLED = """
 import os, pathlib, pickle, signal, sys
-from fastff.convert import choose, convert, distill_context
+from fastff.convert import choose_layers, convert, distill_context
 settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-choose.TREES, choose.DEPTHS = (2,), (3,)
+choose_layers.TREES, choose_layers.DEPTHS = (2,), (3,)
 distill_context.distil.__kwdefaults__["checkpoint_every"] = 2
 def progress(what, done, of):
     if (what, done) == ("distil tree", 5):

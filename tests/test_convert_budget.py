@@ -15,7 +15,7 @@ from transformers import AutoModel
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
 from fastff.convert import candidates, convert, resources
 from fastff.convert.candidates import survey
-from fastff.convert.choose import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
+from fastff.convert.choose_layers import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
 from fastff.convert.conversion_settings import ConversionSettings, percent, shape, times
 from fastff.convert.distill_context import DistillContext, converted_blocks
 from fastff.convert.student import dense_layers, fit_tree, flops, stored_neurons

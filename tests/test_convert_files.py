@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from convert_cases import few_shapes, saved, text, tokenizer
-from fastff.convert import ConversionSettings, Settings, choose, convert
+from fastff.convert import ConversionSettings, Settings, choose_layers, convert
 from fastff.convert.capture import capture
 from fastff.convert.distill_context import converted_blocks
 from fastff.errors import CheckpointError
@@ -58,7 +58,7 @@ def interrupted(tmp_path, monkeypatch):
     """A copy of what the version before left, as the working directory: its settings name relative paths."""
     shutil.copytree(BEFORE, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(choose, "DEPTHS", (2,))
+    monkeypatch.setattr(choose_layers, "DEPTHS", (2,))
     return tmp_path / "out" / "work"
 
 

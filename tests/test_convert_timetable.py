@@ -13,7 +13,7 @@ import torch
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
 from fastff.convert import candidates, conversion, convert, distil, latency, time_budget
-from fastff.convert.choose import LatencyProfile, Shape
+from fastff.convert.choose_layers import LatencyProfile, Shape
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.latency import place_name, place_of
 from fastff.convert.quality import measures_of

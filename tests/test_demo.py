@@ -19,13 +19,13 @@ from torch import nn
 
 from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus
-from fastff.demo.report import render
+from fastff.demo.demo_report import render
 from fastff.demo.run import run_demo
 from fastff.demo.settings import DENSE, VARIANTS, Settings, equal_work
 from fastff.demo.store import DemoError, Store, write_atomic
 from fastff.demo.summary import missing_parts, paired, recovered_gap, summarise
 from fastff.demo.terminal import print_summary
-from fastff.demo.train import WARM_UP, Job, masked_word_model, start_batches, train
+from fastff.demo.training import WARM_UP, Job, masked_word_model, start_batches, train
 from fastff.train.interrupt import Stop
 from fastff.train.schedule import triangle
 

@@ -11,7 +11,7 @@ import fastff
 import fastff.engine
 from encoder_cases import HEADS, MODELS, VOCABULARY, bert, exported, ours, random_model
 from engine_cases import exported as exported_decoder
-from fastff.engine import encoders, heads, native
+from fastff.engine import encoder_heads, encoders, native_export
 from fastff.engine.encode import EncoderEngine, _batches
 from fastff.engine.generate import Engine
 from fastff.errors import CheckpointError, FastffError, ShapeError
@@ -99,7 +99,7 @@ def test_embeddings_pool_and_normalise():
     assert torch.allclose(engine.embed(ids), torch.stack([h.mean(0) for h in hidden]))
     unit = engine.embed(ids, normalise=True)
     assert torch.allclose(unit.norm(dim=1), torch.ones(2))
-    assert torch.equal(heads.pool(torch.cat(hidden), [6, 3], "first"), torch.stack([h[0] for h in hidden]))
+    assert torch.equal(encoder_heads.pool(torch.cat(hidden), [6, 3], "first"), torch.stack([h[0] for h in hidden]))
     assert engine.embed([]).shape == (0, engine.model.hidden)
     assert engine.hidden_states([]) == []
 
@@ -110,9 +110,9 @@ def test_modules_of_sentence_transformers_say_how(tmp_path):
         (tmp_path / "1" / "config.json").write_text(json.dumps(settings))
         modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1"} for kind in ("Transformer", *kinds)]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
-        return heads.sentence_pooling(tmp_path)
+        return encoder_heads.sentence_pooling(tmp_path)
 
-    assert heads.sentence_pooling(tmp_path) == ("mean", False)
+    assert encoder_heads.sentence_pooling(tmp_path) == ("mean", False)
     assert pooling({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "Pooling") == ("first", False)
     assert pooling({"pooling_mode": "mean"}, "Pooling", "Normalize") == ("mean", True)
     with pytest.raises(CheckpointError, match="pooling by max_tokens"):
@@ -163,7 +163,7 @@ def test_files_that_are_no_encoder_are_refused(tmp_path):
     model, _ = exported("bert")
     described = encoders.describe(model)
     path = tmp_path / "model.fastff"
-    native.write_model(path, described.model, described.tensors)
+    native_export.write_model(path, described.model, described.tensors)
     whole = path.read_bytes()
     for size in (0, 30, 2000, len(whole) // 2, len(whole) - 4096):
         path.write_bytes(whole[:size])
@@ -176,7 +176,7 @@ def test_files_that_are_no_encoder_are_refused(tmp_path):
         ({"hidden": 64}, r"tensor embedding is \[80, 96\], expected \[80, 64\]"),
         ({"feedforwards": []}, "0 feedforwards"),
     ):
-        native.write_model(path, described.model | change, described.tensors)
+        native_export.write_model(path, described.model | change, described.tensors)
         with pytest.raises(FastffError, match=message):
             NativeEncoder(path)
     with pytest.raises(FastffError, match="cannot be read"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine_cases import CONFIGS, VOCABULARY, conditional_model, exported, random_model
-from fastff.engine import native
+from fastff.engine import native_export
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load
 from fastff.errors import CheckpointError, FastffError
@@ -184,7 +184,7 @@ class TestExport:
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
         with pytest.raises(CheckpointError, match=r"layers\.1\.up holds NaN"):
-            native.export_model(model, None, tmp_path / "out")
+            native_export.export_model(model, None, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_models_and_weights_of_another_kind_are_refused(self):

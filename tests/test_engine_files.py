@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine_cases import exported, random_model
-from fastff.engine import native
+from fastff.engine import native_export
 from fastff.engine.generate import Engine
 from fastff.engine.gguf import TYPES, Gguf
 from fastff.engine.gguf_write import requantise, write_gguf
@@ -88,7 +88,7 @@ def test_blocks_are_laid_out_as_others_write_them():
 
 def test_a_gguf_model_is_the_model_it_was_made_from(tmp_path):
     llama_gguf(tmp_path / "llama.gguf")
-    native.export_gguf(tmp_path / "llama.gguf", tmp_path / "out")
+    native_export.export_gguf(tmp_path / "llama.gguf", tmp_path / "out")
     engine, ids = Engine(tmp_path / "out"), list(range(20))
     assert torch.equal(engine.logits(ids), exported("llama")[0].logits(ids))
     assert engine.stop == {299}
@@ -120,7 +120,7 @@ def test_requantised_models_stay_near(tmp_path):
 def test_gguf_models_that_are_not_ours_are_refused(metadata, message, tmp_path):
     llama_gguf(tmp_path / "llama.gguf", **metadata)
     with pytest.raises(CheckpointError, match=message):
-        native.export_gguf(tmp_path / "llama.gguf", tmp_path / "out")
+        native_export.export_gguf(tmp_path / "llama.gguf", tmp_path / "out")
 
 
 def test_gguf_of_another_type_or_version_is_refused(tmp_path):
@@ -160,7 +160,7 @@ def test_damaged_gguf_files_raise_nothing_but_our_errors(tmp_path):
 
 class TestModelFile:
     def raw(self):
-        return (exported("llama")[2] / native.MODEL_FILE).read_bytes()
+        return (exported("llama")[2] / native_export.MODEL_FILE).read_bytes()
 
     def opened(self, path, raw):
         path.write_bytes(raw)

@@ -24,7 +24,7 @@ from fastff.bench import cpu_run, gpu_run
 from fastff.bench.limits import Limits
 from fastff.bench.workloads import Grid
 from fastff.convert.capture import Captured
-from fastff.convert.choose import LatencyProfile, Option
+from fastff.convert.choose_layers import LatencyProfile, Option
 from fastff.convert.conversion import _read_plan, _read_timetable
 from fastff.convert.conversion_record import Plan
 from fastff.convert.quality import read_table

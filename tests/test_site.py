@@ -50,7 +50,7 @@ def test_code_is_left_as_it_is(pages):
 
 
 def test_every_command_is_in_the_reference():
-    from fastff.cli.reference import command_reference
+    from fastff.cli.reference_page import command_reference
 
     text = command_reference()
     for name in ("bench", "convert", "demo", "glue", "pretrain"):

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fastff.ops import choose
+from fastff.ops import choose_ops
 from fastff.routers import choose as plain
 
 ON_DEVICE = torch.cuda.is_available()
@@ -28,7 +28,7 @@ def normal(*size, seed=0):
 def test_the_best_leaves(rows, count, k, balanced):
     score, balance = normal(rows, count), 0.1 * normal(count, seed=1) if balanced else None
     score[0, 0], score[1], score[2] = float("nan"), 0.0, float("nan")  # NaN loses; all tie; nothing but NaN
-    leaf, load = choose.best(score, balance, k)
+    leaf, load = choose_ops.best(score, balance, k)
     want = plain.best(plain.preference(score, balance), k)
     assert torch.equal(leaf, want)
     assert torch.equal(load, plain.histogram(want, count))
@@ -43,7 +43,7 @@ def test_the_best_leaves_of_trees(rows, trees, depth, k, balanced):
     score, balance = normal(rows, trees, nodes), 0.1 * normal(trees, 2 * nodes + 1, seed=1) if balanced else None
     if depth:
         score[0, 0, 0], score[1] = float("nan"), 0.0
-    leaf, total, load = choose.beam(score, balance, k)
+    leaf, total, load = choose_ops.beam(score, balance, k)
     want = plain.beam(score, k, balance)
     first = torch.arange(trees, device=DEVICE)[:, None] * (2 * nodes + 1)
     assert torch.equal(leaf, want.leaf)
@@ -54,7 +54,7 @@ def test_the_best_leaves_of_trees(rows, trees, depth, k, balanced):
 def test_path_sums_have_the_gradient_of_the_plain_form():
     score = normal(11, 2, 15).requires_grad_()
     other, weight = score.detach().double().requires_grad_(), normal(11, 2, 3, seed=2)
-    (choose.beam(score, None, 3)[1] * weight).sum().backward()
+    (choose_ops.beam(score, None, 3)[1] * weight).sum().backward()
     (plain.beam(other, 3, None).score * weight).sum().backward()
     torch.testing.assert_close(score.grad.double(), other.grad, rtol=0, atol=1e-5)
 

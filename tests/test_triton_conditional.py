@@ -18,7 +18,7 @@ pytestmark = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import conditional, conditional_kernels, plan
+    from fastff.ops.triton_kernels import conditional_kernels, conditional_products, plan
 
 # rows, slots, leaves, width, in_features, out_features, activation, bias
 SHAPES = [
@@ -77,8 +77,8 @@ def computed(inputs, activation, dtype):
     }
     grad_y = on.pop("grad_y")
     routed, leaves = arguments(on)
-    y, scores = conditional.forward(*routed, leaves, activation=activation)
-    grads = conditional.backward(grad_y, *routed, leaves, scores, activation=activation)
+    y, scores = conditional_products.forward(*routed, leaves, activation=activation)
+    grads = conditional_products.backward(grad_y, *routed, leaves, scores, activation=activation)
     return [y, *(None if inputs[name] is None else grad for name, grad in zip(NAMES, grads, strict=True))]
 
 
@@ -146,7 +146,7 @@ def test_parts_of_a_weight_gradient_are_summed():
                for name, t in inputs.items()}  # fmt: skip
     grad_y = tensors.pop("grad_y")
     tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=32)
-    chosen = conditional.Plan(tiles, tiles, tiles, splits=3)
+    chosen = conditional_products.Plan(tiles, tiles, tiles, splits=3)
     routed, leaves = arguments(tensors)
     y, scores = conditional_kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
     grads = conditional_kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
@@ -156,5 +156,5 @@ def test_parts_of_a_weight_gradient_are_summed():
 
 def test_too_many_leaves_are_refused():
     x, w_out = torch.zeros(1, 16, device=DEVICE), torch.zeros(5000, 1, 16, device=DEVICE)
-    reason = conditional.why_not(x, torch.zeros(5000, 2, 16, device=DEVICE), w_out, "swiglu")
+    reason = conditional_products.why_not(x, torch.zeros(5000, 2, 16, device=DEVICE), w_out, "swiglu")
     assert reason == "backend 'triton' sorts rows by at most 4096 leaves, these are 5000"

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModel
 
 import fastff.models  # noqa: F401
-from fastff.convert.choose import Shape
+from fastff.convert.choose_layers import Shape
 from fastff.convert.conversion_report import layer_name
 from fastff.convert.distill_context import active_share, baseline
 from fastff.convert.initialise import initialise

@@ -18,7 +18,7 @@ import torch
 from carry import MAX_LENGTH, restore
 from latency import cpu
 
-from fastff.convert.choose import Shape
+from fastff.convert.choose_layers import Shape
 from fastff.convert.conversion_settings import BATCH, DEFAULT_ACTIVE, ConversionSettings
 from fastff.convert.dense_model import load_dense
 from fastff.convert.distill_context import DistillContext, baseline

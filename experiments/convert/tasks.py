@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastff.convert.capture import capture
-from fastff.convert.choose import Shape
+from fastff.convert.choose_layers import Shape
 from fastff.convert.conversion import split_examples
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.dense_model import load_dense

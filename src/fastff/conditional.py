@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastff.config import ACTIVATIONS, Activation, TreeConfig, check_addressable
 from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import backends, conditional
-from fastff.ops.conditional import check_shapes, conditional_matmul
+from fastff.ops import backends, conditional_interface
+from fastff.ops.conditional_interface import check_shapes, conditional_matmul
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.native_conditional import PackedLeaves
 from fastff.ops.weights import Leaves
@@ -245,7 +245,7 @@ class ConditionalFeedforward(nn.Module):
             leaf = leaf.to(torch.int64)
             weights = Leaves(self.w_in, self.b_in, self.w_out, self.b_out)
             check_shapes(rows, leaf, gate, weights, self.config.activation)
-            conditional.check_leaves(leaf, self.config.leaves)
+            conditional_interface.check_leaves(leaf, self.config.leaves)
             y = self._packed.of(weights, leaf.numel(), partial(self._pack, weights))(rows, leaf, gate.float())
             return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 

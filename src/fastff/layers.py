@@ -28,7 +28,7 @@ from fastff.ops.interface import check_dtypes, check_shapes
 from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
 from fastff.ops.weights import Weights
-from fastff.published import read_published
+from fastff.published_layer import read_published
 from fastff.routers.usage import Usage, path_of
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.

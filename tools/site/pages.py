@@ -51,7 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         inclusion = InclusionLevel.INCLUDED if name in NAMED else InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, place, abs_src_path=str(ROOT / name), inclusion=inclusion))
     sys.path.insert(0, str(ROOT / "src"))
-    from fastff.cli.reference import command_reference
+    from fastff.cli.reference_page import command_reference
 
     files.append(File.generated(config, "cli.md", content=command_reference()))
     return files

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastff
 from fastff.bench import onnx_models
-from fastff.bench.layers import DenseLayer, activate, dense, train_step
+from fastff.bench.timed_layers import DenseLayer, activate, dense, train_step
 from fastff.bench.workloads import DenseConfig, Subject, weights_of
 from fastff.layers import Quantization
 from fastff.ops import reference

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastff.bench.gpu_cases import Cell
 from fastff.bench.gpu_device import Device
 from fastff.bench.gpu_providers import Layer, call_of, layers_of, routed, rows_of
-from fastff.bench.layers import DenseLayer, expected
+from fastff.bench.timed_layers import DenseLayer, expected
 from fastff.bench.workers import WRONG, Refused
 from fastff.bench.workloads import features_of
 

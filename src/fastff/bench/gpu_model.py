@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.bench.gpu_device import Device, Run
-from fastff.bench.layers import make_layer
+from fastff.bench.timed_layers import make_layer
 from fastff.bench.workloads import Subject, features_of
 
 

@@ -12,7 +12,7 @@ import fastff
 from fastff import ops
 from fastff.bench.gpu_cases import Cell
 from fastff.bench.gpu_device import Device, Run
-from fastff.bench.layers import DenseLayer, dense, make_layer
+from fastff.bench.timed_layers import DenseLayer, dense, make_layer
 from fastff.ops import reference
 from fastff.ops.reference import Routed
 from fastff.ops.weights import Weights

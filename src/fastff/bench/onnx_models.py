@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastff.bench.layers import DenseLayer
+from fastff.bench.timed_layers import DenseLayer
 
 MOST_BYTES = 2**31  # of one ONNX model without external data
 CALIBRATION_ROWS = 256

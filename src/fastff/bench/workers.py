@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastff.bench import limits
 from fastff.bench.cpu_providers import ERROR_LIMITS, PROVIDERS, Call
-from fastff.bench.layers import expected, make_layer
+from fastff.bench.timed_layers import expected, make_layer
 from fastff.bench.workloads import Cell, Subject, features_of
 from fastff.train.interrupt import end_with_parent
 

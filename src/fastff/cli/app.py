@@ -15,20 +15,16 @@ from fastff.cli.console import console
 from fastff.cli.renamed import current_names
 from fastff.errors import FastffError
 
-# Name, function and summary; the summary stands here so that `fastff --help` need not import the functions.
+# Name, module and function, summary; the summary stands here so that `fastff --help` need not import the functions.
 COMMANDS = (
-    ("bench", "fastff.cli.bench:bench", "Time conditional layers beside the fastest dense layers of this machine."),
-    ("convert", "fastff.cli.convert:convert", "Make a trained dense model conditional, and report what that changes."),
-    ("demo", "fastff.cli.demo:demo", "Train a small model with trees beside its dense twin; write a report."),
-    ("export", "fastff.cli.export:export", "Write a model for inference without PyTorch."),
-    ("generate", "fastff.cli.generate:generate", "Stream text from an exported model, with its tokens a second."),
-    ("glue", "fastff.cli.train:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
-    ("pretrain", "fastff.cli.train:pretrain", "Pretrain a language model on your text."),
-    (
-        "variants",
-        "fastff.cli.train:variants",
-        "List the feedforward layers of a preset and what a token costs in each.",
-    ),
+    ("bench", "bench_command:bench", "Time conditional layers beside the fastest dense layers of this machine."),
+    ("convert", "convert_command:convert", "Make a trained dense model conditional, and report what that changes."),
+    ("demo", "demo_command:demo", "Train a small model with trees beside its dense twin; write a report."),
+    ("export", "export_command:export", "Write a model for inference without PyTorch."),
+    ("generate", "generate_command:generate", "Stream text from an exported model, with its tokens a second."),
+    ("glue", "train_commands:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
+    ("pretrain", "train_commands:pretrain", "Pretrain a language model on your text."),
+    ("variants", "train_commands:variants", "List the feedforward layers of a preset and what a token costs in each."),
 )
 
 STUDIES = (
@@ -57,10 +53,10 @@ app = App(
     default_parameter=Parameter(negative=(), consume_multiple=False),
 )
 for _name, _function, _summary in COMMANDS:
-    app.command(_function, name=_name, help=_summary)
+    app.command(f"fastff.cli.{_function}", name=_name, help=_summary)
 studies = App(name="experiment", help="Studies of several variants of a model.")
 for _name, _summary in STUDIES:
-    studies.command(f"fastff.cli.experiment:{_name.replace('-', '_')}", name=_name, help=_summary)
+    studies.command(f"fastff.cli.experiment_commands:{_name.replace('-', '_')}", name=_name, help=_summary)
 app.command(studies)
 
 

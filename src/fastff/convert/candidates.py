@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastff.convert.capture import Captured, Progress
-from fastff.convert.choose import (
+from fastff.convert.choose_layers import (
     LatencyProfile,
     Option,
     Shape,
@@ -27,7 +27,7 @@ from fastff.convert.latency import latency_profile, layer_us, place_name, place_
 from fastff.convert.student import dense_layers, describe_tree, flops, stored_neurons
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.text.examples import Examples
 
 STEPS = 20  # of a candidate alone

@@ -14,7 +14,7 @@ import torch
 from fastff.convert import conversion_report, earlier, resources
 from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
 from fastff.convert.capture import Progress, capture
-from fastff.convert.choose import choose, largest, shares_of
+from fastff.convert.choose_layers import choose, largest, shares_of
 from fastff.convert.conversion_record import ITS_TEXT, Plan, Point, record_of
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.dense_model import load_dense
@@ -34,7 +34,7 @@ from fastff.convert.time_budget import (
 from fastff.errors import CheckpointError, FileError
 from fastff.io import claim, read_json, reading, restored, write_json
 from fastff.models.carried_files import carry
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.text.examples import Examples, tokenise
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastff.convert.choose import LatencyProfile, Option
+from fastff.convert.choose_layers import LatencyProfile, Option
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distill_context import DistillContext, active_share, baseline
 from fastff.convert.latency import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastff.convert.distil import Recipe
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 
 DEFAULT_ACTIVE = 0.1
 BASELINES = ("narrow", "pruned", "none")

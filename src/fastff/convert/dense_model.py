@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
-from fastff.models.tasks import AUTO, Kind, kind_of
+from fastff.models.kinds import AUTO, Kind, kind_of
 
 
 def load_dense(model: str) -> tuple[Any, Any, Kind]:

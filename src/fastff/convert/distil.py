@@ -22,7 +22,7 @@ from fastff.convert.capture import Captured, Progress
 from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
 

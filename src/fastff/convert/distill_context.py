@@ -19,7 +19,7 @@ from fastff.io import read_torch, write_torch
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.text.examples import Examples
 
 Descriptions = Sequence[Mapping[str, Any] | None]

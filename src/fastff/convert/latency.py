@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastff.convert.capture import Captured
-from fastff.convert.choose import LatencyProfile
+from fastff.convert.choose_layers import LatencyProfile
 from fastff.convert.distil import normaliser, unexplained
 from fastff.convert.initialise import contribution, hidden_of
 from fastff.convert.student import dense_layers

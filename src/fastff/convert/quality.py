@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from fastff.convert.distil import mean_pool
 from fastff.errors import CheckpointError
 from fastff.io import reading
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.text.examples import Examples, tokenise
 
 BATCH = 64

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastff.convert.capture import Progress
-from fastff.convert.choose import LatencyProfile
+from fastff.convert.choose_layers import LatencyProfile
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import distil, use_masked_training
 from fastff.convert.distill_context import Descriptions, DistillContext

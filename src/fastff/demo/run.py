@@ -19,11 +19,11 @@ from fastff import bench
 from fastff.bench.cpu_report import best_of
 from fastff.bench.workloads import BERT, BERT_BASE, label
 from fastff.demo import settings as sizes
-from fastff.demo import train
+from fastff.demo import training
 from fastff.demo.authors import bag_of_words, score
 from fastff.demo.data import Corpus, manifest
+from fastff.demo.demo_report import write_report
 from fastff.demo.explain import fill
-from fastff.demo.report import write_report
 from fastff.demo.settings import Settings, Variant
 from fastff.demo.store import DemoError, Store
 from fastff.demo.summary import missing_parts, summarise
@@ -223,36 +223,36 @@ class Demo:
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds[1:])
 
-    def trial(self, variant: Variant, task: str) -> tuple[Any, Callable[[int], train.Batch]]:
+    def trial(self, variant: Variant, task: str) -> tuple[Any, Callable[[int], training.Batch]]:
         seed, vocab_size = self.settings.seed, self.corpus.vocab_size
-        model = train.masked_word_model(variant, vocab_size, seed, None)
+        model = training.masked_word_model(variant, vocab_size, seed, None)
         if task == "start":
-            return model, train.start_batches(self.corpus, 5, seed)
+            return model, training.start_batches(self.corpus, 5, seed)
         if task == "pretrain":
             return model, self.pretrain_batches
         labels = len(self.corpus.authors)
-        author = train.author_model(variant, vocab_size, labels, seed, model.state_dict())
-        return author, train.author_batches(self.corpus.learn_sentences, 5, seed)
+        author = training.author_model(variant, vocab_size, labels, seed, model.state_dict())
+        return author, training.author_batches(self.corpus.learn_sentences, 5, seed)
 
     @cached_property
-    def pretrain_batches(self) -> Callable[[int], train.Batch]:
-        return train.pretrain_batches(self.corpus, self.settings.seed)
+    def pretrain_batches(self) -> Callable[[int], training.Batch]:
+        return training.pretrain_batches(self.corpus, self.settings.seed)
 
     def train_start(self) -> dict[str, Any]:
         steps, seed = self.store.results["plan"]["start"], self.settings.seed
-        model = train.masked_word_model(sizes.START, self.corpus.vocab_size, seed, None)
-        batch = train.start_batches(self.corpus, steps, seed)
-        return self.train(train.Job("start", steps, sizes.START_RATE, batch, seed), model, "shared start")
+        model = training.masked_word_model(sizes.START, self.corpus.vocab_size, seed, None)
+        batch = training.start_batches(self.corpus, steps, seed)
+        return self.train(training.Job("start", steps, sizes.START_RATE, batch, seed), model, "shared start")
 
     def pretrain(self, variant: Variant) -> dict[str, Any]:
         steps, seed = self.store.results["plan"]["pretrain"], self.settings.seed
-        model = train.masked_word_model(variant, self.corpus.vocab_size, seed, self.weights("start"))
-        job = train.Job(f"pretrain-{variant.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
+        model = training.masked_word_model(variant, self.corpus.vocab_size, seed, self.weights("start"))
+        job = training.Job(f"pretrain-{variant.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
         trained = self.train(job, model, f"pretrain {variant.title}")
         inputs, labels = self.valid
         begin = time.perf_counter()
         losses: list[float] = []
-        routing = collect(model, lambda: losses.extend(train.masked_word_losses(model, inputs, labels, self.stop)))
+        routing = collect(model, lambda: losses.extend(training.masked_word_losses(model, inputs, labels, self.stop)))
         return {
             **trained,
             **cost(variant, model),
@@ -266,11 +266,11 @@ class Demo:
     def finetune(self, variant: Variant) -> dict[str, Any]:
         steps, seed, corpus = self.store.results["plan_finetune"]["finetune"], self.settings.seed, self.corpus
         weights = self.weights(f"pretrain-{variant.name}")
-        model = train.author_model(variant, corpus.vocab_size, len(corpus.authors), seed, weights)
-        batch = train.author_batches(corpus.learn_sentences, steps, seed)
-        job = train.Job(f"finetune-{variant.name}", steps, sizes.FINETUNE_RATE, batch, seed)
+        model = training.author_model(variant, corpus.vocab_size, len(corpus.authors), seed, weights)
+        batch = training.author_batches(corpus.learn_sentences, steps, seed)
+        job = training.Job(f"finetune-{variant.name}", steps, sizes.FINETUNE_RATE, batch, seed)
         trained = self.train(job, model, f"fine-tune {variant.title}")
-        found = train.author_predictions(model, corpus.unseen_sentences, self.stop)
+        found = training.author_predictions(model, corpus.unseen_sentences, self.stop)
         return {**trained, **score(found, corpus.unseen_sentences.labels.tolist(), len(corpus.authors))}
 
     def baselines(self) -> dict[str, Any]:
@@ -296,9 +296,9 @@ class Demo:
         weights: dict[str, torch.Tensor] = state["model"]
         return weights
 
-    def train(self, job: train.Job, model: Any, title: str) -> dict[str, Any]:
+    def train(self, job: training.Job, model: Any, title: str) -> dict[str, Any]:
         with self.progress(title, job.steps) as report:
-            return train.train(job, model, self.store, self.stop, report)
+            return training.train(job, model, self.store, self.stop, report)
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Callable[[int, float], None]]:

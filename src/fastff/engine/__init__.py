@@ -19,7 +19,7 @@ def load(folder: str | Path, *, map: bool = False) -> Engine | EncoderEngine:
     map: share the file's pages with other processes instead of a copy on huge pages. Raises CheckpointError or
     FastffError for a directory that is none.
     """
-    from fastff.engine.native import read_facts
+    from fastff.engine.native_export import read_facts
 
     if read_facts(Path(folder))["kind"] == "encoder":
         from fastff.engine.encode import EncoderEngine

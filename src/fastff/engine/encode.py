@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastff.engine.heads import Pooling, pool, read_head
-from fastff.engine.native import MODEL_FILE, read_facts
+from fastff.engine.encoder_heads import Pooling, pool, read_head
+from fastff.engine.native_export import MODEL_FILE, read_facts
 from fastff.errors import CheckpointError, ShapeError
 from fastff.ops.native_encoder import NativeEncoder
 

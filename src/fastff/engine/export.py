@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 import fastff.models  # noqa: F401  the Auto classes know our models then
 from fastff.errors import CheckpointError
 from fastff.models.carried_files import carry
-from fastff.models.tasks import AUTO, Kind, kind_of
+from fastff.models.kinds import AUTO, Kind, kind_of
 
 Target = Literal["native", "openvino"]
 
@@ -49,17 +49,17 @@ def export(
 
 
 def _to_native(model: str, out: Path, weights: str) -> Path:
-    from fastff.engine import native
+    from fastff.engine import native_export
 
-    native.check_weights(weights)
+    native_export.check_weights(weights)
     if model.endswith(".gguf"):
-        native.export_gguf(Path(model), out)
+        native_export.export_gguf(Path(model), out)
         return out
     loaded, tokenizer, kind = load_model(model)
     if kind == "causal":
-        native.export_model(loaded, tokenizer, out)
+        native_export.export_model(loaded, tokenizer, out)
     else:
-        native.export_encoder(loaded, tokenizer, model, kind, out)
+        native_export.export_encoder(loaded, tokenizer, model, kind, out)
     return out
 
 

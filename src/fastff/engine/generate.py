@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastff.engine.native import MODEL_FILE, read_facts
+from fastff.engine.native_export import MODEL_FILE, read_facts
 from fastff.errors import CheckpointError, FastffError
 from fastff.ops.native_model import NativeModel, NativeSession, Sampling
 

@@ -1,7 +1,7 @@
 """The conditional feedforward as a function, and the backends that can run it."""
 
 from fastff.ops.backends import available_backends, use_backend
-from fastff.ops.conditional import conditional_matmul
+from fastff.ops.conditional_interface import conditional_matmul
 from fastff.ops.explanation import Explanation
 from fastff.ops.interface import explain, forward
 from fastff.ops.reference import Routed

@@ -1,7 +1,7 @@
 """The C++ kernels of conditional matrix multiplication, called through ctypes: fp32 and fp64 on the CPU.
 
-A kernel module of `fastff.ops.conditional`. For inference `PackedLeaves` holds a copy of the weights laid out for it,
-in fp32, bf16 or int8.
+A kernel module of `fastff.ops.conditional_interface`. For inference `PackedLeaves` holds a copy of the weights laid out
+for it, in fp32, bf16 or int8.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.errors import ShapeError
-from fastff.ops import choose, native_router
+from fastff.ops import choose_ops, native_router
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
-from fastff.routers.config import RouterConfig, RouterGate
+from fastff.routers.router_config import RouterConfig, RouterGate
 from fastff.routers.usage import Usage
 
 BALANCE_STEP = 1e-3
@@ -270,8 +270,8 @@ class TreeRouter(Router):
             leaf, gate = self._descend(score)
             leaf = leaf + first * 2**config.depth
             return leaf.flatten(1), gate.flatten(1), _counted(leaf, (config.trees, 2**config.depth))
-        if choose.available(score, 2**config.depth):
-            leaf, total, counts = choose.beam(score, balance, config.chosen)
+        if choose_ops.available(score, 2**config.depth):
+            leaf, total, counts = choose_ops.beam(score, balance, config.chosen)
             return (leaf + first * 2**config.depth).flatten(1), self._gate(total).flatten(1), lambda: counts
         found = beam(score, config.chosen, balance)
         leaf, per_tree = found.leaf + first * 2**config.depth, 2 * 2**config.depth - 1
@@ -323,8 +323,8 @@ class FlatRouter(Router):
 
     def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         """The k best of leaf scores (rows, leaves)."""
-        if choose.available(score, self.leaves):
-            leaf, counts = choose.best(score, balance, self.config.chosen)
+        if choose_ops.available(score, self.leaves):
+            leaf, counts = choose_ops.best(score, balance, self.config.chosen)
             return leaf, self._gate(score.gather(1, leaf)), lambda: counts
         leaf = best(preference(score, balance), self.config.chosen)
         return leaf, self._gate(score.gather(1, leaf)), _counted(leaf, (self.leaves,))

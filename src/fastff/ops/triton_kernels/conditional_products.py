@@ -4,7 +4,7 @@ Rows are sorted by the leaf that stands in each place of their list of leaves (a
 neurons' values, over all slots at once; the values then spread over y slot after slot, each adding to the last, so
 that sums have one order and need no atomics: x is read, and y read and written, once for every slot. Blocks of rows
 that stay in the second-level cache were tried and are slower: more launches, each too small. The interface is that of
-every kernel module of ops.conditional.
+every kernel module of ops.conditional_interface.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastff.errors import CheckpointError
 from fastff.io import read_json, read_tensors, write_tensors
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 from fastff.ops.reference import activate
 
 Pooling = Literal["first", "mean"]

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastff.engine import conditional_layers, decoders, encoders
+from fastff.engine.encoder_heads import sentence_pooling, write_head
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
-from fastff.engine.heads import sentence_pooling, write_head
 from fastff.engine.native_file import write_model
 from fastff.errors import CheckpointError
 from fastff.io import replacing_folder, write_json
 from fastff.models.carried_files import carry
 from fastff.models.families import FAMILIES
-from fastff.models.tasks import Kind
+from fastff.models.kinds import Kind
 
 MODEL_FILE, FACTS_FILE, FORMAT = "model.fastff", "engine.json", 1
 

@@ -49,9 +49,9 @@ torch.library.define("fastff::choose_beam_backward", "(Tensor grad, Tensor leaf,
 
 
 def _best_impl(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    from fastff.ops.triton_kernels import choose
+    from fastff.ops.triton_kernels import choose_kernels
 
-    return choose.best(score, balance, k)
+    return choose_kernels.best(score, balance, k)
 
 
 def _best_fake(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -59,9 +59,9 @@ def _best_fake(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, T
 
 
 def _beam_impl(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    from fastff.ops.triton_kernels import choose
+    from fastff.ops.triton_kernels import choose_kernels
 
-    return choose.beam(score, balance, k)
+    return choose_kernels.beam(score, balance, k)
 
 
 def _beam_fake(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,9 +71,9 @@ def _beam_fake(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, T
 
 
 def _beam_backward_impl(grad: Tensor, leaf: Tensor, nodes: int) -> Tensor:
-    from fastff.ops.triton_kernels import choose
+    from fastff.ops.triton_kernels import choose_kernels
 
-    return choose.beam_backward(grad, leaf, nodes)
+    return choose_kernels.beam_backward(grad, leaf, nodes)
 
 
 def _beam_backward_fake(grad: Tensor, leaf: Tensor, nodes: int) -> Tensor:

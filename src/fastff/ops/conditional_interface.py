@@ -31,7 +31,10 @@ from fastff.ops.weights import Leaves
 
 BACKENDS = ("reference", "eager", "native", "triton")
 _PLAIN = {"reference": conditional_reference, "eager": conditional_eager}
-_KERNEL_MODULES = {"native": "fastff.ops.native_conditional", "triton": "fastff.ops.triton_kernels.conditional"}
+_KERNEL_MODULES = {
+    "native": "fastff.ops.native_conditional",
+    "triton": "fastff.ops.triton_kernels.conditional_products",
+}
 _modules: dict[str, ModuleType] = {}
 _unavailable: dict[str, str | None] = {}
 
