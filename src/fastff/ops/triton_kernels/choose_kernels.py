@@ -101,16 +101,10 @@ def _count(taken, load_ptr, there, COUNT: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def _best_kernel(
-    score_ptr,
-    balance_ptr,
-    leaf_ptr,
-    load_ptr,
+    score_ptr, balance_ptr, leaf_ptr, load_ptr,
     rows,
-    COUNT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-):
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     there = row < rows
     c = tl.arange(0, WIDTH)
@@ -133,17 +127,10 @@ def _children(left, right, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _beam_kernel(
-    score_ptr,
-    balance_ptr,
-    leaf_ptr,
-    total_ptr,
-    load_ptr,
+    score_ptr, balance_ptr, leaf_ptr, total_ptr, load_ptr,
     rows,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-):
+    TREES: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """Every level whole, (BM, 2**level), with a mark on the nodes that the beam keeps."""
     tree = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -173,15 +160,10 @@ def _beam_kernel(
 
 @triton.jit
 def _beam_backward_kernel(
-    grad_ptr,
-    leaf_ptr,
-    grad_score_ptr,
+    grad_ptr, leaf_ptr, grad_score_ptr,
     rows,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-):
+    TREES: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """From the leaves up: what hangs below a node adds up, and the node's own score pulls right against left."""
     tree = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)

@@ -70,15 +70,10 @@ def level_of(n, LEVELS: tl.constexpr):
 
 @triton.jit
 def subtree_column(
-    c,
-    prefix,
-    DEPTH: tl.constexpr,
-    SUB: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-):
+    c, prefix,
+    DEPTH: tl.constexpr, SUB: tl.constexpr, HAS_NODES: tl.constexpr, LEAF_FIRST: tl.constexpr,
+    LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr,
+):  # fmt: skip
     """What column c of the subtree below `prefix` is: (row of the tree, path entry, shift, place, exists).
 
     A row of the batch has the column on its path when `(leaf inside the subtree) >> shift == place`."""

@@ -169,16 +169,11 @@ def _add_parts(grad: Tensor, parts: Tensor) -> None:
 
 @triton.jit
 def _rows_and_neurons(
-    tile,
-    slot,
-    order_ptr,
-    table_ptr,
+    tile, slot,
+    order_ptr, table_ptr,
     rows,
-    GROUPS: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BM: tl.constexpr,
-):
+    GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """What a program works on: leaf, rows and which are there, neurons of this chunk, and which pairs of both are."""
     leaf, row, there = sorted_rows(tile, slot, order_ptr, table_ptr, rows, GROUPS, BM)
     neuron = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -188,25 +183,11 @@ def _rows_and_neurons(
 
 @triton.jit
 def _score_kernel(
-    x_ptr,
-    w_in_ptr,
-    b_in_ptr,
-    gate_ptr,
-    scores_ptr,
-    coefficient_ptr,
-    order_ptr,
-    table_ptr,
+    x_ptr, w_in_ptr, b_in_ptr, gate_ptr, scores_ptr, coefficient_ptr, order_ptr, table_ptr,
     rows,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    D: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Scores and coefficients (gate times activation) of one tile of rows that have one leaf in this slot."""
     tile, slot = tl.program_id(0), tl.program_id(1)
     if beyond(tile, slot, table_ptr, GROUPS):
@@ -244,27 +225,12 @@ def _score_kernel(
 
 @triton.jit
 def _pull_kernel(
-    grad_y_ptr,
-    w_out_ptr,
-    b_out_ptr,
-    gate_ptr,
-    scores_ptr,
-    d_scores_ptr,
-    coefficient_ptr,
-    parts_ptr,
-    order_ptr,
+    grad_y_ptr, w_out_ptr, b_out_ptr, gate_ptr, scores_ptr, d_scores_ptr, coefficient_ptr, parts_ptr, order_ptr,
     table_ptr,
     rows,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    D: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The same tile backwards: d scores, the forward's coefficients, and this chunk of neurons' part of d gate."""
     tile, slot = tl.program_id(0), tl.program_id(1)
     if beyond(tile, slot, table_ptr, GROUPS):
@@ -306,24 +272,11 @@ def _pull_kernel(
 
 @triton.jit(do_not_specialize=["slot", "first"])
 def _scatter_matmul_kernel(
-    entries_ptr,
-    weight_ptr,
-    out_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    slot,
-    first,
-    D: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COUNT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ADD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    entries_ptr, weight_ptr, out_ptr, order_ptr, table_ptr,
+    rows, slot, first,
+    D: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """BN features of one tile: its rows' entries times COLUMNS rows of the leaf's matrix, from `first` on."""
     tile, slot = tl.program_id(1), tl.zeros((), tl.int32) + slot
     if beyond(tile, slot, table_ptr, GROUPS):
@@ -346,24 +299,11 @@ def _scatter_matmul_kernel(
 
 @triton.jit
 def _outer_kernel(
-    entries_ptr,
-    x_ptr,
-    grad_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    leaves,
-    SLOTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    entries_ptr, x_ptr, grad_ptr, order_ptr, table_ptr,
+    rows, leaves,
+    SLOTS: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Columns of one leaf times features, summed over the leaf's rows of every slot, SPLITS programs in turn."""
     leaf, split = tl.program_id(0), tl.program_id(2)
     c = (tl.program_id(1) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)

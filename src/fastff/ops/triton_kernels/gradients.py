@@ -141,24 +141,12 @@ def _fill_with_one(ones: Tensor) -> None:
 
 @triton.jit
 def _values_backward_kernel(
-    scores_ptr,
-    d_coefficient_ptr,
-    d_scores_ptr,
-    coefficient_ptr,
-    gates_ptr,
-    items,
-    tau,
-    DEPTH: tl.constexpr,
-    NODE_OUTPUT: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    SCORES: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    HAS_B_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    TILE: tl.constexpr,
+    scores_ptr, d_coefficient_ptr, d_scores_ptr, coefficient_ptr, gates_ptr,
+    items, tau,
+    DEPTH: tl.constexpr, NODE_OUTPUT: tl.constexpr, LEAF_WIDTH: tl.constexpr, SCORES: tl.constexpr,
+    ENTRIES: tl.constexpr, HAS_B_OUT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
     BJ: tl.constexpr,
-):
+):  # fmt: skip
     """With c_l the product of the gates above level l and q_l what level l adds to the loss by its coefficient without
     the gate: loss = sum_l c_l q_l, so d gate_l = c_l * h_{l+1}, with h_l = q_l + gate_l * h_{l+1} from the leaf up."""
     item = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -219,37 +207,14 @@ def _values_backward_kernel(
 
 @triton.jit
 def _outer_kernel(
-    entries_ptr,
-    x_ptr,
-    leaf_ptr,
-    grad_ptr,
-    partial_ptr,
-    above_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    max_chunks,
-    slots,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ANCESTORS: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    TURNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
+    entries_ptr, x_ptr, leaf_ptr, grad_ptr, partial_ptr, above_ptr, order_ptr, table_ptr,
+    rows, max_chunks, slots,
+    D: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ANCESTORS: tl.constexpr, BN: tl.constexpr,
+    BR: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, HAS_NODES: tl.constexpr,
+    LEAF_FIRST: tl.constexpr, LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr, TREE_ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
-):
+):  # fmt: skip
     """A chunk of one group's rows times BN features. The only chunk of a group writes its subtree's gradient at once;
     several leave partial sums. The ancestors, shared with other groups, always get partial sums.
 
@@ -310,25 +275,12 @@ def _outer_kernel(
 
 @triton.jit
 def _gather_subtrees_kernel(
-    grad_ptr,
-    partial_ptr,
-    table_ptr,
+    grad_ptr, partial_ptr, table_ptr,
     slots,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+    D: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BN: tl.constexpr, HAS_NODES: tl.constexpr, LEAF_FIRST: tl.constexpr,
+    LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr, TREE_ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     """Subtrees of groups without rows become zero, those of groups with several chunks the sum of their parts."""
     group, tree = tl.program_id(0), tl.program_id(2)
     table = table_ptr + tree * 4 * (GROUPS + 1)
@@ -353,16 +305,10 @@ def _gather_subtrees_kernel(
 
 @triton.jit
 def _gather_ancestors_kernel(
-    grad_ptr,
-    above_ptr,
-    table_ptr,
+    grad_ptr, above_ptr, table_ptr,
     max_chunks,
-    D: tl.constexpr,
-    LEVEL: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    BN: tl.constexpr,
-):
+    D: tl.constexpr, LEVEL: tl.constexpr, GROUPS: tl.constexpr, TREE_ROWS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """A node above the groups: the sum over the chunks of all groups below it, which are neighbours."""
     node, tree = tl.program_id(0), tl.program_id(2)
     n = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -108,22 +108,12 @@ def values_shape(config: TreeConfig) -> dict[str, Any]:
 
 @triton.jit
 def _values_kernel(
-    scores_ptr,
-    coefficient_ptr,
-    margins_ptr,
-    items,
-    tau,
-    DEPTH: tl.constexpr,
-    NODE_OUTPUT: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    SCORES: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    HAS_B_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    TILE: tl.constexpr,
+    scores_ptr, coefficient_ptr, margins_ptr,
+    items, tau,
+    DEPTH: tl.constexpr, NODE_OUTPUT: tl.constexpr, LEAF_WIDTH: tl.constexpr, SCORES: tl.constexpr,
+    ENTRIES: tl.constexpr, HAS_B_OUT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,
     BJ: tl.constexpr,
-):
+):  # fmt: skip
     """One item is one row in one tree."""
     item = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     there = item < items

@@ -167,14 +167,11 @@ def beyond(tile, pass_number, table_ptr, GROUPS: tl.constexpr):
 
 @triton.jit
 def sorted_rows(
-    tile,
-    pass_number,
-    order_ptr,
-    table_ptr,
+    tile, pass_number,
+    order_ptr, table_ptr,
     rows,
-    GROUPS: tl.constexpr,
-    BM: tl.constexpr,
-):
+    GROUPS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """(group, row numbers (BM,) int64, which exist) of a tile. Rows that do not exist are row 0: safe to load."""
     place = tl.arange(0, BM)
     if GROUPS == 0:
@@ -215,20 +212,11 @@ def ancestor_column(
 
 @triton.jit
 def group_columns(
-    chunk,
-    group,
-    pass_number,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
+    chunk, group, pass_number,
+    TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_NODES: tl.constexpr, LEAF_FIRST: tl.constexpr, LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr,
     TREE_ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Chunk number `chunk` of COLUMNS columns of each of a group's subtrees, side by side: (number among the joint
     trees, tree, row of all trees' matrix, and entry, shift, place and existence as `subtree_column` gives them)."""
     c = tl.arange(0, COLUMNS * JOINT)
@@ -262,32 +250,13 @@ def path_mask(
 
 @triton.jit
 def _gather_matmul_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    leaf_ptr,
-    out_ptr,
-    order_ptr,
-    table_ptr,
+    x_ptr, w_ptr, b_ptr, leaf_ptr, out_ptr, order_ptr, table_ptr,
     rows,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ANCESTORS: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+    D: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ANCESTORS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_NODES: tl.constexpr, LEAF_FIRST: tl.constexpr, LEAF_ROWS: tl.constexpr,
+    LEAF_ENTRY: tl.constexpr, TREE_ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     tile, pass_number = tl.program_id(0), tl.program_id(1)
     if beyond(tile, pass_number, table_ptr, GROUPS):
         return
@@ -324,25 +293,12 @@ def _gather_matmul_kernel(
 
 @triton.jit
 def _path_entries(
-    entries_ptr,
-    leaf_ptr,
-    row,
-    there,
-    group,
-    pass_number,
-    chunk,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+    entries_ptr, leaf_ptr,
+    row, there, group, pass_number, chunk,
+    TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_NODES: tl.constexpr, LEAF_FIRST: tl.constexpr, LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr,
+    TREE_ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     """A chunk of subtree columns: entries (len(row), columns), zero off each row's path, and the matrix row of each."""
     joint, tree, w_row, entry, shift, place, exists = group_columns(
         chunk, group, pass_number, TREES, DEPTH, LEVEL, JOINT, COLUMNS,
@@ -357,34 +313,14 @@ def _path_entries(
 
 @triton.jit(do_not_specialize=["pass_number"])
 def _scatter_matmul_kernel(
-    entries_ptr,
-    w_ptr,
-    leaf_ptr,
-    y_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    pass_number,
-    D: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ANCESTORS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_NODES: tl.constexpr,
-    LEAF_FIRST: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    LEAF_ENTRY: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
+    entries_ptr, w_ptr, leaf_ptr, y_ptr, order_ptr, table_ptr,
+    rows, pass_number,
+    D: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, ANCESTORS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, HAS_NODES: tl.constexpr,
+    LEAF_FIRST: tl.constexpr, LEAF_ROWS: tl.constexpr, LEAF_ENTRY: tl.constexpr, TREE_ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0)
     pass_number = tl.zeros((), tl.int32) + pass_number
     if beyond(tile, pass_number, table_ptr, GROUPS):

@@ -115,36 +115,13 @@ def weighted_rows(w_ptr, value, w_row, there, n, D_OUT: tl.constexpr):
 
 @triton.jit
 def _descend_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    scores_ptr,
-    w_out_ptr,
-    b_out_ptr,
-    coefficient_ptr,
-    margins_ptr,
-    leaf_ptr,
-    y_ptr,
-    margin_ptr,
+    x_ptr, w_ptr, b_ptr, scores_ptr, w_out_ptr, b_out_ptr, coefficient_ptr, margins_ptr, leaf_ptr, y_ptr, margin_ptr,
     tau,
-    D_IN: tl.constexpr,
-    D_OUT: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    NODE_ENTRIES: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    LEAF_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SCORES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BJ: tl.constexpr,
-    BE: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-    FUSED: tl.constexpr,
-):
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr,
+    LEAF_WIDTH: tl.constexpr, LEAF_ROWS: tl.constexpr, ENTRIES: tl.constexpr, SCORES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
     row, tree = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     item = row * TREES + tree
     nodes: tl.constexpr = (1 << DEPTH) - 1
@@ -230,23 +207,10 @@ def _descend_kernel(
 
 @triton.jit
 def _collect_kernel(
-    w_ptr,
-    b_ptr,
-    coefficient_ptr,
-    margins_ptr,
-    leaf_ptr,
-    y_ptr,
-    margin_ptr,
-    D_OUT: tl.constexpr,
-    TREES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    NODE_ENTRIES: tl.constexpr,
-    LEAF_WIDTH: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    BE: tl.constexpr,
-    BN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    w_ptr, b_ptr, coefficient_ptr, margins_ptr, leaf_ptr, y_ptr, margin_ptr,
+    D_OUT: tl.constexpr, TREES: tl.constexpr, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr,
+    LEAF_WIDTH: tl.constexpr, ENTRIES: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """A block of y's columns for one row: the sum over trees and path entries of coefficient times row of w_out."""
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS

@@ -50,22 +50,11 @@ def route(
 
 @triton.jit
 def _block_scores(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    row,
-    group,
-    pass_number,
-    D_IN: tl.constexpr,
-    TREES: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    LEVEL: tl.constexpr,
-    LEVELS: tl.constexpr,
-    JOINT: tl.constexpr,
-    SPAN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, w_ptr, b_ptr,
+    row, group, pass_number,
+    D_IN: tl.constexpr, TREES: tl.constexpr, TREE_ROWS: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexpr,
+    JOINT: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Scores (len(row), JOINT * SPAN) of a block of levels, trees side by side, each in heap order; places beyond a
     block's 2**LEVELS - 1 hold scores of row 0 that are never looked at."""
     c = tl.arange(0, JOINT * SPAN)
@@ -88,22 +77,10 @@ def _block_scores(
 
 @triton.jit
 def _walk(
-    blocks,
-    first,
-    values,
-    gate,
-    margin,
-    tau,
-    dtype: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    LEVELS: tl.constexpr,
-    STEPS: tl.constexpr,
-    LAST: tl.constexpr,
-    NODE_OUTPUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-):
+    blocks, first, values, gate, margin, tau,
+    dtype: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexpr, STEPS: tl.constexpr,
+    LAST: tl.constexpr, NODE_OUTPUT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
     """Follow a tree's decisions through its block, which begins at column `first`: (place reached, scores
     (rows, STEPS), values, gate, margin). LAST: values takes the coefficients, by path entry.
 
@@ -135,39 +112,14 @@ def _walk(
 
 @triton.jit
 def _route_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    leaf_ptr,
-    scores_ptr,
-    coefficient_ptr,
-    margins_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    tau,
-    D_IN: tl.constexpr,
-    TREES: tl.constexpr,
-    TREE_ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    OUT_ENTRIES: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LEVEL: tl.constexpr,
-    LEVELS: tl.constexpr,
-    JOINT: tl.constexpr,
-    SPAN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LAST: tl.constexpr,
-    NODE_OUTPUT: tl.constexpr,
-    HAS_B_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, w_ptr, b_ptr, leaf_ptr, scores_ptr, coefficient_ptr, margins_ptr, order_ptr, table_ptr,
+    rows, tau,
+    D_IN: tl.constexpr, TREES: tl.constexpr, TREE_ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+    OUT_ENTRIES: tl.constexpr, OUT_WIDTH: tl.constexpr, STEPS: tl.constexpr, DEPTH: tl.constexpr, LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr, JOINT: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, LAST: tl.constexpr,
+    NODE_OUTPUT: tl.constexpr, HAS_B_OUT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Levels LEVEL ... LEVEL + LEVELS - 1 of JOINT trees; the leaf level counts when a leaf is a single row.
 
     LAST: leaves are among them, so all scores are known and their coefficients and margins are written too."""

@@ -92,17 +92,11 @@ def _key(
 
 @triton.jit
 def _count_kernel(
-    leaf_ptr,
-    counts_ptr,
-    rows,
-    tiles,
-    TREES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    leaf_ptr, counts_ptr,
+    rows, tiles,
+    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     tile, pass_number = tl.program_id(0), tl.program_id(1)
     row = tile * TILE + tl.arange(0, TILE)
     mask = row < rows
@@ -136,22 +130,11 @@ def _store_sums(table_ptr, which, count, GROUPS: tl.constexpr):
 
 @triton.jit
 def _place_kernel(
-    leaf_ptr,
-    counts_ptr,
-    totals_ptr,
-    order_ptr,
-    table_ptr,
-    rows,
-    tiles,
-    tile_rows,
-    chunk_rows,
-    TREES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LEVEL: tl.constexpr,
-    JOINT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    leaf_ptr, counts_ptr, totals_ptr, order_ptr, table_ptr,
+    rows, tiles, tile_rows, chunk_rows,
+    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
     TILE: tl.constexpr,
-):
+):  # fmt: skip
     tile, pass_number = tl.program_id(0), tl.program_id(1)
     groups = tl.arange(0, GROUPS)
     total = tl.load(totals_ptr + pass_number * GROUPS + groups)

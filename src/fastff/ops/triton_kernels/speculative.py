@@ -73,17 +73,10 @@ def _decide(seen_ptr, prefix, LEVELS: tl.constexpr, DECISIONS: tl.constexpr):
 
 @triton.jit
 def _speculative_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    seen_ptr,
-    prefixes_ptr,
+    x_ptr, w_ptr, b_ptr, seen_ptr, prefixes_ptr,
     rows,
-    BLOCK: tl.constexpr,
-    D_IN: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BD: tl.constexpr,
-):
+    BLOCK: tl.constexpr, D_IN: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Score of one node of block BLOCK for one row; the first program of a row also leaves the block's prefix."""
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     prefix = tl.zeros((), tl.int64)
@@ -108,26 +101,11 @@ def _product(a, b):
 
 @triton.jit
 def _settle_kernel(
-    seen_ptr,
-    prefixes_ptr,
-    w_ptr,
-    b_ptr,
-    scores_ptr,
-    leaf_ptr,
-    margin_ptr,
-    y_ptr,
-    rows,
-    tau,
-    BLOCKS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    D_OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    NODE_ENTRIES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    BE: tl.constexpr,
-    BN: tl.constexpr,
-):
+    seen_ptr, prefixes_ptr, w_ptr, b_ptr, scores_ptr, leaf_ptr, margin_ptr, y_ptr,
+    rows, tau,
+    BLOCKS: tl.constexpr, LEVELS: tl.constexpr, D_OUT: tl.constexpr, DEPTH: tl.constexpr, NODE_ENTRIES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Columns of y for one row; the row's first program also writes its scores, leaf and margin."""
     row = tl.program_id(0).to(tl.int64)
     last = (BLOCKS - 1) * rows + row
