@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,68 @@ ABI_VERSION = 3
 OK = 0
 SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}  # of a function, by the dtype that it takes
 _LIBRARY_NAMES = ("libfastff.so", "libfastff.dylib")
+# Arguments of the functions of csrc, by the letters of _TYPES; what returns no status says its type behind an arrow.
+# `infer_f32` takes its count as a pointer: ctypes converts a Python int to one twice as fast as to an int64, and both
+# are one 64-bit register.
+_SIGNATURES = """
+    advise_huge_pages(pl)->v
+    backward_visited_{f32,f64}(pppppplpppppppi)
+    backward_{f32,f64}(pppppplpppppppi)
+    checksum(pl)->u
+    conditional_backward_{f32,f64}(ppppppppllpppppppi)
+    conditional_forward_{f32,f64}(ppppppppllppi)
+    conditional_infer_f32(ppppllpi)
+    conditional_pack_f32(pppppip)
+    conditional_packed_bytes(p)->l
+    conditional_packed_free(p)
+    encoder_describe(pp)
+    encoder_free(p)->v
+    encoder_open(sip)
+    encoder_run(pppplpi)
+    error()->s
+    forward_packed_f32(pplpppi)
+    forward_{f32,f64}(pppppplppppi)
+    infer_f32(ppppp)
+    isa()->s
+    layer_bytes(p)->l
+    layer_free(p)->v
+    layer_infer_f32(pppli)
+    layer_pack_f32(pppppppppip)
+    matrix_bytes(p)->l
+    matrix_multiply_f32(ppplpiiipi)
+    matrix_pack_f32(ppp)
+    model_describe(pp)
+    model_free(p)->v
+    model_open(sip)
+    pack_f32(pppppip)
+    packed_bytes(p)->l
+    packed_free(p)
+    packed_watch(ppi)
+    plan_forward(pilip)
+    route_{f32,f64}(ppppplpppi)
+    router_bytes(p)->l
+    router_free(p)->v
+    router_infer_f32(pplppi)
+    router_pack_f32(ppppip)
+    session_feed(pplpi)
+    session_free(p)->v
+    session_length(p)->l
+    session_new(plp)
+    session_rewind(pl)
+    session_sample(ppp)
+    session_seed(pu)
+    set_isa(s)
+    set_parallel_for(p)->v
+    visited(pplpppp)
+"""
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "i": ctypes.c_int32,
+    "l": ctypes.c_int64,
+    "u": ctypes.c_uint64,
+    "v": None,
+}
 
 
 def find_library() -> Path:
@@ -44,79 +107,11 @@ def find_library() -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    for suffix in SUFFIXES.values():
-        forward = getattr(library, f"fastff_forward_{suffix}")
-        forward.argtypes = [pointer] * 6 + [int64] + [pointer] * 4 + [int32]
-        for kind in ("backward", "backward_visited"):
-            backward = getattr(library, f"fastff_{kind}_{suffix}")
-            backward.argtypes = [pointer] * 6 + [int64] + [pointer] * 7 + [int32]
-        conditional = getattr(library, f"fastff_conditional_forward_{suffix}")
-        conditional.argtypes = [pointer] * 8 + [int64, int64, pointer, pointer, int32]
-        conditional = getattr(library, f"fastff_conditional_backward_{suffix}")
-        conditional.argtypes = [pointer] * 8 + [int64, int64] + [pointer] * 7 + [int32]
-        route = getattr(library, f"fastff_route_{suffix}")
-        route.argtypes = [pointer] * 5 + [int64] + [pointer] * 3 + [int32]
-    library.fastff_router_pack_f32.argtypes = [pointer] * 4 + [int32, pointer]
-    library.fastff_router_infer_f32.argtypes = [pointer, pointer, int64, pointer, pointer, int32]
-    library.fastff_router_bytes.argtypes = [pointer]
-    library.fastff_router_bytes.restype = int64
-    library.fastff_router_free.argtypes = [pointer]
-    library.fastff_router_free.restype = None
-    library.fastff_layer_pack_f32.argtypes = [pointer] * 9 + [int32, pointer]
-    library.fastff_layer_infer_f32.argtypes = [pointer, pointer, pointer, int64, int32]
-    library.fastff_layer_bytes.argtypes = [pointer]
-    library.fastff_layer_bytes.restype = int64
-    library.fastff_layer_free.argtypes = [pointer]
-    library.fastff_layer_free.restype = None
-    library.fastff_conditional_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
-    library.fastff_conditional_infer_f32.argtypes = [pointer] * 4 + [int64, int64, pointer, int32]
-    library.fastff_conditional_packed_free.argtypes = [pointer]
-    library.fastff_conditional_packed_bytes.argtypes = [pointer]
-    library.fastff_conditional_packed_bytes.restype = int64
-    library.fastff_matrix_bytes.argtypes = [pointer]
-    library.fastff_matrix_bytes.restype = int64
-    library.fastff_matrix_pack_f32.argtypes = [pointer] * 3
-    library.fastff_matrix_multiply_f32.argtypes = (
-        [pointer] * 3 + [int64] + [pointer] + [int32] * 3 + [pointer] + [int32]
-    )
-    library.fastff_model_open.argtypes = [ctypes.c_char_p, int32, pointer]
-    library.fastff_model_describe.argtypes = [pointer, pointer]
-    library.fastff_model_free.argtypes = [pointer]
-    library.fastff_model_free.restype = None
-    library.fastff_session_new.argtypes = [pointer, int64, pointer]
-    library.fastff_session_length.argtypes = [pointer]
-    library.fastff_session_length.restype = int64
-    library.fastff_session_rewind.argtypes = [pointer, int64]
-    library.fastff_session_feed.argtypes = [pointer, pointer, int64, pointer, int32]
-    library.fastff_session_seed.argtypes = [pointer, ctypes.c_uint64]
-    library.fastff_session_sample.argtypes = [pointer, pointer, pointer]
-    library.fastff_session_free.argtypes = [pointer]
-    library.fastff_session_free.restype = None
-    library.fastff_encoder_open.argtypes = [ctypes.c_char_p, int32, pointer]
-    library.fastff_encoder_describe.argtypes = [pointer, pointer]
-    library.fastff_encoder_run.argtypes = [pointer] * 4 + [int64, pointer, int32]
-    library.fastff_encoder_free.argtypes = [pointer]
-    library.fastff_encoder_free.restype = None
-    library.fastff_visited.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, pointer]
-    library.fastff_pack_f32.argtypes = [pointer] * 5 + [int32, pointer]
-    library.fastff_plan_forward.argtypes = [pointer, int32, int64, int32, pointer]
-    library.fastff_packed_watch.argtypes = [pointer, pointer, int32]
-    library.fastff_checksum.argtypes = [pointer, int64]
-    library.fastff_checksum.restype = ctypes.c_uint64
-    # ctypes converts a Python int to a pointer twice as fast as to an int64; both are one 64-bit register.
-    library.fastff_infer_f32.argtypes = [pointer] * 5
-    library.fastff_forward_packed_f32.argtypes = [pointer, pointer, int64, pointer, pointer, pointer, int32]
-    library.fastff_packed_free.argtypes = [pointer]
-    library.fastff_advise_huge_pages.argtypes = [pointer, int64]
-    library.fastff_advise_huge_pages.restype = None
-    library.fastff_packed_bytes.argtypes = [pointer]
-    library.fastff_packed_bytes.restype = int64
-    library.fastff_set_parallel_for.argtypes = [pointer]
-    library.fastff_set_parallel_for.restype = None
-    library.fastff_set_isa.argtypes = [ctypes.c_char_p]
-    library.fastff_error.restype = ctypes.c_char_p
-    library.fastff_isa.restype = ctypes.c_char_p
+    for name, both, arguments, _, result in re.findall(r"(\w+?)(_\{f32,f64\})?\((\w*)\)(->(\w))?", _SIGNATURES):
+        for suffix in ("_f32", "_f64") if both else ("",):
+            function = getattr(library, f"fastff_{name}{suffix}")
+            function.argtypes = [_TYPES[letter] for letter in arguments]
+            function.restype = _TYPES[result or "i"]
 
 
 def _torch_pool() -> int | None:
