@@ -67,8 +67,12 @@ def in_float64(args):
     return [None if a is None else a.double().requires_grad_() for a in args]
 
 
+def split(args):
+    return args[0], Weights(*args[1:])
+
+
 def by_reference(args, config):
-    return reference.forward(args[0], Weights(*args[1:]), config=config)
+    return reference.forward(*split(args), config=config)
 
 
 def small_tiles():
@@ -80,24 +84,24 @@ def run(form, args, config):
         block = plan.PerTokenPlan(
             ahead=2, fused=False, block_in=16, block_out=32, block_leaf=4, block_entries=4, warps=1
         )
-        return per_token.forward(*args, config=config, plan=block)
+        return per_token.forward(*split(args), config=config, plan=block)
     if form == "fused":
         block = plan.PerTokenPlan(
             ahead=3, fused=True, block_in=32, block_out=16, block_leaf=2, block_entries=4, warps=1
         )
-        return per_token.forward(*args, config=config, plan=block)
+        return per_token.forward(*split(args), config=config, plan=block)
     if form == "speculative":
         return speculative.forward(
-            *args, config=config, plan=plan.SpeculativePlan(levels=3, block_in=16, block_out=32, warps=1)
+            *split(args), config=config, plan=plan.SpeculativePlan(levels=3, block_in=16, block_out=32, warps=1)
         )
     # Planned as for a large batch, so that several stages and joint trees occur at a small one.
     blocked = plan.grouped_plan(config, 65536, 4, tiles=small_tiles())
-    return grouped.forward(*args, config=config, plan=blocked)
+    return grouped.forward(*split(args), config=config, plan=blocked)
 
 
 def backward(grad_y, args, leaf, scores, config, chunk=8):
     chosen = plan.backward_plan(config, 65536, 4, tiles=small_tiles(), outer_tiles=small_tiles())
-    return gradients.backward(grad_y, *args, leaf, scores, config=config, plan=replace(chosen, chunk=chunk))
+    return gradients.backward(grad_y, *split(args), leaf, scores, config=config, plan=replace(chosen, chunk=chunk))
 
 
 def max_error(got, want):
@@ -194,8 +198,8 @@ class TestForward:
         chosen = plan.GroupedPlan(stages, shape.depth, joint, False, True, small_tiles())
         args = make_inputs(shape, 20)
         want = by_reference(in_float64(args), shape)
-        y, leaf, margin, scores = grouped.forward(*args, config=shape, plan=chosen)
-        separate = grouped.forward(*args, config=shape, plan=replace(chosen, one_pass=False))
+        y, leaf, margin, scores = grouped.forward(*split(args), config=shape, plan=chosen)
+        separate = grouped.forward(*split(args), config=shape, plan=replace(chosen, one_pass=False))
         assert torch.equal(leaf, want.leaf)
         assert max_error(y, want.y) <= 3e-6
         assert torch.equal(margin, separate[2])
@@ -209,11 +213,11 @@ class TestForward:
     def test_an_empty_batch(self):
         shape = config(trees=2, bias=True)
         args = make_inputs(shape, 0)
-        y, leaf, margin, scores = triton_kernels.forward(args[0], Weights(*args[1:]), config=shape)
+        y, leaf, margin, scores = triton_kernels.forward(*split(args), config=shape)
         assert y.shape == (0, 36)
         assert leaf.shape == (0, 2)
         assert margin.shape == (0,)
-        grads = triton_kernels.backward(y, args[0], Weights(*args[1:]), leaf, scores, config=shape)
+        grads = triton_kernels.backward(y, *split(args), leaf, scores, config=shape)
         assert [tuple(g.shape) for g in grads] == [(0, 20), (2, 15, 20), (2, 15), (2, 15, 36), (0,)]
         assert all(not g.any() for g in grads)
 
@@ -246,7 +250,7 @@ class TestBackward:
         want = backward(grad_y, args, leaf, scores, shape)
         tiles = replace(small_tiles(), columns=16)
         chosen = plan.BackwardPlan(level=1, joint=1, outer_level=1, chunk=128, tiles=tiles, outer_tiles=tiles)
-        got = gradients.backward(grad_y, *args, leaf, scores, config=shape, plan=chosen)
+        got = gradients.backward(grad_y, *split(args), leaf, scores, config=shape, plan=chosen)
         assert all(max_error(g, w) <= 1e-5 for g, w in zip(got, want, strict=True) if g.numel())
 
     def test_rows_not_visited_get_exactly_zero_and_a_crowded_leaf_gets_the_whole_sum(self):
@@ -342,7 +346,7 @@ class TestReplay:
             _, leaf, _, scores = run("per_token", args, shape)
             given = (args[0][:, :1] + torch.linspace(-1, 1, 36, device=DEVICE), *args, leaf, scores)
             got = triton_kernels.run_backward(chosen, *given, config=shape)
-            want = gradients.backward(*given, config=shape, plan=chosen)
+            want = gradients.backward(given[0], *split(given[1:6]), *given[6:], config=shape, plan=chosen)
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
@@ -414,9 +418,7 @@ class TestTuning:
         monkeypatch.setattr(tuning, "_TRIED_TILES", {"stages": (2,)})
         args = make_inputs(shape, 2)
         times = iter([9.0, 7.0, 8.0, *[10.0] * 99])
-        found = tuning.tune(
-            args[0], Weights(*args[1:]), config=shape, time_us=lambda run: (run(), next(times))[1], training=True
-        )
+        found = tuning.tune(*split(args), config=shape, time_us=lambda run: (run(), next(times))[1], training=True)
         best, least, first = found["forward"]
         assert (least, first) == (7.0, 9.0)
         assert best != plan.forward_plan(shape, 2, 4)

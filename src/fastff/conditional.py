@@ -17,7 +17,15 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fastff.config import ACTIVATIONS, Activation, TreeConfig, check_addressable
+from fastff.config import (
+    ACTIVATIONS,
+    Activation,
+    Quantization,
+    SizedLayer,
+    TreeConfig,
+    check_addressable,
+    check_quantization,
+)
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional_interface
 from fastff.ops.conditional_interface import check_shapes, conditional_matmul
@@ -25,7 +33,6 @@ from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.native_conditional import PackedLeaves
 from fastff.ops.weights import Leaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
-from fastff.routers.modules import Quantization, check_quantization
 
 LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 
@@ -128,7 +135,7 @@ def _parse_tree(name: str) -> dict[str, Any]:
     return {"kind": "fff", **{option: tree[option] for option in said}}
 
 
-class ConditionalFeedforward(nn.Module):
+class ConditionalFeedforward(SizedLayer, nn.Module):
     """Conditional feedforward layer with a router of your choice, a drop-in for `Linear -> activation -> Linear`.
 
     in_features, out_features  widths of a row; out_features defaults to in_features
@@ -141,6 +148,7 @@ class ConditionalFeedforward(nn.Module):
     Raises ShapeError (a ValueError) for a size out of range, or a router whose leaves are not the layer's.
     """
 
+    config: ConditionalConfig
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
 
@@ -280,19 +288,6 @@ class ConditionalFeedforward(nn.Module):
     def reset_usage(self) -> None:
         """Forget the rows counted so far."""
         cast(Router, self.router).reset_usage()
-
-    @property
-    def in_features(self) -> int:
-        return self.config.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.config.out_features
-
-    @property
-    def neurons(self) -> int:
-        """Neurons stored."""
-        return self.config.neurons
 
     @property
     def active_neurons(self) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from fastff.errors import ShapeError
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "identity", "swiglu", "abs"]
 Gate = Literal["boundary", "boundary_min"]
+Quantization = Literal["bf16", "int8"]
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 GATES: tuple[str, ...] = get_args(Gate)
@@ -30,6 +31,42 @@ def check_addressable(values: int) -> None:
     """Raise ShapeError if a weight of so many values is more than any address can name, whatever its dtype."""
     if 8 * values > ADDRESSABLE_BYTES:
         raise ShapeError(f"a weight of {8 * values} bytes is more than can be addressed, {ADDRESSABLE_BYTES}")
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raise ValueError unless this is None or the name of a form of quantized weights."""
+    if quantization not in (None, *get_args(Quantization)):
+        raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
+
+
+class Sizes(Protocol):
+    """What the configuration of every layer tells."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def neurons(self) -> int: ...
+
+
+class SizedLayer:
+    """The sizes of a layer, which its configuration tells."""
+
+    config: Sizes
+
+    @property
+    def in_features(self) -> int:
+        return self.config.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.config.out_features
+
+    @property
+    def neurons(self) -> int:
+        """Neurons stored."""
+        return self.config.neurons
 
 
 @dataclass(frozen=True, kw_only=True)

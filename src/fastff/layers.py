@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_calls
 
 from fastff import ops
-from fastff.config import Activation, Gate, TreeConfig
+from fastff.config import Activation, Gate, Quantization, SizedLayer, TreeConfig, check_quantization
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import reference
 from fastff.ops.backends import forced_backend, why_unavailable_cached
@@ -36,10 +36,9 @@ _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 _any_global_hook = cast(Callable[[], bool], module_calls._has_any_global_hook)
 
 Surrogate = Literal["straight_through", "soft"]
-Quantization = Literal["bf16", "int8"]
 
 
-class FFF(nn.Module):
+class FFF(SizedLayer, nn.Module):
     """Conditional feedforward layer, a drop-in for `Linear -> activation -> Linear`.
 
     in_features, out_features  widths of a row; out_features defaults to in_features
@@ -57,6 +56,7 @@ class FFF(nn.Module):
     (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features).
     """
 
+    config: TreeConfig
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
     _leaf_counts: Tensor
@@ -84,8 +84,8 @@ class FFF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_quantization(quantization)
-        config = TreeConfig(
+        check_quantization(quantization)
+        self.config = config = TreeConfig(
             in_features=in_features,
             out_features=in_features if out_features is None else out_features,
             depth=depth,
@@ -100,7 +100,6 @@ class FFF(nn.Module):
         _check_surrogate(surrogate, region_leak, config)
         if sparse_grad and surrogate is not None:
             raise ValueError(f"sparse_grad needs surrogate None, got {surrogate!r}, whose gradients reach every row")
-        self.config = config
         self.surrogate = surrogate
         self.region_leak = region_leak
         self.backend = backend
@@ -232,7 +231,7 @@ class FFF(nn.Module):
         parameters stay fp32, and so do saved files; a model's configuration holds the name.
         Raises ValueError for another name.
         """
-        _check_quantization(quantization)
+        check_quantization(quantization)
         self.quantization = quantization
         self._find_direct()
         return self
@@ -334,19 +333,6 @@ class FFF(nn.Module):
         return self._leaf_counts
 
     @property
-    def in_features(self) -> int:
-        return self.config.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.config.out_features
-
-    @property
-    def neurons(self) -> int:
-        """Neurons stored, over all trees."""
-        return self.config.neurons
-
-    @property
     def active_neurons(self) -> int:
         """Neurons evaluated for one row, over all trees."""
         return self.config.active_neurons
@@ -401,11 +387,6 @@ _forward = FFF.forward
 def _outside_graphs() -> Callable[[FFF, Tensor], Routed]:
     """`_quantized_forward` for torch.compile to leave alone."""
     return cast(Callable[[FFF, Tensor], Routed], torch.compiler.disable(FFF._quantized_forward))
-
-
-def _check_quantization(quantization: str | None) -> None:
-    if quantization not in (None, "bf16", "int8"):
-        raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
 
 
 def _parameter(shape: tuple[int, ...] | None, make: dict[str, Any]) -> nn.Parameter | None:

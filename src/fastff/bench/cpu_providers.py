@@ -24,7 +24,7 @@ import fastff
 from fastff.bench import onnx_models
 from fastff.bench.timed_layers import DenseLayer, activate, dense, train_step
 from fastff.bench.workloads import DenseConfig, Subject, weights_of
-from fastff.layers import Quantization
+from fastff.config import Quantization
 from fastff.ops import reference
 from fastff.ops.library import library
 from fastff.ops.packed import PackedLayer

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from fastff.conditional import ConditionalFeedforward, parse_layer
+from fastff.config import Quantization
 from fastff.errors import ShapeError
-from fastff.layers import FFF, Quantization
+from fastff.layers import FFF
 from fastff.ops.reference import activate
 from fastff.routers import FlatRouter, ProductKeyRouter, Router, TreeRouter
 from fastff.routers.modules import BALANCE_STEP

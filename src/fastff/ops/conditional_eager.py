@@ -28,14 +28,7 @@ class _Tiles(NamedTuple):
     slot: Tensor
 
 
-def forward(
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    *,
-    activation: str,
-) -> Tensor:
+def forward(x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, *, activation: str) -> Tensor:
     """y (rows, out_features)."""
     w_in, b_in, w_out, b_out = leaves
     rows, k = leaf.shape

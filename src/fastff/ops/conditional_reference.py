@@ -14,14 +14,7 @@ from fastff.ops.reference import activate
 from fastff.ops.weights import Leaves
 
 
-def forward(
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    *,
-    activation: str,
-) -> Tensor:
+def forward(x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, *, activation: str) -> Tensor:
     """y (rows, out_features), by gathering the weights of every leaf that a row chose."""
     w_in, b_in, w_out, b_out = leaves
     scores = torch.einsum("ri,rkni->rkn", x, w_in[leaf])

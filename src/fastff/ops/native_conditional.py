@@ -59,14 +59,7 @@ def why_not(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | No
     return None
 
 
-def forward(
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    *,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, *, activation: str) -> tuple[Tensor, Tensor]:
     """y (rows, out_features) and scores (rows, k, in_rows) of x (rows, in_features), leaf and gate (rows, k)."""
     w_in, _, w_out, _ = leaves
     rows, k = leaf.shape
@@ -86,14 +79,7 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    scores: Tensor,
-    *,
-    activation: str,
+    grad_y: Tensor, x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, scores: Tensor, *, activation: str
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gate, w_in, b_in, w_out and b_out; an empty tensor for an absent bias."""
     w_in, _, w_out, b_out = leaves

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastff.config import Quantization, check_quantization
 from fastff.errors import ShapeError
 from fastff.ops import choose_ops, native_router
 from fastff.ops.followed import RECHECK, FollowedPack
@@ -27,7 +28,6 @@ from fastff.routers.usage import Usage
 
 BALANCE_STEP = 1e-3
 Auto = Literal["auto"]
-Quantization = Literal["bf16", "int8"]
 Load = Callable[[], Tensor]
 
 
@@ -356,12 +356,6 @@ class ProductKeyRouter(FlatRouter):
         halves = zip(rows.chunk(2, -1), self.weight, biases, strict=True)
         first, second = (self._linear(half, keys, bias) for half, keys, bias in halves)
         return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
-
-
-def check_quantization(quantization: str | None) -> None:
-    """Raise ValueError for a name that is none."""
-    if quantization not in (None, "bf16", "int8"):
-        raise ValueError(f"quantization {quantization!r} is not None, 'bf16' or 'int8'")
 
 
 def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:

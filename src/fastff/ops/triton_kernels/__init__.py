@@ -89,11 +89,12 @@ def run_forward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tensor
 def _forward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) -> tuple[Tensor, ...]:
     from fastff.ops.triton_kernels import grouped, per_token, plan, speculative
 
+    x, weights = operands[0], Weights(*operands[1:])
     if isinstance(chosen, plan.SpeculativePlan):
-        return speculative.forward(*operands, config=config, plan=chosen)
+        return speculative.forward(x, weights, config=config, plan=chosen)
     if isinstance(chosen, plan.PerTokenPlan):
-        return per_token.forward(*operands, config=config, plan=chosen)
-    return fitting(chosen, lambda fitted: grouped.forward(*operands, config=config, plan=fitted))
+        return per_token.forward(x, weights, config=config, plan=chosen)
+    return fitting(chosen, lambda fitted: grouped.forward(x, weights, config=config, plan=fitted))
 
 
 def backward(
@@ -122,7 +123,9 @@ def run_backward(chosen: Any, *operands: Any, config: TreeConfig) -> tuple[Tenso
 def _backward_with(chosen: Any, operands: tuple[Any, ...], config: TreeConfig) -> tuple[Tensor, ...]:
     from fastff.ops.triton_kernels import gradients
 
-    return fitting(chosen, lambda fitted: gradients.backward(*operands, config=config, plan=fitted))
+    grad_y, x, *weights, leaf, scores = operands
+    given = (grad_y, x, Weights(*weights), leaf, scores)
+    return fitting(chosen, lambda fitted: gradients.backward(*given, config=config, plan=fitted))
 
 
 def _run(

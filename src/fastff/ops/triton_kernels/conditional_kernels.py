@@ -23,13 +23,7 @@ from fastff.ops.weights import Leaves
 
 
 def forward(
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    *,
-    activation: str,
-    plan: Plan,
+    x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, *, activation: str, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """y (rows, out_features), scores (rows, k, in_rows)."""
     w_in, b_in, w_out, b_out = leaves
@@ -168,17 +162,17 @@ def _add_parts(grad: Tensor, parts: Tensor) -> None:
 
 
 @triton.jit
-def _rows_and_neurons(
-    tile, slot,
+def _place_of(
     order_ptr, table_ptr,
     rows,
     GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """What a program works on: leaf, rows and which are there, neurons of this chunk, and which pairs of both are."""
-    leaf, row, there = sorted_rows(tile, slot, order_ptr, table_ptr, rows, GROUPS, BM)
+    """What a program works on: leaf, slot, rows and which are there, neurons of this chunk, which pairs of both are."""
+    slot = tl.program_id(1)
+    leaf, row, there = sorted_rows(tl.program_id(0), slot, order_ptr, table_ptr, rows, GROUPS, BM)
     neuron = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     kept = there[:, None] & (neuron < LEAF_WIDTH)[None, :]
-    return leaf.to(tl.int64), row, there, neuron, kept
+    return leaf.to(tl.int64), slot, row, there, neuron, kept
 
 
 @triton.jit
@@ -189,12 +183,9 @@ def _score_kernel(
     ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores and coefficients (gate times activation) of one tile of rows that have one leaf in this slot."""
-    tile, slot = tl.program_id(0), tl.program_id(1)
-    if beyond(tile, slot, table_ptr, GROUPS):
+    if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
         return
-    leaf, row, there, neuron, kept = _rows_and_neurons(
-        tile, slot, order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM
-    )
+    leaf, slot, row, there, neuron, kept = _place_of(order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM)
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH
     in_row = leaf * in_rows + tl.where(neuron < LEAF_WIDTH, neuron, 0)
@@ -232,12 +223,9 @@ def _pull_kernel(
     ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same tile backwards: d scores, the forward's coefficients, and this chunk of neurons' part of d gate."""
-    tile, slot = tl.program_id(0), tl.program_id(1)
-    if beyond(tile, slot, table_ptr, GROUPS):
+    if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
         return
-    leaf, row, there, neuron, kept = _rows_and_neurons(
-        tile, slot, order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM
-    )
+    leaf, slot, row, there, neuron, kept = _place_of(order_ptr, table_ptr, rows, GROUPS, LEAF_WIDTH, WIDTH, BM)
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH
     chunk, chunks = tl.program_id(2), tl.num_programs(2)

@@ -63,14 +63,7 @@ def why_not(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | No
     return reason
 
 
-def forward(
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    *,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, *, activation: str) -> tuple[Tensor, Tensor]:
     """y (rows, out_features) and scores (rows, k, in_rows), which the backward needs; sums are in float32."""
     rows, slots = leaf.shape
     if rows == 0 or slots == 0:
@@ -80,14 +73,7 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor,
-    x: Tensor,
-    leaf: Tensor,
-    gate: Tensor,
-    leaves: Leaves,
-    scores: Tensor,
-    *,
-    activation: str,
+    grad_y: Tensor, x: Tensor, leaf: Tensor, gate: Tensor, leaves: Leaves, scores: Tensor, *, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate, w_in, b_in, w_out, b_out, in their dtype; an empty tensor for an absent bias.
 

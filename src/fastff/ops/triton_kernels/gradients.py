@@ -30,15 +30,13 @@ from fastff.ops.triton_kernels.linear import (
 )
 from fastff.ops.triton_kernels.plan import BackwardPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.sort import Groups
+from fastff.ops.weights import Weights
 
 
 def backward(
     grad_y: Tensor,
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     leaf: Tensor,
     scores: Tensor,
     *,
@@ -46,6 +44,7 @@ def backward(
     plan: BackwardPlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, b_in, w_out, b_out (empty without the bias), in the dtype of x."""
+    w_in, b_in, w_out, b_out = weights
     joint = sort_leaves(leaf, config=config, level=plan.level, joint=plan.joint, tiles=plan.tiles, chunk=plan.chunk)
     single = joint
     if (plan.level, plan.joint) != (plan.outer_level, 1):

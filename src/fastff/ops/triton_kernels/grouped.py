@@ -24,19 +24,14 @@ from fastff.ops.triton_kernels.linear import Matrix, gather_matmul, out_entries,
 from fastff.ops.triton_kernels.plan import GroupedPlan, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.route import route
 from fastff.ops.triton_kernels.sort import group_rows
+from fastff.ops.weights import Weights
 
 
 def forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    *,
-    config: TreeConfig,
-    plan: GroupedPlan,
+    x: Tensor, weights: Weights, *, config: TreeConfig, plan: GroupedPlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
+    w_in, b_in, w_out, b_out = weights
     rows, trees = x.shape[0], config.trees
     leaf = new(x, rows, trees, dtype=torch.int64)
     scores = new(x, rows, trees, config.path_scores)
@@ -48,14 +43,14 @@ def forward(
         if stage.level:
             groups = group_rows(leaf, shift=0, level=stage.level, joint=stage.joint, tile=plan.tiles.rows, chunk=1)
         last = plan.leaf_routed and stage == plan.stages[-1]
-        route(x, w_in, b_in, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles,
+        route(x, weights, leaf, scores, groups, config=config, stage=stage, tiles=plan.tiles,
               coefficient=coefficient if last else None, margins=margins if last else None)  # fmt: skip
     if not plan.stages:
         apply(Tensor.zero_, leaf)
     if groups is None or (groups.level, groups.joint) != (plan.level, plan.joint):
         groups = sort_leaves(leaf, config=config, level=plan.level, joint=plan.joint, tiles=plan.tiles, chunk=1)
     if coefficient is None:
-        y = leaves(x, w_in, b_in, w_out, b_out, scores, margins, groups, config=config, tiles=plan.tiles)
+        y = leaves(x, weights, scores, margins, groups, config=config, tiles=plan.tiles)
     else:
         if not plan.leaf_routed:
             matrix = Matrix.of_w_in(config, nodes=False)

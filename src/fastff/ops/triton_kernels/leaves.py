@@ -25,14 +25,12 @@ from fastff.ops.triton_kernels.linear import (
 )
 from fastff.ops.triton_kernels.plan import Tiles, ceil_div, leaf_columns, tau_of
 from fastff.ops.triton_kernels.sort import Groups
+from fastff.ops.weights import Weights
 
 
 def leaves(
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
+    weights: Weights,
     scores: Tensor,
     margins: Tensor,
     groups: Groups,
@@ -49,7 +47,7 @@ def leaves(
     for pass_number in range(ceil_div(config.trees, groups.joint)):
         launch(
             _leaves_kernel, (groups.tiles,),
-            x, w_in, b_in, w_out, b_out, scores, margins, y, *tables(groups), x.shape[0], pass_number, tau_of(config),
+            x, *weights, scores, margins, y, *tables(groups), x.shape[0], pass_number, tau_of(config),
             D_IN=config.in_features, D_OUT=config.out_features, TREES=config.trees, DEPTH=config.depth,
             JOINT=groups.joint, GROUPS=groups.groups, LEAF_WIDTH=config.leaf_width,
             WIDTH=leaf_columns(config, groups.joint) // groups.joint, NODES=config.nodes, LEAF_ROWS=config.leaf_in_rows,

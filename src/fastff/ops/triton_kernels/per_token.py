@@ -16,19 +16,14 @@ from fastff.config import TreeConfig
 from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.plan import PerTokenPlan, ceil_div, tau_of
+from fastff.ops.weights import Weights
 
 
 def forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    *,
-    config: TreeConfig,
-    plan: PerTokenPlan,
+    x: Tensor, weights: Weights, *, config: TreeConfig, plan: PerTokenPlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features); shapes as in ops.reference."""
+    w_in, b_in, w_out, b_out = weights
     rows, trees = x.shape[0], config.trees
     y = new(x, rows, config.out_features)
     leaf = new(x, rows, trees, dtype=torch.int64)

@@ -16,12 +16,12 @@ from fastff.ops.triton_kernels.launch import launch
 from fastff.ops.triton_kernels.linear import beyond, out_entries, precision_of, sorted_rows, tables, tile_of
 from fastff.ops.triton_kernels.plan import Stage, Tiles, ceil_div, power_of_two, tau_of
 from fastff.ops.triton_kernels.sort import Groups
+from fastff.ops.weights import Weights
 
 
 def route(
     x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
+    weights: Weights,
     leaf: Tensor,
     scores: Tensor,
     groups: Groups | None,
@@ -36,7 +36,7 @@ def route(
     row_tiles = ceil_div(x.shape[0], tiles.rows) if groups is None else groups.tiles
     launch(
         _route_kernel, (row_tiles, ceil_div(config.trees, stage.joint)),
-        x, w_in, b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], tau_of(config),
+        x, weights.w_in, weights.b_in, leaf, scores, coefficient, margins, *tables(groups), x.shape[0], tau_of(config),
         D_IN=config.in_features, TREES=config.trees, TREE_ROWS=config.in_rows, ENTRIES=config.path_scores,
         OUT_ENTRIES=out_entries(config), OUT_WIDTH=power_of_two(out_entries(config)),
         STEPS=power_of_two(stage.levels), DEPTH=config.depth, LEVEL=stage.level, LEVELS=stage.levels,

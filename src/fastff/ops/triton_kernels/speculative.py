@@ -17,19 +17,14 @@ from fastff.ops.triton_kernels.common import activate, level_of, tanh
 from fastff.ops.triton_kernels.launch import launch, new
 from fastff.ops.triton_kernels.per_token import dots, w_out_row, weighted_rows
 from fastff.ops.triton_kernels.plan import SpeculativePlan, ceil_div, power_of_two, tau_of
+from fastff.ops.weights import Weights
 
 
 def forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    *,
-    config: TreeConfig,
-    plan: SpeculativePlan,
+    x: Tensor, weights: Weights, *, config: TreeConfig, plan: SpeculativePlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, leaf, margin, scores of contiguous x (rows, in_features), for one tree whose leaves are single rows."""
+    w_in, b_in, w_out, b_out = weights
     rows, levels = x.shape[0], config.depth + 1
     y = new(x, rows, config.out_features)
     leaf = new(x, rows, 1, dtype=torch.int64)
