@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 import subprocess
 import tomllib
@@ -16,12 +17,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "fastff"
 RULES = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["fastff"]
 # A module may import from its own group of rooms and from those to its left.
 ORDER = {room: index for index, group in enumerate(RULES["import-order"]) for room in group.split()}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60  # of a file; of a function that is no kernel
 ONLY_IN = {package: set(places.split()) for package, places in RULES["only-in"].items()}
+
+
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
 
 
 def imports(path):
     """Names of the modules a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -51,6 +58,26 @@ def test_heavy_packages_stay_where_they_belong(package):
         if any(name.split(".")[0] == package for name in imports(path)):
             place = str(path.relative_to(SOURCE))
             assert any(place == a or place.startswith(f"{a}/") for a in allowed), f"{place} imports {package}"
+
+
+def test_no_two_modules_have_one_name():
+    homes = {}
+    for path in FILES:
+        homes.setdefault(path.parent.name if path.stem == "__init__" else path.stem, []).append(path)
+    assert [paths for paths in homes.values() if len(paths) > 1] == []
+
+
+def test_rooms_are_small():
+    csrc = SOURCE.parents[1] / "csrc"
+    files = [*FILES, *csrc.rglob("*.h"), *csrc.rglob("*.cpp")]
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > MOST_LINES] == []
+    for path in FILES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef) and not any(
+                "triton.jit" in ast.unparse(d) for d in node.decorator_list
+            ):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= MOST_LINES_OF_A_FUNCTION, f"{path.name}: {node.name} has {lines} lines"
 
 
 def test_public_names():

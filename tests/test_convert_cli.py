@@ -40,12 +40,16 @@ def test_an_unknown_model_is_one_line_and_a_failure(tmp_path):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize(("option", "value"), [("--active", "much"), ("--speedup", "0.5x"), ("--curve", "3%,9")])
-def test_a_budget_out_of_range_is_one_line(tmp_path, option, value):
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [("--active", "much", 2), ("--shapes", "4x64,3", 2), ("--speedup", "0.5x", 1), ("--curve", "3%,9", 1)],
+)
+def test_a_budget_that_cannot_be_is_one_line(tmp_path, option, value, code):
     arguments = ["convert", "model", "--text", "t.txt", "--out", str(tmp_path), option, value]
     result = invoke(arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert "error: " in result.output
+    assert len(result.output.strip().splitlines()) == 1
 
 
 def test_the_options_reach_the_conversion_and_the_summary_is_shown(tmp_path, monkeypatch):

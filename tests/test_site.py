@@ -55,7 +55,7 @@ def test_every_command_is_in_the_reference():
     text = command_reference()
     for name in ("bench", "convert", "demo", "glue", "pretrain"):
         assert f"## fastff {name}" in text
-    assert "`--active STR`: Largest share" in text
+    assert "`--active FLOAT`: Largest share" in text
 
 
 def test_columns_of_docstrings_become_lists(monkeypatch):

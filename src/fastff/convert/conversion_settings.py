@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token
 
 from fastff.convert.distil import Recipe
 from fastff.models.kinds import Kind
@@ -14,70 +18,110 @@ BASELINES = ("narrow", "pruned", "none")
 DEVICES = ("cpu", "cuda")
 # Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
 BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
+_HIDDEN = Parameter(parse=False)  # a field of the class that is no option
 _POSITIVE = ("rows", "layer_steps", "steps", "max_length", "max_tokens", "probe_rows")
 
 
+def percent(text: str) -> float:
+    """0.1 from "10%", "10 %" or "0.1". Raises ValueError."""
+    return _number(text, "%", "10%", 0.01)
+
+
+def times(text: str) -> float:
+    """2.0 from "2x" or "2". Raises ValueError."""
+    return _number(text, "x", "2x", 1.0)
+
+
+def _number(text: str, unit: str, example: str, scale: float) -> float:
+    found = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*({unit})?\s*", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a number like {example}")
+    return float(found[1]) * (scale if found[2] or scale == 1.0 else 1.0)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """(32, 128) from "32x128": sequences, tokens a sequence. Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a shape like 32x128")
+    return int(found[1]), int(found[2])
+
+
+def _written(parse: Callable[[str], Any]) -> Parameter:
+    """One value, as people write it."""
+    return Parameter(converter=lambda _, tokens: parse(tokens[0].value), n_tokens=1)
+
+
+def _list_of(parse: Callable[[str], Any]) -> Parameter:
+    """Values apart by commas."""
+
+    def read(_: object, tokens: Sequence[Token]) -> tuple[Any, ...]:
+        return tuple(parse(part) for token in tokens for part in token.value.split(",") if part)
+
+    return Parameter(converter=read, n_tokens=1, show_default=False)
+
+
+@Parameter(name="*")
 @dataclass(frozen=True)
 class ConversionSettings:
-    """One conversion.
-
-    model        directory (or hub name) of a dense Transformers model
-    text         unlabelled text, one example a line
-    out          directory to write
-    active       largest share of the converted layers' floating-point operations that the trees may spend, routing
-                 included; default 0.1 where no speedup is asked for
-    speedup      instead: how many times faster the whole model must become on this machine, at every one of `shapes`
-    max_loss     largest relative loss of the metric: the most damaging layers are restored to dense until it is kept
-    curve        further values of `active` to convert to, for the quality against speed in the report
-    shapes       (sequences, tokens a sequence) of the timed calls
-    shared       neurons of the part that every row computes beside the trees; None: none, half or
-                 three quarters of the work, by measurement
-    time_on      "cpu" or "cuda": where layers and models are timed; None: where the conversion computes
-    tables       what quality is measured on; the first decides, the others are told at the end. For embedding
-                 models a table of sentence1, sentence2, label; for classifiers of sentence, label; for causal models
-                 a text (default: a part of `text` that is kept aside)
-    rows         calibration tokens per layer
-    layer_steps  steps of each layer alone
-    steps        steps of all layers together, or fewer if `seconds` are given
-    seconds      that the whole conversion may take, but for restoring layers: fewer candidates and steps, if need be
-    batch        examples a step; 0: as many as BATCH says
-    max_length   tokens an example, or as many as the model takes      max_tokens  tokens read from the text
-    probe_rows   tokens of each measurement before the choice of layers
-    timing_s     seconds of timing a layer; whole models get six times as long
-    lr, lr_others, routing_lr_scale, dense_fade, average   see `distil.Recipe`
-    baselines    distilled with the same recipe, for the report: "narrow" dense layers of equal work, the dense layers
-                 "pruned" to it, "none" at all
-    keep_slow    convert layers whose tree is measured to be slower than the dense layer, too
-    """
+    """One conversion. Raises ValueError for values that cannot be."""
 
     model: str
+    """Directory or hub name of a dense Transformers model."""
+    _: KW_ONLY
     text: Path
+    """Unlabelled text, one example a line (.txt, .xz, .gz)."""
     out: Path
-    active: float | None = None
-    speedup: float | None = None
-    max_loss: float | None = None
-    curve: tuple[float, ...] = ()
-    shapes: tuple[tuple[int, int], ...] = ((1, 128), (32, 128))
+    """Directory to write. Run the same command again to resume an interrupted conversion."""
+    active: Annotated[float | None, _written(percent)] = None
+    """Largest share of the dense layers' work, routing included, like 10% (the default without --speedup)."""
+    speedup: Annotated[float | None, _written(times)] = None
+    """Instead of --active: how many times faster the whole model must become, at every one of the shapes, like 2x."""
+    max_loss: Annotated[float | None, _written(percent)] = None
+    """Largest relative loss of the metric, like 1%. Restores the most damaging layers to dense until it is kept."""
+    curve: Annotated[tuple[float, ...], _list_of(percent)] = ()
+    """Further shares of the work to convert at, for the report's curve, like 3%,25%."""
+    shapes: Annotated[tuple[tuple[int, int], ...], _list_of(shape)] = ((1, 128), (32, 128))
+    """Calls that are timed: sequences x tokens, like 1x128,32x128 (the default)."""
     shared: int | None = None
+    """Neurons that every token uses beside the trees. Default: none, half or three quarters of the work, by
+    measurement."""
     time_on: str | None = None
-    tables: tuple[Path, ...] = ()
+    """Where models are timed: cpu or cuda. Default: where the conversion computes."""
+    tables: Annotated[tuple[Path, ...], Parameter(name="--table")] = ()
+    """Evaluation table: sentence1, sentence2 and label for an embedding model, sentence and label for a classifier; for
+    a causal model a text (default: a part of --text that is kept aside). May be repeated: the first decides."""
     rows: int = 200_000
-    layer_steps: int = 150
+    """Calibration tokens per layer."""
+    layer_steps: Annotated[int, _HIDDEN] = 150
+    """Steps of each layer alone."""
     steps: int = 1100
+    """Steps of the joint distillation; fewer if --seconds asks for it."""
     seconds: float | None = None
+    """Seconds that the whole conversion may take, but for restoring layers: fewer candidates and steps if need be."""
     batch: int = 0
+    """Examples a step; 0: by the kind of model."""
     max_length: int = 128
-    max_tokens: int = 20_000_000
-    probe_rows: int = 16_384
-    timing_s: float = 0.15
-    lr: float = Recipe.lr
-    lr_others: float = Recipe.lr_others
-    routing_lr_scale: float = Recipe.routing_lr_scale
+    """Tokens of an example; the rest is cut."""
+    max_tokens: Annotated[int, _HIDDEN] = 20_000_000
+    """Tokens read from the text."""
+    probe_rows: Annotated[int, _HIDDEN] = 16_384
+    """Tokens of each measurement before the choice of layers."""
+    timing_s: Annotated[float, _HIDDEN] = 0.15
+    """Seconds of timing a layer; whole models get six times as long."""
+    # Of the joint distillation: see distil.Recipe.
+    lr: Annotated[float, _HIDDEN] = Recipe.lr
+    lr_others: Annotated[float, _HIDDEN] = Recipe.lr_others
+    routing_lr_scale: Annotated[float, _HIDDEN] = Recipe.routing_lr_scale
     dense_fade: float = Recipe.dense_fade
-    average: float = Recipe.average
-    seed: int = Recipe.seed
-    baselines: tuple[str, ...] = BASELINES
+    """Share of the steps in which dense layers fade out."""
+    average: Annotated[float, _HIDDEN] = Recipe.average
+    seed: Annotated[int, _HIDDEN] = Recipe.seed
+    baselines: Annotated[tuple[str, ...], _list_of(str)] = BASELINES
+    """Baselines distilled with the same recipe, any of narrow,pruned,none: dense layers of equal work, the dense layers
+    pruned to it, no feedforward at all. Default: all three."""
     keep_slow: bool = False
+    """Convert layers that a tree makes slower here, too."""
 
     def __post_init__(self) -> None:
         for share in (*self.curve, *(() if self.active is None else (self.active,))):
@@ -120,28 +164,3 @@ class ConversionSettings:
     def share(self) -> float:
         """The share of the work that candidates are made for: that asked for, or the default."""
         return DEFAULT_ACTIVE if self.active is None else self.active
-
-
-def percent(text: str) -> float:
-    """0.1 from "10%", "10 %" or "0.1". Raises ValueError."""
-    return _number(text, "%", "10%", 0.01)
-
-
-def times(text: str) -> float:
-    """2.0 from "2x" or "2". Raises ValueError."""
-    return _number(text, "x", "2x", 1.0)
-
-
-def _number(text: str, unit: str, example: str, scale: float) -> float:
-    found = re.fullmatch(rf"\s*([0-9]*\.?[0-9]+)\s*({unit})?\s*", text)
-    if found is None:
-        raise ValueError(f"{text!r} is not a number like {example}")
-    return float(found[1]) * (scale if found[2] or scale == 1.0 else 1.0)
-
-
-def shape(text: str) -> tuple[int, int]:
-    """(32, 128) from "32x128": sequences, tokens a sequence. Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text)
-    if found is None:
-        raise ValueError(f"{text!r} is not a shape like 32x128")
-    return int(found[1]), int(found[2])
