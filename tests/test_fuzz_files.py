@@ -37,7 +37,7 @@ from fastff.text.reading import documents
 from fastff.text.tokenizer import SPECIALS, Vocabulary, load_tokenizer, train_tokenizer, wrap
 from fastff.text.tokens import Tokens
 from fastff.train import saving
-from fuzzing import error_of, mutations
+from fuzzing import damage, error_of, mutations
 
 MUTATIONS = 2000
 WORDS = ["one two three, four five six.", "seven eight nine ten", "eleven twelve"]
@@ -45,16 +45,14 @@ WORDS = ["one two three, four five six.", "seven eight nine ten", "eleven twelve
 
 def fuzz(path: Path, load: Callable[[], Any], seed: int, count: int = MUTATIONS) -> int:
     """Load `count` damaged copies of a file; returns how many were refused."""
-    whole, refused = path.read_bytes(), 0
+    refused = 0
     load()
-    for number, damaged in enumerate(mutations(whole, count, seed=seed)):
-        path.write_bytes(damaged)
+    for number in damage(path, count, seed=seed):
         error = error_of(load)
         if error is not None:
             refused += 1
             assert isinstance(error, (CheckpointError, TrainingError, DemoError)), f"mutation {number}: {error!r}"
             assert str(path) in str(error) or str(path.parent) in str(error), f"mutation {number}: {error}"
-    path.write_bytes(whole)
     return refused
 
 
@@ -75,8 +73,7 @@ HOSTILE = ("", "0", "-1", "1e400", "nan", "9" * 20, "9" * 5000, "true", "none", 
 def test_a_layer(kind, tmp_path):
     path = tmp_path / "layer.safetensors"
     fastff.save(LAYERS[kind](), path)
-    count = MUTATIONS if kind in ("fff", "tree") else MUTATIONS // 5
-    assert fuzz(path, lambda: fastff.load(path), 1, count) > count // 4
+    assert fuzz(path, lambda: fastff.load(path), 1) > MUTATIONS // 4
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -131,8 +128,8 @@ def test_tokens(name, described, tmp_path):
         read = Tokens(tmp_path, vocabulary, 10)
         assert int(read.windows(range(len(read))).max()) < vocabulary.size
 
-    refused = fuzz(tmp_path / name, load, 3, MUTATIONS // 2)
-    assert refused > MUTATIONS // 2 - 20 if (name, described) == ("tokens.bin", True) else refused > 200
+    refused = fuzz(tmp_path / name, load, 3)
+    assert refused > MUTATIONS - 40 if (name, described) == ("tokens.bin", True) else refused > 400
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy"])
@@ -184,8 +181,10 @@ NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.jso
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_that_is_described(name, saved):
-    refused = fuzz(saved / name, lambda: saving.verify(saved), 6, 400)
-    assert refused > 380 if name != saving.FILES else refused > 100
+    """Of the files themselves only the digests are read, whatever their format: together they get as many."""
+    count = MUTATIONS if name == saving.FILES else MUTATIONS // len(NAMES[:-1])
+    refused = fuzz(saved / name, lambda: saving.verify(saved), 6, count)
+    assert refused > count // 4 if name == saving.FILES else refused > count - 20
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
@@ -193,7 +192,8 @@ def test_a_checkpoint_of_an_earlier_version(name, saved, tmp_path):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(saved, folder)
     (folder / saving.FILES).unlink()
-    assert fuzz(folder / name, lambda: saving.verify(folder), 7, 400) > 40
+    assert fuzz(folder / name, lambda: saving.verify(folder), 7, MUTATIONS // 20) > 10
+    assert fuzz(folder / name, lambda: saving._read(folder / name, ""), 19) > MUTATIONS // 10
 
 
 def test_weights_to_start_from(tmp_path):
@@ -265,7 +265,7 @@ def test_the_results_of_a_demo(tmp_path):
     def load():
         Store(tmp_path, identity).seconds_used()
 
-    assert fuzz(tmp_path / "results.json", load, 14, MUTATIONS // 4) > MUTATIONS // 8
+    assert fuzz(tmp_path / "results.json", load, 14) > MUTATIONS // 2
 
 
 def test_the_state_of_a_demo(tmp_path):
@@ -311,7 +311,7 @@ def test_an_interrupted_gpu_benchmark(tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes() or whole)
         gpu_run._resume(Gpu(), tmp_path, settings)
 
-    assert fuzz(path, load, 17, MUTATIONS // 4) > MUTATIONS // 16
+    assert fuzz(path, load, 17) > MUTATIONS // 4
 
 
 @pytest.mark.filterwarnings("ignore:.*tuned plan:RuntimeWarning")
