@@ -86,3 +86,23 @@ def test_one_layer_has_one_name():
 def test_text_that_names_no_layer(text):
     with pytest.raises(fastff.ShapeError, match=r"is not like 1x11|is not at least 1"):
         fastff.TreeConfig.parse(text, 8)
+
+
+@pytest.mark.parametrize("name", ["1x8-leaf12-swiglu-paths8-gate", "4x3-gelu-paths2", "2x2-leaf3-relu-paths4-gate"])
+def test_names_with_paths_are_read_as_they_are_written(name):
+    made = fastff.TreeConfig.parse(name, 16)
+    assert made.name == name
+    assert not made.node_output
+
+
+def test_cost_with_paths_counts_the_beam():
+    c = config(depth=4, trees=2, leaf_width=3, node_output=False, activation="swiglu", paths=3)
+    assert c.routing_scores == 2 * (1 + 2 + 3 + 3)
+    assert c.active_neurons == 2 * 3 * 3
+    assert c.flops_per_row == 2 * (2 * (9 + 3 * 6) + 2 * 9) * 768
+
+
+def test_a_name_of_paths_says_its_activation():
+    """`1x8-leaf12-paths8` is a ConditionalFeedforward's."""
+    with pytest.raises(fastff.ShapeError, match="is not like"):
+        fastff.TreeConfig.parse("1x8-leaf12-paths8", 16)

@@ -26,13 +26,14 @@ from fastff.config import (
     check_addressable,
     check_quantization,
 )
-from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import backends, conditional_interface
+from fastff.errors import ShapeError
+from fastff.ops import conditional_interface
 from fastff.ops.conditional_interface import check_shapes, conditional_matmul
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.native_conditional import PackedLeaves
 from fastff.ops.weights import Leaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
+from fastff.routers.modules import check_quantized_call
 
 LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 
@@ -131,7 +132,7 @@ def _parse_tree(name: str) -> dict[str, Any]:
     except ShapeError as error:
         forms = "flat-96x32-top3, pk-784x4-top24 or 1x8-leaf12-paths8, with -gelu or another activation at its end"
         raise ValueError(f"layer {name!r} is not of the form {forms}, nor a tree: {error}") from error
-    said = ("depth", "trees", "leaf_width", "node_output", "activation", "gate")
+    said = ("depth", "trees", "leaf_width", "node_output", "activation", "gate", *(["paths"] if tree["paths"] else []))
     return {"kind": "fff", **{option: tree[option] for option in said}}
 
 
@@ -236,17 +237,8 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
         return self
 
     def _quantized_forward(self, x: Tensor) -> Tensor:
-        name = f"a layer quantized to {self.quantization!r}"
-        if self.training:
-            raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"no gradient flows through {name}: use no_grad()")
-        backend = self.backend or backends.forced_backend() or "native"
-        reason = backends.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
-        if reason is None and not (x.is_cpu and self.w_in.is_cpu):
-            reason = f"{name} runs on the CPU, x is on {x.device} and w_in on {self.w_in.device}"
-        if reason is not None:
-            raise BackendUnavailable(reason)
+        assert self.quantization is not None
+        check_quantized_call(self.quantization, x, self.w_in, training=self.training, backend=self.backend)
         with torch.no_grad():
             rows = x.reshape(-1, x.shape[-1]).float()
             leaf, gate = self.router(rows)

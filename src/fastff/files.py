@@ -27,6 +27,7 @@ _FORMAT, _VERSION = "fastff", "1"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OPTIONS = {"quantization": "str | None", "surrogate": "str | None", "region_leak": "float"}  # beside TreeConfig
 _TYPES = {field.name: str(field.type) for field in fields(TreeConfig)} | _OPTIONS
+_LATER = {"paths": "none"}  # what the metadata may lack, because files were written before it; and are, where it is so
 _CONDITIONAL_TYPES = (
     {field.name: str(field.type) for field in fields(ConditionalConfig) if field.name != "router"}
     | {f"router.{field.name}": str(field.type) for field in fields(RouterConfig)}
@@ -43,7 +44,8 @@ def save(layer: Layer, path: str | os.PathLike[str]) -> None:
     Raises TypeError if layer is neither an FFF nor a ConditionalFeedforward with one of fastff's routers, FileError if
     the file cannot be written, ImportError without the package safetensors."""
     values = _described(layer)
-    metadata = {"format": _FORMAT, "version": _VERSION, **{name: _text(value) for name, value in values.items()}}
+    text = {name: _text(value) for name, value in values.items()}
+    metadata = {"format": _FORMAT, "version": _VERSION, **{n: t for n, t in text.items() if _LATER.get(n) != t}}
     tensors = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
     write_tensors(Path(path), tensors, metadata)
 
@@ -112,6 +114,7 @@ def _arguments(path: object, metadata: dict[str, str]) -> dict[str, Any]:
     if kind not in (None, "conditional"):
         raise CheckpointError(f"{path} has layer {kind!r} in its metadata, expected none or 'conditional'")
     types = _TYPES if kind is None else _CONDITIONAL_TYPES
+    metadata = _LATER | metadata
     missing = sorted(set(types) - set(metadata))
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)} in its metadata")
@@ -120,7 +123,9 @@ def _arguments(path: object, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _value(path: object, name: str, kind: str, text: str) -> int | float | bool | str | None:
     try:
-        match kind:
+        if kind == "int | None" and text == "none":
+            return None
+        match kind.removesuffix(" | None"):
             case "int":
                 return int(text)
             case "float":

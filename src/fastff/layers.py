@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_calls
 
 from fastff import ops
+from fastff.conditional import ConditionalFeedforward
 from fastff.config import Activation, Gate, Quantization, SizedLayer, TreeConfig, check_quantization
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import reference
@@ -28,8 +29,9 @@ from fastff.ops.interface import check_dtypes, check_shapes
 from fastff.ops.packed import PackedLayer
 from fastff.ops.reference import Mixed, Routed
 from fastff.ops.weights import Weights
+from fastff.paths import NodeRouter
 from fastff.published_layer import read_published
-from fastff.routers.usage import Usage, path_of
+from fastff.routers.usage import Usage, add_counts, path_of
 
 # Looked up once: the direct path of inference counts tenths of a microsecond.
 _grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
@@ -42,7 +44,7 @@ class FFF(SizedLayer, nn.Module):
     """Conditional feedforward layer, a drop-in for `Linear -> activation -> Linear`.
 
     in_features, out_features  widths of a row; out_features defaults to in_features
-    depth, trees, leaf_width, node_output, activation, gate, tau, bias  see TreeConfig
+    depth, trees, leaf_width, node_output, activation, gate, tau, bias, paths  see TreeConfig
     surrogate    gradient of the routing in training mode: None (only the gate's, conditional cost) or, at dense cost,
                  "straight_through" (each decision differentiated as a sigmoid), "soft" (the 2023 mixture of all leaves,
                  needs node_output=False and no gate). Evaluation always routes hard.
@@ -53,12 +55,14 @@ class FFF(SizedLayer, nn.Module):
                  without momentum or weight decay, SparseAdam). On the CPU, by backend native, in eager mode.
     quantization None, or the weights with which evaluation runs on the CPU: see `quantize`
     Parameters: w_in (trees, in_rows, in_features), w_out (trees, out_rows, out_features); with bias b_in
-    (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features).
+    (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features). With paths there is `router`, which
+    keeps the balance of the load (see fastff.routers.Router) as a buffer and moves it in training.
     """
 
     config: TreeConfig
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
+    router: NodeRouter | None
     _leaf_counts: Tensor
     masked_training: bool = False  # train by products over all neurons and a mask: the same function at dense cost
 
@@ -75,6 +79,7 @@ class FFF(SizedLayer, nn.Module):
         gate: Gate | None = None,
         tau: float = 0.5,
         bias: bool = False,
+        paths: int | None = None,
         surrogate: Surrogate | None = None,
         region_leak: float = 0.0,
         backend: str | None = None,
@@ -96,10 +101,13 @@ class FFF(SizedLayer, nn.Module):
             gate=gate,
             tau=tau,
             bias=bias,
+            paths=paths,
         )
         _check_surrogate(surrogate, region_leak, config)
         if sparse_grad and surrogate is not None:
             raise ValueError(f"sparse_grad needs surrogate None, got {surrogate!r}, whose gradients reach every row")
+        if sparse_grad and paths is not None:
+            raise ValueError(f"sparse_grad needs paths None, got {paths}: only greedy descents have sparse gradients")
         self.surrogate = surrogate
         self.region_leak = region_leak
         self.backend = backend
@@ -111,6 +119,7 @@ class FFF(SizedLayer, nn.Module):
             self.w_out = nn.Parameter(torch.empty(config.shape_of_w_out, **make))
             self.register_parameter("b_in", _parameter(config.shape_of_b_in, make))
             self.register_parameter("b_out", _parameter(config.shape_of_b_out, make))
+        self.router = None if paths is None else NodeRouter(config, device=device)
         counts = torch.zeros(config.trees, config.leaves, dtype=torch.int64, device=device)
         self.register_buffer("_leaf_counts", counts, persistent=False)
         self._track_in_eval = False
@@ -127,6 +136,8 @@ class FFF(SizedLayer, nn.Module):
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 nn.init.zeros_(bias)
+        if self.router is not None:
+            self.router.reset_parameters()
 
     def __call__(self, x: Tensor) -> Tensor:
         """As nn.Module's, which takes longer to find that nothing surrounds `forward` than a row takes."""
@@ -150,6 +161,8 @@ class FFF(SizedLayer, nn.Module):
         y = self._shortcut(x)
         if y is not None:
             return y
+        if self.router is not None:
+            return self.router.output(x, self._weights(), backend=self.backend, quantization=self.quantization)
         if self.training and (self.surrogate is not None or self.masked_training):
             return self._dense_cost_forward(x)
         routed = self.routed(x)
@@ -175,7 +188,7 @@ class FFF(SizedLayer, nn.Module):
         """The packed C++ layer that serves plain inference, unless another backend is named or leaves are counted."""
         free = self.backend is None and self.config.depth > 0 and not mostly_active(self.config)
         named = self.backend == "native" or free
-        wanted = (named and not self._track_in_eval) or self.quantization is not None
+        wanted = self.router is None and ((named and not self._track_in_eval) or self.quantization is not None)
         ready = wanted and why_unavailable_cached("native") is None
         self._packed = PackedLayer(self.config, self.quantization) if ready else None
         self._direct = None if self._track_in_eval else self._packed
@@ -194,7 +207,11 @@ class FFF(SizedLayer, nn.Module):
         after an edit that autograd does not see: a part of `.data`, memory shared with numpy. `load_state_dict` does
         this by itself. A single replaced parameter or an edit that autograd sees needs no block."""
         if self._packed is None:
-            yield
+            try:
+                yield
+            finally:
+                if self.router is not None:
+                    self.router.drop()
             return
         with self._packed.updating():
             yield
@@ -213,7 +230,12 @@ class FFF(SizedLayer, nn.Module):
         return self
 
     def routed(self, x: Tensor) -> Routed:
-        """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...)."""
+        """Output, leaf and margin of each row: y (..., out_features), leaf (..., trees), margin (...).
+
+        With paths leaf is (..., trees * paths), and margin how much better the last kept node of a beam was than the
+        first that it dropped."""
+        if self.router is not None:
+            return self.router.routed(x, self._weights(), backend=self.backend, quantization=self.quantization)
         if self.quantization is not None:
             # Only a compiler that is at work needs the mark, and making it imports the compiler.
             return _outside_graphs()(self, x) if _compiling() else self._quantized_forward(x)
@@ -233,6 +255,8 @@ class FFF(SizedLayer, nn.Module):
         """
         check_quantization(quantization)
         self.quantization = quantization
+        if self.router is not None:
+            self.router.drop()
         self._find_direct()
         return self
 
@@ -261,12 +285,15 @@ class FFF(SizedLayer, nn.Module):
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
-        """Leaf index (..., trees) int64 that each row reaches."""
+        """Leaf index (..., trees) int64 that each row reaches; with paths (..., trees * paths), tree by tree."""
+        if self.router is not None:
+            return self.router.route(x, self._weights(), backend=self.backend)
         return self.routed(x).leaf
 
     @torch.no_grad()
     def path(self, x: Tensor) -> Tensor:
-        """Heap indices (..., trees, levels) int64 of the nodes each row visits, root first, leaf last."""
+        """Heap indices (..., trees, levels) int64 of the nodes each row visits, root first, leaf last; with paths
+        (..., trees * paths, levels)."""
         return path_of(self.route(x), self.config.depth)
 
     def usage(self, x: Tensor | None = None) -> Usage:
@@ -275,12 +302,14 @@ class FFF(SizedLayer, nn.Module):
         if x is None:
             return Usage.of(self._counts().clone())
         counts = torch.zeros_like(self._counts())
-        _add_counts(counts, self.route(x))
+        add_counts(counts, self.route(x))
         return Usage.of(counts)
 
     def track_usage(self, enabled: bool = True) -> None:
         """Count leaves in evaluation too. Off by default: the fast path of inference then returns no leaves."""
         self._track_in_eval = enabled
+        if self.router is not None:
+            self.router.track_usage(enabled)
         self._find_direct()
 
     def reset_usage(self) -> None:
@@ -295,6 +324,8 @@ class FFF(SizedLayer, nn.Module):
 
     def soft(self, x: Tensor) -> Mixed:
         """The 2023 soft layer on x (..., in_features): y, node entropies (trees, nodes) in nats, mixture of leaves."""
+        if self.router is not None:
+            raise ShapeError(f"a layer with paths={self.config.paths} has no soft form, only greedy trees")
         check_shapes(x, self._weights(), self.config)
         check_dtypes(x, **self._weights()._asdict())
         rows = x.reshape(-1, self.config.in_features)
@@ -324,13 +355,23 @@ class FFF(SizedLayer, nn.Module):
         if leaf.is_meta or is_side_effect_free():
             return
         with torch.no_grad():
-            _add_counts(self._counts(), leaf)
+            add_counts(self._counts(), leaf)
 
     def _counts(self) -> Tensor:
         """The counters, real where the weights are: loading may put weights in place of a layer without memory."""
+        if self.router is not None:
+            return self.router.counts
         if self._leaf_counts.is_meta and not self.w_in.is_meta:
             self._leaf_counts = torch.zeros_like(self._leaf_counts, device=self.w_in.device)
         return self._leaf_counts
+
+    def joined(self) -> ConditionalFeedforward:
+        """A layer with paths as one with a router and leaves of its own: the same function, a copy of the weights.
+
+        Raises ShapeError for a layer without paths."""
+        if self.router is None:
+            raise ShapeError("joined() needs a layer with paths, this one has paths=None")
+        return self.router.joined(self._weights())
 
     @property
     def active_neurons(self) -> int:
@@ -400,10 +441,7 @@ def _check_surrogate(surrogate: str | None, region_leak: float, config: TreeConf
         raise ShapeError(
             f"surrogate 'soft' needs node_output=False and gate=None, got {config.node_output} and {config.gate!r}"
         )
+    if surrogate is not None and config.paths is not None:
+        raise ShapeError(f"surrogate {surrogate!r} is for greedy trees, got paths={config.paths}")
     if not 0.0 <= region_leak <= 0.5:
         raise ValueError(f"region_leak {region_leak} is not in [0, 0.5]")
-
-
-def _add_counts(counts: Tensor, leaf: Tensor) -> None:
-    index = leaf.reshape(-1, len(counts)).t()
-    counts.scatter_add_(1, index, counts.new_ones(()).expand(index.shape))

@@ -52,6 +52,8 @@ def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chu
     """Fill a fresh layer from the dense one. x (rows, hidden): a sample to decide by; chunks: all captured rows."""
     order = contribution(dense, x).sum(0).argsort(descending=True)
     if isinstance(module.layer, FFF):
+        if module.layer.config.paths is not None:
+            raise TypeError(f"trees with paths={module.layer.config.paths} cannot be initialised from a dense layer")
         always = 0 if module.shared is None else module.shared.neurons
         if module.shared is not None:
             _take_neurons(module.shared, dense, order[:always])

@@ -179,6 +179,8 @@ def _feedforward(module: nn.Module | None, to: str, tensors: Tensors) -> dict[st
         tensors[f"{to}conditional.bias"] = _stored(module.bias)
     elif isinstance(module, DenseFeedforward):
         settings = _projections(module.linear_in, module.linear_out, module.activation, to, tensors)
+    elif isinstance(module, FFF) and module.router is not None:
+        settings = _feedforward(module.joined(), to, tensors)
     elif isinstance(module, FFF):
         settings["trees"] = _trees(module, f"{to}conditional.", tensors)
     elif isinstance(module, ConditionalFeedforward):

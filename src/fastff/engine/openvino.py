@@ -153,6 +153,8 @@ def _replaced(module: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
 
 def _described(layer: Any, weights: Weights) -> tuple[str, list[Tensor], dict[str, Any]]:
     """The operation of a layer: its name, its weights in the order of its inputs, its attributes."""
+    if isinstance(layer, FFF) and layer.router is not None:
+        layer = layer.joined()
     c = layer.config
     common = {
         "activation": ACTIVATIONS.index(c.activation),

@@ -29,7 +29,7 @@ class Routing:
         """What the layer has counted."""
         usage = layer.usage()
         if isinstance(layer, FFF):
-            return cls(layer.config.depth, usage.visits)
+            return cls(layer.config.depth, usage.visits, layer.config.chosen)
         router = cast(Router, layer.router).config
         return cls(router.depth, usage.visits if router.is_tree else usage.counts, router.chosen)
 

@@ -46,6 +46,8 @@ def forward(
     """
     weights = Weights(w_in, b_in, w_out, b_out)
     check_shapes(x, weights, config)
+    if config.paths is not None:
+        raise ShapeError(f"forward computes greedy descents, the config has paths={config.paths}: use fastff.FFF")
     name, out_dtype = _named(backend or forced_backend()), x.dtype
     if is_autocast(x):
         out_dtype = torch.get_autocast_dtype(x.device.type)

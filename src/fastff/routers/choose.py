@@ -73,6 +73,28 @@ def beam(node_score: Tensor, k: int, balance: Tensor | None) -> Beam:
     return Beam(place, total, torch.cat(kept, -1))
 
 
+def beam_margin(node_score: Tensor, k: int, balance: Tensor | None) -> Tensor:
+    """How much better (rows,) the last node that `beam` kept was than the first it dropped, the least over levels and
+    trees; infinity where it dropped none, zero where a comparison was not a number."""
+    rows, trees, nodes = node_score.shape
+    kept = beam(node_score, k, balance).kept
+    margin = node_score.new_full((rows, trees), INFINITY)
+    total, width = node_score.new_zeros(rows, trees, 1), 1
+    while width <= nodes:
+        score = node_score[..., width - 1 : 2 * width - 1]
+        total, width = torch.stack((total - score, total + score), -1).flatten(-2), 2 * width
+        if width <= k:
+            continue
+        value = preference(total, None if balance is None else balance[:, width - 1 : 2 * width - 1])
+        heap = torch.arange(width - 1, 2 * width - 1, device=kept.device)
+        in_beam = (kept.unsqueeze(-1) == heap).any(-2)
+        parent_kept = (kept.unsqueeze(-1) == (heap - 1) // 2).any(-2)
+        worst = value.masked_fill(~in_beam, INFINITY).amin(-1)
+        dropped = value.masked_fill(in_beam | ~parent_kept, -INFINITY).amax(-1)
+        margin = torch.minimum(margin, worst - dropped)
+    return margin.nan_to_num(nan=0.0, posinf=INFINITY).amin(-1)
+
+
 def histogram(index: Tensor, bins: int) -> Tensor:
     """How often each of `bins` occurs in index (any shape), int64."""
     flat = index.reshape(-1)

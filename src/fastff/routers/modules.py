@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.config import Quantization, check_quantization
-from fastff.errors import ShapeError
-from fastff.ops import choose_ops, native_router
+from fastff.errors import BackendUnavailable, ShapeError
+from fastff.ops import backends, choose_ops, native_router
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
@@ -41,12 +41,14 @@ class Chosen(NamedTuple):
 class Router(nn.Module):
     """What the routers share: weights, the balance of their load, statistics. `config` says which router it is.
 
-    weight (config.shape_of_weight) and, with bias, bias: the only parameters.
+    weight (config.shape_of_weight) and, with bias, bias: the only parameters. own_weights=False: it has none, and is
+    given them by `choose`.
     balance (config.shape_of_balance), float32: added to selections, never to gates; a buffer that every forward in
     training moves by `balance_step`, up where fewer rows went than the mean and down where more, summed over all
     processes of torch.distributed. 0 leaves it alone.
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
     balance: Tensor | None
     _leaf_counts: Tensor
@@ -56,6 +58,7 @@ class Router(nn.Module):
         config: RouterConfig,
         *,
         balance_step: float = BALANCE_STEP,
+        own_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,15 +67,17 @@ class Router(nn.Module):
             raise ValueError(f"balance_step {balance_step} is not a finite number of at least 0")
         self.config = config
         self.balance_step = balance_step
-        self.weight = nn.Parameter(torch.empty(config.shape_of_weight, device=device, dtype=dtype))
-        shape = config.shape_of_bias
-        bias = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.register_parameter("bias", bias)
+        for name, shape in (("weight", config.shape_of_weight), ("bias", config.shape_of_bias)):
+            own = own_weights and shape is not None
+            made = nn.Parameter(torch.empty(shape or (), device=device, dtype=dtype)) if own else None
+            self.register_parameter(name, made)
         shape = config.shape_of_balance
         self.register_buffer("balance", None if shape is None else torch.zeros(shape, device=device))
         self.quantization: Quantization | None = None
         # Counts the numbers of `weight` that it reads.
-        self._packed: FollowedPack[native_router.PackedRouter] = FollowedPack(RECHECK * self.weight.numel())
+        self._packed: FollowedPack[native_router.PackedRouter] = FollowedPack(
+            RECHECK * math.prod(config.shape_of_weight)
+        )
         self._balance_before: Tensor | None = None  # the last move
         usage = (config.trees, config.leaves // config.trees)
         self.register_buffer("_leaf_counts", torch.zeros(usage, dtype=torch.int64, device=device), persistent=False)
@@ -81,7 +86,8 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scores start with unit variance for inputs of unit variance; no balance."""
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.config.in_features))
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=1 / math.sqrt(self.config.in_features))
         for other in (self.bias, self.balance):
             if other is not None:
                 nn.init.zeros_(other)
@@ -89,18 +95,22 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Chosen:
         """(..., in_features) to leaf and gate (..., k). Raises ShapeError."""
+        return self.choose(x, self.weight, self.bias)
+
+    def choose(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, native: bool = True) -> Chosen:
+        """`forward` with these weights of the router's shapes; native: by the C++ core where it can."""
         if x.dim() == 0 or x.shape[-1] != self.config.in_features:
             raise ShapeError(f"x {tuple(x.shape)} does not match in_features {self.config.in_features} of the router")
         rows = x.reshape(-1, self.config.in_features)
         # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
         again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         balance = self._balance_before if again and self._balance_before is not None else self.balance
-        if not self.training and native_router.can_route(rows, self.weight):
-            leaf, gate, load = self._native(rows)
+        if native and not self.training and native_router.can_route(rows, weight):
+            leaf, gate, load = self._native(rows, weight, bias)
         else:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 self._packed.doubt()  # an update of the weights may follow
-            leaf, gate, load = self._route(rows, balance)
+            leaf, gate, load = self._route(rows, weight, bias, balance)
         if (self.training or self._track_in_eval) and not again:
             with torch.no_grad():
                 self._leaf_counts += self._of_leaves(load())
@@ -109,14 +119,16 @@ class Router(nn.Module):
         lead = (*x.shape[:-1], self.config.k)
         return Chosen(leaf.reshape(lead), gate.reshape(lead))
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
+    def _route(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Load]:
         """leaf and gate (rows, k), and what counts the rows that selected each part of the balance: of its shape, or
         (trees, leaves) where there is none."""
         raise NotImplementedError
 
-    def _native(self, rows: Tensor) -> tuple[Tensor, Tensor, Load]:
+    def _native(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         """As `_route`, by the C++ core; it counts leaves alone."""
-        weights = (self.weight, self.bias, self.balance)
+        weights = (weight, bias, self.balance)
         if self.quantization is None or rows.dtype != torch.float32:
             leaf, gate = native_router.route(self.config, *weights, rows)
         else:
@@ -138,10 +150,9 @@ class Router(nn.Module):
             self._packed.drop()
         return super().train(mode)
 
-    def _scores(self, rows: Tensor) -> Tensor:
+    def _scores(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A score of every row of weight (rows, ...), as float32 or wider."""
-        weight = self.weight.flatten(0, -2)
-        return self._linear(rows, weight, None if self.bias is None else self.bias.flatten())
+        return self._linear(rows, weight.flatten(0, -2), None if bias is None else bias.flatten())
 
     def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if rows.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as the leaves: autocast gains nothing here
@@ -177,14 +188,19 @@ class Router(nn.Module):
         """How rows spread over the leaves of each tree (one "tree" where there is none): those of `x`, or, without it,
         all seen in training mode (and in evaluation after `track_usage()`) since the last `reset_usage()`."""
         if x is None:
-            return Usage.of(self._leaf_counts.clone())
+            return Usage.of(self.counts.clone())
         with torch.no_grad():
-            load = self._route(x.reshape(-1, self.config.in_features), self.balance)[2]
+            load = self._route(x.reshape(-1, self.config.in_features), self.weight, self.bias, self.balance)[2]
             return Usage.of(self._of_leaves(load()))
 
     def track_usage(self, enabled: bool = True) -> None:
         """Count leaves in evaluation too."""
         self._track_in_eval = enabled
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows counted (trees, leaves) int64, by the leaves they took."""
+        return self._leaf_counts
 
     def reset_usage(self) -> None:
         """Forget the rows counted so far."""
@@ -262,9 +278,11 @@ class TreeRouter(Router):
         )
         super().__init__(config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
+    def _route(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Load]:
         config = self.config
-        score = self._scores(rows).view(-1, config.trees, config.nodes)
+        score = self._scores(rows, weight, bias).view(rows.shape[0], config.trees, config.nodes)
         first = torch.arange(config.trees, device=rows.device)[:, None]
         if config.kind == "tree":
             leaf, gate = self._descend(score)
@@ -318,8 +336,10 @@ class FlatRouter(Router):
         config = RouterConfig(kind="flat", in_features=in_features, candidates=leaves, chosen=k, gate=gate, bias=bias)
         super().__init__(config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
-        return self._best(self._scores(rows), balance)
+    def _route(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Load]:
+        return self._best(self._scores(rows, weight, bias), balance)
 
     def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         """The k best of leaf scores (rows, leaves)."""
@@ -351,11 +371,30 @@ class ProductKeyRouter(FlatRouter):
         config = RouterConfig(kind="product_key", in_features=in_features, candidates=n, chosen=k, gate=gate, bias=bias)
         Router.__init__(self, config, **options)
 
-    def _route(self, rows: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
-        biases = (None, None) if self.bias is None else self.bias
-        halves = zip(rows.chunk(2, -1), self.weight, biases, strict=True)
-        first, second = (self._linear(half, keys, bias) for half, keys, bias in halves)
+    def _route(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Load]:
+        biases = (None, None) if bias is None else bias
+        halves = zip(rows.chunk(2, -1), weight, biases, strict=True)
+        first, second = (self._linear(half, keys, own) for half, keys, own in halves)
         return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
+
+
+def check_quantized_call(
+    quantization: Quantization, x: Tensor, w_in: Tensor, *, training: bool, backend: str | None
+) -> None:
+    """Raise RuntimeError where a layer with quantized weights is to learn, BackendUnavailable where it cannot run."""
+    name = f"a layer quantized to {quantization!r}"
+    if training:
+        raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(f"no gradient flows through {name}: use no_grad()")
+    backend = backend or backends.forced_backend() or "native"
+    reason = backends.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
+    if reason is None and not (x.is_cpu and w_in.is_cpu):
+        reason = f"{name} runs on the CPU, x is on {x.device} and w_in on {w_in.device}"
+    if reason is not None:
+        raise BackendUnavailable(reason)
 
 
 def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:

@@ -16,6 +16,12 @@ def path_of(leaf: Tensor, depth: int) -> Tensor:
     return (heap >> shift) - 1
 
 
+def add_counts(counts: Tensor, leaf: Tensor) -> None:
+    """Add rows to counts (trees, leaves) by the leaves (..., trees * k) that they took, tree by tree."""
+    index = leaf.reshape(leaf.numel() // leaf.shape[-1], len(counts), -1).movedim(1, 0).flatten(1)
+    counts.scatter_add_(1, index, counts.new_ones(()).expand(index.shape))
+
+
 class Usage(NamedTuple):
     """How rows spread over the leaves: counts (trees, leaves) int64, and per tree the entropy in bits of that
     distribution (`depth` when all leaves are equally used) and the number of leaves no row reached."""

@@ -210,7 +210,7 @@ def balance(layers: Mapping[str, FFF | ConditionalFeedforward], usage: dict[str,
     both sides get the same. Raises TrainingError for a layer with decisions but without biases.
     """
     for name, layer in layers.items():
-        if not isinstance(layer, FFF) or layer.config.depth == 0:
+        if not isinstance(layer, FFF) or layer.config.depth == 0 or layer.config.paths is not None:
             continue  # routers balance their leaves themselves
         if layer.b_in is None:
             raise TrainingError(f"balance needs bias=True in the feedforward, {name} has bias=False")
