@@ -30,6 +30,7 @@ def test_defaults_of_the_feedforward_are_written_out():
         "gate": None,
         "tau": 0.5,
         "bias": False,
+        "paths": None,
         "surrogate": None,
         "region_leak": 0.0,
         "quantization": None,
