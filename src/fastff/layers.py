@@ -104,10 +104,8 @@ class FFF(SizedLayer, nn.Module):
             paths=paths,
         )
         _check_surrogate(surrogate, region_leak, config)
-        if sparse_grad and surrogate is not None:
-            raise ValueError(f"sparse_grad needs surrogate None, got {surrogate!r}, whose gradients reach every row")
-        if sparse_grad and paths is not None:
-            raise ValueError(f"sparse_grad needs paths None, got {paths}: only greedy descents have sparse gradients")
+        if sparse_grad:
+            _check_sparse(surrogate, paths)
         self.surrogate = surrogate
         self.region_leak = region_leak
         self.backend = backend
@@ -428,6 +426,13 @@ _forward = FFF.forward
 def _outside_graphs() -> Callable[[FFF, Tensor], Routed]:
     """`_quantized_forward` for torch.compile to leave alone."""
     return cast(Callable[[FFF, Tensor], Routed], torch.compiler.disable(FFF._quantized_forward))
+
+
+def _check_sparse(surrogate: str | None, paths: int | None) -> None:
+    if surrogate is not None:
+        raise ValueError(f"sparse_grad needs surrogate None, got {surrogate!r}, whose gradients reach every row")
+    if paths is not None:
+        raise ValueError(f"sparse_grad needs paths None, got {paths}: only greedy descents have sparse gradients")
 
 
 def _parameter(shape: tuple[int, ...] | None, make: dict[str, Any]) -> nn.Parameter | None:
