@@ -364,9 +364,7 @@ class FFF(SizedLayer, nn.Module):
         return self._leaf_counts
 
     def joined(self) -> ConditionalFeedforward:
-        """A layer with paths as one with a router and leaves of its own: the same function, a copy of the weights.
-
-        Raises ShapeError for a layer without paths."""
+        """A layer with paths as one with a router of its own and a copy of the weights. ShapeError without paths."""
         if self.router is None:
             raise ShapeError("joined() needs a layer with paths, this one has paths=None")
         return self.router.joined(self._weights())
