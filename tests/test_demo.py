@@ -281,7 +281,9 @@ def test_paired_error():
 def test_an_empty_run_can_be_reported():
     results = {"schema": 1, "settings": QUICK}
     results["summary"] = summarise(results)
+    results["machine"] = {"cpu": "<b>fast & wide</b>"}
     page = render(results)
+    assert "&lt;b&gt;fast &amp; wide&lt;/b&gt;" in page
     assert "layer speed" in page
     assert len(missing_parts(results)) == 9
 

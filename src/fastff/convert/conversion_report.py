@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastff.convert.conversion_chart import LABELS, curve
 from fastff.convert.time_budget import duration
 from fastff.io import write_text
+from fastff.report import pages
+from fastff.report.markdown import markdown_table
 
 AUTO_NAMES = {
     "embedding": "AutoModel",
@@ -24,13 +25,6 @@ BASELINES = {
     "pruned": "Pruned dense: the dense neurons that do most, as they were.",
     "none": "No feedforward: a constant.",
 }
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.3rem .6rem;"
-    "border-bottom:1px solid #ccc;text-align:right;vertical-align:bottom}td:first-child,th:first-child{text-align:left}"
-    "td:first-child,td:nth-child(2){white-space:nowrap}"
-    "figure{margin:1rem 0}figure svg{max-width:100%;height:auto}"
-)
 
 
 def write(out: Path, record: dict[str, Any]) -> None:
@@ -127,54 +121,27 @@ def tried_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + "</tr>"]
-    cells += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
-    return f"<table>{''.join(cells)}</table>"
-
-
 def page(record: dict[str, Any]) -> str:
     """The report as one HTML page."""
-    fractions = [f"best {100 * float(f):.0f} % leave, %" for f in record["layers"][0]["best_selection_unexplained"]]
+    best = [f"best {100 * float(f):.0f} % leave, %" for f in record["layers"][0]["best_selection_unexplained"]]
     at = " / ".join(shape_names(record))
-    baselines = " ".join(text for name, text in BASELINES.items() if name in record["variants"])
-    health = [
-        [str(k), f"{r['entropy_bits']:.2f} of {r['depth']}", f"{r['dead_leaves']} of {r['leaves']}"]
-        for k, r in enumerate(record["routing"])
+    layers = ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "loss increase alone", "unexplained, %"]
+    routing = [
+        (k, f"{tree['entropy_bits']:.2f} of {tree['depth']}", f"{tree['dead_leaves']} of {tree['leaves']}")
+        for k, tree in enumerate(record["routing"])
     ]
-    parts = [
-        f"<h1>Conversion of {html.escape(record['settings']['model'])}</h1>",
-        f"<p>{html.escape(summary(record))}</p><h2>Quality and time</h2>",
-        _table(quality_head(record), quality_rows(record)),
-        f"<figure>{curve(record)}</figure>",
-        f"<p>{baselines} {_recipe_sentence(record)} Where a baseline is as good as the trees, routing brings nothing. "
-        f"Times are medians of alternating calls in one process, {html.escape(record['timed_on'])}; in brackets the "
-        "feedforward layers alone.</p><h2>Layers</h2>",
-        _table(
-            [
-                "block",
-                "layer",
-                "why",
-                f"dense, us, {at}",
-                f"new, us, {at}",
-                "loss increase alone",
-                "unexplained, %",
-                *fractions,
-            ],
-            layer_rows(record),
-        ),
-        "<p>Unexplained: share of the variance of the dense layer's effect, after the following norm, that the layer "
-        "alone does not give back; each dimension counts by its own variance. Loss increase: at the model's end with "
-        "this layer alone replaced, on held-out text, before the distillation. Best: the dense neurons that contribute "
-        "most, chosen for each token with knowledge of all.</p><h2>Shapes tried on the middle block</h2>",
-        _table(["layer", f"us, {at}", "unexplained, %", "loss increase alone"], tried_rows(record)),
-        "<h2>Routing</h2>",
-        _table(["tree layer", "leaf entropy, bits", "leaves never used"], health),
-    ]
-    title = html.escape(record["settings"]["model"])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Conversion of {title}</title>'
-        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+    return pages.render(
+        "conversion.html",
+        model=record["settings"]["model"],
+        summary=summary(record),
+        quality={"head": quality_head(record), "rows": quality_rows(record)},
+        curve=curve(record),
+        baselines=" ".join(text for name, text in BASELINES.items() if name in record["variants"]),
+        recipe=_recipe_sentence(record),
+        timed_on=record["timed_on"],
+        layers={"head": [*layers, *best], "rows": layer_rows(record)},
+        tried={"head": ["layer", f"us, {at}", "unexplained, %", "loss increase alone"], "rows": tried_rows(record)},
+        routing={"head": ["tree layer", "leaf entropy, bits", "leaves never used"], "rows": routing},
     )
 
 
@@ -223,7 +190,6 @@ def summary(record: dict[str, Any]) -> str:
 
 def card(record: dict[str, Any]) -> str:
     """Model card in Markdown."""
-    head = quality_head(record)
     lines = [
         f"# {Path(record['settings']['model']).name}, conditional feedforward layers",
         "",
@@ -236,9 +202,7 @@ def card(record: dict[str, Any]) -> str:
         f'model = {AUTO_NAMES[record["kind"]]}.from_pretrained("path/to/this/directory")',
         "```",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(row)} |" for row in quality_rows(record)),
+        markdown_table(quality_head(record), quality_rows(record)),
         "",
         "Details: `report/index.html` and `report/report.json`.",
         "",
