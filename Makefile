@@ -22,7 +22,7 @@ sanitize: setup
 	FASTFF_LIBRARY=$(CURDIR)/build/sanitize/libfastff.so OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/python -m pytest -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py tests/test_conditional_native.py tests/test_router_native.py \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py tests/test_conditional_native.py tests/test_router_native.py \
 	tests/test_native_linear.py tests/test_engine_files.py tests/test_engine.py tests/test_encoder.py
 
 # The core under ThreadSanitizer: many callers at once, and sixteen readers of packs that a writer replaces, from C and then
