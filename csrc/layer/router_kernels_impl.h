@@ -1,5 +1,6 @@
 // The table of the routers' kernels for one instruction set.
 #include "isa/table.h"
+#include "layer/router_beam.h"
 #include "layer/router_top.h"
 #include "layer/router_trees.h"
 
@@ -10,6 +11,7 @@ template <class T, class W>
 void route(const Router& router, const RouterView<T, W>& view, const T* x, const RoutePiece& piece,
            const Chosen<T>& out) {
   if (router.kind == FASTFF_TREES) Trees<T, W>(router, view, out).run(x, piece);
+  else if (router.kind == FASTFF_PATHS) Beams<T, W>(router, view, out).run(x, piece);
   else TopChosen<T, W>(router, view, out).run(x, piece);
 }
 

@@ -1,4 +1,4 @@
-// The best k leaves by scores: flat routers, product keys, and beams down trees.
+// The best k leaves by scores: flat routers and product keys. Beams down trees (router_beam.h) share the choosing.
 //
 // Quantised: every candidate's comparison value lies in an interval. Which leaves are among the best in any case, and
 // which in none, follows from the intervals; those in between are computed again in fp32.
@@ -18,12 +18,11 @@ namespace fastff {
 namespace {
 
 constexpr int64_t kTopBlockRows = 64;   // rows whose scores of all leaves are kept at a time
-constexpr int64_t kVisitedRows = 8;     // up to so many, a beam computes the scores of the nodes that it visits alone
 
 template <class T>
 struct TopScratch {
-  Buffer<T> product, score, value, doubt, bound, best, sum, sum_doubt, chosen_score, memo;
-  Buffer<int32_t> index, node, open, known, place;
+  Buffer<T> product, score, value, doubt, bound, best, sum, chosen_score, memo;
+  Buffer<int32_t> index, open, known, place;
 
   static TopScratch& local() {
     static thread_local TopScratch scratch;
@@ -69,29 +68,23 @@ void choose_in_doubt(T* value, T* doubt, int64_t n, int64_t k, TopScratch<T>& s,
   }
 }
 
+// What every way of choosing does: scores of a block of rows, what is compared of them, and the outputs.
 template <class T, class W>
-class TopChosen {
-  static constexpr bool kQuantised = !std::is_same_v<T, W>;
-
+class Chooser {
  public:
-  TopChosen(const Router& router, const RouterView<T, W>& view, const Chosen<T>& out)
+  Chooser(const Router& router, const RouterView<T, W>& view, const Chosen<T>& out)
       : router_(router), view_(view), out_(out), rows_(router, view), scratch_(TopScratch<T>::local()) {}
 
-  void run(const T* x, const RoutePiece& piece) {
-    for (int64_t at = piece.row; at < piece.row_end; at += kTopBlockRows) {
-      first_ = at;
-      count_ = std::min(kTopBlockRows, piece.row_end - at);
-      rows_.take(x + at * router_.in_features, count_ * router_.halves());
-      if (router_.kind == FASTFF_PATHS) {
-        for (int64_t t = piece.tree; t < piece.tree_end; ++t) paths(t);
-      } else {
-        all_products(0, router_.weight_rows());
-        for (int64_t i = 0; i < count_; ++i) router_.kind == FASTFF_FLAT ? flat(i) : product_keys(i);
-      }
-    }
+ protected:
+  static constexpr bool kQuantised = !std::is_same_v<T, W>;
+
+  // Takes up to kTopBlockRows rows from `at` on.
+  void take(const T* x, int64_t at, int64_t end) {
+    first_ = at;
+    count_ = std::min(kTopBlockRows, end - at);
+    rows_.take(x + at * router_.in_features, count_ * router_.halves());
   }
 
- private:
   // ---- scores ----
 
   // Products of the block's rows with weight rows [from, from + n).
@@ -124,33 +117,37 @@ class TopChosen {
     }
   }
 
-  // The fp32 score of row i of x at a weight row, computed once for each row of the block.
-  T exact(int64_t i, int64_t at) {
+  // The fp32 score of row i of x at a weight row, computed once since the last forget(), in place `memo` for it.
+  T exact(int64_t i, int64_t at, int64_t memo) {
     if constexpr (kQuantised) {
-      if (!scratch_.known.data()[at]) {
-        scratch_.known.data()[at] = 1;
-        scratch_.memo.data()[at] = rows_.exact(i, at);
+      if (!scratch_.known.data()[memo]) {
+        scratch_.known.data()[memo] = 1;
+        scratch_.memo.data()[memo] = rows_.exact(i, at);
       }
-      return scratch_.memo.data()[at];
+      return scratch_.memo.data()[memo];
     } else {
       return 0;  // never asked for: nothing is in doubt
     }
   }
-  void forget(int64_t weight_rows) {
+  T exact(int64_t i, int64_t at) { return exact(i, at, at); }
+  void forget(int64_t memos) {
     if constexpr (kQuantised) {
-      scratch_.memo.at_least(weight_rows);
-      std::fill_n(scratch_.known.at_least(weight_rows), weight_rows, 0);
+      scratch_.memo.at_least(memos);
+      std::fill_n(scratch_.known.at_least(memos), memos, 0);
     }
   }
   bool is_exact(int64_t at) const { return kQuantised && scratch_.known.data()[at]; }
 
   // What is compared.
   T compared(T score, int64_t at) const { return view_.balance ? sigmoid(score) + view_.balance[at] : score; }
-  // What it may be off by if the score may be off by `doubt`; `size` bounds what the score was added up from. The slope of
-  // a sigmoid is at most a quarter.
-  T compared_doubt(T doubt, T size, int64_t at) const {
+  // What such a value may be off by if its score may be off by `doubt`; `size` bounds what the score was added up from. The
+  // slope of a sigmoid p is p (1 - p), at most a quarter, and changes by a factor of at most e^doubt within the doubt.
+  T compared_doubt(T doubt, T size, T value, int64_t at) const {
     constexpr T kRounding = T(2.5e-7);
-    return view_.balance ? T(0.25) * doubt + kRounding * (1 + std::fabs(view_.balance[at])) : doubt + kRounding * size;
+    if (!view_.balance) return doubt + kRounding * size;
+    const T balance = view_.balance[at], rounding = 1 + std::fabs(balance), p = value - balance;
+    const T slope = p * (1 - p) * (1 + 2 * doubt) + 4 * kRounding * rounding;
+    return doubt * (doubt < T(1) && slope < T(0.25) ? slope : T(0.25)) + kRounding * rounding;
   }
 
   template <class Exact>
@@ -169,21 +166,46 @@ class TopChosen {
     if (out_.scores) std::copy_n(score, k, out_.scores + at);
   }
 
+  const Router& router_;
+  const RouterView<T, W>& view_;
+  const Chosen<T>& out_;
+  RoutedRows<T, W> rows_;
+  TopScratch<T>& scratch_;
+  int64_t first_ = 0, count_ = 0, width_ = 0;
+};
+
+template <class T, class W>
+class TopChosen : Chooser<T, W> {
+  using Base = Chooser<T, W>;
+  using Base::router_, Base::scratch_, Base::width_, Base::count_, Base::kQuantised;
+
+ public:
+  using Base::Base;
+
+  void run(const T* x, const RoutePiece& piece) {
+    for (int64_t at = piece.row; at < piece.row_end; at += kTopBlockRows) {
+      this->take(x, at, piece.row_end);
+      this->all_products(0, router_.weight_rows());
+      for (int64_t i = 0; i < count_; ++i) router_.kind == FASTFF_FLAT ? flat(i) : product_keys(i);
+    }
+  }
+
+ private:
   // ---- one linear score to a leaf ----
 
   void flat(int64_t i) {
     const int64_t n = router_.candidates, k = router_.chosen;
     T *score = scratch_.score.at_least(n), *value = scratch_.value.at_least(n), *doubt = scratch_.doubt.at_least(n);
-    scores(i, 0, n, scratch_.product.data() + i * width_, score, doubt);
-    for (int64_t j = 0; j < n; ++j) value[j] = compared(score[j], j);
+    this->scores(i, 0, n, scratch_.product.data() + i * width_, score, doubt);
+    for (int64_t j = 0; j < n; ++j) value[j] = this->compared(score[j], j);
     if constexpr (kQuantised)
-      for (int64_t j = 0; j < n; ++j) doubt[j] = compared_doubt(doubt[j], std::fabs(score[j]), j);
-    forget(n);
+      for (int64_t j = 0; j < n; ++j) doubt[j] = this->compared_doubt(doubt[j], std::fabs(score[j]), value[j], j);
+    this->forget(n);
     int32_t* leaf = scratch_.index.at_least(n);
-    choose_of(value, doubt, n, leaf, [&](int64_t j) { return compared(exact(i, j), j); });
+    this->choose_of(value, doubt, n, leaf, [&](int64_t j) { return this->compared(this->exact(i, j), j); });
     T* chosen = scratch_.chosen_score.at_least(k);
-    for (int64_t c = 0; c < k; ++c) chosen[c] = is_exact(leaf[c]) ? exact(i, leaf[c]) : score[leaf[c]];
-    put(i, 0, leaf, chosen);
+    for (int64_t c = 0; c < k; ++c) chosen[c] = this->is_exact(leaf[c]) ? this->exact(i, leaf[c]) : score[leaf[c]];
+    this->put(i, 0, leaf, chosen);
   }
 
   // ---- sums of two codebooks' scores ----
@@ -192,143 +214,28 @@ class TopChosen {
     const int64_t n = router_.candidates, leaves = n * n, k = router_.chosen;
     T *score = scratch_.score.at_least(2 * n), *row_doubt = scratch_.sum.at_least(2 * n);
     const T* product = scratch_.product.data() + i * width_;
-    scores(2 * i, 0, n, product, score, row_doubt);
-    scores(2 * i + 1, n, n, product + n, score + n, row_doubt + n);
+    this->scores(2 * i, 0, n, product, score, row_doubt);
+    this->scores(2 * i + 1, n, n, product + n, score + n, row_doubt + n);
     T *value = scratch_.value.at_least(leaves), *doubt = scratch_.doubt.at_least(leaves);
     for (int64_t a = 0; a < n; ++a)
       for (int64_t b = 0; b < n; ++b) {
         const int64_t leaf = a * n + b;
-        value[leaf] = compared(score[a] + score[n + b], leaf);
+        value[leaf] = this->compared(score[a] + score[n + b], leaf);
         if constexpr (kQuantised)
-          doubt[leaf] = compared_doubt(row_doubt[a] + row_doubt[n + b], std::fabs(score[a]) + std::fabs(score[n + b]), leaf);
+          doubt[leaf] = this->compared_doubt(row_doubt[a] + row_doubt[n + b], std::fabs(score[a]) + std::fabs(score[n + b]), value[leaf],
+                                             leaf);
       }
-    forget(2 * n);
-    const auto exact_sum = [&](int64_t leaf) { return exact(2 * i, leaf / n) + exact(2 * i + 1, n + leaf % n); };
+    this->forget(2 * n);
+    const auto exact_sum = [&](int64_t leaf) { return this->exact(2 * i, leaf / n) + this->exact(2 * i + 1, n + leaf % n); };
     int32_t* leaf = scratch_.index.at_least(leaves);
-    choose_of(value, doubt, leaves, leaf, [&](int64_t j) { return compared(exact_sum(j), j); });
+    this->choose_of(value, doubt, leaves, leaf, [&](int64_t j) { return this->compared(exact_sum(j), j); });
     T* chosen = scratch_.chosen_score.at_least(k);
     for (int64_t c = 0; c < k; ++c) {
       const int64_t a = leaf[c] / n, b = n + leaf[c] % n;
-      chosen[c] = is_exact(a) && is_exact(b) ? exact_sum(leaf[c]) : score[a] + score[b];
+      chosen[c] = this->is_exact(a) && this->is_exact(b) ? exact_sum(leaf[c]) : score[a] + score[b];
     }
-    put(i, 0, leaf, chosen);
+    this->put(i, 0, leaf, chosen);
   }
-
-  // ---- a beam down a tree ----
-
-  void paths(int64_t t) {
-    const int64_t k = router_.chosen, nodes = router_.nodes(), root = t * nodes;
-    const bool every_node = count_ > kVisitedRows && nodes > 0;
-    if (every_node) all_products(root, nodes);
-    const int64_t room = 2 * k;
-    beam_ = {scratch_.index.at_least(room),        scratch_.node.at_least(room), scratch_.sum.at_least(room),
-             scratch_.sum_doubt.at_least(room),    scratch_.value.at_least(room), scratch_.doubt.at_least(room),
-             scratch_.chosen_score.at_least(room)};
-    for (int64_t i = 0; i < count_; ++i) {
-      forget(router_.weight_rows());
-      beam_.node[0] = 0;
-      beam_.sum[0] = beam_.sum_doubt[0] = 0;
-      int64_t kept = 1;
-      for (int level = 0; level < router_.depth; ++level) {
-        const int64_t first = (int64_t{1} << level) - 1;
-        if (every_node)
-          for (int64_t c = 0; c < kept; ++c) beam_.product[c] = scratch_.product.data()[i * width_ + first + beam_.node[c]];
-        else visit(i, root + first, kept);
-        kept = grow(i, t, level, kept);
-      }
-      put(i, t, beam_.node, beam_.sum);
-    }
-  }
-
-  // Products of row i with the kept nodes of a level that starts at weight row `first`.
-  void visit(int64_t i, int64_t first, int64_t kept) {
-    const W *w[4], *x[4];
-    for (int64_t c = 0; c < kept; c += 4) {
-      const int64_t n = std::min<int64_t>(4, kept - c);
-      for (int64_t j = 0; j < 4; ++j) {
-        w[j] = view_.at(first + beam_.node[c + std::min(j, n - 1)]);
-        x[j] = rows_.row(i);
-      }
-      T product[4];
-      Products<W>::each(x, w, rows_.n(), product);
-      std::copy_n(product, n, beam_.product + c);
-    }
-  }
-
-  // From the kept nodes of a level to those of the next. Their numbers count from the first of their level.
-  int64_t grow(int64_t i, int64_t t, int level, int64_t kept) {
-    const int64_t k = router_.chosen, first = t * router_.nodes() + (int64_t{1} << level) - 1;
-    for (int64_t c = kept - 1; c >= 0; --c) {  // from the last on: a parent's place becomes that of a child before it
-      const int64_t at = first + beam_.node[c];
-      T score, doubt = 0;
-      scores(i, at, 1, beam_.product + c, &score, &doubt);
-      const T sum = beam_.sum[c];
-      if constexpr (kQuantised) doubt += beam_.sum_doubt[c] + T(1.2e-7) * (std::fabs(score) + std::fabs(sum));
-      const int32_t node = beam_.node[c];
-      for (int side = 1; side >= 0; --side) {
-        beam_.node[2 * c + side] = 2 * node + side;
-        beam_.sum[2 * c + side] = side ? sum + score : sum - score;
-        beam_.sum_doubt[2 * c + side] = doubt;
-      }
-    }
-    const int64_t children = 2 * kept;
-    if (children > k) thin(i, t, level + 1, children);
-    fetch_children(t, level + 1, std::min(children, k));
-    return std::min(children, k);
-  }
-
-  // Keeps the best `chosen` of so many nodes of a level.
-  void thin(int64_t i, int64_t t, int level, int64_t nodes) {
-    const int64_t first = (int64_t{1} << level) - 1, balances = router_.nodes() + router_.tree_leaves();
-    for (int64_t c = 0; c < nodes; ++c) {
-      const int64_t at = t * balances + first + beam_.node[c];
-      beam_.value[c] = compared(beam_.sum[c], at);
-      if constexpr (kQuantised) beam_.doubt[c] = compared_doubt(beam_.sum_doubt[c], std::fabs(beam_.sum[c]), at);
-    }
-    choose_of(beam_.value, beam_.doubt, nodes, beam_.index, [&](int64_t c) {
-      beam_.sum[c] = exact_sum(i, t, level, beam_.node[c]);
-      beam_.sum_doubt[c] = 0;
-      return compared(beam_.sum[c], t * balances + first + beam_.node[c]);
-    });
-    for (int64_t c = 0; c < router_.chosen; ++c) {
-      const int32_t from = beam_.index[c];
-      beam_.node[c] = beam_.node[from];
-      beam_.sum[c] = beam_.sum[from];
-      beam_.sum_doubt[c] = beam_.sum_doubt[from];
-    }
-  }
-
-  // The fp32 sum along the path to a node of a level, added from the root on.
-  T exact_sum(int64_t i, int64_t t, int level, int64_t node) {
-    T sum = 0;
-    for (int above = 0; above < level; ++above) {
-      const int64_t at = t * router_.nodes() + (int64_t{1} << above) - 1 + (node >> (level - above));
-      const T score = exact(i, at);
-      sum = node >> (level - above - 1) & 1 ? sum + score : sum - score;
-    }
-    return sum;
-  }
-
-  void fetch_children(int64_t t, int level, int64_t kept) const {
-    if (count_ > kVisitedRows || level == router_.depth) return;
-    const int64_t first = t * router_.nodes() + (int64_t{1} << level) - 1;
-    for (int64_t c = 0; c < kept; ++c)
-      fetch_soon(view_.at(first + beam_.node[c]), rows_.n() * static_cast<int64_t>(sizeof(W)));
-  }
-
-  // One row's beam: nodes kept, the sums along their paths, and products with the row.
-  struct Beam {
-    int32_t *index, *node;
-    T *sum, *sum_doubt, *value, *doubt, *product;
-  };
-
-  const Router& router_;
-  const RouterView<T, W>& view_;
-  const Chosen<T>& out_;
-  RoutedRows<T, W> rows_;
-  TopScratch<T>& scratch_;
-  int64_t first_ = 0, count_ = 0, width_ = 0;
-  Beam beam_{};
 };
 
 }  // namespace
