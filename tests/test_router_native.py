@@ -95,6 +95,7 @@ CASES = {
     "paths": Case(PATHS, depth=8, chosen=8),
     "paths-balanced": Case(PATHS, trees=2, depth=5, chosen=3, bias=True, balanced=True),
     "paths-all": Case(PATHS, depth=3, chosen=8),
+    "paths-many": Case(PATHS, in_features=24, depth=7, chosen=40, balanced=True),
     "flat": Case(FLAT, candidates=96, chosen=3),
     "flat-balanced": Case(FLAT, in_features=31, candidates=41, chosen=7, bias=True, balanced=True),
     "flat-all": Case(FLAT, candidates=5, chosen=5, gate=UNGATED),
@@ -291,6 +292,20 @@ def test_scores_that_sixteen_bits_cannot_tell_apart_are_decided_in_fp32(name, is
     leaf, _, _ = route(case, (w, None, balance), x)
     for kind in WEIGHTS:
         assert torch.equal(Packed(case, (w, None, balance), kind).route(x)[0], leaf), kind
+
+
+BALANCED = [name for name, case in CASES.items() if case.balanced]
+
+
+@every_pair(name=BALANCED, size=(0.1, 4.0, 30.0), isa=supported_isas(dots=True))
+def test_quantised_routes_hold_where_sigmoids_saturate(name, size, isa):
+    """There a doubt of a score is a far smaller one of what is compared, beside balances in steps as training makes."""
+    case = CASES[name]
+    w, b, balance = case.weights(torch.float32)
+    weights, x = (w, b, (balance * 50).round() / 1000), size * make_rows(150, case.in_features, dtype=torch.float32)
+    leaf, _, _ = route(case, weights, x)
+    for kind in WEIGHTS:
+        assert torch.equal(Packed(case, weights, kind).route(x)[0], leaf), kind
 
 
 @every_pair(name=CASES, kind=WEIGHTS, isa=supported_isas(dots=True))

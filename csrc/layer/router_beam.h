@@ -180,14 +180,31 @@ class Beams : Chooser<T, W> {
   // Keeps the best `chosen` of so many nodes of a level.
   void thin(int level, int64_t nodes) {
     const int64_t first = tree_ * (router_.nodes() + router_.tree_leaves()) + first_of(level);
-    for (int64_t i = 0; i < nodes * kLanes; ++i) value_[i] = this->compared(sum_[i], first + node_[i]);
-    if constexpr (kQuantised)
-      for (int64_t i = 0; i < nodes * kLanes; ++i)
-        doubt_[i] = this->compared_doubt(sum_doubt_[i], std::fabs(sum_[i]), value_[i], first + node_[i]);
+    if (view_.balance) values<true>(nodes, view_.balance + first);
+    else values<false>(nodes, nullptr);
     const unsigned in_doubt = nodes <= kMostRanked ? rank(nodes) : ~0u;
     for (int64_t l = 0; l < in_use(); ++l)
       if (in_doubt >> l & 1) decide(l, level, first, nodes);
     compact(nodes);
+  }
+
+  // What is compared of the candidates, and its doubt. balance: of the level's nodes.
+  template <bool kBalanced>
+  void values(int64_t nodes, const T* balance) {
+    const T *sum = sum_, *sum_doubt = sum_doubt_;
+    const int32_t* node = node_;
+    T *value = value_, *doubt = doubt_;
+    for (int64_t c = 0; c < nodes; ++c) {
+      T own[kLanes] = {}, balanced[kLanes];
+      if constexpr (kBalanced)
+        for (int64_t l = 0; l < kLanes; ++l) own[l] = balance[node[c * kLanes + l]];
+      for (int64_t l = 0; l < kLanes; ++l) balanced[l] = fastff::compared<kBalanced>(sum[c * kLanes + l], own[l]);
+      if constexpr (kQuantised)
+        for (int64_t l = 0; l < kLanes; ++l)
+          doubt[c * kLanes + l] = fastff::compared_doubt<kBalanced>(sum_doubt[c * kLanes + l], std::fabs(sum[c * kLanes + l]),
+                                                            balanced[l], own[l]);
+      std::copy_n(balanced, kLanes, value + c * kLanes);
+    }
   }
 
   // keep_ of every candidate by its rank; returns the lanes in which that leaves a doubt, one bit each.
@@ -228,7 +245,7 @@ class Beams : Chooser<T, W> {
       const int64_t at = c * kLanes + lane;
       sum_[at] = exact_sum(lane, level, node_[at]);
       sum_doubt_[at] = 0;
-      return this->compared(sum_[at], first + node_[at]);
+      return view_.balance ? fastff::compared<true>(sum_[at], view_.balance[first + node_[at]]) : sum_[at];
     });
     for (int64_t c = 0; c < nodes; ++c) keep_[c * kLanes + lane] = 0;
     for (int64_t c = 0; c < router_.chosen; ++c) keep_[index[c] * kLanes + lane] = 1;

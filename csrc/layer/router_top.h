@@ -30,6 +30,25 @@ struct TopScratch {
   }
 };
 
+// What is compared of a score: where there is a balance, the sigmoid and it.
+template <bool kBalanced, class T>
+FASTFF_INLINE T compared(T score, T balance) {
+  return kBalanced ? sigmoid(score) + balance : score;
+}
+
+// What such a value may be off by if its score may be off by `doubt`; `size` bounds what the score was added up from. The
+// slope of a sigmoid p is p (1 - p), at most a quarter, and changes by a factor of at most e^doubt within the doubt.
+template <bool kBalanced, class T>
+FASTFF_INLINE T compared_doubt(T doubt, T size, T value, T balance) {
+  constexpr T kRounding = T(2.5e-7);
+  if (!kBalanced) return doubt + kRounding * size;
+  const T rounding = 1 + std::fabs(balance), p = value - balance;
+  T slope = p * (1 - p) * (1 + 2 * doubt) + 4 * kRounding * rounding;
+  slope = slope < T(0.25) ? slope : T(0.25);
+  slope = doubt < T(1) ? slope : T(0.25);
+  return doubt * slope + kRounding * rounding;
+}
+
 // Of n candidates with values in value[i] +- doubt[i], doubt finite where value is, the k best. exact(i) gives a
 // candidate's fp32 value and may be asked of any; the ones that it gave are kept in value, with doubt 0.
 template <class T, class Exact>
@@ -138,16 +157,12 @@ class Chooser {
   }
   bool is_exact(int64_t at) const { return kQuantised && scratch_.known.data()[at]; }
 
-  // What is compared.
-  T compared(T score, int64_t at) const { return view_.balance ? sigmoid(score) + view_.balance[at] : score; }
-  // What such a value may be off by if its score may be off by `doubt`; `size` bounds what the score was added up from. The
-  // slope of a sigmoid p is p (1 - p), at most a quarter, and changes by a factor of at most e^doubt within the doubt.
+  T compared(T score, int64_t at) const {
+    return view_.balance ? fastff::compared<true>(score, view_.balance[at]) : score;
+  }
   T compared_doubt(T doubt, T size, T value, int64_t at) const {
-    constexpr T kRounding = T(2.5e-7);
-    if (!view_.balance) return doubt + kRounding * size;
-    const T balance = view_.balance[at], rounding = 1 + std::fabs(balance), p = value - balance;
-    const T slope = p * (1 - p) * (1 + 2 * doubt) + 4 * kRounding * rounding;
-    return doubt * (doubt < T(1) && slope < T(0.25) ? slope : T(0.25)) + kRounding * rounding;
+    return view_.balance ? fastff::compared_doubt<true>(doubt, size, value, view_.balance[at])
+                         : fastff::compared_doubt<false>(doubt, size, value, T(0));
   }
 
   template <class Exact>
