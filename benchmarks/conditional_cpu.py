@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from fastff.io import write_json
 from fastff.machine import commit, machine
 from fastff.models.feedforward import build_feedforward
 from fastff.ops.native_router import JoinedLayer
+from fastff.timing import quartiles
 
 WIDTH = 768
 ALL = ("fp32", "bf16", "int8")
@@ -178,7 +178,7 @@ def measure(contestants: list[Contestant], rows: int, threads: int, seconds: flo
                 time.sleep(REST_SECONDS)
     cells = []
     for contestant in contestants:
-        low, middle, high = statistics.quantiles(contestant.us, n=4)
+        low, middle, high = quartiles(contestant.us)
         layers = len(contestant.calls)
         cells.append(
             Cell(contestant.name, contestant.precision, rows, layers, threads, middle, low, high, contestant.error)

@@ -11,7 +11,6 @@ Microseconds are medians; low and high are the quarters. Cells already in the fi
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from fastff.bench.gpu_device import Cuda
 from fastff.io import write_json
 from fastff.models.feedforward import build_feedforward, complete
+from fastff.timing import quartiles
 
 WIDTH = 768
 LAYERS: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def measure(device: Cuda, name: str, rows: int, *, training: bool, seconds: floa
     activations = device.allocated() - before
     del kept
     times = device.times_us(device.capture(run), seconds, cold=True)
-    low, middle, high = statistics.quantiles(times, n=4)
+    low, middle, high = quartiles(times)
     return {
         "layer": name, "rows": rows, "training": training, "us": middle, "low_us": low, "high_us": high,
         "activation_bytes": activations if training else None, "largest_error": error,

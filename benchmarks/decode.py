@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -90,6 +88,7 @@ def _write_variant(out: Path, layer: str) -> None:
 
 def _fastff(folder: Path, threads: int) -> Decode:
     from fastff.engine import load
+    from fastff.timing import seconds_of
 
     engine = load(folder)
     session = engine.session(2048, threads=threads)
@@ -98,10 +97,7 @@ def _fastff(folder: Path, threads: int) -> Decode:
         if len(session) != context:
             session.rewind(min(len(session), context))
             session.feed([1000 + i % 500 for i in range(len(session), context)])
-        start = time.perf_counter()
-        for i in range(tokens):
-            session.feed_one(2000 + i)
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(lambda: [session.feed_one(2000 + i) for i in range(tokens)])
         session.rewind(context)
         return seconds
 
@@ -111,16 +107,15 @@ def _fastff(folder: Path, threads: int) -> Decode:
 def _llama_cpp(path: Path, threads: int) -> Decode:
     from llama_cpp import Llama
 
+    from fastff.timing import seconds_of
+
     model = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def decode(context: int, tokens: int) -> float:
         if model.n_tokens < context:
             model.eval([1000 + i % 500 for i in range(model.n_tokens, context)])
         model.n_tokens = context
-        start = time.perf_counter()
-        for i in range(tokens):
-            model.eval([2000 + i])
-        return time.perf_counter() - start
+        return seconds_of(lambda: [model.eval([2000 + i]) for i in range(tokens)])
 
     return decode
 
@@ -196,10 +191,9 @@ class Worker:
 def stream_gb_per_second(memory: Any) -> float:
     """One core's streaming read of memory larger than the caches that keep weights."""
     from fastff.ops.native import checksum
+    from fastff.timing import seconds_of
 
-    start = time.perf_counter()
-    checksum(memory)
-    return float(memory.nbytes / (time.perf_counter() - start) / 1e9)
+    return float(memory.nbytes / seconds_of(lambda: checksum(memory)) / 1e9)
 
 
 def measure(folder: Path, names: Sequence[str], threads: int, contexts: Sequence[int], rounds: int) -> dict[str, Any]:
@@ -207,6 +201,7 @@ def measure(folder: Path, names: Sequence[str], threads: int, contexts: Sequence
     import torch
 
     from fastff.ops.library import library
+    from fastff.timing import quartiles
 
     memory = torch.empty(STREAM_BYTES, dtype=torch.uint8)
     library().fastff_advise_huge_pages(memory.data_ptr(), memory.nbytes)
@@ -222,13 +217,13 @@ def measure(folder: Path, names: Sequence[str], threads: int, contexts: Sequence
                 streams.append(stream_gb_per_second(memory))
                 taken[worker.name].append(1e3 * worker.decode(context, TOKENS) / TOKENS)
         for name, samples in taken.items():
-            q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+            q1, median, q3 = quartiles(samples)
             cell = {"engine": name, "context": context, "threads": threads, "ms": median, "q1": q1, "q3": q3}
             cells.append({**cell, "mb": _megabytes(folder, name)})
             print(f"{name:36} context {context:5} threads {threads} {1e3 / median:7.1f} tokens/s", flush=True)
     for worker in workers:
         worker.close()
-    return {"cells": cells, "stream_gb_per_second": statistics.quantiles(streams, n=4, method="inclusive")}
+    return {"cells": cells, "stream_gb_per_second": quartiles(streams)}
 
 
 def _megabytes(folder: Path, name: str) -> float | None:

@@ -31,9 +31,10 @@ def test_tables_match_results(monkeypatch):
 def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_path):
     folder = ROOT / "experiments" / name
     shutil.copy(folder / "records.json", tmp_path)
-    variants.redraw(tmp_path, folder / "plan.json", say=lambda line: None)
+    said = []
+    variants.redraw(tmp_path, folder / "plan.json", say=said.append)
     assert (tmp_path / "records.json").read_bytes() == (folder / "records.json").read_bytes()
-    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for text in said for line in text.splitlines() if line.startswith("| ")]
     records = json.loads((folder / "records.json").read_text())
     done = {(record["group"], compare.variant_of(record)) for record in records if record["finished"]}
     heads = len({group for group, _ in done})
@@ -85,9 +86,10 @@ def test_charts_name_variants_without_the_end_that_all_have():
 )
 def test_tables_of_scores_are_made_of_their_files(scores, tmp_path):
     (tmp_path / "glue.json").write_bytes(scores.read_bytes())
-    glue_variants.redraw(tmp_path, say=lambda line: None)
+    said = []
+    glue_variants.redraw(tmp_path, say=said.append)
     found = json.loads(scores.read_text())
-    table = (tmp_path / "table.md").read_text()
+    (table,) = said
     assert [line.split(" | ")[0] for line in table.splitlines()[2:] if line.startswith("| ")] == [
         f"| {entry['name']}" for entry in glue_variants.variants_of(found)
     ]

@@ -66,11 +66,11 @@ def planned(data, tmp_path_factory):
     words = [folder / "plan.json", "--data", data, "--runs", folder / "runs", "--out", folder / "out", "--steps", 8]
     done = fastff("experiment", "pretrain", *words, *options(), process=Quick)
     assert done.exit_code == 0, done.output
-    return folder, words
+    return folder, words, done.output
 
 
 def test_a_plan_is_run_and_compared(planned):
-    folder, words = planned
+    folder, words, said = planned
     records = {record["variant"]: record for record in json.loads((folder / "out" / "records.json").read_text())}
     assert {name: (record["steps"], record["settings"]["lr"]) for name, record in records.items()} == {
         "dense": (8, 2e-3),
@@ -81,15 +81,14 @@ def test_a_plan_is_run_and_compared(planned):
     assert records["tree-on"]["settings"]["layer"]["lr_scale"] == 0.5
     assert records["tree-on"]["settings"]["init_from"].endswith("tree-on/init")
     assert records["dense-on"]["settings"]["init_from"].endswith("dense/model")
-    table = (folder / "out" / "table.md").read_text()
-    assert "| tree-on | 2x3-leaf8-swiglu-gate | 16 / 128 |" in table
+    row = "| tree-on | 2x3-leaf8-swiglu-gate | 16 / 128 |"
+    assert row in said
     assert {path.name for path in (folder / "out").glob("*.svg")} == {"loss-scratch.svg", "loss-from-dense.svg"}
 
     def none(*_, **__):
         raise AssertionError("finished variants do not run again")
 
-    fastff("experiment", "pretrain", *words, *options(), process=none)
-    assert (folder / "out" / "table.md").read_text() == table
+    assert row in fastff("experiment", "pretrain", *words, *options(), process=none).output
 
 
 def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, data, tmp_path):
@@ -158,12 +157,12 @@ def test_seeds_and_text_in_pieces(tmp_path):
 
     done = fastff("experiment", "pretrain", *words, "--option", "max-run-seconds=1e-9")
     assert "unfinished: a, seed 0, step 1 of 2" in done.output
-    fastff("experiment", "pretrain", *words)
+    said = fastff("experiment", "pretrain", *words).output
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert [(record["settings"]["seed"], record["steps"]) for record in records] == [(0, 2), (1, 2)]
     losses = sorted(record["valid_loss"] for record in records)
     assert losses[0] < losses[1]
-    assert f"({losses[0]:.3f} to {losses[1]:.3f})" in (tmp_path / "out" / "table.md").read_text()
+    assert f"({losses[0]:.3f} to {losses[1]:.3f})" in said
     at = words.index("--seeds")
     fastff("experiment", "pretrain", *words[:at], "--first-seed", 2, "--keep")
     records = json.loads((tmp_path / "out" / "records.json").read_text())
@@ -258,7 +257,7 @@ def test_a_variant_that_fails_is_named_with_its_last_words(tmp_path):
 
 
 def test_glue_of_all_variants(planned, tmp_path):
-    folder, _ = planned
+    folder, *_ = planned
     tree_on = "tree-on@layer-lr-scale=0.5"
     (tmp_path / "tables" / "SST-2").mkdir(parents=True)
     rows = [(author, text) for author, text in labelled("authors-learn.tsv.xz") if author in ("Cbronte", "Doyle")]
@@ -272,7 +271,8 @@ def test_glue_of_all_variants(planned, tmp_path):
     said = fastff("experiment", "glue", *words, "--seconds", -1).output
     assert f"variants: dense-on, narrow-on, {tree_on}\n" in said
     assert "0 fine-tunings in 0 s, 3 left" in said
-    assert "3 fine-tunings in" in fastff("experiment", "glue", *words, "--at-once", 2).output
+    said = fastff("experiment", "glue", *words, "--at-once", 2).output
+    assert "3 fine-tunings in" in said
     rates = [read_json(path)["layer_lr_scale"] for path in (tmp_path / "work").glob("*/settings.json")]
     assert sorted(rates) == [0.5, 1.0, 1.0]
     found = json.loads((tmp_path / "out" / "glue.json").read_text())
@@ -281,5 +281,5 @@ def test_glue_of_all_variants(planned, tmp_path):
     assert variants[tree_on]["retention"] == pytest.approx(100 * tree / dense)
     gap = (tree - narrow) / (dense - narrow) if dense > narrow else None
     assert variants[tree_on]["recovered_gap"] == (None if gap is None else pytest.approx(gap))
-    assert "train subset: 32 of 67349 rows" in (tmp_path / "out" / "table.md").read_text()
+    assert "train subset: 32 of 67349 rows" in said
     assert (tmp_path / "out" / "glue.svg").is_file()

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,11 @@ from fastff.convert.conversion_report import layer_name
 from fastff.convert.distill_context import active_share, baseline
 from fastff.convert.initialise import initialise
 from fastff.convert.student import dense_layers
+from fastff.machine import cpu_name
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.timing import interleaved
 from tables import latency_table
 
 SHAPES = ((1, 128), (32, 128))
@@ -40,7 +39,6 @@ TREES = (  # shapes, and the share of the dense layer's work: those whose qualit
     (Shape(2, 5, part=0.5), 0.03),
     (Shape(8, 4), 0.1),
 )
-LEAST = 5  # calls of each model
 ROWS = 4096  # that the trees are initialised on
 
 
@@ -72,19 +70,12 @@ def student(model: Any, descriptions: list[dict[str, Any]], inputs: list[torch.T
 
 def time_all(calls: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds of calls that take decisions: median and spread."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {"median_ms": statistics.median(taken), "p20_ms": quantile(taken, 0.2), "p80_ms": quantile(taken, 0.8)}
-        for name, taken in samples.items()
-    }
+    found = {}
+    for name, timing in interleaved(calls, seconds).items():
+        taken = [us / 1e3 for us in timing.samples_us]
+        spread = {"p20_ms": quantile(taken, 0.2), "p80_ms": quantile(taken, 0.8)}
+        found[name] = {"median_ms": timing.p50_us / 1e3, **spread}
+    return found
 
 
 def quantile(taken: list[float], at: float) -> float:
@@ -172,7 +163,7 @@ def main() -> None:
     record = {
         "threads": 1,
         "torch": torch.__version__,
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "students": "initialised, not distilled: only times mean anything",
         "active": {name: share_of(other, dense_layers(model)) for name, other in models.items()},
         "shapes": shapes,
@@ -180,14 +171,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
     print(latency_table(record))
-
-
-def cpu() -> str:
-    """Name of the processor, where the system says it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

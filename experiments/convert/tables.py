@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastff.convert.conversion_chart import LABELS
+from fastff.report.markdown import markdown_table
 
 FOLDER = Path(__file__).resolve().parent
 Row = dict[str, Any]
@@ -33,11 +34,8 @@ def minilm_of(name: str) -> str:
 def minilm_table(dense: dict[str, float], rows: Sequence[Row]) -> str:
     """One line a variant, most work first: mean (lowest-highest) over its seeds of every evaluated table."""
     names = list(dense)
-    lines = [
-        f"| feedforward | active, % | seeds, steps | unexplained alone, % | {names[0]}, alone | {' | '.join(names)} |",
-        "|---" * (5 + len(names)) + "|",
-        f"| dense (original) | 100 | | | | {' | '.join(f'{dense[name]:.2f}' for name in names)} |",
-    ]
+    head = ["feedforward", "active, %", "seeds, steps", "unexplained alone, %", f"{names[0]}, alone", *names]
+    lines = [["dense (original)", "100", "", "", "", *(f"{dense[name]:.2f}" for name in names)]]
     for variant in sorted({row["variant"] for row in rows}, key=lambda variant: _order(rows, variant)):
         mine = [row for row in rows if row["variant"] == variant]
         cells = [
@@ -48,8 +46,8 @@ def minilm_table(dense: dict[str, float], rows: Sequence[Row]) -> str:
             f"{statistics.mean(row['before'][names[0]] for row in mine):.2f}",
             *(_spread([row["after"][name] for row in mine]) for name in names),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def _order(rows: Sequence[Row], variant: str) -> tuple[float, str]:
@@ -66,25 +64,17 @@ def oracle() -> str:
     record = read("minilm-10.json")
     shares = [f"{100 * float(share):.0f} %" for share in record["oracle"]]
     scores = [f"{score:.2f}" for score in record["oracle"].values()]
-    head = f"| neurons kept of each token | all | {' | '.join(shares)} |"
-    return "\n".join(
-        [
-            head,
-            "|---" * (2 + len(shares)) + "|",
-            f"| sts-b dev | {record['dense']['sts-b dev']:.2f} | {' | '.join(scores)} |",
-        ]
-    )
+    row = ["sts-b dev", f"{record['dense']['sts-b dev']:.2f}", *scores]
+    return markdown_table(["neurons kept of each token", "all", *shares], [row])
 
 
 def tasks() -> str:
     """The classifier and the causal model, each beside its baselines; in brackets against the dense model."""
-    lines = [
-        "| task, metric | feedforward | active, % | unexplained alone, % | layers taught alone | distilled together |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["task, metric", "feedforward", "active, %", "unexplained alone, %", "layers taught alone"]
+    lines = []
     for record in read("tasks.json"):
         dense, name = record["dense"], f"{record['task']}, {record['metric']}"
-        lines.append(f"| {name} | dense | 100 | | | {dense:.2f} |")
+        lines.append([name, "dense", "100", "", "", f"{dense:.2f}"])
         for variant, facts in record["variants"].items():
             cells = [
                 name,
@@ -94,8 +84,8 @@ def tasks() -> str:
                 f"{facts['before']:,.2f}",
                 f"{facts['after']:.2f} ({100 * (facts['after'] / dense - 1):+.1f} %)",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table([*head, "distilled together"], lines)
 
 
 def latency() -> str:
@@ -107,30 +97,28 @@ def latency_table(record: dict[str, Any]) -> str:
     heads = [
         f"{a}x{b}, {what}" for a, b in (s["shape"] for s in record["shapes"]) for what in ("whole", "feedforwards")
     ]
-    lines = [f"| feedforward | active, % | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    lines = []
     for name, share in record["active"].items():
         cells = [name, f"{100 * share:.1f}"]
         for shape in record["shapes"]:
             for what in ("whole", "feedforward"):
                 ms = shape[what][name]["median_ms"]
                 cells.append(f"{ms:.1f} ({shape[what]['dense']['median_ms'] / ms:.2f}x)")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["feedforward", "active, %", *heads], lines)
 
 
 def steps() -> str:
     """Seconds of a joint step of every student on a CPU, and hours of all steps."""
     record = read("cpu-steps.json")
     names = {"tree": "trees", "narrow": "narrow dense, as pruned", "none": "no feedforward"}
-    lines = [
-        f"| model | seconds a step of {record['batch']} sentences | {record['steps']:,} steps, hours |",
-        "|---|---|---|",
-    ]
+    head = ["model", f"seconds a step of {record['batch']} sentences", f"{record['steps']:,} steps, hours"]
+    lines = []
     for name, seconds in record["step_s"].items():
-        lines.append(f"| {names[name]} | {seconds:.2f} | {seconds * record['steps'] / 3600:.1f} |")
+        lines.append((names[name], f"{seconds:.2f}", f"{seconds * record['steps'] / 3600:.1f}"))
     total = sum(record["step_s"].values()) + record["step_s"]["narrow"]
-    lines.append(f"| all four of the default | {total:.2f} | {total * record['steps'] / 3600:.1f} |")
-    return "\n".join(lines)
+    lines.append(("all four of the default", f"{total:.2f}", f"{total * record['steps'] / 3600:.1f}"))
+    return markdown_table(head, lines)
 
 
 def command(name: str) -> str:
@@ -154,7 +142,7 @@ def command_table(record: dict[str, Any]) -> str:
                 *_command_scores(variant, dense, report),
             ]
             rows.append([LABELS[name], f"{100 * variant['active']:.1f}", *scores, *_command_times(variant, dense)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+    return markdown_table(heads, rows)
 
 
 def _command_scores(variant: Row, dense: Row, report: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 import fastff
 from fastff.ops import native
@@ -19,12 +20,15 @@ from fastff.ops.library import processors
 PACKAGES = ("torch", "triton", "onnxruntime", "openvino", "nncf")
 
 
-def machine() -> dict[str, Any]:
-    """The machine, instruction set (None without the native core) and versions that a result belongs to."""
-    versions = {name: metadata.version(name) for name in PACKAGES if util.find_spec(name) is not None}
+def machine(*packages: str) -> dict[str, Any]:
+    """The machine, threads, instruction set (None without the native core) and versions that a result belongs to.
+    packages: further ones to tell the versions of."""
+    versions = {name: metadata.version(name) for name in (*PACKAGES, *packages) if util.find_spec(name) is not None}
     return {
         "cpu": cpu_name(),
         "cores": cores(),
+        "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "isa": native.isa() if native.why_unavailable() is None else None,
         "python": platform.python_version(),
         "fastff": fastff.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,17 +53,22 @@ def seconds_of(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device | str = "cpu"
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    device: torch.device | str = "cpu",
+    *,
+    patience: float = math.inf,
 ) -> dict[str, Timing]:
     """Time several calls round by round, so that whatever slows the machine meets all of them.
 
-    Every call runs once before the first round. Rounds go on for `seconds` in total, and for LEAST_ROUNDS at least.
+    Every call runs once before the first round. Rounds go on for `seconds` in total, and for LEAST_ROUNDS at least, or,
+    for calls so slow that these take longer than `patience` seconds, for one.
     """
     for call in calls.values():
         seconds_of(call, device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+    begin, rounds = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds or rounds < (LEAST_ROUNDS if spent < patience else 1):
         for name, call in calls.items():
             samples[name].append(1e6 * seconds_of(call, device))
         rounds += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from fastff.bench.workloads import Cell, DenseConfig, Grid, Subject, Workload, f
 from fastff.config import TreeConfig
 from fastff.io import read_json, reading, restored, write_json
 from fastff.machine import available_bytes, commit, machine
+from fastff.timing import quartiles
 
 PARTIAL = "partial.json"
 TURN_SECONDS = 0.12
@@ -273,11 +273,6 @@ def _rounds(
                 del samples[cell]
             spent[cell] += time.perf_counter() - start
     return samples
-
-
-def quartiles(latencies: Sequence[float]) -> list[float]:
-    """The quartiles of what was measured, in its unit."""
-    return statistics.quantiles(latencies, n=4, method="inclusive")
 
 
 def _timing(cell: Cell, checked: Checked, latencies_us: Sequence[float], limits: Limits | None) -> Timing:

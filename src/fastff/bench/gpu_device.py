@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from fastff.ops.triton_kernels import why_unavailable
+from fastff.timing import seconds_of
 
 Run = Callable[[], object]
 LEAST_SAMPLES, MOST_SAMPLES = 5, 1000
@@ -74,11 +74,7 @@ class Cuda:
 
     def times_us(self, run: Run, seconds: float, *, cold: bool) -> list[float]:
         run()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        took = time.perf_counter() - start + (1e-4 if cold else 0)
+        took = seconds_of(run, "cuda") + (1e-4 if cold else 0)
         count = max(LEAST_SAMPLES, min(MOST_SAMPLES, int(seconds / took)))
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for before, after in events:
@@ -120,12 +116,7 @@ class DryRun:
         return run
 
     def times_us(self, run: Run, seconds: float, *, cold: bool) -> list[float]:
-        times: list[float] = []
-        for _ in range(LEAST_SAMPLES):
-            start = time.perf_counter()
-            run()
-            times.append(1e6 * (time.perf_counter() - start))
-        return times
+        return [1e6 * seconds_of(run) for _ in range(LEAST_SAMPLES)]
 
     def settle(self) -> None:
         return

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from fastff.bench.cpu_run import quartiles
 from fastff.bench.gpu_cases import Cell, StepCell
 from fastff.bench.gpu_check import Errors, check
 from fastff.bench.gpu_device import Cuda, Device, Run
@@ -25,6 +24,7 @@ from fastff.io import append_json_line, read_json_lines, reading, restored, writ
 from fastff.machine import commit, machine
 from fastff.ops.cost import visited_weights
 from fastff.ops.weights import Weights
+from fastff.timing import quartiles
 
 LINES = "layer-gpu.jsonl"
 COMPILE_SHARE = 0.4  # of the time, that other processes may take to compile ahead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from fastff.config import TreeConfig
 from fastff.machine import cache_bytes
 from fastff.ops.cost import levels, visited
+from fastff.timing import seconds_of
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 MEMORY_BYTES = 2**29
@@ -53,12 +53,7 @@ def read_bandwidth(size: int, *, repeats: int) -> float:
 
 def _least_seconds(call: Callable[[], object], repeats: int) -> float:
     call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds_of(call) for _ in range(repeats))
 
 
 def least_us(config: TreeConfig, limits: Limits, *, rows: int, layers: int, precision: str) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastff.config import TreeConfig
+from fastff.named_values import named_value
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,7 @@ class Only:
         """From `kind=value,value` texts. Raises ValueError naming what is not understood."""
         found: dict[str, tuple[str, ...]] = {}
         for choice in choices:
-            kind, equals, values = choice.partition("=")
-            if kind not in cls.__dataclass_fields__ or not equals or not values:
-                kinds = ", ".join(cls.__dataclass_fields__)
-                raise ValueError(f"{choice!r} is not KIND=VALUE[,VALUE] with a kind of {kinds}")
+            kind, values = named_value(choice, cls.__dataclass_fields__, form="KIND=VALUE[,VALUE]")
             found[kind] = (*found.get(kind, ()), *values.split(","))
         unknown = [name for name in found.get("layer", ()) if name not in TWINS]
         if unknown:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,43 +18,19 @@ from fastff.layers import FFF
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.text.examples import Examples
+from fastff.timing import interleaved
 
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed
-LEAST_CALLS, LONG = 6, 20.0  # of whatever is timed; the first is not counted
+PATIENCE = 20.0  # seconds; calls that take longer are measured once
 FRACTIONS = (0.25, 0.1, 0.05, 0.02)
 ORACLE_ROWS = 2048
-
-
-def interleaved_us(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median microseconds of each call. Calls alternate, so that what slows the machine meets all of them; LEAST_CALLS
-    rounds or more, the first of which is not counted, and so many seconds for all together. Calls so slow that this
-    takes LONG seconds are measured less often."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    begin, rounds = time.perf_counter(), 0
-    while (spent := time.perf_counter() - begin) < seconds or rounds < (LEAST_CALLS - 1 if spent < LONG else 1):
-        for name, call in calls.items():
-            wait_for_gpu()
-            start = time.perf_counter()
-            call()
-            wait_for_gpu()
-            samples[name].append((time.perf_counter() - start) * 1e6)
-        rounds += 1
-    return {name: statistics.median(taken) for name, taken in samples.items()}
-
-
-def wait_for_gpu() -> None:
-    """So that a clock that is read next has seen the work done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
 def layer_us(layers: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
     """Median microseconds of each layer on rows x (sequences, tokens, hidden)."""
-    return interleaved_us({name: lambda layer=layer: layer(x) for name, layer in layers.items()}, seconds)  # type: ignore[misc]
+    return _medians_us({name: partial(layer, x) for name, layer in layers.items()}, seconds, x.device)
 
 
 @torch.inference_mode()
@@ -66,8 +41,13 @@ def model_us(models: Mapping[str, Any], shape: tuple[int, int], seconds: float) 
     device = next(iter(models.values())).device
     ids = torch.randint(5, config.vocab_size, (shape[0], length), device=device)
     mask = torch.ones_like(ids)
-    calls = {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
-    return interleaved_us(calls, seconds)
+    calls = {name: partial(model, input_ids=ids, attention_mask=mask) for name, model in models.items()}
+    return _medians_us(calls, seconds, device)
+
+
+def _medians_us(calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
+    timings = interleaved(calls, seconds, device, patience=PATIENCE)
+    return {name: timing.p50_us for name, timing in timings.items()}
 
 
 def place_of(model: Any, time_on: str | None) -> torch.device:

@@ -16,9 +16,10 @@ from fastff.convert.choose_layers import LatencyProfile
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import distil, use_masked_training
 from fastff.convert.distill_context import Descriptions, DistillContext
-from fastff.convert.latency import LEAST_CALLS, WHOLE, wait_for_gpu
+from fastff.convert.latency import WHOLE
 from fastff.models.converted import make_converted
 from fastff.text.examples import Examples
+from fastff.timing import LEAST_ROUNDS, seconds_of
 
 LEAST = 10  # joint steps, of a run that is to be worth anything
 SPARE = 0.05  # of the time for joint steps that is left unplanned
@@ -116,10 +117,7 @@ def least_s(settings: ConversionSettings, teacher: Any, examples: Examples) -> f
     """Seconds that a conversion takes at least: the passes over the captured rows and LEAST joint steps, if a student
     takes no longer than the dense model, which is measured on a batch of the text."""
     inputs = examples.batch(typical_batches(examples, settings.batch, settings.seed)[TIMED // 2], teacher.device)
-    start = time.perf_counter()
-    teacher(**inputs)
-    wait_for_gpu()
-    batch_s = time.perf_counter() - start
+    batch_s = seconds_of(lambda: teacher(**inputs), teacher.device)
     captured = settings.rows / int(inputs["attention_mask"].sum())
     return batch_s * (captured + PASSES * settings.students * min(LEAST, settings.steps))
 
@@ -146,7 +144,7 @@ def timetable(
     step_s = sum(known[str(descriptions)] for descriptions in students)
     tokens = settings.batch * context.examples.tokens / len(context.examples)  # a step; without its backward half
     held_out_s = step_s / 2 * context.held_out.tokens / tokens
-    calls_s = 2 * LEAST_CALLS * (count + 1) * sum(profile.model_us) * 1e-6
+    calls_s = 2 * (LEAST_ROUNDS + 1) * (count + 1) * sum(profile.model_us) * 1e-6
     timed_s = len(settings.shapes) * (WHOLE + len(context.captured)) * settings.timing_s
     rest_s = (count - 1) * build_s + 2 * count * scores_s + held_out_s + max(calls_s, timed_s)
     steps = settings.steps

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from fastff.demo.terminal import print_summary
 from fastff.inspect import collect
 from fastff.machine import commit, machine
 from fastff.ops import available_backends
+from fastff.timing import seconds_of
 from fastff.train.interrupt import Stop
 
 SPEED_ROWS = (1, 128, 1024)
@@ -119,7 +120,6 @@ class Demo:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
             **machine(),
-            "threads": torch.get_num_threads(),
             "backends": list(available_backends()),
             "commit": commit(),
             "started": now,
@@ -214,13 +214,14 @@ class Demo:
         model, batch = self.trial(variant, task)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        seconds = []
-        for step in range(5):
-            begin = time.perf_counter()
+
+        def train(inputs: training.Batch) -> None:
             optimizer.zero_grad(set_to_none=True)
-            model(**batch(step)).loss.backward()
+            model(**inputs).loss.backward()
             optimizer.step()
-            seconds.append(time.perf_counter() - begin)
+
+        batches = [batch(step) for step in range(5)]
+        seconds = [seconds_of(partial(train, inputs)) for inputs in batches]
         return statistics.median(seconds[1:])
 
     def trial(self, variant: Variant, task: str) -> tuple[Any, Callable[[int], training.Batch]]:

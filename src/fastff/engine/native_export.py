@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.engine.native_file import write_model
 from fastff.errors import CheckpointError
-from fastff.io import replacing_folder, write_json
+from fastff.io import read_json, replacing_folder, write_json
 from fastff.models.carried_files import carry
 from fastff.models.families import FAMILIES
 from fastff.models.kinds import Kind
@@ -78,13 +77,10 @@ def _write_facts(folder: Path, kind: str, **more: Any) -> None:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `engine.json` of an exported directory says. Raises CheckpointError for a directory that is none."""
     path = folder / FACTS_FILE
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is no export for the native engine ({error}): make one with "
-            "`fastff export MODEL --to native --out DIR`"
-        ) from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    remedy = "make one with `fastff export MODEL --to native --out DIR`"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no export for the native engine, it has no {FACTS_FILE}: {remedy}")
+    facts: dict[str, Any] = read_json(path, needs={"kind": str}, remedy=remedy)
+    if facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of another format, expected {FORMAT}: export the model again")
     return facts

@@ -22,13 +22,14 @@ import torch.multiprocessing as mp
 from fastff.errors import FileError, TrainingError
 from fastff.experiment.study_settings import GlueVariantsSettings
 from fastff.io import read_json, write_json, write_text
+from fastff.named_values import named_value
 from fastff.report.axis import Axis
 from fastff.report.chart import Panel, Series
 from fastff.report.chart import chart as draw
 from fastff.report.markdown import markdown_table
 from fastff.train.compare import ARITHMETIC, set_gaps
 from fastff.train.glue import claim, missing, read_record, record_path, score
-from fastff.train.glue_settings import GlueSettings, renamed_options
+from fastff.train.glue_settings import RENAMED_OPTIONS, GlueSettings
 from fastff.train.interrupt import end_with_parent
 from fastff.train.placement import environments
 from fastff.train.pretrain import MODEL, RESULT
@@ -45,10 +46,11 @@ def glue_settings(asked: GlueVariantsSettings, variant: str) -> GlueSettings:
     """What `fastff glue` would be asked for a variant. Raises TrainingError for an option that it does not have."""
     given: dict[str, Any] = {}
     for option in [*asked.option, *variant.split("@")[1:]]:
-        name, _, value = option.partition("=")
-        name = renamed_options(name.replace("-", "_"))
-        if name not in _KINDS:
-            raise TrainingError(f"option {option!r} is not of {', '.join(_KINDS)}")
+        try:
+            name, value = named_value(option, [*_KINDS, *RENAMED_OPTIONS], flags=["cpu"])
+        except ValueError as error:
+            raise TrainingError(f"option {error}") from error
+        name = RENAMED_OPTIONS.get(name, name)
         try:
             given[name] = True if name == "cpu" else _KINDS[name](value)
         except ValueError as error:
@@ -78,7 +80,7 @@ def run(asked: GlueVariantsSettings, say: Callable[[str], None] = print) -> dict
 
 
 def redraw(out: Path, say: Callable[[str], None] = print) -> None:
-    """Make table and chart of `out`/glue.json again, without running anything."""
+    """Make the chart of `out`/glue.json again, without running anything, and say its table."""
     found = read_json(out / SCORES, needs={"tasks": list, "notes": dict})
     if "variants" not in found and "arms" not in found:
         raise FileError(f"{out / SCORES} lists no variants")
@@ -86,7 +88,6 @@ def redraw(out: Path, say: Callable[[str], None] = print) -> None:
 
 
 def _write(found: dict[str, Any], out: Path) -> str:
-    write_text(out / "table.md", table(found))
     if found["tasks"]:
         write_text(out / "glue.svg", chart(found))
     return table(found)

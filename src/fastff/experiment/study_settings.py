@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastff.named_values import named_value
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class PlanSettings:
     """JSON list of variants."""
     _: KW_ONLY
     out: Path
-    """Folder of records.json, table.md and charts."""
+    """Folder of records.json and charts."""
     data: Path
     """Folder of the tokens; without --text it holds some named train and valid."""
     runs: Path
@@ -48,8 +50,8 @@ class PlanSettings:
 
     @property
     def pairs(self) -> dict[str, str]:
-        """The options by name."""
-        return {name.replace("_", "-"): value for name, _, value in (option.partition("=") for option in self.option)}
+        """The options by name; a flag has no value."""
+        return {name.replace("_", "-"): value for name, value in map(named_value, self.option)}
 
     @property
     def every_seed(self) -> range:
@@ -69,7 +71,7 @@ class GlueVariantsSettings:
     data: Path
     """Folder with TASK/*.parquet."""
     out: Path
-    """Folder of glue.json, table.md and glue.svg."""
+    """Folder of glue.json and glue.svg."""
     work: Path | None = None
     """Folder of scores and predictions; default: RUNS/glue."""
     tasks: Annotated[tuple[str, ...], Parameter(name="--task")] = ()

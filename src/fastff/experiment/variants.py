@@ -218,7 +218,7 @@ def log_end(variant: Variant) -> str:
     return (variant.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-600:]
 
 
-def _work(queue: Queue, asked: PlanSettings, finished: Callable[[], None]) -> None:
+def _work(queue: Queue, asked: PlanSettings, finished: Callable[[], object]) -> None:
     """Run what waits until the time is over; what runs is stopped, with a checkpoint, if this process is."""
     end = time.monotonic() + (float("inf") if asked.seconds is None else asked.seconds)
     try:
@@ -255,9 +255,9 @@ def run(asked: PlanSettings, say: Say = print) -> list[dict[str, Any]]:
     for folder in queue.plain:
         say(f"{folder.name} failed with the compiler and was tried again without it")
     records = records_of(variants, kept)
-    write(records, asked.out)
+    tables = write(records, asked.out)
     names = list(dict.fromkeys(variant.name for variant in variants))
-    for line in [*_table(asked.out), *left_out(names, records, asked.every_seed)]:
+    for line in [*tables, *left_out(names, records, asked.every_seed)]:
         say(line)
     for variant in queue.failed:
         say(f"failed: {variant.folder.name}: {log_end(variant)}")
@@ -265,16 +265,12 @@ def run(asked: PlanSettings, say: Say = print) -> list[dict[str, Any]]:
 
 
 def redraw(out: Path, plan: Path | None = None, say: Say = print) -> None:
-    """Make table and charts of `out`/records.json again, without running anything; say what a plan has beside them."""
+    """Make the charts of `out`/records.json again, without running anything; say its tables, and what a plan has
+    beside them."""
     records = read_json(out / "records.json")
-    write(records, out)
-    for line in [*_table(out), *left_out([entry["name"] for entry in _entries(plan)] if plan else [], records, None)]:
+    names = [entry["name"] for entry in _entries(plan)] if plan else []
+    for line in [*write(records, out), *left_out(names, records, None)]:
         say(line)
-
-
-def _table(out: Path) -> list[str]:
-    path = out / "table.md"
-    return [path.read_text(encoding="utf-8")] if path.is_file() else []
 
 
 def _tokenise(asked: PlanSettings) -> None:
@@ -292,16 +288,14 @@ def records_of(variants: list[Variant], kept: list[dict[str, Any]]) -> list[dict
     return [record for record in kept if (variant_of(record), record["settings"]["seed"]) not in mine] + made
 
 
-def write(records: list[dict[str, Any]], out: Path) -> None:
-    """The files of the comparison, from what is finished by now."""
+def write(records: list[dict[str, Any]], out: Path) -> list[str]:
+    """The files of the comparison, from what is finished by now. Returns its tables, in Markdown."""
     done = [record for record in records if record["finished"]]
     write_json(out / "records.json", records)
-    if not done:
-        return
-    entries = compare(done)
-    text = []
+    entries = compare(done) if done else []
+    tables = []
     for group in dict.fromkeys(record["group"] for record in done):
         mine = [entry for entry in entries if entry["group"] == group]
-        text.append(f"## {group}\n\n{table(mine)}\n")
+        tables.append(f"## {group}\n\n{table(mine)}\n")
         write_text(out / f"loss-{group}.svg", chart(mine))
-    write_text(out / "table.md", "\n".join(text))
+    return tables

@@ -32,11 +32,12 @@ from fastff import models
 from fastff.errors import FileError, TrainingError
 from fastff.inspect import conditional_layers
 from fastff.io import REMEDY, read_json, reading, write_json
+from fastff.machine import machine
 from fastff.report.progress import Progress, silent
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import tasks
-from fastff.train.glue_settings import GlueSettings, renamed_options
-from fastff.train.pretrain import machine, quietly
+from fastff.train.glue_settings import RENAMED_OPTIONS, GlueSettings
+from fastff.train.pretrain import quietly
 from fastff.train.saving import claim_run
 from fastff.train.tasks import TASKS, Rows, Task
 from fastff.train.trainer import parameter_groups
@@ -61,7 +62,7 @@ def glue(settings: GlueSettings, *, progress: Progress = silent) -> dict[str, An
 
 def claim(settings: GlueSettings) -> None:
     """Make `out` the folder of this scoring. Raises TrainingError, naming each difference, if it is another's."""
-    claim_run(settings.out, settings.identity, lambda kept: {renamed_options(name): v for name, v in kept.items()})
+    claim_run(settings.out, settings.identity, lambda kept: {RENAMED_OPTIONS.get(k, k): v for k, v in kept.items()})
 
 
 def read_record(settings: GlueSettings, name: str, seed: int) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def fine_tune(
         "steps": trainer.state.global_step,
         "curve": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "dev": found,
-        "machine": machine(),
+        "machine": machine("transformers"),
     }
 
 

@@ -11,6 +11,8 @@ from cyclopts import Parameter
 from fastff.errors import TrainingError
 from fastff.train.tasks import TASKS
 
+RENAMED_OPTIONS = {"rate": "lr", "layer_rate": "layer_lr_scale"}  # since version 0.1
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -73,8 +75,3 @@ class GlueSettings:
             for name, value in asdict(self).items()
             if name not in free
         }
-
-
-def renamed_options(name: str) -> str:
-    """The name of an option that had another one in version 0.1."""
-    return {"rate": "lr", "layer_rate": "layer_lr_scale"}.get(name, name)

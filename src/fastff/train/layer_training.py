@@ -16,6 +16,7 @@ from fastff.conditional import ConditionalFeedforward
 from fastff.errors import TrainingError
 from fastff.inspect import conditional_layers, routed_layers
 from fastff.layers import FFF
+from fastff.named_values import named_value
 from fastff.routers import TreeRouter, Usage
 
 _SCALES = ("lr_scale", "level_lr_scale", "output_scale", "routing_scale", "routing_lr_scale")
@@ -63,16 +64,18 @@ class LayerTraining:
         return self.level_lr_scale != 1.0 or self.freeze_after < 1.0
 
 
+_RENAMED = {"rate": "lr_scale", "level_rate": "level_lr_scale"}  # since version 0.1
+
+
 def layer_training(options: list[str]) -> LayerTraining:
     """From `NAME=VALUE` words. Raises TrainingError for an unknown name or a value that is not a number."""
     given: dict[str, Any] = {}
     for option in options:
-        name, equals, value = option.partition("=")
+        try:
+            name, value = named_value(option, [*LayerTraining.__dataclass_fields__, *_RENAMED])
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         name = _current(name)
-        if name not in LayerTraining.__dataclass_fields__ or not equals:
-            raise TrainingError(
-                f"{option!r} is not NAME=VALUE with a name of {', '.join(LayerTraining.__dataclass_fields__)}"
-            )
         try:
             given[name] = value if name == "feedforward_init" else float(value)
         except ValueError as error:
@@ -82,7 +85,7 @@ def layer_training(options: list[str]) -> LayerTraining:
 
 def _current(name: str) -> str:
     """The name of an option that had another one in version 0.1."""
-    current = {"rate": "lr_scale", "level_rate": "level_lr_scale"}.get(name, name)
+    current = _RENAMED.get(name, name)
     if current != name:
         warnings.warn(
             f"{name} is now called {current}; the old name will be refused later", FutureWarning, stacklevel=3

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import threading
 import warnings
@@ -18,7 +17,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
@@ -26,6 +24,7 @@ from transformers.utils import logging
 
 from fastff.errors import FileError, TrainingError
 from fastff.io import read_json, replacing_folder, write_json
+from fastff.machine import machine
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.ops.backends import BACKENDS, why_unavailable_cached
 from fastff.report.progress import Progress, silent
@@ -293,7 +292,7 @@ def _record(settings: PretrainSettings, trainer: PretrainTrainer, text: tokens.T
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "valid_curve": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "routing": trainer.last_routing,
-        "machine": machine(),
+        "machine": machine("transformers"),
     }
 
 
@@ -305,14 +304,6 @@ def tokens_per_second(history: list[dict[str, Any]], seq_len: int) -> int | None
         return None
     rows, seconds = (float(points[-1][key] - points[0][key]) for key in ("rows", "seconds"))
     return round(rows * seq_len / seconds)
-
-
-def machine() -> dict[str, str]:
-    """What a figure depends on beside the settings."""
-    found = {"cpu": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return {**found, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _write_model(out: Path, trainer: PretrainTrainer) -> None:
