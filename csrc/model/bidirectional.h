@@ -7,11 +7,11 @@
 
 namespace fastff {
 
-// One sequence. A row holds all queries, all keys, all values, [heads][head_dim] each.
+// One sequence, in bfloat16. A row holds all queries, all keys, all values, [heads][head_dim] each.
 struct BidirectionalCall {
-  const float* qkv;
+  const uint16_t* qkv;
   int64_t row_stride, tokens, heads, head_dim;
-  float scale;  // of scores
+  float scale;  // of scores, above zero
   float* out;   // [tokens][heads * head_dim]
 };
 

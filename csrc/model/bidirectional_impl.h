@@ -10,11 +10,11 @@
 #include <cstring>
 #include <limits>
 
-#include "base/bf16.h"
 #include "base/huge_pages.h"
 #include "isa/table.h"
 #include "layer/activations.h"
 #include "layer/scratch.h"
+#include "model/bf16_lanes.h"
 #include "model/bidirectional.h"
 #include "model/linear_impl.h"
 
@@ -39,22 +39,18 @@ struct HeadRoom {
   }
 };
 
-inline void round_row(const float* x, int64_t n, float scale, int64_t filled, uint16_t* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(x[i] * scale);
-  std::memset(to + n, 0, (filled - n) * sizeof *to);
-}
-
-// Sixteen rows from `first` on, zeros beyond the last token.
-inline void round_rows(const BidirectionalCall& call, const float* column, int64_t first, float scale, int64_t filled,
-                       uint16_t* to) {
+// Sixteen rows of a head from `first` on, filled up with zeros, also beyond the last token.
+inline void copy_rows(const BidirectionalCall& call, const uint16_t* column, int64_t first, int64_t filled, uint16_t* to) {
   const int64_t n = std::min(kHeadTile, call.tokens - first);
-  for (int64_t r = 0; r < n; ++r)
-    round_row(column + (first + r) * call.row_stride, call.head_dim, scale, filled, to + r * filled);
+  for (int64_t r = 0; r < n; ++r) {
+    std::memcpy(to + r * filled, column + (first + r) * call.row_stride, call.head_dim * sizeof *to);
+    std::memset(to + r * filled + call.head_dim, 0, (filled - call.head_dim) * sizeof *to);
+  }
   std::memset(to + n * filled, 0, (kHeadTile - n) * filled * sizeof *to);
 }
 
 // keys: [tokens / 16][filled / 2][16][2]
-inline void arrange_keys(const BidirectionalCall& call, const float* column, int64_t tiles, int64_t filled,
+inline void arrange_keys(const BidirectionalCall& call, const uint16_t* column, int64_t tiles, int64_t filled,
                          uint16_t* staged, uint16_t* to) {
   const int64_t words = filled / 2;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -62,24 +58,24 @@ inline void arrange_keys(const BidirectionalCall& call, const float* column, int
       std::memset(to, 0, words * kHeadTile * 4);
       return;  // there is at most one tile without a token
     }
-    round_rows(call, column, t * kHeadTile, 1.0f, filled, staged);
+    copy_rows(call, column, t * kHeadTile, filled, staged);
     for (int64_t w = 0; w < words; ++w, to += 2 * kHeadTile)
       for (int64_t r = 0; r < kHeadTile; ++r) std::memcpy(to + 2 * r, staged + r * filled + 2 * w, 4);
   }
 }
 
 // values: [columns / 16][positions / 2][16][2]
-inline void arrange_values(const BidirectionalCall& call, const float* column, int64_t tiles, int64_t positions,
+inline void arrange_values(const BidirectionalCall& call, const uint16_t* column, int64_t tiles, int64_t positions,
                            uint16_t* to) {
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t p = 0; p < positions; p += 2, to += 2 * kHeadTile) {
       const int64_t n = std::min(kHeadTile, call.head_dim - t * kHeadTile);
-      const float* row = column + p * call.row_stride + t * kHeadTile;
-      float pair[2][kHeadTile] = {};
+      const uint16_t* row = column + p * call.row_stride + t * kHeadTile;
+      uint16_t pair[2][kHeadTile] = {};
       for (int64_t i = 0; i < 2; ++i)
-        if (p + i < call.tokens) std::memcpy(pair[i], row + i * call.row_stride, n * sizeof(float));
+        if (p + i < call.tokens) std::memcpy(pair[i], row + i * call.row_stride, n * sizeof *row);
       for (int64_t c = 0; c < kHeadTile; ++c) {
-        const uint32_t word = to_bf16(pair[0][c]) | static_cast<uint32_t>(to_bf16(pair[1][c])) << 16;
+        const uint32_t word = pair[0][c] | static_cast<uint32_t>(pair[1][c]) << 16;
         std::memcpy(to + 2 * c, &word, sizeof word);
       }
     }
@@ -175,8 +171,9 @@ inline void times_tiles(const uint16_t* x, int64_t x_stride, const uint16_t* til
 #endif
 }
 
-// exp(scores - largest) of `tokens` scores, as bfloat16, zeros up to `filled`, a multiple of 16; returns 1 / their sum.
-inline float soften(float* scores, int64_t tokens, int64_t filled, uint16_t* to) {
+// exp((scores - largest) * scale) of `tokens` scores, as bfloat16, zeros up to `filled`, a multiple of 16; returns 1 / their
+// sum. scale: above zero.
+inline float soften(float* scores, int64_t tokens, int64_t filled, float scale, uint16_t* to) {
   for (int64_t i = tokens; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   float most[kHeadTile], sum[kHeadTile] = {};
   std::memcpy(most, scores, sizeof most);
@@ -184,12 +181,14 @@ inline float soften(float* scores, int64_t tokens, int64_t filled, uint16_t* to)
     for (int64_t l = 0; l < kHeadTile; ++l) most[l] = scores[i + l] > most[l] ? scores[i + l] : most[l];
   float largest = most[0];
   for (int64_t l = 1; l < kHeadTile; ++l) largest = most[l] > largest ? most[l] : largest;
-  for (int64_t i = 0; i < filled; i += kHeadTile)
+  for (int64_t i = 0; i < filled; i += kHeadTile) {
+    float weights[kHeadTile];
     for (int64_t l = 0; l < kHeadTile; ++l) {
-      const float weight = exp_(scores[i + l] - largest);
-      sum[l] += weight;
-      to[i + l] = to_bf16(weight);
+      weights[l] = exp_((scores[i + l] - largest) * scale);
+      sum[l] += weights[l];
     }
+    to_bf16_lanes(weights, to + i);
+  }
   float total = 0;
   for (int64_t l = 0; l < kHeadTile; ++l) total += sum[l];
   return 1 / total;
@@ -198,7 +197,7 @@ inline float soften(float* scores, int64_t tokens, int64_t filled, uint16_t* to)
 void attend_head(const BidirectionalCall& call, int64_t head) {
   const int64_t d = call.head_dim, width = call.heads * d, filled = round_up(d, kHeadDepth);
   const int64_t positions = round_up(call.tokens, kHeadDepth), columns = round_up(d, kHeadTile);
-  const float* query = call.qkv + head * d;
+  const uint16_t* query = call.qkv + head * d;
   HeadRoom& room = HeadRoom::local();
   uint16_t* keys = room.keys.at_least(positions * filled);
   uint16_t* values = room.values.at_least(columns * positions);
@@ -210,11 +209,11 @@ void attend_head(const BidirectionalCall& call, int64_t head) {
   arrange_values(call, query + 2 * width, columns / kHeadTile, positions, values);
   for (int64_t first = 0; first < call.tokens; first += kHeadTile) {
     const int64_t n = std::min(kHeadTile, call.tokens - first);
-    round_rows(call, query, first, call.scale, filled, queries);
+    copy_rows(call, query, first, filled, queries);
     times_tiles(queries, filled, keys, positions / kHeadTile, filled / 2, scores, positions);
     float inverse[kHeadTile];
     for (int64_t r = 0; r < n; ++r)
-      inverse[r] = soften(scores + r * positions, call.tokens, positions, weights + r * positions);
+      inverse[r] = soften(scores + r * positions, call.tokens, positions, call.scale, weights + r * positions);
     std::memset(weights + n * positions, 0, (kHeadTile - n) * positions * sizeof *weights);
     times_tiles(weights, positions, values, columns / kHeadTile, positions / 2, sums, columns);
     for (int64_t r = 0; r < n; ++r) {

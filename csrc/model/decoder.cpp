@@ -114,8 +114,8 @@ void Session::norm_rows(const Norm& norm, const float* x, int64_t rows, float* y
 }
 
 void Session::product(const Dense& dense, const float* x, int64_t rows, const Epilogue& epilogue, float* y, int threads) {
-  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, 16, threads, quantised_);
-  multiply(dense.matrix, quantised_, epilogue, y, dense.matrix.out_features, threads);
+  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, nullptr, 16, threads, quantised_);
+  multiply(dense.matrix, quantised_, epilogue, {y, nullptr, dense.matrix.out_features}, threads);
 }
 
 // Norms of a row's query and key heads, and their rotation.

@@ -24,14 +24,16 @@ constexpr int64_t kGrainRows = 32;   // whose norms are worth another thread
 
 // What one thread needs between products; kept from call to call.
 struct Workspace {
-  std::vector<float> qkv, context, normed, neurons, conditional;
+  std::vector<uint16_t> qkv;  // bfloat16
+  std::vector<float> context, normed, neurons, conditional;
   QuantisedRows numbers;
 
   static Workspace& local() {
     static thread_local Workspace workspace;
     return workspace;
   }
-  static float* room(std::vector<float>& of, int64_t numbers) {
+  template <class T>
+  static T* room(std::vector<T>& of, int64_t numbers) {
     if (static_cast<int64_t>(of.size()) < numbers) of.resize(numbers);
     return of.data();
   }
@@ -44,15 +46,13 @@ void norm_rows(const Norm& norm, const float* x, int64_t rows, float* y, int thr
   });
 }
 
-// What a row is rounded to before a product. 8 bits lose most of what is lost at all (embeddings of MiniLM: a cosine of 0.997
-// instead of 0.9995), but not of attention's output, a mean of values.
-constexpr int kBits = 16, kAttendedBits = 8;
+constexpr int kAttendedBits = 8;  // of attention's output, means of values, which lose nothing by it
 
-void product(const Dense& dense, const float* x, int64_t rows, int bits, const Epilogue& epilogue, float* y,
+void product(const Dense& dense, const float* x, int64_t rows, int bits, const Epilogue& epilogue, const ProductRows& y,
              int threads) {
   QuantisedRows& numbers = Workspace::local().numbers;
-  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, bits, threads, numbers);
-  multiply(dense.matrix, numbers, epilogue, y, dense.matrix.out_features, threads);
+  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, dense.factors, bits, threads, numbers);
+  multiply(dense.matrix, numbers, epilogue, y, threads);
 }
 
 void check(int32_t status) {
@@ -80,9 +80,9 @@ void Encoder::embed(const int32_t* ids, const int32_t* types, const Group& group
 void Encoder::attention(const EncoderLayer& layer, const Group& group, const float* x, float* y, int threads) const {
   const int64_t hidden = shape_.hidden, heads = shape_.heads, head_dim = hidden / heads;
   Workspace& w = Workspace::local();
-  float* qkv = Workspace::room(w.qkv, group.rows * 3 * hidden);
+  uint16_t* qkv = Workspace::room(w.qkv, group.rows * 3 * hidden);
   float* context = Workspace::room(w.context, group.rows * hidden);
-  product(layer.qkv, x, group.rows, kBits, layer.qkv.epilogue(), qkv, threads);
+  product(layer.qkv, x, group.rows, shape_.activation_bits, layer.qkv.epilogue(), {nullptr, qkv, 3 * hidden}, threads);
   std::vector<BidirectionalCall> calls;
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
   for (int64_t s = 0, row = 0; s < group.sequences; row += group.lengths[s++])
@@ -96,17 +96,20 @@ void Encoder::attention(const EncoderLayer& layer, const Group& group, const flo
       at += heads_here;
     }
   });
-  product(layer.out, context, group.rows, kAttendedBits, layer.out.epilogue(FASTFF_IDENTITY, true), y, threads);
+  product(layer.out, context, group.rows, kAttendedBits, layer.out.epilogue(FASTFF_IDENTITY, true), {y, nullptr, hidden},
+          threads);
 }
 
 // Adds to y.
 void Encoder::feedforward(const EncoderLayer& layer, const float* x, int64_t rows, float* y, int threads) const {
   Workspace& w = Workspace::local();
   const int64_t hidden = shape_.hidden;
+  const int bits = shape_.activation_bits;
   float* neurons = nullptr;
   if (layer.up) {
-    neurons = Workspace::room(w.neurons, rows * layer.up.matrix.out_features);
-    product(layer.up, x, rows, kBits, layer.up.epilogue(layer.activation), neurons, threads);
+    const int64_t width = layer.up.matrix.out_features;
+    neurons = Workspace::room(w.neurons, rows * width);
+    product(layer.up, x, rows, bits, layer.up.epilogue(layer.activation), {neurons, nullptr, width}, threads);
   }
   if (layer.conditional()) {  // before y, which may be x, is written
     float* given = Workspace::room(w.conditional, rows * hidden);
@@ -118,7 +121,7 @@ void Encoder::feedforward(const EncoderLayer& layer, const float* x, int64_t row
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < hidden; ++c) y[r * hidden + c] += layer.bias[c];
   if (layer.up)
-    product(layer.down, neurons, rows, kBits, layer.down.epilogue(FASTFF_IDENTITY, true), y, threads);
+    product(layer.down, neurons, rows, bits, layer.down.epilogue(FASTFF_IDENTITY, true), {y, nullptr, hidden}, threads);
 }
 
 void Encoder::layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const {

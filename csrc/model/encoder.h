@@ -1,7 +1,7 @@
 // An encoder for inference: immutable weights, and one function from token ids to hidden states.
 //
 // Sequences lie end to end, so that no position is padding. Rows of activations are rounded to 16 or 8 bits before every
-// product.
+// product, channels times their factors before, which the columns of the weights are divided by.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ struct EncoderShape {
   int64_t positions;        // tokens of a sequence at most
   int64_t first_position;   // row of the positions' table that the first token takes
   int64_t types;            // segments; 0 for none
+  int activation_bits;      // 8 or 16, to which a row is rounded before a product, except attention's output: 8
   bool pre_norm;            // norms before attention and feedforward and a last one, else after each
 };
 

@@ -23,6 +23,9 @@ EncoderShape read_shape(const Json& model) {
   s.positions = model.integer("positions", 1, kMostPositions);
   s.first_position = model.integer("first_position", 0, kMostPositions);
   s.types = model.integer("types", 0, kMostVocabulary);
+  s.activation_bits = static_cast<int>(model.integer("activation_bits", 8, 16));
+  if (s.activation_bits != 8 && s.activation_bits != 16)
+    refuse("activation_bits " + std::to_string(s.activation_bits) + " is neither 8 nor 16");
   s.pre_norm = model.flag("pre_norm");
   if (s.hidden % s.heads) refuse("hidden " + std::to_string(s.hidden) + " is no multiple of heads");
   return s;

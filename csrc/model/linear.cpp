@@ -81,21 +81,21 @@ void QuantisedRows::resize(int64_t new_rows, int64_t new_features, int bits) {
   if (static_cast<int64_t>(scale.size()) < rows) scale.resize(rows), offset.resize(rows);
 }
 
-void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, int bits, int threads,
-                   QuantisedRows& to) {
+void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, const float* factors, int bits,
+                   int threads, QuantisedRows& to) {
   to.resize(rows, features, bits);
   const auto quantise = kernels().quantise;
   parallel(rows, std::max<int64_t>(1, kGrainBytes / features), threads,
-           [&](int64_t begin, int64_t end) { quantise(x, x_stride, begin, end, to); });
+           [&](int64_t begin, int64_t end) { quantise(x, x_stride, factors, begin, end, to); });
 }
 
-void multiply(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, float* y, int64_t y_stride,
+void multiply(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, const ProductRows& y,
               int threads) {
   if (x.rows == 0) return;
   const auto kernel = kernels().multiply;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (matrix.panel_bytes() * x.rows));
   parallel(matrix.panels(), grain, threads, [&](int64_t begin, int64_t end) {
-    kernel(matrix, x, epilogue, y, y_stride, begin, end);
+    kernel(matrix, x, epilogue, y, begin, end);
   });
 }
 

@@ -59,28 +59,35 @@ struct QuantisedRows {
   void resize(int64_t new_rows, int64_t new_features, int bits);
 };
 
-// Rounds rows of x to `bits` (8 or 16).
-void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, int bits, int threads,
-                   QuantisedRows& to);
+// Rounds rows of x to `bits` (8 or 16), each channel times its factor before, unless factors is null.
+void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, const float* factors, int bits,
+                   int threads, QuantisedRows& to);
 
 // What becomes of a product before it is stored.
 struct Epilogue {
   const float* bias = nullptr;        // of pack_bias, or null
   int activation = FASTFF_IDENTITY;   // FASTFF_SWIGLU for a gated matrix
-  bool add = false;                   // to what y holds: the residual
-  float* largest = nullptr;           // [rows][panels], |y| at most, or null
+  bool add = false;                   // to what y holds in fp32: the residual
 };
 
-// y[r][0 .. out_features) of every row: act(x W^T + bias). Rows of y are y_stride apart.
-void multiply(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, float* y, int64_t y_stride,
+// Rows of y, `stride` apart: fp32, or bfloat16 if narrow is not null.
+struct ProductRows {
+  float* wide;
+  uint16_t* narrow;
+  int64_t stride;
+};
+
+// y[r][0 .. out_features) of every row: act(x W^T + bias).
+void multiply(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, const ProductRows& y,
               int threads);
 
 struct LinearKernels {
   // Rows [begin, end).
-  void (*quantise)(const float* x, int64_t x_stride, int64_t begin, int64_t end, QuantisedRows& to);
+  void (*quantise)(const float* x, int64_t x_stride, const float* factors, int64_t begin, int64_t end,
+                   QuantisedRows& to);
   // Panels [begin, end).
-  void (*multiply)(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, float* y,
-                   int64_t y_stride, int64_t begin, int64_t end);
+  void (*multiply)(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, const ProductRows& y,
+                   int64_t begin, int64_t end);
 };
 
 FASTFF_DECLARE_TILE_TABLES(LinearKernels, linear);

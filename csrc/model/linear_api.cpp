@@ -71,8 +71,8 @@ int32_t fastff_matrix_multiply_f32(const fastff_matrix* matrix, const void* pack
     std::vector<float> arranged;
     if (bias) pack_bias(shape, bias, (arranged.resize(shape.panels() * kPanel), arranged.data()));
     QuantisedRows numbers;
-    quantise_rows(x, shape.in_features, rows, shape.in_features, bits, threads, numbers);
-    multiply(shape, numbers, {bias ? arranged.data() : nullptr, activation, add != 0, nullptr}, y, shape.out_features,
+    quantise_rows(x, shape.in_features, rows, shape.in_features, nullptr, bits, threads, numbers);
+    multiply(shape, numbers, {bias ? arranged.data() : nullptr, activation, add != 0}, {y, nullptr, shape.out_features},
              threads);
   });
 }

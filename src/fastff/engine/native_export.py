@@ -35,10 +35,13 @@ def export_model(model: Any, tokenizer: Any, out: Path) -> None:
     write(described, tokenizer, stop, out)
 
 
-def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Path) -> None:
+def export_encoder(
+    model: Any, tokenizer: Any, source: str, kind: Kind, out: Path, *, activation_bits: int = 8
+) -> None:
     """Write an encoder of Transformers with its head, in float32 on the CPU, and what sentence-transformers keeps
-    beside it in the directory or hub model `source`. Raises CheckpointError for one the engine lacks."""
-    described = encoders.describe(model)
+    beside it in the directory or hub model `source`. activation_bits: of `encoders.describe`. Raises CheckpointError
+    for one the engine lacks."""
+    described = encoders.describe(model, activation_bits=activation_bits)
     with replacing_folder(out) as folder:
         write_model(folder / MODEL_FILE, described.model, described.tensors)
         head = write_head(model, kind, folder)
