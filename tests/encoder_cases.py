@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 import fastff.models as fastff_models
 from fastff.engine import native_export
 from fastff.engine.encode import EncoderEngine
+from fastff.engine.smoothing import channel_maxima, smoothing
 from fastff.models import UltraFastBertConfig, UltraFastBertForSequenceClassification, UltraFastBertModel
 from fastff.models.kinds import kind_of
 
@@ -114,9 +116,57 @@ _HEAD_PARTS = ("classifier", "pooler", "cls.", "lm_head", "pre_classifier")
 
 @functools.cache
 def exported(name: str, heads: bool = False):
-    """The model and its engine."""
+    """The model and its engine, with activations in 16 bits."""
     model = random_model((HEADS if heads else MODELS)[name])
+    return model, engine_of(model, activation_bits=16)
+
+
+def engine_of(model, tokenizer=None, *, source="", activation_bits=8):
     model.config.architectures = [type(model).__name__]
     folder = Path(tempfile.mkdtemp())
-    native_export.export_encoder(model, None, str(folder), kind_of(model.config), folder / "out")
-    return model, EncoderEngine(folder / "out", threads=1)
+    native_export.export_encoder(
+        model, tokenizer, source or str(folder), kind_of(model.config), folder / "out", activation_bits=activation_bits
+    )
+    return EncoderEngine(folder / "out", threads=1)
+
+
+def with_outliers():
+    """A random BERT in which two channels are fifty times as large as the others where layers read them, and count as
+    much as the others."""
+    model = random_model(bert)
+    *_, last = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.LayerNorm) and module is not last:
+                module.weight[[7, 50]] *= 50
+                module.bias[[7, 50]] *= 50
+            elif isinstance(module, torch.nn.Linear) and (".self." in name or "intermediate" in name):
+                module.weight[:, [7, 50]] /= 50
+    return model
+
+
+def with_rounded_activations(model):
+    """The model as the engine computes it with activations in 8 bits: what a linear layer reads and its weights rounded
+    a row at a time, channels smoothed where a norm precedes it."""
+    maxima = channel_maxima(model, VOCABULARY, model.config.max_position_embeddings)
+    rounded = copy.deepcopy(model)
+    for name, module in model.encoder.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        block = name.split(".attention.")[0]
+        joined = [name]
+        if ".self." in name:
+            joined = [f"{block}.attention.self.{part}" for part in ("query", "key", "value")]
+        weights = [model.encoder.get_submodule(each).weight for each in joined]
+        factors = torch.ones(module.in_features)
+        if ".self." in name or "intermediate" in name:
+            factors = smoothing(maxima[module], weights)
+        twin = rounded.encoder.get_submodule(name)
+        twin.weight.data = _nearest(module.weight.data * factors)
+        twin.register_forward_pre_hook(lambda _, inputs, f=factors: (_nearest(inputs[0] / f),))
+    return rounded
+
+
+def _nearest(rows):
+    scale = rows.abs().amax(-1, keepdim=True) / 127
+    return (rows / scale).round() * scale

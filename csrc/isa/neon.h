@@ -59,6 +59,7 @@ struct Vec<float> {
   }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
+  static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static float sum(Reg v) { return vaddvq_f32(v); }
 };
 

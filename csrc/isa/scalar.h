@@ -30,6 +30,7 @@ struct Vec {
   static void store_n(T* p, Reg v, int64_t) { *p = static_cast<T>(v); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static T sum(Reg v) { return static_cast<T>(v); }
 };
 

@@ -64,21 +64,31 @@ inline void arrange_keys(const BidirectionalCall& call, const uint16_t* column, 
   }
 }
 
+// Sixteen numbers of two positions, in turn.
+inline void pair_positions(const uint16_t* __restrict one, const uint16_t* __restrict other, uint16_t* __restrict to) {
+  for (int64_t c = 0; c < kHeadTile; ++c) {
+    const uint32_t word = one[c] | static_cast<uint32_t>(other[c]) << 16;
+    std::memcpy(to + 2 * c, &word, sizeof word);
+  }
+}
+
 // values: [columns / 16][positions / 2][16][2]
 inline void arrange_values(const BidirectionalCall& call, const uint16_t* column, int64_t tiles, int64_t positions,
                            uint16_t* to) {
-  for (int64_t t = 0; t < tiles; ++t)
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t n = std::min(kHeadTile, call.head_dim - t * kHeadTile);
     for (int64_t p = 0; p < positions; p += 2, to += 2 * kHeadTile) {
-      const int64_t n = std::min(kHeadTile, call.head_dim - t * kHeadTile);
       const uint16_t* row = column + p * call.row_stride + t * kHeadTile;
+      if (n == kHeadTile && p + 2 <= call.tokens) {
+        pair_positions(row, row + call.row_stride, to);
+        continue;
+      }
       uint16_t pair[2][kHeadTile] = {};
       for (int64_t i = 0; i < 2; ++i)
         if (p + i < call.tokens) std::memcpy(pair[i], row + i * call.row_stride, n * sizeof *row);
-      for (int64_t c = 0; c < kHeadTile; ++c) {
-        const uint32_t word = pair[0][c] | static_cast<uint32_t>(pair[1][c]) << 16;
-        std::memcpy(to + 2 * c, &word, sizeof word);
-      }
+      pair_positions(pair[0], pair[1], to);
     }
+  }
 }
 
 #ifdef __AMX_BF16__
@@ -171,27 +181,52 @@ inline void times_tiles(const uint16_t* x, int64_t x_stride, const uint16_t* til
 #endif
 }
 
+// 2^x of x at most zero, and zero but for 1e-38 from -126 down; relative error below 3e-7. NaN stays NaN.
+FASTFF_INLINE float power_of_two(float x) {
+  const float bounded = x < -126.0f ? -126.0f : x;
+  const float shifted = bounded + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float r = bounded - (shifted - 12582912.0f);
+  float p = 0.0013390863f;  // Chebyshev interpolation on [-1/2, 1/2]
+  p = p * r + 0.009676032f;
+  p = p * r + 0.05550357f;
+  p = p * r + 0.24022107f;
+  p = p * r + 0.6931472f;
+  p = p * r + 1.0000001f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;  // the low bits of `shifted` hold the integer
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+// Of n numbers, a multiple of 16.
+inline float largest_of(const float* x, int64_t n) {
+  using V = Vec<float>;
+  auto most = V::load(x);
+  for (int64_t i = V::width; i < n; i += V::width) most = V::max(most, V::load(x + i));
+  float lanes[V::width];
+  V::store(lanes, most);
+  for (int half = V::width / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+  return lanes[0];
+}
+
 // exp((scores - largest) * scale) of `tokens` scores, as bfloat16, zeros up to `filled`, a multiple of 16; returns 1 / their
 // sum. scale: above zero.
 inline float soften(float* scores, int64_t tokens, int64_t filled, float scale, uint16_t* to) {
+  using V = Vec<float>;
   for (int64_t i = tokens; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
-  float most[kHeadTile], sum[kHeadTile] = {};
-  std::memcpy(most, scores, sizeof most);
-  for (int64_t i = kHeadTile; i < filled; i += kHeadTile)
-    for (int64_t l = 0; l < kHeadTile; ++l) most[l] = scores[i + l] > most[l] ? scores[i + l] : most[l];
-  float largest = most[0];
-  for (int64_t l = 1; l < kHeadTile; ++l) largest = most[l] > largest ? most[l] : largest;
-  for (int64_t i = 0; i < filled; i += kHeadTile) {
-    float weights[kHeadTile];
-    for (int64_t l = 0; l < kHeadTile; ++l) {
-      weights[l] = exp_((scores[i + l] - largest) * scale);
-      sum[l] += weights[l];
-    }
-    to_bf16_lanes(weights, to + i);
-  }
-  float total = 0;
-  for (int64_t l = 0; l < kHeadTile; ++l) total += sum[l];
-  return 1 / total;
+  const float factor = scale * 1.44269504f, largest = largest_of(scores, filled);
+  for (int64_t i = 0; i < filled; ++i) scores[i] = power_of_two((scores[i] - largest) * factor);
+  auto total = V::zero();
+  for (int64_t i = 0; i < filled; i += V::width) total = V::add(total, V::load(scores + i));
+  for (int64_t i = 0; i < filled; i += kHeadTile) to_bf16_lanes(scores + i, to + i);
+  return 1 / V::sum(total);
+}
+
+inline void times_into(const float* __restrict x, float factor, int64_t n, float* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = x[i] * factor;
 }
 
 void attend_head(const BidirectionalCall& call, int64_t head) {
@@ -216,10 +251,7 @@ void attend_head(const BidirectionalCall& call, int64_t head) {
       inverse[r] = soften(scores + r * positions, call.tokens, positions, call.scale, weights + r * positions);
     std::memset(weights + n * positions, 0, (kHeadTile - n) * positions * sizeof *weights);
     times_tiles(weights, positions, values, columns / kHeadTile, positions / 2, sums, columns);
-    for (int64_t r = 0; r < n; ++r) {
-      float* out = call.out + (first + r) * width + head * d;
-      for (int64_t i = 0; i < d; ++i) out[i] = sums[r * columns + i] * inverse[r];
-    }
+    for (int64_t r = 0; r < n; ++r) times_into(sums + r * columns, inverse[r], d, call.out + (first + r) * width + head * d);
   }
 }
 

@@ -94,8 +94,8 @@ def describe(model: Any, *, activation_bits: int = 8) -> Described:
     """A Transformers encoder (with or without a head), dense or conditional, for `write_model`.
 
     activation_bits: 8 or 16, to which the engine rounds activations before a product. For 8 bits some of a channel's
-    size is moved into the weights (`smoothing.py`). Raises CheckpointError for a model type or a feature that the engine
-    does not have.
+    size is moved into the weights (`smoothing.py`). Raises CheckpointError for a model type or a feature that the
+    engine does not have.
     """
     config, base = model.config, model.base_model
     names = NAMES.get(config.model_type)
@@ -148,9 +148,7 @@ def _embeddings(base: Any, config: Any, names: Names, tensors: Tensors) -> dict[
     }
 
 
-def _block(
-    block: nn.Module, config: Any, names: Names, to: str, maxima: Maxima, tensors: Tensors
-) -> dict[str, Any]:
+def _block(block: nn.Module, config: Any, names: Names, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
     """Adds a block's tensors; returns the description of its feedforward (`csrc/model/encoder_load.cpp`)."""
     norm = block.get_submodule(names.attention_norm)
     tensors |= _norm(f"{to}attention_norm", norm)
@@ -171,9 +169,7 @@ def _block(
     return _projections(up, down, ACTIVATION_NAMES[activation], to, maxima, tensors)
 
 
-def _projections(
-    up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors
-) -> dict[str, Any]:
+def _projections(up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
     if activation in GATED_ACTIVATIONS and activation != "swiglu":
         raise CheckpointError(f"gates of kind {activation!r} are not among the engine's: expected 'swiglu'")
     tensors |= _dense(f"{to}up", up, gated=activation == "swiglu", maxima=maxima)

@@ -35,9 +35,7 @@ def export_model(model: Any, tokenizer: Any, out: Path) -> None:
     write(described, tokenizer, stop, out)
 
 
-def export_encoder(
-    model: Any, tokenizer: Any, source: str, kind: Kind, out: Path, *, activation_bits: int = 8
-) -> None:
+def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Path, *, activation_bits: int = 8) -> None:
     """Write an encoder of Transformers with its head, in float32 on the CPU, and what sentence-transformers keeps
     beside it in the directory or hub model `source`. activation_bits: of `encoders.describe`. Raises CheckpointError
     for one the engine lacks."""

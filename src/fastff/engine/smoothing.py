@@ -48,7 +48,7 @@ def smoothing(largest: Tensor, weights: Iterable[Tensor]) -> Tensor:
 
     largest: of `channel_maxima`. The factors' geometric mean is 1.
     """
-    columns = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    columns = torch.stack([w.detach().abs().amax(0) for w in weights]).amax(0)
     size, weight = (v.clamp_min(_LEAST * float(v.max())) for v in (largest.double(), columns.double()))
     if not (size.isfinite().all() and weight.isfinite().all() and size.min() > 0 and weight.min() > 0):
         return torch.ones_like(columns)  # all zero, or not finite: what is wrong shows where the weights are stored
