@@ -19,7 +19,7 @@ namespace {
 // ---- from sums to y ----
 
 constexpr int64_t kFinishedRows = 32;  // whose sums are finished together at most
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLineLanes = 16;
 
 // A product: all but which part of it.
 struct Product {
@@ -36,8 +36,8 @@ struct PanelHalf {
   int64_t panel, number, lanes[2];
 };
 inline PanelHalf half_of(const PackedMatrix& matrix, int64_t panel, int64_t number) {
-  if (matrix.gated) return {panel, number, {number * kLanes, kPanel / 2 + number * kLanes}};
-  return {panel, number, {number * 2 * kLanes, (number * 2 + 1) * kLanes}};
+  if (matrix.gated) return {panel, number, {number * kLineLanes, kPanel / 2 + number * kLineLanes}};
+  return {panel, number, {number * 2 * kLineLanes, (number * 2 + 1) * kLineLanes}};
 }
 
 // Sums of half a panel with rows from `first_row` on; those of the next row of bytes are `stride` further.
@@ -51,7 +51,7 @@ struct Sums {
 template <int planes>
 inline void scale_lanes(const int32_t* __restrict upper, const int32_t* __restrict lower, uint32_t offset, float row_scale,
                         const float* __restrict scale, const float* __restrict bias, float* __restrict to) {
-  for (int64_t i = 0; i < kLanes; ++i) {
+  for (int64_t i = 0; i < kLineLanes; ++i) {
     uint32_t sum = static_cast<uint32_t>(lower[i]) - offset;
     if (planes == 2) sum += static_cast<uint32_t>(upper[i]) * 256;
     to[i] = static_cast<float>(static_cast<int32_t>(sum)) * (scale[i] * row_scale) + bias[i];
@@ -65,7 +65,7 @@ inline void scaled_sums(const Product& o, const Sums& sums, int64_t begin, int64
   std::memcpy(scales, o.panel(sums.half.panel + 1) - sizeof scales, sizeof scales);
   if (o.epilogue.bias) std::memcpy(bias, o.epilogue.bias + sums.half.panel * kPanel, sizeof bias);
   for (int64_t r = begin; r < end; ++r)
-    for (int group = 0; group < 2; ++group, v += kLanes) {
+    for (int group = 0; group < 2; ++group, v += kLineLanes) {
       const int64_t lane = sums.half.lanes[group];
       const int32_t* upper = sums.lanes[group] + r * planes * sums.stride;
       scale_lanes<planes>(upper, upper + (planes - 1) * sums.stride, static_cast<uint32_t>(o.x.offset[sums.first_row + r]),
@@ -77,17 +77,17 @@ inline void scaled_sums(const Product& o, const Sums& sums, int64_t begin, int64
 inline void store_lanes(const Epilogue& epilogue, const ProductRows& y, int64_t at, const float* __restrict v, int64_t n) {
   if (y.narrow) {
     uint16_t* to = y.narrow + at;
-    if (n == kLanes) return to_bf16_lanes(v, to);
+    if (n == kLineLanes) return to_bf16_lanes(v, to);
     for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(v[i]);
     return;
   }
   float* __restrict to = y.wide + at;
-  if (n != kLanes) {
+  if (n != kLineLanes) {
     for (int64_t i = 0; i < n; ++i) to[i] = epilogue.add ? to[i] + v[i] : v[i];
   } else if (epilogue.add) {
-    for (int64_t i = 0; i < kLanes; ++i) to[i] += v[i];
+    for (int64_t i = 0; i < kLineLanes; ++i) to[i] += v[i];
   } else {
-    std::memcpy(to, v, kLanes * sizeof *to);
+    std::memcpy(to, v, kLineLanes * sizeof *to);
   }
 }
 
@@ -101,7 +101,7 @@ inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64
   if (o.matrix.gated) {
     map_value<Silu>(v, changed, numbers);
     for (int64_t at = 0; at < numbers; at += kBlockLanes)
-      for (int64_t i = 0; i < kLanes; ++i) changed[at + i] *= v[at + kLanes + i];
+      for (int64_t i = 0; i < kLineLanes; ++i) changed[at + i] *= v[at + kLineLanes + i];
   } else if (o.epilogue.activation == FASTFF_GELU) {
     map_value<FastGelu>(v, changed, numbers);
   } else if (o.epilogue.activation != FASTFF_IDENTITY) {
@@ -113,8 +113,8 @@ inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64
   const int64_t first = sums.half.panel * o.matrix.panel_outputs() + sums.half.number * lanes;
   const int64_t left = std::min(lanes, o.matrix.out_features - first);
   for (int64_t r = begin; r < end; ++r, out += kBlockLanes)
-    for (int64_t c = 0; c < left; c += kLanes)
-      store_lanes(o.epilogue, o.y, (sums.first_row + r) * o.y.stride + first + c, out + c, std::min(kLanes, left - c));
+    for (int64_t c = 0; c < left; c += kLineLanes)
+      store_lanes(o.epilogue, o.y, (sums.first_row + r) * o.y.stride + first + c, out + c, std::min(kLineLanes, left - c));
 }
 
 // ---- panels with all rows ----
@@ -168,7 +168,7 @@ class ByTiles {
                     finish(rows_);
                   });
         finish(kFinishedRows);
-        before_ = {half, {sums, sums + kLanes}, kBlockLanes, b / x.planes,
+        before_ = {half, {sums, sums + kLineLanes}, kBlockLanes, b / x.planes,
                    std::min(kTileByteRows, byte_rows() - b) / x.planes};
         finished_ = 0;
       }
