@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import shutil
 import subprocess
 import tomllib
@@ -35,6 +36,26 @@ def imports(path):
             yield node.module
 
 
+def module_of(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path, modules):
+    """Those of `modules` that a file imports, wherever in it but for the types of annotations."""
+    nodes = [parsed(path)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else node.module for name in names)
+        nodes += ast.iter_child_nodes(node)
+
+
 def layer_of(path):
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -49,6 +70,15 @@ def test_imports_point_one_way(path):
         parts = name.split(".")
         if parts[0] == "fastff" and len(parts) > 1:
             assert ORDER[parts[1]] <= own, f"{path.name} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    needs = {name: set(imported_modules(path, modules)) - {name} for name, path in modules.items()}
+    while free := [name for name in needs if not needs[name] & needs.keys()]:
+        for name in free:
+            del needs[name]
+    assert needs == {}, "each of these is in a circle, or imports one that is"
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -93,31 +123,33 @@ def test_public_names():
         assert item.__doc__, f"{name} has no docstring"
 
 
+def kernel_object(isa, folder):
+    """The object file of an instruction set: of a build of these sources, else compiled here; None on other CPUs."""
+    csrc = SOURCE.parents[1] / "csrc"
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
+    for cache in (SOURCE.parents[1] / "build").glob("*/CMakeCache.txt"):
+        built = cache.parent / "CMakeFiles" / "fastff_objects.dir" / "csrc" / "isa" / f"{isa}.cpp.o"
+        sanitized = re.search(r"FASTFF_SANITIZE:\w+=.", cache.read_text())
+        if built.is_file() and built.stat().st_mtime > newest and not sanitized:
+            return built
+    avx512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
+    dots = [*avx512, "-mavx512vnni", "-mavx512bf16"]
+    flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": avx512, "avx512dot": dots}
+    flags["amx"] = [*dots, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+    made, source = folder / "k.o", csrc / "isa" / f"{isa}.cpp"
+    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{csrc}", *flags[isa], "-c", str(source), "-o", str(made)]
+    return None if subprocess.run(command, capture_output=True, check=False).returncode else made
+
+
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512dot", "amx"])
 def test_no_symbol_of_a_newer_instruction_set_can_replace_a_baseline_one(isa, tmp_path):
     """A weak symbol (an inline function, a template of the library) in this file could be the one the linker keeps for
     the whole program, and crash an older CPU."""
-    source = SOURCE.parents[1] / "csrc" / "isa" / f"{isa}.cpp"
-    avx512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
-    dots = [*avx512, "-mavx512vnni", "-mavx512bf16"]
-    flags = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": avx512, "avx512dot": dots}
-    flags["amx"] = [*dots, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-    compile_command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        f"-I{SOURCE.parents[1] / 'csrc'}",
-        *flags[isa],
-        "-c",
-        str(source),
-        "-o",
-        str(tmp_path / "k.o"),
-    ]
-    if subprocess.run(compile_command, capture_output=True, check=False).returncode:
+    found = kernel_object(isa, tmp_path)
+    if found is None:
         pytest.skip("this compiler does not target x86-64")
-    symbols = subprocess.run(["nm", "-C", str(tmp_path / "k.o")], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-C", str(found)], capture_output=True, text=True, check=True).stdout
     kinds = {fields[2]: fields[1] for line in symbols.splitlines() if len(fields := line.split(maxsplit=2)) == 3}
     assert any("linear" in name for name in kinds), "the table of kernels must be there"
     assert [name for name, kind in kinds.items() if kind in "WVu"] == []

@@ -18,7 +18,7 @@ pytestmark = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import conditional_kernels, conditional_products, plan
+    from fastff.ops.triton_kernels import conditional_kernels, conditional_plan, conditional_products, plan
 
 # rows, slots, leaves, width, in_features, out_features, activation, bias
 SHAPES = [
@@ -146,7 +146,7 @@ def test_parts_of_a_weight_gradient_are_summed():
                for name, t in inputs.items()}  # fmt: skip
     grad_y = tensors.pop("grad_y")
     tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=32)
-    chosen = conditional_products.Plan(tiles, tiles, tiles, splits=3)
+    chosen = conditional_plan.Plan(tiles, tiles, tiles, splits=3)
     routed, leaves = arguments(tensors)
     y, scores = conditional_kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
     grads = conditional_kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)

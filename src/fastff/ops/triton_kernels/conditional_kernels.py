@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, slope
-from fastff.ops.triton_kernels.conditional_products import Plan
+from fastff.ops.triton_kernels.conditional_plan import Plan
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import beyond, precision_of, sorted_rows, tables, tile_of
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
