@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ _WORTH_TRYING = (
     b"NaN",
     b"true",
 )
+
+_HOSTILE = (None, -1, 0, 1, 2**31, 2**53, 2**70, 1.5, 1e300, "", "x", "bf16", True, False, [], [1], {}, {"a": 1})
 
 
 def mutations(whole: bytes, count: int, *, seed: int) -> Iterator[bytes]:
@@ -49,6 +52,38 @@ def mutations(whole: bytes, count: int, *, seed: int) -> Iterator[bytes]:
                     piece = rng.choice(_WORTH_TRYING)
                     data[a : a + len(piece)] = piece
         yield bytes(data)
+
+
+def altered(content: Any, count: int, *, seed: int) -> Iterator[Any]:
+    """`count` copies of what JSON holds, with one to three values removed, or replaced by others: hostile ones, ones
+    near by, or ones from another place."""
+    rng, whole = random.Random(seed), json.dumps(content)
+    for _ in range(count):
+        copy = json.loads(whole)
+        for _ in range(rng.randint(1, 3)):
+            places = list(_places(copy))
+            if not places:
+                break
+            container, key = rng.choice(places)
+            other, there = rng.choice(places)
+            value, change = container[key], rng.randrange(4)
+            if change == 0:
+                del container[key]
+            elif change == 1 and type(value) in (int, float):
+                container[key] = rng.choice((value + 1, value - 1, 2 * value, value // 2))
+            elif change == 2:
+                container[key] = json.loads(json.dumps(other[there]))
+            else:
+                container[key] = rng.choice(_HOSTILE)
+        yield copy
+
+
+def _places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in nested dicts and lists: the container and the key."""
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield content, key
+            yield from _places(value)
 
 
 def damage(path: Path, count: int, *, seed: int) -> Iterator[int]:

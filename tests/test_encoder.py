@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastff
 import fastff.engine
@@ -184,6 +188,66 @@ def test_modules_of_sentence_transformers_say_how(tmp_path):
         pooling({"pooling_mode_max_tokens": True}, "Pooling")
     with pytest.raises(CheckpointError, match="module Dense"):
         pooling({"pooling_mode": "mean"}, "Pooling", "Dense")
+
+
+def test_texts_are_cut_where_sentence_transformers_cuts_them(tmp_path):
+    def length(name="sentence_bert_config.json", **settings):
+        (tmp_path / name).write_text(json.dumps(settings))
+        return encoder_heads.sentence_length(tmp_path)
+
+    assert encoder_heads.sentence_length(tmp_path) is None
+    assert length(max_seq_length=7, do_lower_case=False) == 7
+    assert length("config_sentence_transformers.json", default_prompt_name=None, prompts={"query": "q: "}) == 7
+    for settings in ({"max_seq_length": "7"}, {"max_seq_length": 0}, {"max_seq_length": 7, "do_lower_case": True}):
+        with pytest.raises(CheckpointError, match=r"max_seq_length is|do_lower_case"):
+            length(**settings)
+    length(max_seq_length=7)
+    with pytest.raises(CheckpointError, match="prompt 'query'"):
+        length("config_sentence_transformers.json", default_prompt_name="query")
+
+
+def test_a_sentence_model_is_exported_with_its_length(tmp_path):
+    model, engine = exported("bert")
+    model.save_pretrained(tmp_path / "model")
+    words = {word: number for number, word in enumerate(["[UNK]", "[PAD]", *(f"w{i}" for i in range(VOCABULARY - 2))])}
+    made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": ""}]))
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 5}))
+    fastff.export(tmp_path / "model", tmp_path / "out", to="native")
+    loaded = EncoderEngine(tmp_path / "out", threads=1)
+    text = " ".join(f"w{i}" for i in range(20))
+    assert torch.equal(loaded.embed(text), engine.embed([list(range(2, 7))]))
+
+
+def test_options_that_would_change_embeddings_are_not_ignored():
+    _, engine = exported("bert")
+    engine.embed = lambda sentences, normalise: torch.ones(len(sentences), 2)
+    try:
+        plain = engine.encode(["a"], batch_size=8, show_progress_bar=False, convert_to_numpy=True, prompt_name=None)
+        assert isinstance(engine.encode(["a"], convert_to_tensor=True), torch.Tensor)
+        assert plain.tolist() == [[1, 1]]
+        for name, value in (("prompt_name", "query"), ("truncate_dim", 1), ("output_value", None), ("typo", 1)):
+            with pytest.raises(TypeError, match=f"no option {name}"):
+                engine.encode(["a"], **{name: value})
+    finally:
+        del engine.embed
+
+
+@pytest.mark.parametrize("wrong", [2**32 + 5, 1.5, True, 2**70])
+def test_what_32_bits_would_make_another_token_or_type_of_is_refused(wrong):
+    _, engine = exported("bert")
+    with pytest.raises(FastffError, match="token"):
+        engine.hidden_states([[wrong]])
+    with pytest.raises(FastffError, match="token"):
+        engine.hidden_states([[4]], types=[[wrong]])
+
+
+def test_an_engine_goes_to_another_process():
+    _, engine = exported("bert")
+    again = pickle.loads(pickle.dumps(engine))
+    assert torch.equal(again.embed(tokens(8)), engine.embed(tokens(8)))
 
 
 def test_a_directory_is_exported_and_loaded(tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import fastff
 from engine_cases import CONFIGS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native_export
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load
-from fastff.errors import CheckpointError, FastffError
+from fastff.errors import CheckpointError, FastffError, FileError
 
 
 def tokens(count, seed=0):
@@ -113,6 +116,37 @@ def test_tokens_outside_the_vocabulary_and_prompts_too_long_are_refused_unread()
         engine.encode_prompt([])
     with pytest.raises(CheckpointError, match="without a tokenizer"):
         engine.encode_prompt("text")
+
+
+@pytest.mark.parametrize("wrong", [[2**32 + 5], [-(2**32) + 5], [2**70], [1.5], [[1]], ["a"]])
+def test_what_32_bits_would_make_another_token_of_is_refused(wrong):
+    session = exported("llama")[0].session()
+    for ids in (wrong, [5, *wrong]):
+        with pytest.raises(FastffError, match="token"):
+            session.feed(ids)
+    with pytest.raises(FastffError, match="outside the vocabulary"):
+        session.feed_one(2**32 + 5)
+    assert len(session) == 0
+    with pytest.raises(FastffError, match="token"):
+        list(exported("llama")[0].generate_ids(exported("llama")[0].encode_prompt(wrong)))
+
+
+def test_an_engine_goes_to_another_process_and_is_copied():
+    engine = exported("llama")[0]
+    for again in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
+        assert torch.equal(again.logits([1, 2, 3]), engine.logits([1, 2, 3]))
+
+
+def test_no_capacity_is_refused():
+    with pytest.raises(FastffError, match="capacity 0"):
+        exported("llama")[0].session(0)
+
+
+def test_a_directory_that_no_export_wrote_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("a")
+    with pytest.raises(FileError, match="holds files that no export wrote"):
+        fastff.export(tmp_path, tmp_path, to="native")
+    assert (tmp_path / "mine").read_text() == "a"
 
 
 def test_generation_ends_where_positions_end():

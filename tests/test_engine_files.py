@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 
@@ -9,15 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from engine_cases import exported, random_model
-from fastff.engine import native_export
+from encoder_cases import exported as exported_encoder
+from engine_cases import conditional_model, exported, random_model
+from fastff.engine import decoders, native_export
+from fastff.engine.encoder_heads import HEAD_FILE, read_head
+from fastff.engine.facts import (
+    FACTS_FILE,
+    MODEL_FILE,
+    DecoderFacts,
+    EncoderFacts,
+    HeadFacts,
+    HeadLayer,
+    read_facts,
+    write_facts,
+)
 from fastff.engine.generate import Engine
-from fastff.engine.gguf import TYPES, Gguf
+from fastff.engine.gguf import TYPES, Gguf, GgufWeights, configuration
+from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.engine.gguf_write import requantise, write_gguf
 from fastff.engine.native_file import fnv1a
 from fastff.errors import CheckpointError, FastffError
-from fastff.ops.native_model import NativeModel
+from fastff.io import write_tensors
+from fastff.ops.native_encoder import NativeEncoder
+from fastff.ops.native_model import NativeModel, NativeSession
+from fuzzing import altered, damage, error_of
 
+MUTATIONS = 2000
 HALF = 2**-11  # relative error of a number in half precision
 WORDS = [chr(33 + i) for i in range(94)] + [f"w{i}" for i in range(204)] + ["<s>", "</s>"]
 
@@ -136,31 +154,119 @@ def test_gguf_of_another_type_or_version_is_refused(tmp_path):
         Gguf(path)
 
 
-def test_damaged_gguf_files_raise_nothing_but_our_errors(tmp_path):
-    llama_gguf(tmp_path / "llama.gguf", "Q8_0")
-    raw, path, chance = (tmp_path / "llama.gguf").read_bytes(), tmp_path / "damaged.gguf", random.Random(0)
-    header = raw.index(b"blk.1.ffn")  # the interesting bytes come before the tensors
+@pytest.fixture
+def small_gguf(tmp_path):
+    path = tmp_path / "llama.gguf"
+    llama_gguf(path, "Q8_0")
+    return path
+
+
+def test_damaged_gguf_files_raise_nothing_but_our_errors(small_gguf):
     refused = 0
-    for trial in range(150):
-        damaged = bytearray(raw)
-        if trial % 3 == 0:
-            damaged = damaged[: chance.randrange(len(raw))]
-        else:
-            for _ in range(chance.randrange(1, 5)):
-                damaged[chance.randrange(header)] = chance.randrange(256)
-        path.write_bytes(damaged)
+    for number in damage(small_gguf, MUTATIONS, seed=1):
         try:
-            gguf = Gguf(path)
-            for name in gguf:
+            gguf = Gguf(small_gguf)
+            config = configuration(gguf)
+            if number % 4 == 0:
+                tokenizer_of(gguf)
+            decoders.describe(config, GgufWeights(gguf, config))
+            for name in list(gguf)[:: 1 + number % 20]:
                 assert gguf[name].dtype == torch.float32
         except CheckpointError:
             refused += 1
-    assert refused > 75
+    assert refused > MUTATIONS // 4
+
+
+ARCHITECTURE, OF_TOKENS = "general.architecture", "tokenizer.ggml."
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, 3, 2**31, 2.0, float("nan"), "x", True, [1, 2], ["a"] * 300, []])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ARCHITECTURE,
+        *("general.alignment", "tokenizer.chat_template"),
+        *(f"llama.{name}" for name in ("block_count", "embedding_length", "attention.head_count", "context_length")),
+        *(f"llama.rope.{name}" for name in ("freq_base", "scaling.type", "scaling.factor", "dimension_count")),
+        *(f"llama.attention.{name}" for name in ("head_count_kv", "key_length", "layer_norm_rms_epsilon")),
+        *(f"{OF_TOKENS}{name}" for name in ("model", "pre", "tokens", "token_type", "merges")),
+        *(f"{OF_TOKENS}{name}" for name in ("eos_token_id", "bos_token_id", "add_bos_token")),
+    ],
+)
+def test_gguf_metadata_of_any_value(name, value, gguf_with, tmp_path):
+    """2**31 blocks, say, which would be looked for until memory ends; whatever passes is exported and runs."""
+    path = gguf_with({name: value})
+    error = error_of(lambda: native_export.export_gguf(path, tmp_path / "out"))
+    if error is None:
+        Engine(tmp_path / "out").logits([1, 2])
+    else:
+        assert isinstance(error, CheckpointError)
+        assert str(path) in str(error)
+
+
+@pytest.fixture(scope="module")
+def gguf_with(tmp_path_factory):
+    """Makes the small Llama's file with some metadata replaced, without making the model again."""
+    path = tmp_path_factory.mktemp("gguf") / "llama.gguf"
+    llama_gguf(path)
+    whole = Gguf(path)
+    tensors = {name: (whole[name], "F32") for name in whole}
+
+    def make(changes):
+        metadata = {name: value for name, value in (whole.metadata | changes).items() if value is not None}
+        write_gguf(path.with_name("changed.gguf"), metadata, tensors)
+        return path.with_name("changed.gguf")
+
+    return make
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 32), (2**63, 0), (32, 2**62, 2**62), (2**64 - 1,)])
+@pytest.mark.parametrize("kind", [0, 8])
+def test_gguf_tensors_of_impossible_shapes_are_refused(kind, shape, tmp_path):
+    path = tmp_path / "t.gguf"
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"x" + struct.pack("<I", len(shape))
+    path.write_bytes(head + struct.pack(f"<{len(shape)}QIQ", *shape, kind, 0) + bytes(512))
+    with pytest.raises(CheckpointError, match=r"not whole blocks|truncated"):
+        Gguf(path)
+
+
+def test_gguf_names_that_stand_twice_or_mean_nothing_are_refused(small_gguf, tmp_path):
+    raw = small_gguf.read_bytes()
+    assert raw.count(b"blk.1.ffn_up") == 1
+    for old, new, message in (
+        (b"blk.1.ffn_up", b"blk.0.ffn_up", "'blk.0.ffn_up.weight' twice"),
+        (b"blk.1.ffn_up", b"blk.1.ffn_xx", "not among the engine's tensors"),
+        (b"tokenizer.ggml.model", b"llama.context_length", "'llama.context_length' twice"),
+    ):
+        small_gguf.write_bytes(raw.replace(old, new, 1))
+        with pytest.raises(CheckpointError, match=message):
+            native_export.export_gguf(small_gguf, tmp_path / "out")
+
+
+def test_texts_begin_with_a_token_of_their_own_where_the_file_says_so(gguf_with, tmp_path):
+    begin = {f"{OF_TOKENS}bos_token_id": 298}
+    for changes, starts in (
+        (begin, False),
+        (begin | {f"{OF_TOKENS}add_bos_token": True}, True),
+        (begin | {f"{OF_TOKENS}pre": "llama-bpe"}, True),
+        (begin | {f"{OF_TOKENS}pre": "llama-bpe", f"{OF_TOKENS}add_bos_token": False}, False),
+    ):
+        native_export.export_gguf(gguf_with(changes), tmp_path / "out")
+        ids = Engine(tmp_path / "out").tokenizer.encode("ab")
+        assert ids == [298] * starts + [WORDS.index("a"), WORDS.index("b")]
+
+
+def test_words_that_the_vocabulary_holds_whole_are_not_merged(gguf_with):
+    """As Llama 3's tokenizer, whose merges do not lead to all of its words."""
+    words = ["ab" if word == "w0" else word for word in WORDS]
+    for cut, found in (("llama-bpe", ["ab"]), ("gpt-2", ["a", "b"])):
+        made = tokenizer_of(Gguf(gguf_with({f"{OF_TOKENS}pre": cut, f"{OF_TOKENS}tokens": words})))
+        assert made.encode("ab") == [words.index(word) for word in found]
 
 
 class TestModelFile:
     def raw(self):
-        return (exported("llama")[2] / native_export.MODEL_FILE).read_bytes()
+        return (exported("llama")[2] / MODEL_FILE).read_bytes()
 
     def opened(self, path, raw):
         path.write_bytes(raw)
@@ -223,3 +329,90 @@ class TestModelFile:
         for path in (tmp_path, tmp_path / "missing"):
             with pytest.raises(FastffError, match=str(path)):
                 NativeModel(path)
+
+
+def rewritten(path, whole, header):
+    """The file with another header and the checksum made right for it."""
+    size = int.from_bytes(whole[8:16], "little")
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(size)
+    body = whole[24 + size :] if len(text) == size else bytes(-(24 + len(text)) % 64) + whole[24 + size :]
+    path.write_bytes(whole[:8] + len(text).to_bytes(8, "little") + fnv1a(text).to_bytes(8, "little") + text + body)
+
+
+def run_decoder(path):
+    NativeSession(NativeModel(path), 4, threads=1).feed([1, 2, 3], want_logits=True)
+
+
+def run_encoder(path):
+    NativeEncoder(path).run([1, 2, 3], [2, 1], threads=1)
+
+
+NATIVE = {
+    "llama": (lambda: exported("llama")[2], run_decoder),
+    "conditional": (lambda: conditional_model("flat")[1], run_decoder),
+    "bert": (lambda: exported_encoder("bert")[1]._folder, run_encoder),
+    "trees": (lambda: exported_encoder("ours-trees")[1]._folder, run_encoder),
+}
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_damaged_model_files_are_refused_or_run(kind, tmp_path):
+    """Half of the damage is within a header whose checksum fits, which damage alone would not leave."""
+    folder, run = NATIVE[kind]
+    path = tmp_path / "model"
+    whole = (folder() / MODEL_FILE).read_bytes()
+    header = json.loads(whole[24 : 24 + int.from_bytes(whole[8:16], "little")])
+    path.write_bytes(whole)
+    run(path)
+    errors = [error_of(lambda: run(path)) for _ in damage(path, MUTATIONS // 4, seed=2)]
+    for content in altered(header, MUTATIONS // 4, seed=3):
+        rewritten(path, whole, content)
+        errors.append(error_of(lambda: run(path)))
+    assert {type(error) for error in errors} == {FastffError, type(None)}
+    assert sum(error is not None for error in errors) > MUTATIONS // 4
+
+
+FACTS = {
+    "decoder": DecoderFacts([1, 2]),
+    "encoder": EncoderFacts("mean", True, HeadFacts("first", [HeadLayer("tanh", None)], ["a"]), 7),
+}
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_damaged_facts(kind, tmp_path):
+    facts, path = FACTS[kind], tmp_path / FACTS_FILE
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path, type(facts)) == facts
+    whole = json.loads(path.read_text())
+
+    def load():
+        read_facts(tmp_path, type(facts))
+
+    errors = [error_of(load) for _ in damage(path, MUTATIONS // 2, seed=4)]
+    for content in altered(whole, MUTATIONS // 2, seed=5):
+        path.write_text(json.dumps(content))
+        errors.append(error_of(load))
+    found = [error for error in errors if error is not None]
+    assert all(isinstance(error, CheckpointError) and str(tmp_path) in str(error) for error in found)
+    assert len(found) > MUTATIONS // 2
+
+
+def test_damaged_heads(tmp_path):
+    layers = [HeadLayer("gelu", None), HeadLayer("identity", 1e-5), HeadLayer("tanh", None)]
+    tensors = {
+        "0.weight": torch.ones(3, 4),
+        "0.bias": torch.ones(3),
+        "1.weight": torch.ones(3),
+        "1.bias": torch.ones(3),
+    }
+    write_tensors(tmp_path / HEAD_FILE, tensors | {"2.weight": torch.ones(2, 3)})
+
+    def load():
+        read_head(HeadFacts("first", layers, []), tmp_path, 4)(torch.ones(1, 4))
+
+    load()
+    errors = [error_of(load) for _ in damage(tmp_path / HEAD_FILE, MUTATIONS, seed=6)]
+    found = [error for error in errors if error is not None]
+    assert all(isinstance(error, CheckpointError) and str(tmp_path) in str(error) for error in found)
+    assert len(found) > MUTATIONS // 4

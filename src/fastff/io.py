@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -100,8 +101,13 @@ def publish(folder: Path, target: Path) -> None:
         sync(path)
     sync(folder)
     if target.exists():
-        shutil.rmtree(target)
-    os.replace(folder, target)
+        # Moved away first: the time without a folder is that of a rename, not of removing many files.
+        former = _temporary(target)
+        os.replace(target, former)
+        os.replace(folder, target)
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        os.replace(folder, target)
     sync(target.parent)
 
 
@@ -256,11 +262,14 @@ def _restored(kind: Any, content: Any, what: str) -> Any:
 
 
 def _restored_dataclass(kind: Any, content: dict[str, Any], what: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints_of(kind)
     needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     if wrong := needed - set(content) | set(content) - {f.name for f in fields(kind)}:
         raise ValueError(f"{what} has {', '.join(sorted(content))}; missing or unknown: {', '.join(sorted(wrong))}")
     return kind(**{name: _restored(hints[name], value, f"{what}.{name}") for name, value in content.items()})
+
+
+_hints_of = functools.cache(get_type_hints)
 
 
 def _key(kind: Any, name: str, what: str) -> Any:

@@ -29,7 +29,7 @@ def export(
     to
         Who reads it: native (fastff's own engine) or openvino (encoders and classifiers).
     out
-        Directory to write; what is there is replaced.
+        Directory to write; an earlier export there is replaced.
     weights
         What weights are stored in, conditional layers' and the others'.
     text

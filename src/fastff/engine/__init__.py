@@ -19,9 +19,9 @@ def load(folder: str | Path, *, map: bool = False) -> Engine | EncoderEngine:
     map: share the file's pages with other processes instead of a copy on huge pages. Raises CheckpointError or
     FastffError for a directory that is none.
     """
-    from fastff.engine.native_export import read_facts
+    from fastff.engine.facts import kind_of_export
 
-    if read_facts(Path(folder))["kind"] == "encoder":
+    if kind_of_export(Path(folder)) == "encoder":
         from fastff.engine.encode import EncoderEngine
 
         return EncoderEngine(Path(folder), map=map)

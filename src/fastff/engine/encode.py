@@ -10,14 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastff.engine.encoder_heads import Pooling, pool, read_head
-from fastff.engine.native_export import MODEL_FILE, read_facts
+from fastff.engine.encoder_heads import pool, read_head
+from fastff.engine.facts import MODEL_FILE, EncoderFacts, Pooling, read_facts
 from fastff.errors import CheckpointError, ShapeError
 from fastff.ops.native_encoder import NativeEncoder
 
 __all__ = ["EncoderEngine"]
 
 Inputs = str | Sequence[str] | Sequence[Sequence[int]]
+# Options of SentenceTransformer.encode: those that leave the result alone, and what others may be.
+_ONLY_HOW = ("batch_size", "show_progress_bar", "device", "num_workers", "pool", "chunk_size")
+_AS_IT_IS: dict[str, tuple[Any, ...]] = {
+    "convert_to_numpy": (True, None),
+    "output_value": ("sentence_embedding",),
+    "precision": ("float32",),
+    "prompt_name": (None,),
+    "prompt": (None,),
+    "truncate_dim": (None,),
+}
 _BATCH_TOKENS = 16384  # that pass the layers in one call
 
 
@@ -29,13 +39,14 @@ class EncoderEngine:
     """
 
     def __init__(self, folder: Path, *, map: bool = False, threads: int = 0) -> None:
-        facts = read_facts(folder)
+        facts = read_facts(folder, EncoderFacts)
         self.model = NativeEncoder(folder / MODEL_FILE, map=map)
         self.threads = threads
-        self.pooling: Pooling = facts["pooling"]
-        self.normalise = bool(facts["normalise"])
-        self.head = read_head(facts["head"], folder)
-        self.labels: list[str] = facts["head"]["labels"] if facts["head"] else []
+        self.pooling: Pooling = facts.pooling  # type: ignore[assignment]
+        self.normalise = facts.normalise
+        self.head = read_head(facts.head, folder, self.model.hidden)
+        self.labels: list[str] = facts.head.labels if facts.head else []
+        self.max_length = min(facts.max_length or self.model.positions, self.model.positions)
         self._folder = folder
         self._tokenizer: Any = None
 
@@ -53,7 +64,7 @@ class EncoderEngine:
 
     def hidden_states(self, inputs: Inputs, *, types: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Last hidden states (length, hidden) of each input, in order. types: segments of the tokens (default: the
-        first). Texts are cut to the model's length.
+        first). Texts are cut to `max_length` tokens: the model's positions, or what sentence-transformers cuts them to.
 
         Raises ShapeError for an empty or too long sequence of ids, FastffError for an id out of range.
         """
@@ -66,8 +77,8 @@ class EncoderEngine:
         found: list[Tensor] = [torch.empty(0)] * len(ids)
         for batch in _batches([len(i) for i in ids]):
             lengths = [len(ids[i]) for i in batch]
-            flat = torch.tensor([token for i in batch for token in ids[i]], dtype=torch.int64)
-            kinds = None if types is None else torch.tensor([kind for i in batch for kind in types[i]])
+            flat = [token for i in batch for token in ids[i]]
+            kinds = None if types is None else [kind for i in batch for kind in types[i]]
             hidden = self.model.run(flat, lengths, types=kinds, threads=self.threads)
             for i, part in zip(batch, hidden.split(lengths), strict=True):
                 found[i] = part
@@ -78,11 +89,25 @@ class EncoderEngine:
         pooled = self._pooled(inputs, self.pooling, None)
         return F.normalize(pooled, dim=-1) if (self.normalise if normalise is None else normalise) else pooled
 
-    def encode(self, sentences: str | Sequence[str], *, normalize_embeddings: bool = False, **_: Any) -> Any:
-        """As SentenceTransformer.encode: a numpy array (sentences, hidden), or (hidden,) of one string; its other
-        options, such as batch_size, are accepted and change nothing."""
-        found = self.embed(sentences, normalise=self.normalise or normalize_embeddings).numpy()
-        return found[0] if isinstance(sentences, str) else found
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        *,
+        normalize_embeddings: bool = False,
+        convert_to_tensor: bool = False,
+        **others: Any,
+    ) -> Any:
+        """As SentenceTransformer.encode: embeddings (sentences, hidden), or (hidden,) of one string, as a numpy array
+        or, with convert_to_tensor, a tensor. Options of its that only say how to compute, such as batch_size, change
+        nothing; TypeError for the others, which would change the result."""
+        differing = {name for name in others if name not in _ONLY_HOW} - {
+            name for name, value in _AS_IT_IS.items() if others.get(name) in value
+        }
+        if differing:
+            raise TypeError(f"encode has no option {', '.join(sorted(differing))}")
+        found = self.embed(sentences, normalise=self.normalise or normalize_embeddings)
+        found = found[0] if isinstance(sentences, str) else found
+        return found if convert_to_tensor else found.numpy()
 
     def classify(self, inputs: Inputs, *, types: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Logits (inputs, labels) of a sequence classifier. Raises CheckpointError for a model that is none."""
@@ -109,7 +134,7 @@ class EncoderEngine:
             return [list(sequence) for sequence in given]
         if len(texts) < len(given):
             raise ValueError("inputs are texts and token ids mixed: expected one kind")
-        cut: dict[str, Any] = {"truncation": True, "max_length": self.model.positions, "return_attention_mask": False}
+        cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
         found: list[Sequence[int]] = self.tokenizer(texts, **cut)["input_ids"]
         return found
 

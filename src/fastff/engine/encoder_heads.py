@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastff.engine.facts import REMEDY, HeadFacts, HeadLayer, Pooling
 from fastff.errors import CheckpointError
 from fastff.io import read_json, read_tensors, write_tensors
 from fastff.models.kinds import Kind
 from fastff.ops.reference import activate
 
-Pooling = Literal["first", "mean"]
 HEAD_FILE = "head.safetensors"
+_ACTIVATIONS = ("identity", "tanh", "relu", "gelu")
 _POOLINGS: dict[str, Pooling] = {"zero_index": "first", "masked_avg": "mean", "avg": "mean"}
 
 # Layers of a head by model type: the module's path and the activation after it. A norm has none.
@@ -69,7 +70,7 @@ class Head:
         return rows
 
 
-def write_head(model: Any, kind: Kind, folder: Path) -> dict[str, Any] | None:
+def write_head(model: Any, kind: Kind, folder: Path) -> HeadFacts | None:
     """Write the head of a model, None for one without; returns what `read_head` needs beside the file.
 
     Raises CheckpointError for a model whose head is not known."""
@@ -85,11 +86,11 @@ def write_head(model: Any, kind: Kind, folder: Path) -> dict[str, Any] | None:
         module = model.get_submodule(path) if not path.startswith("base_model.") else _below(model, path)
         tensors |= {f"{index}.{name}": t.detach().contiguous().clone() for name, t in module.named_parameters()}
         epsilon = module.eps if isinstance(module, nn.LayerNorm) else None
-        layers.append({"activation": activation, "epsilon": epsilon})
+        layers.append(HeadLayer(activation, epsilon))
     write_tensors(folder / HEAD_FILE, tensors)
     pooling = _POOLINGS.get(getattr(model.config, "pooler", ""), "first") if kind == "classifier" else None
     labels = [str(label) for _, label in sorted((model.config.id2label or {}).items())]
-    return {"pooling": pooling, "layers": layers, "labels": labels if kind == "classifier" else []}
+    return HeadFacts(pooling, layers, labels if kind == "classifier" else [])
 
 
 def _below(model: Any, path: str) -> nn.Module:
@@ -97,19 +98,56 @@ def _below(model: Any, path: str) -> nn.Module:
     return found
 
 
-def read_head(facts: Mapping[str, Any] | None, folder: Path) -> Head | None:
-    """The head that `write_head` wrote. Raises FileError for a damaged file, CheckpointError for a missing tensor."""
+def read_head(facts: HeadFacts | None, folder: Path, hidden: int) -> Head | None:
+    """The head, for hidden states of `hidden` numbers, that `write_head` wrote. Raises FileError for a damaged file,
+    CheckpointError for a missing or misshapen tensor or an unknown activation."""
     if facts is None:
         return None
-    tensors = read_tensors(folder / HEAD_FILE, remedy="export the model again")
+    path, width = folder / HEAD_FILE, hidden
+    tensors = read_tensors(path, remedy=REMEDY)
     layers = []
-    for index, layer in enumerate(facts["layers"]):
+    for index, layer in enumerate(facts.layers):
         prefix = f"{index}."
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         if "weight" not in own:
-            raise CheckpointError(f"{folder / HEAD_FILE} has no tensor {prefix}weight: export the model again")
-        layers.append((layer["activation"], own, layer["epsilon"]))
-    return Head(facts["pooling"], layers)
+            raise CheckpointError(f"{path} has no tensor {prefix}weight: {REMEDY}")
+        if layer.activation not in _ACTIVATIONS:
+            raise CheckpointError(f"{folder} has a head with the activation {layer.activation!r}: {REMEDY}")
+        width = _checked_width(own, width, layer.epsilon is not None, f"{path}: {prefix}")
+        layers.append((layer.activation, own, layer.epsilon))
+    return Head(facts.pooling, layers)  # type: ignore[arg-type]
+
+
+def _checked_width(own: Mapping[str, Tensor], width: int, norm: bool, what: str) -> int:
+    """Outputs of a layer that is given rows of `width` numbers."""
+    weight = own["weight"]
+    if weight.dim() != 2 - norm or weight.shape[-1] != width or not weight.is_floating_point():
+        raise CheckpointError(f"{what}weight is {weight.dtype} {tuple(weight.shape)}, for rows of {width}: {REMEDY}")
+    bias = own.get("bias")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise CheckpointError(f"{what}bias is {bias.dtype} {tuple(bias.shape)}, expected {len(weight)}: {REMEDY}")
+    return len(weight)
+
+
+def sentence_length(folder: Path) -> int | None:
+    """Tokens that sentence-transformers cuts texts to; None without its settings.
+
+    Raises CheckpointError for settings that change texts in a way that the engine does not."""
+    length = None
+    for path in sorted(folder.glob("sentence_*_config.json")):
+        settings = read_json(path, needs={}, remedy="take the file from where the model came from")
+        if settings.get("do_lower_case"):
+            raise CheckpointError(f"{path.name} sets do_lower_case, which is not one of the engine's")
+        found = settings.get("max_seq_length")
+        if found is not None and (type(found) is not int or found < 1):
+            raise CheckpointError(f"{path.name} says that max_seq_length is {found!r}, expected a positive number")
+        length = found or length
+    general = folder / "config_sentence_transformers.json"
+    if general.is_file():
+        name = read_json(general, needs={}).get("default_prompt_name")
+        if name is not None:
+            raise CheckpointError(f"{general.name} puts the prompt {name!r} before every text: the engine does not")
+    return length
 
 
 def sentence_pooling(folder: Path) -> tuple[Pooling, bool]:

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import fastff.models  # noqa: F401  the Auto classes know our models then
-from fastff.errors import CheckpointError
-from fastff.models.carried_files import carry
+from fastff.engine.facts import FACTS_FILE, OPENVINO_FILE
+from fastff.errors import CheckpointError, FileError
 from fastff.models.kinds import AUTO, Kind, kind_of
 
 Target = Literal["native", "openvino"]
@@ -23,17 +23,19 @@ def export(
     """Write a model, dense, narrow or conditional, for inference without PyTorch. Returns `out`.
 
     model    directory or hub name of a Transformers model, converted ones and UltraFastBERT included
-    out      directory to write; what is there is replaced
+    out      directory to write; an earlier export there is replaced
     to       "native": for `fastff.engine.load` (`docs/engine.md`), where `model` may be a GGUF file too;
              "openvino": an IR with fastff's operations (`docs/openvino.md`)
     weights  "int8", or for OpenVINO "fp32"
     texts    "openvino": what the ranges of int8 activations are measured on (default: a few plain sentences)
 
     Raises ValueError for another target or weights, CheckpointError for a model that cannot be loaded or has no such
-    form, BackendUnavailable where the target's tools are missing, FileError if `out` cannot be written.
+    form, BackendUnavailable where the target's tools are missing, FileError if `out` cannot be written or holds files
+    that no export wrote.
     """
     if to not in get_args(Target):
         raise ValueError(f"to {to!r} is not one of {', '.join(get_args(Target))}")
+    _check_replaceable(Path(out))
     if to == "native":
         return _to_native(str(model), Path(out), weights)
     from fastff.engine import openvino
@@ -43,9 +45,14 @@ def export(
     if kind == "causal":
         raise CheckpointError(f"{model} is a causal model; to 'openvino' go encoders and classifiers")
     output = "last_hidden_state" if kind == "embedding" else "logits"
-    openvino.export(loaded, tokenizer, Path(out), output=output, weights=weights, texts=texts)  # type: ignore[arg-type]
-    carry(str(model), Path(out))
+    openvino.export(loaded, tokenizer, Path(out), output=output, weights=weights, texts=texts, source=str(model))  # type: ignore[arg-type]
     return Path(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises FileError unless `out` is absent, empty or an earlier export: it could be the model itself."""
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in (FACTS_FILE, OPENVINO_FILE)):
+        raise FileError(f"{out} holds files that no export wrote: choose another directory, or empty it")
 
 
 def _to_native(model: str, out: Path, weights: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastff.engine.native_export import MODEL_FILE, read_facts
+from fastff.engine.facts import MODEL_FILE, DecoderFacts, read_facts
 from fastff.errors import CheckpointError, FastffError
 from fastff.ops.native_model import NativeModel, NativeSession, Sampling
 
@@ -26,9 +26,9 @@ class Engine:
     """
 
     def __init__(self, folder: Path, *, map: bool = False) -> None:
-        facts = read_facts(folder)
+        facts = read_facts(folder, DecoderFacts)
         self.model = NativeModel(folder / MODEL_FILE, map=map)
-        self.stop = frozenset(int(token) for token in facts["stop"])
+        self.stop = frozenset(facts.stop)
         self.tokenizer: Any = _tokenizer(folder)
 
     @property
@@ -42,7 +42,7 @@ class Engine:
 
     def session(self, capacity: int | None = None, *, threads: int = 0) -> NativeSession:
         """A conversation of up to `capacity` tokens (default: all positions of the model)."""
-        return NativeSession(self.model, capacity or self.positions, threads=threads)
+        return NativeSession(self.model, self.positions if capacity is None else capacity, threads=threads)
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt; with chat as a user's message in the model's own template.
@@ -59,14 +59,14 @@ class Engine:
             else:
                 ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(token) for token in prompt]
+            ids = list(prompt)
         if not ids:
             raise FastffError("the prompt is empty: at least one token is needed")
         return list(ids)
 
     def logits(self, ids: Sequence[int], *, threads: int = 0) -> Tensor:
         """(len(ids), vocab_size): what the model predicts after each of these tokens."""
-        logits = self.session(len(ids), threads=threads).feed(ids, want_logits=True)
+        logits = self.session(max(1, len(ids)), threads=threads).feed(ids, want_logits=True)
         return torch.empty(0, self.vocab_size) if logits is None else logits
 
     def generate_ids(

@@ -10,10 +10,11 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -26,6 +27,7 @@ _MOST = 1 << 24  # entries of a list, tensors, metadata
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Fact = TypeVar("Fact")
 
 
 def _halves(raw: Bytes) -> Floats:
@@ -147,17 +149,40 @@ class Gguf(Mapping[str, Tensor]):
         self.metadata: dict[str, Any] = {}
         for _ in range(entries):
             name = cursor.text()
+            self._check_new(name, self.metadata)
             self.metadata[name] = cursor.value(cursor.scalar("I"))
         self._places = self._read_places(cursor, tensors)
 
+    def fact(self, name: str, kind: type[Fact], default: Fact) -> Fact:
+        """An entry of the metadata, `default` where there is none. Raises CheckpointError for one of another type, and
+        for a number that is not finite."""
+        value = self.metadata.get(name, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+            raise CheckpointError(f"{self.path} says that {name} is {value!r:.80}, expected {kind.__name__}")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts, empty where there is none. Raises CheckpointError for another list."""
+        found = self.fact(name, list, [])
+        if not all(isinstance(text, str) for text in found):
+            raise CheckpointError(f"{self.path} says that {name} is a list of more than texts")
+        return found
+
+    def _check_new(self, name: str, known: Mapping[str, Any]) -> None:
+        if name in known:
+            raise CheckpointError(f"{self.path} holds {name!r:.80} twice")
+
     def _read_places(self, cursor: _Cursor, count: int) -> dict[str, TensorPlace]:
         found = [(cursor.text(), *self._read_place(cursor)) for _ in range(count)]
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        alignment = self.fact("general.alignment", int, 32)
+        if alignment < 1:
             raise CheckpointError(f"{self.path} has the alignment {alignment!r}")
         data_start = -(-cursor.at // alignment) * alignment
-        places = {}
+        places: dict[str, TensorPlace] = {}
         for name, shape, kind, offset in found:
+            self._check_new(name, places)
             place = TensorPlace(shape, kind, data_start + offset)
             if place.start + place.bytes > len(self._data):
                 raise CheckpointError(f"{self.path} is truncated: {name} ends beyond its {len(self._data)} bytes")
@@ -173,14 +198,25 @@ class Gguf(Mapping[str, Tensor]):
         if kind not in TYPES:
             known = ", ".join(t.name for t in TYPES.values())
             raise CheckpointError(f"{self.path} holds a tensor of type {kind}, which is none of {known}")
-        if shape and shape[-1] % TYPES[kind].numbers:
-            raise CheckpointError(f"{self.path} holds {TYPES[kind].name} rows of {shape[-1]}, not whole blocks")
+        if not shape or 0 in shape or shape[-1] % TYPES[kind].numbers:
+            raise CheckpointError(f"{self.path} holds {TYPES[kind].name} rows of {shape}, not whole blocks")
         return shape, TYPES[kind], offset
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
         raw = self._data[place.start : place.start + place.bytes].reshape(-1, place.type.bytes)
-        return torch.from_numpy(np.array(place.type.values(raw), dtype=np.float32).reshape(place.shape))
+        with np.errstate(all="ignore"):  # of damaged scales
+            values = np.array(place.type.values(raw), dtype=np.float32).reshape(place.shape)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.path} holds NaN or infinite values in {name}")
+        return torch.from_numpy(values)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._places[name].shape
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -207,7 +243,14 @@ _FIELDS = {  # of a configuration, by the name in the metadata behind the archit
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
 }
-_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 _TENSORS = {  # Transformers' names by GGUF's
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -227,34 +270,62 @@ _PAIRED = ("llama", "mistral")  # whose queries and keys GGUF stores with the tw
 
 def configuration(gguf: Gguf) -> Any:
     """The Transformers configuration of the model. Raises CheckpointError for an unknown or incomplete one."""
-    architecture = gguf.metadata.get("general.architecture")
+    architecture = gguf.fact("general.architecture", str, "")
     if architecture not in _CONFIGS:
         raise CheckpointError(
             f"{gguf.path} holds a model of architecture {architecture!r}, expected {', '.join(_CONFIGS)}"
         )
     given = {
-        field: gguf.metadata[f"{architecture}.{name}"]
+        field: _positive(gguf, f"{architecture}.{name}")
         for name, field in _FIELDS.items()
         if f"{architecture}.{name}" in gguf.metadata
     }
     missing = [name for name in _REQUIRED if name not in given]
     if missing or "token_embd.weight" not in gguf:
         raise CheckpointError(f"{gguf.path} lacks {', '.join(missing) or 'token_embd.weight'}")
-    scaling = gguf.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in gguf:
-        raise CheckpointError(
-            f"{gguf.path} scales its rotation ({scaling}), which is read from Transformers' files only"
-        )
-    theta = gguf.metadata.get(f"{architecture}.rope.freq_base", 10000.0)
+    if given["num_hidden_layers"] > len(gguf):
+        raise CheckpointError(f"{gguf.path} claims {given['num_hidden_layers']} blocks and holds {len(gguf)} tensors")
+    theta = _theta(gguf, architecture)
     try:
-        return _CONFIGS[architecture](
+        config = _CONFIGS[architecture](
             **given,
-            vocab_size=gguf["token_embd.weight"].shape[0],
-            rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+            vocab_size=gguf.shape_of("token_embd.weight")[0],
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
             tie_word_embeddings="output.weight" not in gguf,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{gguf.path} describes no model: {error}") from error
+    _check_rotation(gguf, architecture, config)
+    return config
+
+
+def _positive(gguf: Gguf, name: str) -> float:
+    kind: type = float if name.endswith("_epsilon") else int
+    number: float = gguf.fact(name, kind, 0)
+    if not 0 < number < 1 << 31:
+        raise CheckpointError(f"{gguf.path} says that {name} is {number}, expected above 0 and below 2**31")
+    return number
+
+
+def _theta(gguf: Gguf, architecture: str) -> float:
+    theta = gguf.fact(f"{architecture}.rope.freq_base", float, 10000.0)
+    if theta <= 0:
+        raise CheckpointError(f"{gguf.path} rotates by the base {theta}, expected above 0")
+    return theta
+
+
+def _check_rotation(gguf: Gguf, architecture: str, config: Any) -> None:
+    """Raises CheckpointError for a rotation that is scaled, or of a part of a head only."""
+    scaling = gguf.fact(f"{architecture}.rope.scaling.type", str, "none")
+    factors = [gguf.fact(f"{architecture}.rope.{name}", float, 1.0) for name in ("scaling.factor", "scale_linear")]
+    if scaling != "none" or not {*factors} <= {0.0, 1.0} or "rope_freqs.weight" in gguf:
+        raise CheckpointError(
+            f"{gguf.path} scales its rotation ({scaling}, {max(factors)}), which is read from Transformers' files only"
+        )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = gguf.fact(f"{architecture}.rope.dimension_count", int, head)
+    if rotated != head:
+        raise CheckpointError(f"{gguf.path} rotates {rotated} of the {head} numbers of a head, expected all")
 
 
 class GgufWeights(Mapping[str, Tensor]):
@@ -262,7 +333,15 @@ class GgufWeights(Mapping[str, Tensor]):
 
     def __init__(self, gguf: Gguf, config: Any) -> None:
         self._gguf, self._config = gguf, config
-        self._names = {name: own for own in gguf if (name := _transformers_name(own)) is not None}
+        self._names: dict[str, str] = {}
+        for own in gguf:
+            name = _transformers_name(own)
+            if name is None:
+                raise CheckpointError(f"{gguf.path} holds {own!r:.80}, which is not among the engine's tensors")
+            self._names[name] = own
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._gguf[self._names[name]]

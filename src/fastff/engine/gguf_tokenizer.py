@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fastff.engine.gguf import Gguf
 from fastff.errors import CheckpointError
 
+_AT = "tokenizer.ggml."
 _CONTROL, _OWN = 3, 4  # types of tokens that are never parts of words
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,39 +35,56 @@ _CUTS: dict[str, Callable[[], Any]] = {
     "llama-bpe": lambda: _split(_LETTERS + r"|\p{N}{1,3}" + _REST),
     "qwen2": lambda: _split(_LETTERS + r"|\p{N}" + _REST),
 }
+# Whose texts begin with a token of their own, and whose words are not merged where the vocabulary holds them whole.
+_WHOLE_WORDS = ("llama-bpe",)
 
 
 def tokenizer_of(gguf: Gguf) -> Any:
     """Raises CheckpointError for a vocabulary of another kind, or one that does not fit the model."""
-    data = {
-        name.removeprefix("tokenizer."): value for name, value in gguf.metadata.items() if name.startswith("tokenizer.")
-    }
-    kind, cut = data.get("ggml.model"), data.get("ggml.pre", "default")
+    kind, cut = gguf.fact(f"{_AT}model", str, "none"), gguf.fact(f"{_AT}pre", str, "default")
     if kind != "gpt2" or cut not in _CUTS:
         raise CheckpointError(
             f"{gguf.path} carries a tokenizer of kind {kind!r}, {cut!r}: expected 'gpt2' with one of {', '.join(_CUTS)}"
         )
-    tokens, merges = data.get("ggml.tokens", []), data.get("ggml.merges", [])
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokens, merges = gguf.texts(f"{_AT}tokens"), gguf.texts(f"{_AT}merges")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    known = gguf.shape_of("token_embd.weight")[0]
+    if len(vocabulary) < len(tokens) or not 0 < len(tokens) <= known:
+        raise CheckpointError(
+            f"{gguf.path} carries {len(tokens)} tokens, {len(vocabulary)} of them different, for a model of {known}"
+        )
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     try:
-        vocabulary = {token: number for number, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut in _WHOLE_WORDS))
     except Exception as error:  # tokenizers raises Exception itself
         raise CheckpointError(f"{gguf.path} carries merges that do not fit its vocabulary: {error}") from error
     tokenizer.pre_tokenizer = _CUTS[cut]()
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = data.get("ggml.token_type", [])
+    kinds = gguf.fact(f"{_AT}token_type", list, [])
     special = [token for token, of in zip(tokens, kinds, strict=False) if of == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     own = [token for token, of in zip(tokens, kinds, strict=False) if of == _OWN]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
+    first, last = (_token(gguf, tokens, f"{_AT}{name}_token_id") for name in ("bos", "eos"))
+    if gguf.fact(f"{_AT}add_bos_token", bool, cut in _WHOLE_WORDS) and first is not None:
+        tokenizer.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=f"{first} $A",
+                    pair=f"{first} $A {first}:1 $B:1",
+                    special_tokens=[(first, vocabulary[first])],
+                ),
+            ]
+        )
+    template = gguf.fact("tokenizer.chat_template", str, "")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=_token(tokens, data.get("ggml.bos_token_id")),
-        eos_token=_token(tokens, data.get("ggml.eos_token_id")),
-        chat_template=data.get("chat_template"),
+        tokenizer_object=tokenizer, bos_token=first, eos_token=last, chat_template=template or None
     )
 
 
-def _token(tokens: list[str], number: Any) -> str | None:
-    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
+def _token(gguf: Gguf, tokens: list[str], name: str) -> str | None:
+    number = gguf.fact(name, int, -1)
+    if number >= len(tokens):
+        raise CheckpointError(f"{gguf.path} says that {name} is {number}, of {len(tokens)} tokens")
+    return tokens[number] if number >= 0 else None

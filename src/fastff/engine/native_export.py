@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fastff.engine import conditional_layers, decoders, encoders
-from fastff.engine.encoder_heads import sentence_pooling, write_head
+from fastff.engine.encoder_heads import sentence_length, sentence_pooling, write_head
+from fastff.engine.facts import MODEL_FILE, DecoderFacts, EncoderFacts, write_facts
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.engine.native_file import write_model
-from fastff.errors import CheckpointError
-from fastff.io import read_json, replacing_folder, write_json
+from fastff.errors import CheckpointError, FileError
+from fastff.io import replacing_folder
 from fastff.models.carried_files import carry
 from fastff.models.families import FAMILIES
 from fastff.models.kinds import Kind
-
-MODEL_FILE, FACTS_FILE, FORMAT = "model.fastff", "engine.json", 1
 
 
 def check_weights(weights: str) -> None:
@@ -47,15 +46,21 @@ def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Pat
             tokenizer.save_pretrained(folder)
         carry(source, folder)
         pooling, normalise = sentence_pooling(folder)
-        _write_facts(folder, "encoder", pooling=pooling, normalise=normalise, head=head)
+        write_facts(folder, EncoderFacts(pooling, normalise, head, sentence_length(folder)))
 
 
 def export_gguf(path: Path, out: Path) -> None:
     """Write the model of a GGUF file. Raises CheckpointError for one that is damaged or that the engine lacks."""
     gguf = Gguf(path)
     config = configuration(gguf)
-    stop = _numbers(gguf.metadata.get("tokenizer.ggml.eos_token_id"))
-    write(decoders.describe(config, GgufWeights(gguf, config)), tokenizer_of(gguf), stop, out)
+    stop = gguf.fact("tokenizer.ggml.eos_token_id", int, -1)
+    tokenizer = tokenizer_of(gguf)
+    try:
+        write(decoders.describe(config, GgufWeights(gguf, config)), tokenizer, [stop] if stop >= 0 else [], out)
+    except FileError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _numbers(ids: Any) -> list[int]:
@@ -66,22 +71,6 @@ def write(described: decoders.Decoder, tokenizer: Any, stop: Sequence[int], out:
     """Write a described model as a directory that `fastff.engine.load` opens."""
     with replacing_folder(out) as folder:
         write_model(folder / MODEL_FILE, described.model, described.tensors)
-        _write_facts(folder, described.model["kind"], stop=list(stop))
+        write_facts(folder, DecoderFacts(list(stop)))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-
-
-def _write_facts(folder: Path, kind: str, **more: Any) -> None:
-    write_json(folder / FACTS_FILE, {"format": FORMAT, "kind": kind, "weights": "int8", **more})
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What `engine.json` of an exported directory says. Raises CheckpointError for a directory that is none."""
-    path = folder / FACTS_FILE
-    remedy = "make one with `fastff export MODEL --to native --out DIR`"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no export for the native engine, it has no {FACTS_FILE}: {remedy}")
-    facts: dict[str, Any] = read_json(path, needs={"kind": str}, remedy=remedy)
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is of another format, expected {FORMAT}: export the model again")
-    return facts

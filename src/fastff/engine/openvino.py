@@ -20,15 +20,17 @@ import fastff
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS, GATES
 from fastff.engine.extension import NAME, openvino_extension, openvino_version
+from fastff.engine.facts import OPENVINO_FILE
 from fastff.errors import CheckpointError
 from fastff.io import read_json, replacing_folder, write_json
 from fastff.layers import FFF
+from fastff.models.carried_files import carry
 from fastff.ops.native_conditional import WEIGHTS
 from fastff.ops.native_router import GATES as ROUTER_GATES
 from fastff.ops.native_router import KINDS
 
 Weights = Literal["int8", "fp32"]
-MODEL, RECORD = "openvino_model.xml", "fastff_openvino.json"
+MODEL, RECORD = "openvino_model.xml", OPENVINO_FILE
 CONDITIONAL = (FFF, ConditionalFeedforward)
 OPERATIONS = ("FastffTrees", "FastffRouted")
 CALIBRATION_TEXTS = (
@@ -181,12 +183,20 @@ def _described(layer: Any, weights: Weights) -> tuple[str, list[Tensor], dict[st
 
 
 def export(
-    model: Any, tokenizer: Any, out: Path, *, output: str, weights: Weights, texts: Sequence[str] | None = None
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    *,
+    output: str,
+    weights: Weights,
+    texts: Sequence[str] | None = None,
+    source: str | None = None,
 ) -> None:
     """Write a Transformers model in evaluation mode to the directory `out`, replacing what is there.
 
     output: the field of the model's output that the IR returns: "last_hidden_state" or "logits". texts: what int8
-    activations are calibrated on (default: a few plain sentences; without a tokenizer, random ids).
+    activations are calibrated on (default: a few plain sentences; without a tokenizer, random ids). source: the
+    directory or hub model whose files of sentence-transformers are taken along.
     """
     import openvino as ov
 
@@ -207,6 +217,8 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         record = {"openvino": openvino_version(), "fastff": fastff.__version__, "weights": weights}
+        if source is not None:
+            carry(source, folder)
         write_json(folder / RECORD, {**record, "inputs": names, "output": output})
 
 

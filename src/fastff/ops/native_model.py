@@ -6,12 +6,16 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastff.errors import FastffError
 from fastff.ops.library import Owner, call, library, pointer, processors
+from fastff.ops.token_ids import token_ids
 
 __all__ = ["NativeModel", "NativeSession", "Sampling"]
 
@@ -60,11 +64,16 @@ class NativeModel(Owner):
 
     def __init__(self, path: Path, *, map: bool = False) -> None:
         super().__init__()
+        self._opened = path, map
         call("fastff_model_open", os.fsencode(path), map, ctypes.byref(self._handle))
         facts = _Facts()
         call("fastff_model_describe", self._handle, ctypes.addressof(facts))
         self.vocab_size, self.positions = facts.vocab_size, facts.positions
         self.hidden, self.layers, self.file_bytes = facts.hidden, facts.layers, facts.bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, map = self._opened
+        return partial(NativeModel, map=map), (path.absolute(),)  # another process opens the file itself
 
     @property
     def handle(self) -> ctypes.c_void_p:
@@ -99,13 +108,15 @@ class NativeSession(Owner):
 
         Raises FastffError for tokens outside the vocabulary, or more than fit; then none is read.
         """
-        tokens = torch.tensor(ids, dtype=torch.int64).to(torch.int32)
-        logits = torch.empty(len(ids), self.model.vocab_size) if want_logits else None
-        call("fastff_session_feed", self._handle, pointer(tokens), len(ids), pointer(logits), self.threads)
+        tokens = token_ids(ids)
+        logits = torch.empty(len(tokens), self.model.vocab_size) if want_logits else None
+        call("fastff_session_feed", self._handle, pointer(tokens), len(tokens), pointer(logits), self.threads)
         return logits
 
     def feed_one(self, token: int) -> None:
         """`feed` of one token, the shortest way."""
+        if not 0 <= token < self.model.vocab_size:
+            raise FastffError(f"token {token} is outside the vocabulary of {self.model.vocab_size}")
         call("fastff_session_feed", self._handle, ctypes.byref(ctypes.c_int32(token)), 1, None, self.threads)
 
     def seed(self, seed: int) -> None:
