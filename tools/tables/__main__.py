@@ -19,6 +19,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "CONTRIBUTING.md": {"imports": rules.imports},
     "docs/benchmarks-cpu.md": {
         "encoder": encoder.engines,
+        "encoder-dense": encoder.dense_engines,
         "encoder-engines": encoder.whole_engines,
         "layer-cpu": cpu.published_layer,
         "recommended-cpu": cpu.recommended_layers,

@@ -61,8 +61,18 @@ def engines() -> str:
 
 
 def whole_engines() -> str:
+    """Every feedforward; see `_by_shape`."""
+    return _by_shape("encoder-engines.json")
+
+
+def dense_engines() -> str:
+    """The dense model alone; see `_by_shape`."""
+    return _by_shape("encoder-dense.json")
+
+
+def _by_shape(file: str) -> str:
     """Every shape and number of threads: milliseconds, and how many times faster than the fastest dense int8 engine."""
-    run: dict[str, Any] = read(INTEL / "encoder-engines.json")
+    run: dict[str, Any] = read(INTEL / file)
     columns = list(dict.fromkeys((cell["shape"], cell["threads"]) for cell in run["cells"]))
     ms = {(c["feedforward"], c["engine"], c["shape"], c["threads"]): c["ms"] for c in run["cells"]}
     keys = list(dict.fromkeys((cell["feedforward"], cell["engine"]) for cell in run["cells"]))
