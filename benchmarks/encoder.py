@@ -43,15 +43,15 @@ from fastff.train.presets import feedforward_of
 FEEDFORWARDS: dict[str, dict[str, Any]] = {
     "dense-gelu": {"kind": "dense", "intermediate_size": 3072, "bias": True},
     "dense-swiglu": feedforward_of("dense-swiglu", 768),
-    "36x5-swiglu4-gate": feedforward_of("36x5-swiglu4-gate", 768),
-    "18x6-swiglu8-gate": feedforward_of("18x6-swiglu8-gate", 768),
-    "narrow": feedforward_of("narrow:36x5-swiglu4-gate", 768),
+    "36x5-leaf4-swiglu-gate": feedforward_of("36x5-leaf4-swiglu-gate", 768),
+    "18x6-leaf8-swiglu-gate": feedforward_of("18x6-leaf8-swiglu-gate", 768),
+    "narrow": feedforward_of("narrow:36x5-leaf4-swiglu-gate", 768),
     "1x11": feedforward_of("1x11", 768),
     "flat-96x32-top3": complete("flat-96x32-top3"),
     "flat-96x48-top3": complete("flat-96x48-top3"),
     "none": {"kind": "none"},
 }
-TREES = ("36x5-swiglu4-gate", "18x6-swiglu8-gate", "1x11")
+TREES = ("36x5-leaf4-swiglu-gate", "18x6-leaf8-swiglu-gate", "1x11")
 # The engines of each feedforward; those of RUNTIMES load a file that --build wrote.
 ENGINES: dict[str, tuple[str, ...]] = {
     "dense-gelu": ("torch", "onnxruntime", "openvino", "torch int8", "onnxruntime int8", "openvino int8"),

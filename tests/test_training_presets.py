@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastff.config import TreeConfig
 from fastff.errors import TrainingError
 from fastff.models import build_feedforward
 from fastff.train.presets import NARROW, PRESETS, VARIANTS, cost_of, costs, feedforward_of
@@ -28,12 +29,19 @@ def test_every_variant_is_a_layer_smaller_than_dense(preset):
     for name, cost in found.items():
         if name not in ("dense-gelu", "dense-swiglu", "none"):
             assert 0 < cost.flops < dense.flops / 2, name
-            most = 4 if name == "18x6-swiglu8-gate" else 2  # the one that stores more than a dense layer's kind
+            most = 4 if name == "18x6-leaf8-swiglu-gate" else 2  # the one that stores more than a dense layer's kind
             assert 0.5 * dense.neurons < cost.neurons < most * dense.neurons, name
     assert abs(found["dense-swiglu"].flops / dense.flops - 1) < 0.01
 
 
-@pytest.mark.parametrize("tree", ["16x7-gate", "8x4-swiglu16-gate", "32x6"])
+def test_a_tree_has_one_name_and_its_older_one_is_read():
+    for name, variant in VARIANTS.items():
+        if "depth" in variant.options:
+            assert TreeConfig.parse(name, 8).name == name
+    assert feedforward_of("36x5-swiglu4-gate", 512) == feedforward_of("36x5-leaf4-swiglu-gate", 512)
+
+
+@pytest.mark.parametrize("tree", ["16x7-gate", "8x4-leaf16-swiglu-gate", "32x6"])
 def test_the_narrow_control_does_the_same_arithmetic(tree):
     for preset in PRESETS.values():
         wide, narrow = cost_of(tree, preset), cost_of(f"{NARROW}{tree}", preset)

@@ -20,8 +20,14 @@ BEST = ("openvino int8", "openvino int8 bf16", "onnxruntime int8")
 LAYERS = (
     ("dense", "dense-gelu", "small-300m", "dense", "dense-swiglu"),
     ("96 experts of 48 neurons, 3 for a token", "flat-96x48-top3", "routers-300m", "flat", "flat-96x48-top3"),
-    ("36 trees of depth 5, leaves of 4, gated", "36x5-swiglu4-gate", "small-300m", "24x5-leaf4", "36x5-swiglu4-gate"),
-    ("narrow dense, the work of 36 trees", "narrow", "small-300m", "narrow-136", "narrow:36x5-swiglu4-gate"),
+    (
+        "36 trees of depth 5, leaves of 4, gated",
+        "36x5-leaf4-swiglu-gate",
+        "small-300m",
+        "24x5-leaf4",
+        "36x5-leaf4-swiglu-gate",
+    ),
+    ("narrow dense, the work of 36 trees", "narrow", "small-300m", "narrow-136", "narrow:36x5-leaf4-swiglu-gate"),
     ("one tree of depth 11 (`1x11`, as published)", "1x11", "small-300m", "1x11", "1x11"),
     ("none", "none", "small-300m", "none", "none"),
 )

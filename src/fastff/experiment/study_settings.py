@@ -103,7 +103,7 @@ class SpeedSettings:
     """Folder of the records, FEEDFORWARD-GPUS.json; what is there is not run again."""
     gpus: tuple[int, ...] = (1, 2, 4)
     """Number of GPUs; may be repeated."""
-    feedforward: tuple[str, ...] = ("dense-swiglu", "36x5-swiglu4-gate")
+    feedforward: tuple[str, ...] = ("dense-swiglu", "36x5-leaf4-swiglu-gate")
     """A name of `fastff variants`; may be repeated."""
     preset: str = "small"
     """Size of the model."""

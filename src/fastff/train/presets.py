@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastff.config import TreeConfig
-from fastff.errors import TrainingError
+from fastff.errors import ShapeError, TrainingError
 from fastff.models import UltraFastBertConfig, build_feedforward
 from fastff.models.feedforward import complete
 
@@ -77,17 +77,17 @@ VARIANTS = {
         Variant("16x7-gate", "fewer, deeper trees", options={"depth": 7, "trees": 16, **_GATE}),
         Variant("8x8-gate", "fewer, deeper trees still", options={"depth": 8, "trees": 8, **_GATE}),
         Variant(
-            "8x4-swiglu16-gate",
+            "8x4-leaf16-swiglu-gate",
             "nodes only route, leaves of 16 swiglu neurons",
             options={"depth": 4, "trees": 8, "leaf_width": 16, **_SWIGLU_LEAVES},
         ),
         Variant(
-            "18x6-swiglu8-gate",
+            "18x6-leaf8-swiglu-gate",
             "more trees, narrower leaves",
             options={"depth": 6, "trees": 18, "leaf_width": 8, **_SWIGLU_LEAVES},
         ),
         Variant(
-            "36x5-swiglu4-gate",
+            "36x5-leaf4-swiglu-gate",
             "twice as many with half the leaf: the best of 300 M tokens",
             options={"depth": 5, "trees": 36, "leaf_width": 4, **_SWIGLU_LEAVES},
         ),
@@ -95,10 +95,12 @@ VARIANTS = {
 }
 
 
-# A layer has one name (`TreeConfig.name`); those of runs that were made before it are read, too.
-_ALIASES = {
-    TreeConfig.parse(name, BASE_HIDDEN).name: name for name, variant in VARIANTS.items() if "depth" in variant.options
-}
+def _current(name: str) -> str:
+    """The one name of a layer, `TreeConfig.name`, for those that trees had in version 0.1."""
+    try:
+        return TreeConfig.parse(name, BASE_HIDDEN).name
+    except ShapeError:
+        return name
 
 
 def preset_of(name: str) -> Preset:
@@ -124,7 +126,7 @@ def feedforward_of(name: str, hidden: int) -> dict[str, Any]:
         flops = feedforward_flops(feedforward_of(name.removeprefix(NARROW), hidden), hidden)
         width = max(1, round(flops / (6 * hidden)))  # two input rows and one output row, two operations each
         return complete({"kind": "dense", "intermediate_size": width, "activation": "swiglu"})
-    name = _ALIASES.get(name, name)
+    name = _current(name)
     if name not in VARIANTS:
         try:
             return complete(name)
