@@ -164,28 +164,28 @@ def test_any_shape_in_float64(layer, rows, isa, threads):
 @given(layer=layers(), rows=st.sampled_from([0, 1, 2, 3, 5, 8, 17, 40]), isa=st.sampled_from(ISAS))
 def test_any_shape_in_float32(layer, rows, isa):
     in_features, out_features, options = layer
-    mild = make_layer(in_features, out_features, dtype=torch.float32, **options)
+    single = make_layer(in_features, out_features, dtype=torch.float32, **options)
     exact = make_layer(in_features, out_features, dtype=torch.float64, **options)
-    exact.load_state_dict(mild.state_dict())
+    exact.load_state_dict(single.state_dict())
     x = make_rows(rows, in_features, dtype=torch.float32)
     grad_y = make_rows(rows, out_features, seed=2, dtype=torch.float32)
-    a = Arrays(mild, x, grad_y)
+    a = Arrays(single, x, grad_y)
     with using(isa):
         assert a.call("forward", "f32") == OK, message()
         assert a.call("backward", "f32") == OK, message()
         with torch.no_grad():
-            packed = PackedLayer(mild.config).infer(x, dict(mild.named_parameters()) | absent(mild))
+            packed = PackedLayer(single.config).infer(x, dict(single.named_parameters()) | absent(single))
     a.check_guards()
     assert packed is not None
     with torch.no_grad():
         want = reference.forward(x.double(), weights_of(exact), config=exact.config)
-        rough = reference.forward(x, weights_of(mild), config=mild.config)
+        rough = reference.forward(x, weights_of(single), config=single.config)
     clear = want.margin > 1e-4
     assert torch.equal(a["leaf"][clear], want.leaf[clear])
     bound = 2 * error(rough.y[clear], want.y[clear]) + 1e-6
     assert error(a["y"][clear], want.y[clear]) <= bound
     assert error(packed[clear], want.y[clear]) <= bound
-    assert not any(torch.isnan(a[f"grad_{name}"]).any() for name, _ in mild.named_parameters())
+    assert not any(torch.isnan(a[f"grad_{name}"]).any() for name, _ in single.named_parameters())
 
 
 def absent(layer):

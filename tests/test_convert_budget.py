@@ -232,7 +232,7 @@ def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, m
         convert(settings_for(tmp_path, model, text, max_loss=0.01, out=tmp_path / "out2"))
 
 
-def test_a_curve_has_every_share_with_its_controls(tokenizer, text, tmp_path):
+def test_a_curve_has_every_share_with_its_baselines(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer, "gpt2")
     record = convert(settings_for(tmp_path, model, text, curve=(0.5,), steps=2, layer_steps=1))
     (point,) = record["curve"]

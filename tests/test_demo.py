@@ -222,7 +222,7 @@ def test_the_rate_rises_and_falls():
     assert shape[peak:] == sorted(shape[peak:], reverse=True)
 
 
-def test_every_arm_begins_as_the_same_function():
+def test_every_variant_begins_as_the_same_function():
     start = masked_word_model(sizes.START, 128, 0, None)
     tokens = torch.randint(5, 128, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_every_arm_begins_as_the_same_function():
             assert torch.equal(got, want), variant.name
 
 
-def test_narrow_controls_do_the_same_arithmetic():
+def test_narrow_baselines_do_the_same_arithmetic():
     for variant in VARIANTS:
         if variant.narrow_of:
             tree = next(a for a in VARIANTS if a.name == variant.narrow_of).feedforward
@@ -251,15 +251,15 @@ def test_start_windows_grow_and_batches_repeat():
     assert torch.equal(batch(30)["input_ids"], start_batches(corpus, 50, seed=0)(30)["input_ids"])
 
 
-def arm_with(losses):
+def variant_with(losses):
     return {"valid_losses": losses, "narrow_of": None, "tokens": 10, "seconds": 2.0}
 
 
 def test_recovered_gap():
     variants = {
-        DENSE: arm_with([1.0, 1.1, 0.9]),
-        "narrow": arm_with([2.0, 2.1, 1.9]),
-        "tree": arm_with([1.7, 1.8, 1.6]),
+        DENSE: variant_with([1.0, 1.1, 0.9]),
+        "narrow": variant_with([2.0, 2.1, 1.9]),
+        "tree": variant_with([1.7, 1.8, 1.6]),
     }
     found = recovered_gap(variants, "tree", "narrow")
     assert found["value"] == pytest.approx(0.3)
@@ -267,14 +267,14 @@ def test_recovered_gap():
 
 
 def test_recovered_gap_of_noise_has_no_value():
-    variants = {DENSE: arm_with([1.0, 2.1]), "narrow": arm_with([1.2, 2.0]), "tree": arm_with([1.0, 2.0])}
+    variants = {DENSE: variant_with([1.0, 2.1]), "narrow": variant_with([1.2, 2.0]), "tree": variant_with([1.0, 2.0])}
     found = recovered_gap(variants, "tree", "narrow")
     assert found["value"] is None
     assert "not clearly better" in found["reason"]
 
 
 def test_paired_error():
-    difference, error = paired(arm_with([2.0, 4.0, 6.0]), arm_with([1.0, 2.0, 3.0]))
+    difference, error = paired(variant_with([2.0, 4.0, 6.0]), variant_with([1.0, 2.0, 3.0]))
     assert (difference, error) == (pytest.approx(2.0), pytest.approx(1 / 3**0.5))
 
 

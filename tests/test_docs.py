@@ -44,14 +44,14 @@ def test_the_comparison_of_a_plan_is_that_of_its_records(name, monkeypatch, tmp_
 def test_scores_of_fewer_tasks_have_their_own_retention_and_gap():
     shared = {"group": "scratch", "neurons": 8, "active_neurons": 8, "mean": 1.0, "retention": 1.0}
 
-    def arm(name, layer, flops, first, second):
+    def variant(name, layer, flops, first, second):
         scores = {"MRPC": [first - 1, first, first + 1], "WNLI": [second] * 3}
         medians = {"MRPC": first, "WNLI": second}
         return {**shared, "name": name, "layer": layer, "flops": flops, "scores": scores, "medians": medians}
 
-    dense = arm("dense", "dense-swiglu 64", 1000, 80, 10)
-    narrow = arm("narrow", "dense-swiglu 6", 100, 60, 50)
-    tree = arm("tree", "2x3", 100, 70, 90)
+    dense = variant("dense", "dense-swiglu 64", 1000, 80, 10)
+    narrow = variant("narrow", "dense-swiglu 6", 100, 60, 50)
+    tree = variant("tree", "2x3", 100, 70, 90)
     found = {"tasks": ["MRPC", "WNLI"], "notes": {"WNLI": "dev"}, "arms": [dense, narrow, tree]}
     fewer = glue_variants.only(found, ["MRPC"])
     assert "| 70.0 (69.0-71.0) | 70.00 (69.00-71.00) | 87.5 | 0.50 |" in glue_variants.table(fewer)

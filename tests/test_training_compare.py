@@ -135,8 +135,8 @@ def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean():
 
 
 def test_labels_of_points_that_are_close_do_not_cover_each_other():
-    close = [{"layer": "1x1", "flops": 100, "loss": 3.0 + 1e-4 * n, "name": f"arm-{n}"} for n in range(4)]
+    close = [{"layer": "1x1", "flops": 100, "loss": 3.0 + 1e-4 * n, "name": f"variant-{n}"} for n in range(4)]
     far = {"layer": "1x1", "flops": 100_000, "loss": 4.0, "name": "far"}
-    places = re.findall(r' y="([\d.]+)"[^>]*>(arm-\d)<', chart([*close, far]))
+    places = re.findall(r' y="([\d.]+)"[^>]*>(variant-\d)<', chart([*close, far]))
     heights = [float(y) for y, _ in sorted(places, key=lambda place: place[1])]
     assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([12.0] * 3, abs=0.1)

@@ -42,7 +42,7 @@ def test_a_tree_has_one_name_and_its_older_one_is_read():
 
 
 @pytest.mark.parametrize("tree", ["16x7-gate", "8x4-leaf16-swiglu-gate", "32x6"])
-def test_the_narrow_control_does_the_same_arithmetic(tree):
+def test_the_narrow_baseline_does_the_same_arithmetic(tree):
     for preset in PRESETS.values():
         wide, narrow = cost_of(tree, preset), cost_of(f"{NARROW}{tree}", preset)
         assert abs(narrow.flops - wide.flops) <= 3 * preset.hidden  # half a neuron

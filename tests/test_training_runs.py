@@ -94,21 +94,21 @@ def test_a_plan_is_run_and_compared(planned):
 def test_a_warm_start_misses_little_and_nothing_where_all_neurons_stay(planned, data, tmp_path):
     dense = planned[0] / "runs" / "dense"
 
-    def missed(out, description, steps):
+    def unexplained(out, description, steps):
         words = ["--feedforward", json.dumps(description), "--rows", 2048, "--steps", steps]
         done = fastff("experiment", "warm-start", dense / "model", data, out, *words)
         return [float(word) for word in done.output.split("unexplained")[1].split()]
 
     whole = {**NARROW, "intermediate_size": 341}
-    assert missed(tmp_path / "whole", whole, 0) == [0.0, 0.0]
+    assert unexplained(tmp_path / "whole", whole, 0) == [0.0, 0.0]
     for description in (NARROW, TREE):
-        begun, taught = (missed(tmp_path / "other", description, steps) for steps in (0, 40))
+        begun, taught = (unexplained(tmp_path / "other", description, steps) for steps in (0, 40))
         for before, after in zip(begun, taught, strict=True):
             assert 0.01 < after < before < 1.0
     sizes = {"steps": 1, "batch": 16, "micro_batch": 16, "data": data, "valid": ("valid",)}
     asked = small(tmp_path / "run", Path("train"), feedforward=json.dumps(whole), init_from=tmp_path / "whole", **sizes)
     record = pretrain(replace(asked, lr=1e-12))
-    # The output bias makes up for what is missed, which is rounding: activations are kept in half precision.
+    # The output bias makes up for what is unexplained, which is rounding: activations are kept in half precision.
     assert record["valid_loss"] == pytest.approx(read_json(dense / "result.json")["valid_loss"], abs=1e-4)
 
 
