@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastff
 from conftest import make_layer, make_rows, weights_of
+from fastff.conditional import ConditionalConfig
 from fastff.ops import backends, interface, reference, registered
 
 GATED = {"depth": 3, "trees": 2, "leaf_width": 2, "gate": "boundary", "bias": True}
@@ -324,6 +325,29 @@ def test_explain_says_where_a_dense_layer_would_win():
     assert slower.predicted_us > slower.dense_us
     assert slower.reason.endswith("; a dense layer with as many neurons is expected to be faster")
     assert "dense layer" not in fastff.ops.explain(PLAIN, 1024, threads=1).reason
+
+
+def test_explain_knows_layers_behind_routers():
+    sizes = {"in_features": 768, "out_features": 768, "leaf_width": 32}
+    router = fastff.FlatRouter(768, leaves=96, k=3).config
+    experts = ConditionalConfig(router=router, leaves=96, **sizes)
+    one, many = (fastff.ops.explain(experts, rows, backend="native", threads=1) for rows in (1, 1024))
+    assert (one.form, one.choices["k"], one.choices["routing_scores"]) == ("grouped", 3, 96)
+    assert 0 < one.predicted_us < many.predicted_us < many.dense_us
+    assert fastff.ops.explain(experts, 0, backend="native").predicted_us == 0
+    paths = fastff.TreeConfig(depth=8, paths=8, node_output=False, activation="swiglu", **sizes)
+    explained = fastff.ops.explain(paths, 128, threads=1)
+    assert explained.choices["k"] == 8
+    assert explained.choices["routing_scores"] == 1 + 2 + 4 + 5 * 8
+    fewer = fastff.TreeConfig(depth=8, paths=2, node_output=False, activation="swiglu", **sizes)
+    assert fastff.ops.explain(fewer, 128, threads=1).predicted_us < explained.predicted_us
+    all_leaves = fastff.TreeConfig(depth=3, paths=8, node_output=False, activation="swiglu", **sizes)
+    assert "a dense layer" in fastff.ops.explain(all_leaves, 1024, threads=1).reason
+    assert fastff.ops.explain(experts, 8, backend="eager").predicted_us is None
+    with pytest.raises(fastff.BackendUnavailable, match="'avx' is not one of reference, eager, native, triton"):
+        fastff.ops.explain(experts, 8, backend="avx")
+    with pytest.raises(ValueError, match="not one of fastff's"):
+        fastff.ops.explain(ConditionalConfig(router=None, leaves=96, **sizes), 8)
 
 
 def test_explain_names_what_the_reference_would_do():

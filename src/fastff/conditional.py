@@ -82,6 +82,24 @@ class ConditionalConfig:
         return self.leaves * self.leaf_width
 
     @property
+    def chosen(self) -> int:
+        """Leaves of a row. Raises ValueError for a router that is not one of fastff's."""
+        return self._known_router.k
+
+    @property
+    def routing_scores(self) -> int:
+        """Scores of in_features products that choose the leaves of one row. Raises ValueError likewise."""
+        return self._known_router.scores_per_row
+
+    @property
+    def _known_router(self) -> RouterConfig:
+        if self.router is None:
+            raise ValueError(
+                "the router is not one of fastff's: only it knows how many leaves it chooses, and its cost"
+            )
+        return self.router
+
+    @property
     def name(self) -> str:
         """As `parse_layer` reads it: `flat-96x32-top3`, `pk-784x4-top24`, `1x8-leaf12-paths8`; the activation follows
         where it is not swiglu. Raises ValueError for a router that such a name cannot say."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
-from fastff.config import TreeConfig
+from fastff.config import Sizes, TreeConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def masked_us(config: TreeConfig, rows: int, threads: int = 1) -> float:
 def dense_us(config: TreeConfig, rows: int, threads: int = 1) -> float:
     """Microseconds of a dense layer with as many neurons as `config` stores."""
     weights = config.trees * (config.in_rows * config.in_features + config.out_rows * config.out_features)
+    return products_us(weights, rows, threads)
+
+
+def products_us(weights: int, rows: int, threads: int = 1) -> float:
+    """Microseconds of matrix products of so many rows with so many fp32 weights."""
     return 1e6 * (4 * weights / CPU.reading + 2 * rows * weights / CPU.products / threads)
 
 
@@ -71,6 +77,52 @@ def levels(config: TreeConfig) -> list[tuple[int, int]]:
     return [*((2**level, node) for level in range(config.depth)), (config.leaves, leaf)]
 
 
-def visited(there: int, rows: int) -> float:
-    """Expected number of different nodes, of so many, that rows reach."""
-    return float(min(rows, 1)) if there == 1 else -there * math.expm1(rows * math.log1p(-1 / there))
+def visited(there: int, rows: int, taken: int = 1) -> float:
+    """Expected number of different nodes, of so many, that rows reach of which each takes `taken`."""
+    if taken >= there:
+        return float(there if rows else 0)
+    return -there * math.expm1(rows * math.log1p(-taken / there))
+
+
+class RoutedSizes(Sizes, Protocol):
+    """What the cost of a layer behind a router follows from: `fastff.conditional.ConditionalConfig` tells it."""
+
+    @property
+    def leaves(self) -> int: ...
+    @property
+    def leaf_width(self) -> int: ...
+    @property
+    def leaf_in_rows(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def chosen(self) -> int: ...
+    @property
+    def routing_scores(self) -> int: ...
+
+
+class Work(NamedTuple):
+    """A layer behind a router. leaves: stored; chosen: of a row; leaf_weights: of one leaf; routing_scores: of a row,
+    each of in_features products."""
+
+    leaves: int
+    chosen: int
+    leaf_weights: int
+    routing_scores: int
+    in_features: int
+
+
+def work_of(config: TreeConfig | RoutedSizes) -> Work:
+    """The work of a ConditionalFeedforward's configuration, or of trees with paths."""
+    trees = config.trees if isinstance(config, TreeConfig) else 1
+    weights = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
+    sizes = (trees * config.leaves, trees * config.chosen, weights)
+    return Work(*sizes, config.routing_scores, config.in_features)
+
+
+def routed_us(work: Work, rows: int, threads: int = 1, weight_bytes: int = 4) -> float:
+    """As `conditional_us`. The nodes that route count as read once for every score of a row, at most so many rows."""
+    routing = work.routing_scores * work.in_features
+    weights = visited(work.leaves, rows, work.chosen) * work.leaf_weights + min(rows, 8) * routing
+    flops = 2 * rows * (work.chosen * work.leaf_weights + routing)
+    return 1e6 * (weights * weight_bytes / CPU.reading + flops / CPU.gathered / threads)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 from fastff.config import TreeConfig
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import cost, reference
-from fastff.ops.backends import BACKENDS, forced_backend, kernels, why_unavailable, why_unavailable_cached
+from fastff.ops.backends import forced_backend, kernels, why_unavailable, why_unavailable_cached
 from fastff.ops.eager import are_plain, is_autocast, is_differentiated_functionally, is_plain_call
-from fastff.ops.explanation import Explanation
 from fastff.ops.reference import Routed
 from fastff.ops.registered import forward_differentiable, forward_registered
 from fastff.ops.weights import HALF, Weights
@@ -114,47 +112,6 @@ def resolve(name: str | None, x: Tensor, config: TreeConfig) -> str:
     if why_unavailable_cached(candidate) is None and kernels(candidate).why_not(x, config) is None:
         return candidate
     return "reference"
-
-
-def explain(
-    config: TreeConfig,
-    rows: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    threads: int | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    """What `forward` would do with `rows` rows of a layer, and why, without running it.
-
-    dtype: of x and the weights; threads: CPU threads, by default torch's number.
-    backend: a name of BACKENDS, which need not be able to run here; None for the one that `forward` would choose on
-    this machine, on its GPU if there is one.
-    Raises BackendUnavailable for an unknown name or a dtype that the backend does not compute; ShapeError for rows < 0.
-    """
-    free = backend is None and forced_backend() is None
-    if rows < 0:
-        raise ShapeError(f"rows {rows} is not at least 0")
-    if backend is not None and backend not in BACKENDS:
-        raise BackendUnavailable(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        backend = resolve(forced_backend(), torch.empty(0, dtype=dtype, device=device), config)
-    if backend == "reference":
-        return reference.explain(config, rows)
-    found: Explanation = kernels(backend).explain(config, rows, dtype, threads)
-    threads = threads or torch.get_num_threads()
-    if free and backend == "native" and cost.masked_wins(config, rows, threads):
-        reason = "a row uses so many of the neurons that matrix products over all of them, masked, are faster"
-        masked = cost.masked_us(config, rows, threads)
-        found = replace(found, backend="reference", form="masked", reason=reason, choices={}, predicted_us=masked)
-    return _beside_dense(found)
-
-
-def _beside_dense(found: Explanation) -> Explanation:
-    """The same, saying so where an ordinary layer is expected to win: this one's weights cannot take its form."""
-    if found.predicted_us is None or found.dense_us is None or found.predicted_us <= found.dense_us:
-        return found
-    return replace(found, reason=f"{found.reason}; a dense layer with as many neurons is expected to be faster")
 
 
 def check_shapes(x: Tensor, weights: Weights, config: TreeConfig) -> None:
