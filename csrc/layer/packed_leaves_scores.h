@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kItems = 8;                         // of one leaf scored before their activations
 constexpr int kStreams = 4;                       // leaves read side by side
-constexpr int64_t kAheadBytes = 96 << 10;         // of weights on their way to the second-level cache
+constexpr int64_t kAheadBytes = 192 << 10;         // of weights on their way to the second-level cache
 constexpr int64_t kFirstBytes = 16 << 10;         // likewise when a range begins
 constexpr int64_t kNearBytes = 8 << 10;           // of a large leaf, before it is computed
 
