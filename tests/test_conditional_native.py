@@ -420,3 +420,51 @@ def test_any_shape_is_computed_or_refused(
     else:
         assert status == OK, message
         assert max_error(call.values["y"], reference(made)) <= 1e-11
+
+
+@settings(
+    max_examples=30 if SANITIZED else 50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(0, 9), st.integers(1, 60), st.integers(1, 19), st.integers(1, 140)),
+    out_features=st.integers(1, 140),
+    weights=st.sampled_from((None, "bf16", "int8")),
+    isa_index=st.integers(0, 9),
+    thread_count=st.integers(1, 2),
+    fault=st.sampled_from(("none", "leaf", "infinite gate", "infinite row")),
+)
+def test_any_packed_leaves_are_computed_or_refused(sizes, out_features, weights, isa_index, thread_count, fault):
+    rows, k, leaf_count, width, in_features = sizes
+    made = make(rows, k, leaf_count, width, in_features, out_features, dtype=torch.float32)
+    names, before, bad_row = supported_isas(dots=True), native.isa(), rows // 2
+    native.set_isa(names[isa_index % len(names)])
+    try:
+        packed = pack(made, weights)
+        clean = packed(made.x, made.leaf, made.gate)
+        if fault == "leaf" and k:
+            made.leaf[bad_row, k - 1] = -1 - isa_index
+        elif fault == "infinite gate":
+            made.gate[bad_row] = float("inf")
+        elif fault == "infinite row":
+            made.x[bad_row] = float("-inf")
+        room = torch.full((rows * out_features + 16,), -77.0)
+        y = room[8 : 8 + rows * out_features].view(rows, out_features)
+        given = [t.data_ptr() if t.numel() else None for t in (made.x, made.leaf, made.gate)]
+        infer = library().fastff_conditional_infer_f32
+        status, message = infer(packed._handle, *given, rows, k, y.data_ptr(), thread_count), error()
+    finally:
+        native.set_isa(before)
+    assert (room[:8] == -77).all()
+    assert (room[8 + rows * out_features :] == -77).all()
+    if fault == "leaf" and k:
+        assert status == BAD_ARGUMENT
+        assert message == f"leaf {-1 - isa_index} is not 0 to {leaf_count - 1}"
+        assert (y == -77).all(), "a refused call writes nothing"
+        return
+    assert status == OK, message
+    others = torch.arange(rows) != bad_row
+    assert torch.equal(y[others].view(torch.int32), clean[others].view(torch.int32))
+    if fault == "none" or k == 0:
+        assert torch.equal(y, clean)
+    else:
+        assert not y[bad_row].isfinite().all(), "what is not finite is not hidden"
