@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastff
@@ -403,3 +404,61 @@ def test_sizes_and_costs():
 def test_bad_input_is_named(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
+
+
+OWN = {
+    "tree": lambda **more: TreeRouter(24, 3, 2, bias=True, **more),
+    "paths": lambda **more: TreeRouter(24, 4, paths=4, bias=True, **more),
+    "flat": lambda **more: FlatRouter(24, 16, 4, bias=True, **more),
+    "product_key": lambda **more: ProductKeyRouter(24, 4, 4, bias=True, **more),
+}
+
+
+def behind(kind):
+    torch.manual_seed(0)
+    return fastff.ConditionalFeedforward(24, router=OWN[kind](), leaves=16, leaf_width=2)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", OWN)
+def test_weights_of_a_wrong_shape_are_an_error_not_a_read_beyond_the_end(kind, quantization):
+    layer, x = behind(kind).quantize(quantization).eval(), torch.randn(3, 24)
+    with torch.no_grad():
+        layer(x)
+        for name in ("weight", "bias"):
+            right = getattr(layer.router, name)
+            setattr(layer.router, name, nn.Parameter(right.detach().flatten()[:1].clone()))
+            with pytest.raises(fastff.ShapeError, match=f"{name} .* of the router does not match"):
+                layer(x)
+            setattr(layer.router, name, right)
+        layer.router.bias = None
+        with pytest.raises(fastff.ShapeError, match="bias None of the router"):
+            layer(x)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_counters_are_defined_after_meta(kind):
+    with torch.device("meta"):
+        layer, other = behind(kind), behind(kind)
+    layer.to_empty(device="cpu")
+    assert int(layer.usage().counts.sum()) == 0
+    other.load_state_dict(behind(kind).state_dict(), assign=True)
+    other.train()(torch.randn(5, 24))
+    assert int(other.usage().counts.sum()) == 5 * other.router.k
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("kind", OWN)
+def test_functional_derivatives_in_training_and_of_quantised_layers(kind):
+    layer, x = behind(kind).double().train(), torch.randn(3, 24, dtype=torch.float64)
+    before = layer.usage().counts.clone()
+    _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    near = (layer(x + 1e-6) - layer(x - 1e-6)) / 2e-6
+    torch.testing.assert_close(tangent, near, rtol=1e-4, atol=1e-7)
+    grad = torch.func.grad(lambda x: layer(x).sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(layer(x).sum(), x)[0])
+    assert int(layer.usage().counts.sum() - before.sum()) == 3 * 3 * layer.router.k
+    quantised = behind(kind).quantize("int8").eval()
+    with pytest.raises(RuntimeError, match="no gradient flows through a layer quantized"):
+        torch.func.jvp(quantised, (x.detach().float(),), (torch.ones(3, 24),))

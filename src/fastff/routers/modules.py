@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastff.config import Quantization, check_quantization
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, choose_ops, native_router
+from fastff.ops.eager import is_differentiated_functionally, is_side_effect_free
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
@@ -101,6 +102,7 @@ class Router(nn.Module):
         """`forward` with these weights of the router's shapes; native: by the C++ core where it can."""
         if x.dim() == 0 or x.shape[-1] != self.config.in_features:
             raise ShapeError(f"x {tuple(x.shape)} does not match in_features {self.config.in_features} of the router")
+        self._check_weights(weight, bias)
         rows = x.reshape(-1, self.config.in_features)
         # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
         again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -111,13 +113,23 @@ class Router(nn.Module):
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 self._packed.doubt()  # an update of the weights may follow
             leaf, gate, load = self._route(rows, weight, bias, balance)
-        if (self.training or self._track_in_eval) and not again:
+        if (self.training or self._track_in_eval) and not is_side_effect_free():
             with torch.no_grad():
+                self._real_counts(weight)
                 self._leaf_counts += self._of_leaves(load())
                 if self.training and self.balance_step:
                     self._rebalance(load())
         lead = (*x.shape[:-1], self.config.k)
         return Chosen(leaf.reshape(lead), gate.reshape(lead))
+
+    def _check_weights(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises ShapeError: kernels read as far as the configuration says."""
+        c = self.config
+        wanted = {"weight": c.shape_of_weight, "bias": c.shape_of_bias, "balance": c.shape_of_balance}
+        for (name, shape), tensor in zip(wanted.items(), (weight, bias, self.balance), strict=True):
+            if (None if tensor is None else tuple(tensor.shape)) != (None if shape is None else tuple(shape)):
+                seen = None if tensor is None else tuple(tensor.shape)
+                raise ShapeError(f"{name} {seen} of the router does not match {shape}")
 
     def _route(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
@@ -200,7 +212,14 @@ class Router(nn.Module):
     @property
     def counts(self) -> Tensor:
         """Rows counted (trees, leaves) int64, by the leaves they took."""
+        if self.weight is not None:
+            self._real_counts(self.weight)
         return self._leaf_counts
+
+    def _real_counts(self, weight: Tensor) -> None:
+        """Counters where the weights are: loading may put weights in the place of some without memory."""
+        if self._leaf_counts.is_meta and not weight.is_meta:
+            self._leaf_counts = torch.zeros_like(self._leaf_counts, device=weight.device)
 
     def reset_usage(self) -> None:
         """Forget the rows counted so far."""
@@ -208,8 +227,10 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # In half precision a balance would soon be too large for its step to move it.
-        before = self.balance
+        before, counts = self.balance, self._leaf_counts
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if counts.is_meta and not self._leaf_counts.is_meta:  # to_empty() leaves what memory held
+            self._leaf_counts.zero_()
         if before is not None and self.balance is not None and self.balance.dtype != before.dtype:
             self.balance = before.to(self.balance.device)
         return self
@@ -387,8 +408,8 @@ def check_quantized_call(
     name = f"a layer quantized to {quantization!r}"
     if training:
         raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(f"no gradient flows through {name}: use no_grad()")
+    if is_differentiated_functionally() or (torch.is_grad_enabled() and x.requires_grad):
+        raise RuntimeError(f"no gradient flows through {name}: use no_grad(), or quantize(None) for derivatives")
     backend = backend or backends.forced_backend() or "native"
     reason = backends.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
     if reason is None and not (x.is_cpu and w_in.is_cpu):
