@@ -121,7 +121,7 @@ class PackedLeaves(Pack):
         quantization: str | None = None,
     ) -> None:
         super().__init__()
-        self._in_features, self._out_features = w_in.shape[2], w_out.shape[2]
+        self._out_features = w_out.shape[2]
         kept = dense(*(None if t is None else t.detach().float() for t in (w_in, b_in, w_out, b_out)))
         call(
             "fastff_conditional_pack_f32",

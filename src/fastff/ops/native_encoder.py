@@ -49,7 +49,7 @@ class NativeEncoder(Owner):
         facts = _Facts()
         call("fastff_encoder_describe", self._handle, ctypes.addressof(facts))
         self.vocab_size, self.positions, self.types = facts.vocab_size, facts.positions, facts.types
-        self.hidden, self.layers, self.file_bytes = facts.hidden, facts.layers, facts.bytes
+        self.hidden, self.layers = facts.hidden, facts.layers
 
     def __reduce__(self) -> tuple[Any, ...]:
         path, map = self._opened

@@ -69,7 +69,7 @@ class NativeModel(Owner):
         facts = _Facts()
         call("fastff_model_describe", self._handle, ctypes.addressof(facts))
         self.vocab_size, self.positions = facts.vocab_size, facts.positions
-        self.hidden, self.layers, self.file_bytes = facts.hidden, facts.layers, facts.bytes
+        self.hidden, self.layers = facts.hidden, facts.layers
 
     def __reduce__(self) -> tuple[Any, ...]:
         path, map = self._opened
