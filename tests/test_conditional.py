@@ -110,7 +110,7 @@ def test_opcheck(bias):
     for name in NAMES[: 6 if bias else 4]:
         given[name].requires_grad_()
     tensors = [given.get(name) for name in ("x", "leaf", "gate", "w_in", "b_in", "w_out", "b_out")]
-    torch.library.opcheck(torch.ops.fastff.conditional_matmul, (*tensors, "gelu", "native"))
+    torch.library.opcheck(torch.ops.fastff.conditional_matmul, (*tensors, "gelu", "native", False))
 
 
 def test_leaves_that_no_row_chose_have_no_gradient():

@@ -298,11 +298,17 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
         ({"steps": 0}, "steps 0 is not above 0"),
         ({"layers": 0}, "layers 0 is not above 0"),
         ({"warmup": 1.0}, r"warmup 1.0 is not in \[0, 1\)"),
+        ({"graph": True}, "graph needs the objective causal: what masked training computes"),
     ],
 )
 def test_settings_out_of_range(changes, message, text, tmp_path):
     with pytest.raises(TrainingError, match=message):
         small(tmp_path, text, **changes)
+
+
+def test_a_graph_is_refused_on_the_cpu(text, tmp_path):
+    with pytest.raises(TrainingError, match="graph needs a GPU and no torchrun, this is the CPU"):
+        pretrain(small(tmp_path, text, objective="causal", graph=True))
 
 
 def test_the_number_of_layers_can_be_chosen(text, tmp_path):

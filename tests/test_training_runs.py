@@ -191,7 +191,8 @@ class Launched:
         self.words, self.looks = words, 0
         self.gpus = set(env["CUDA_VISIBLE_DEVICES"].split(","))
         assert self.gpus <= {"7", "5", "2"}
-        assert len(self.gpus) == int(words[words.index("--nproc-per-node") + 1])
+        several = "--nproc-per-node" in words
+        assert len(self.gpus) == (int(words[words.index("--nproc-per-node") + 1]) if several else 1)
         assert not any(self.gpus & gpus for gpus in self.now), "a GPU is given to one run at a time"
         self.now.append(self.gpus)
         self.ran.append(words)
@@ -245,6 +246,16 @@ def test_speeds_are_measured_on_gpus_of_their_own(tmp_path, monkeypatch):
     Launched.ran.clear()
     assert fastff("experiment", "gpu-speed", *words, process=Launched).exit_code == 1
     assert len(Launched.ran) == 2, "what is there is not run again"
+    Launched.ran.clear()
+    forms = ("--gpus", 2, "--gpus", 1, "--form", "compiled", "--form", "compiled-graph")
+    fastff("experiment", "gpu-speed", *words, *forms, process=Launched)
+    asked = {Path(ran[ran.index("--out") + 1]).name: {"--compile", "--graph"} & set(ran) for ran in Launched.ran}
+    both = {"--compile", "--graph"}
+    assert asked["a-1-compiled"] == asked["a-2-compiled"] == {"--compile"}
+    assert asked["a-1-compiled-graph"] == both
+    assert "a-2-compiled-graph" not in asked, "a graph is for one GPU"
+    refused = fastff("experiment", "gpu-speed", *words, "--form", "fast", process=Launched).output
+    assert "form 'fast' is not one of plain, compiled, graph, compiled-graph" in refused
 
 
 def test_a_variant_that_fails_is_named_with_its_last_words(tmp_path):

@@ -59,9 +59,66 @@ def test_path_sums_have_the_gradient_of_the_plain_form():
     torch.testing.assert_close(score.grad.double(), other.grad, rtol=0, atol=1e-5)
 
 
+ROUTERS = [  # rows, in_features, shape of weight without them, k
+    (37, 24, (96,), 3), (70, 33, (7,), 7), (5, 16, (40,), 5),
+    (21, 24, (1, 31), 4), (9, 40, (3, 7), 2), (6, 16, (2, 7), 8), (4, 16, (1, 1), 2),
+]  # fmt: skip
+
+
+def in_full(x, weight, bias, balance, k):
+    """leaf, gate, load, and which rows' choices rounding could have changed, by the plain form in float64."""
+    x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
+    score = torch.nn.functional.linear(x, weight.flatten(0, -2), None if bias is None else bias.flatten())
+    if weight.dim() == 2:
+        leaf = plain.best(plain.preference(score, balance), k)
+        return leaf, plain.normalised(score.gather(1, leaf)), plain.histogram(leaf, weight.shape[0])
+    found = plain.beam(score.view(-1, *weight.shape[:2]), k, balance)
+    first, size = torch.arange(weight.shape[0], device=DEVICE)[:, None], weight.shape[1] + 1
+    load = plain.histogram(found.kept + first * (2 * size - 1), weight.shape[0] * (2 * size - 1))
+    return (found.leaf + first * size).flatten(1), plain.normalised(found.score).flatten(1), load.view(-1, 2 * size - 1)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("rows", "features", "shape", "k"), ROUTERS, ids=str)
+def test_one_kernel_scores_chooses_and_gates(rows, features, shape, k, full):
+    x, weight = normal(rows, features), normal(*shape, features, seed=3) * features**-0.5
+    candidates = shape if len(shape) == 1 else (shape[0], 2 * shape[1] + 1)
+    bias, balance = (0.1 * normal(*shape, seed=4), 0.1 * normal(*candidates, seed=5)) if full else (None, None)
+    given = [tensor if tensor is None else tensor.requires_grad_() for tensor in (x, weight, bias)]
+    exact = [tensor if tensor is None else tensor.detach().double().requires_grad_() for tensor in given]
+    leaf, gate, load = choose_ops.route(*given, balance, k, counted=True)
+    want_leaf, want_gate, want_load = in_full(*exact, balance, k)
+    assert torch.equal(leaf, want_leaf)
+    assert torch.equal(load.view(want_load.shape), want_load)
+    torch.testing.assert_close(gate.double(), want_gate, rtol=0, atol=2e-6)
+    grad = normal(*gate.shape, seed=6)
+    (gate * grad).sum().backward()
+    (want_gate * grad).sum().backward()
+    for one, other in zip(given, exact, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=1e-5)
+    assert choose_ops.route(*given, balance, k, counted=False)[2].numel() == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("shape", [(40,), (1, 31)])
+def test_equal_scores_and_rows_that_are_not_finite_choose_as_the_plain_form(shape):
+    x, weight = normal(6, 16), normal(*shape, 16, seed=3)
+    x[1], x[2, 0], x[3, 0] = 0.0, float("nan"), float("inf")
+    leaf, gate, _ = choose_ops.route(x, weight, None, None, 3, counted=False)
+    want_leaf, want_gate, _ = in_full(x, weight, None, None, 3)
+    assert torch.equal(leaf, want_leaf)
+    torch.testing.assert_close(gate.double(), want_gate, rtol=0, atol=1e-5, equal_nan=True)
+
+
 def test_the_ops_are_registered_as_they_behave():
     score = normal(5, 2, 7).requires_grad_()
     torch.library.opcheck(torch.ops.fastff.choose_best.default, (score.detach().flatten(1), None, 3))
+    x, weight = normal(5, 16).requires_grad_(), normal(2, 7, 16).requires_grad_()
+    for width in (weight, weight[0].detach().requires_grad_()):
+        args = (x, width, None, None, 2, True)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.fastff.route.default, args, test_utils=tests)
     # Not its fourth test: it adds the outputs up, in the dtype of the first, which is an integer here.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fastff.choose_beam.default, (score, normal(2, 15), 2), test_utils=tests)

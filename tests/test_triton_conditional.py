@@ -1,6 +1,7 @@
 """Conditional products on a GPU against the float64 reference: on a device, else in the interpreter's own process (see
 tests/test_triton.py)."""
 
+import functools
 import os
 
 import pytest
@@ -18,7 +19,13 @@ pytestmark = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import conditional_kernels, conditional_plan, conditional_products, plan
+    from fastff.ops.triton_kernels import (
+        conditional_kernels,
+        conditional_pairs,
+        conditional_plan,
+        conditional_products,
+        plan,
+    )
 
 # rows, slots, leaves, width, in_features, out_features, activation, bias
 SHAPES = [
@@ -82,16 +89,25 @@ def computed(inputs, activation, dtype):
     return [y, *(None if inputs[name] is None else grad for name, grad in zip(NAMES, grads, strict=True))]
 
 
+@pytest.fixture(params=["slots", "scan"])
+def form(request, monkeypatch):
+    """Every form of the kernels in turn, whatever the number of rows."""
+    monkeypatch.setattr(conditional_products, "plan", functools.partial(conditional_products.plan, form=request.param))
+    return request.param
+
+
 def error(got, want):
     return (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
 
 
 HALVES = [torch.float16] + ([torch.bfloat16] if ON_DEVICE else [])
-CASES = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], dtype) for dtype in HALVES]
+CASES = [("slots", shape, torch.float32) for shape in SHAPES]
+CASES += [(form, shape, torch.float32) for form in ("scan", "pairs") for shape in (SHAPES[0], SHAPES[1], SHAPES[4])]
+CASES += [(form, SHAPES[0], dtype) for form in ("slots", "pairs") for dtype in HALVES]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_forward_and_gradients_match_the_reference(shape, dtype):
+@pytest.mark.parametrize(("form", "shape", "dtype"), CASES, ids=str, indirect=["form"])
+def test_forward_and_gradients_match_the_reference(shape, dtype, form):
     activation = shape[6]
     inputs = make_inputs(shape, dtype)
     want, plain = truth(inputs, activation), truth(inputs, activation, dtype)
@@ -103,7 +119,7 @@ def test_forward_and_gradients_match_the_reference(shape, dtype):
             assert error(got, exact) <= allowed, name
 
 
-def test_leaves_that_no_row_uses_get_exactly_zero():
+def test_leaves_that_no_row_uses_get_exactly_zero(form):
     inputs = make_inputs(SHAPES[0])
     inputs["leaf"] = inputs["leaf"] % 3
     _, _, _, *weights = computed(inputs, "swiglu", torch.float32)
@@ -112,7 +128,7 @@ def test_leaves_that_no_row_uses_get_exactly_zero():
         assert torch.count_nonzero(grad[:3]) > 0
 
 
-def test_a_leaf_that_stands_twice_in_a_row_adds_twice():
+def test_a_leaf_that_stands_twice_in_a_row_adds_twice(form):
     inputs = make_inputs(SHAPES[3])
     inputs["leaf"][:, 1] = inputs["leaf"][:, 0]
     inputs["gate"][:, 1] = inputs["gate"][:, 0]
@@ -123,7 +139,7 @@ def test_a_leaf_that_stands_twice_in_a_row_adds_twice():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
-def test_what_is_not_finite_stays_in_its_row():
+def test_what_is_not_finite_stays_in_its_row(form):
     inputs = make_inputs(SHAPES[0])
     inputs["gate"][3, 1], inputs["x"][8, 0] = float("nan"), float("inf")
     y, grad_x, *_ = computed(inputs, "swiglu", torch.float32)
@@ -140,16 +156,19 @@ def test_no_rows_and_no_slots():
         assert all(torch.count_nonzero(tensor) == 0 for tensor in (y, *grads))
 
 
-def test_parts_of_a_weight_gradient_are_summed():
+@pytest.mark.parametrize("form", ["slots", "pairs"])
+def test_parts_of_a_weight_gradient_are_summed(form):
     inputs = make_inputs((60, 3, 3, 16, 32, 32, "swiglu", True))
     tensors = {name: None if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype)
                for name, t in inputs.items()}  # fmt: skip
     grad_y = tensors.pop("grad_y")
     tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=32)
-    chosen = conditional_plan.Plan(tiles, tiles, tiles, splits=3)
+    chosen, kernels = conditional_plan.Plan(tiles, tiles, tiles, splits=3, form=form), conditional_pairs
+    if form == "slots":
+        kernels = conditional_kernels
     routed, leaves = arguments(tensors)
-    y, scores = conditional_kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
-    grads = conditional_kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
+    y, scores = kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
+    grads = kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
     for got, exact in zip((y, *grads), truth(inputs, "swiglu"), strict=True):
         assert error(got, exact) <= 1e-4
 

@@ -239,6 +239,7 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
             b_in=self.b_in,
             b_out=self.b_out,
             backend=self.backend,
+            leaf_in_range=isinstance(self.router, Router) and x.is_cuda,
         )
 
     def quantize(self, quantization: Quantization | None) -> Self:

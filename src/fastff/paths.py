@@ -59,6 +59,7 @@ class NodeRouter(TreeRouter):
             b_in=leaves.b_in,
             b_out=leaves.b_out,
             backend=backend,
+            leaf_in_range=x.is_cuda,
         )
 
     def route(self, x: Tensor, weights: Weights, *, backend: str | None) -> Tensor:

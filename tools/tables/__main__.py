@@ -27,7 +27,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "conditional-cpu": conditional.layers,
     },
     "docs/engine.md": {"decode": decode.engines},
-    "docs/benchmarks-gpu.md": {"layer-gpu": gpu.layers, "gpus": training.gpus},
+    "docs/benchmarks-gpu.md": {
+        "layer-gpu": gpu.layers,
+        "conditional-gpu": gpu.conditional,
+        "one-gpu": training.one_gpu,
+        "gpus": training.gpus,
+    },
     "docs/quality.md": training.QUALITY,
     "docs/convert.md": {name: convert.TABLES[name] for name in ("convert-minilm", "convert-latency")},
     f"{INTEL.relative_to(ROOT)}/NOTES.md": {

@@ -20,6 +20,28 @@ def layers() -> str:
     return f"{_cases(found)}\n\n{_steps()}\n\n{machine}"
 
 
+def conditional() -> str:
+    """Layers behind routers beside the compiled dense layer, routing included, by rows and direction."""
+    found = read(H200 / "conditional.json")
+    cells = {(cell["layer"], cell["rows"], cell["training"]): cell for cell in found["cells"]}
+    counts = sorted({cell["rows"] for cell in found["cells"]}, reverse=True)
+    ways = [(rows, training) for training in (False, True) for rows in counts]
+    rows = []
+    for layer in dict.fromkeys(cell["layer"] for cell in found["cells"]):
+        measured = [cells[layer, *way] for way in ways]
+        kept = cells[layer, counts[0], True]["activation_bytes"] / 2**20
+        rows.append((layer, *map(_beside_dense, measured), f"{kept:,.0f}"))
+    named = [f"{rows:,} rows{', forward + backward' if training else ''}" for rows, training in ways]
+    table = markdown_table(["layer", *named, f"kept for the backward of {counts[0]:,} rows, MiB"], rows)
+    return f"{table}\n\n{found['gpu']}, torch {found['torch']}, triton {found['triton']}."
+
+
+def _beside_dense(cell: dict[str, Any]) -> str:
+    ratio = cell["times_dense"]
+    faster = "" if cell["layer"].startswith("dense") else f" (**{ratio:.{1 if ratio >= 10 else 2}f}x**)"
+    return f"{three_digits(cell['us'])}{faster}"
+
+
 def _cases(found: dict[str, Any]) -> str:
     by_key = {timing["key"]: timing for timing in found["timings"]}
     shown = [(by_key[best["dense"]], by_key[best["ours"]], best["ratio"]) for best in found["best"]]

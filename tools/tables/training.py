@@ -143,10 +143,9 @@ def gpus() -> str:
     rows = []
     for run in sorted(runs, key=lambda run: (run["settings"]["feedforward"], run["processes"], run["how"])):
         settings, speed = run["settings"], run["tokens_per_second"]
-        hidden = settings["hidden"]
         rows.append(
             (
-                layer_name(feedforward_of(settings["feedforward"], hidden), hidden),
+                _layer_of(run),
                 f"{run['processes']}, {run['how']}" if run["processes"] > 1 else "1",
                 settings["batch"],
                 f"{speed:,}",
@@ -156,6 +155,32 @@ def gpus() -> str:
         )
     head = ["feedforward", "GPUs", "rows a step", "tokens/s", "times one GPU", "memory of a GPU, GiB"]
     return markdown_table(head, rows)
+
+
+def one_gpu() -> str:
+    """Tokens a second on one GPU, compiled and recorded as graphs, beside the dense layer in the same form."""
+    rows = []
+    for preset in ("small", "base"):
+        found = {path.stem: read(path) for path in sorted((TRAINING / "gpus" / preset).glob("*.json"))}
+        for name, run in found.items():
+            dense = found[f"dense-swiglu-1{name.removeprefix(run['settings']['feedforward'] + '-1')}"]
+            # Of graphs the caching allocator's pools count, of other runs what was in use at once would be less.
+            rows.append(
+                (
+                    preset,
+                    _layer_of(run),
+                    name.removeprefix(f"{run['settings']['feedforward']}-1").strip("-") or "plain",
+                    f"{run['tokens_per_second']:,}",
+                    f"{run['tokens_per_second'] / dense['tokens_per_second']:.2f}x",
+                    f"{run['cached_gpu_bytes'] / 2**30:.1f}",
+                )
+            )
+    return markdown_table(["preset", "feedforward", "form", "tokens/s", "times dense", "memory held, GiB"], rows)
+
+
+def _layer_of(run: dict[str, Any]) -> str:
+    hidden = run["settings"]["hidden"]
+    return layer_name(feedforward_of(run["settings"]["feedforward"], hidden), hidden)
 
 
 def backends() -> str:

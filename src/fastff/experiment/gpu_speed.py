@@ -1,7 +1,7 @@
 """Tokens a second of pretraining on one GPU and on several of one host, with DDP and with FSDP2.
 
-Every feedforward is trained under torchrun, with equally many rows a GPU each time; the speed is that of the second
-half of the steps. Runs that find GPUs free go at once, the largest first, each on GPUs of its own.
+Every feedforward is trained, on several GPUs under torchrun, with equally many rows a GPU each time; the speed is that
+of the second half of the steps. Runs that find GPUs free go at once, the largest first, each on GPUs of its own.
 """
 
 from __future__ import annotations
@@ -17,41 +17,49 @@ from dataclasses import dataclass
 import torch
 
 from fastff.errors import BackendUnavailable
-from fastff.experiment.study_settings import SpeedSettings
+from fastff.experiment.study_settings import PLAIN, SpeedSettings
 from fastff.train.placement import environments
 from fastff.train.pretrain import RESULT
 
 
 @dataclass(frozen=True)
 class Case:
-    """A feedforward on so many GPUs."""
+    """A feedforward on so many GPUs, in a form of SpeedSettings."""
 
     feedforward: str
     gpus: int
     fsdp: bool
+    form: str
 
     @property
     def name(self) -> str:
-        return f"{self.feedforward}-{self.gpus}" + ("-fsdp" if self.fsdp else "")
+        form = "" if self.form == PLAIN else f"-{self.form}"
+        return f"{self.feedforward}-{self.gpus}" + ("-fsdp" if self.fsdp else "") + form
 
     def command(self, asked: SpeedSettings) -> list[str]:
         rows = str(self.gpus * asked.rows)
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
+        words = [sys.executable]
+        if self.gpus > 1:
+            words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
         words += ["-m", "fastff.cli", "pretrain", "--out", str(asked.runs / self.name), "--data", str(asked.data)]
         words += ["--text", "train", "--valid", "valid", "--valid-windows", "256", "--objective", "causal"]
         words += ["--preset", asked.preset, "--feedforward", self.feedforward, "--steps", str(asked.steps)]
         words += ["--batch", rows, "--micro-batch", str(asked.rows), "--ramp", "0", "--log-every", "10"]
         words += ["--precision", "bf16", "--save-every", "1000000"]
-        return [*words, *(["--fsdp"] if self.fsdp else []), *asked.option]
+        words += ["--fsdp"] if self.fsdp else []
+        words += [word for part, word in (("compiled", "--compile"), ("graph", "--graph")) if part in self.form]
+        return [*words, *asked.option]
 
 
 def cases(asked: SpeedSettings) -> list[Case]:
     """The largest first; those that `out` lacks."""
     every = [
-        Case(feedforward, gpus, fsdp)
+        Case(feedforward, gpus, fsdp, form)
         for gpus in sorted(asked.gpus, reverse=True)
         for fsdp in ((False, True) if gpus > 1 else (False,))
         for feedforward in asked.feedforward
+        for form in asked.form
+        if gpus == 1 or "graph" not in form
     ]
     return [case for case in every if not (asked.out / f"{case.name}.json").is_file()]
 

@@ -8,7 +8,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fastff.errors import TrainingError
 from fastff.named_values import named_value
+
+PLAIN = "plain"
+FORMS = (PLAIN, "compiled", "graph", "compiled-graph")
 
 
 @Parameter(name="*")
@@ -111,8 +115,15 @@ class SpeedSettings:
     """Rows of a GPU and step."""
     steps: int = 80
     """Optimizer steps."""
+    form: tuple[str, ...] = (PLAIN,)
+    """plain, compiled, graph or compiled-graph; may be repeated. Graphs are for one GPU, and left out on several."""
     option: tuple[str, ...] = ()
     """A word passed on to `fastff pretrain`; may be repeated."""
+
+    def __post_init__(self) -> None:
+        for form in self.form:
+            if form not in FORMS:
+                raise TrainingError(f"form {form!r} is not one of {', '.join(FORMS)}")
 
 
 @Parameter(name="*")

@@ -50,6 +50,7 @@ def conditional_matmul(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     backend: str | None = None,
+    leaf_in_range: bool = False,
 ) -> Tensor:
     """Every row multiplies only the leaves that a router chose for it:
     `y = sum over k of gate * (act(x w_in[leaf]^T + b_in[leaf]) w_out[leaf] + b_out[leaf])`.
@@ -59,6 +60,7 @@ def conditional_matmul(
     b_in: (leaves, in_rows) or None; b_out: (leaves, out_features) or None.
     activation: as in TreeConfig; in_rows is width, or for "swiglu" 2 * width, all gate rows of a leaf, then all value
     rows. backend: "reference", "eager", "native", "triton", or None to choose by device and dtype.
+    leaf_in_range: leaf is known to be in range, as what fastff's routers chose is: kernels do not look again.
     Returns y (..., out_features), of x's dtype; gradients flow to x, gate, the weights and the biases.
     Raises ShapeError for a size, dtype, device or leaf out of range (leaves on a GPU are checked there, as an
     assertion of the device); BackendUnavailable if `backend` is named and cannot run.
@@ -81,9 +83,9 @@ def conditional_matmul(
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             y: Tensor = _PLAIN[name].forward(*routed, leaves, activation=activation)
     elif not torch.is_grad_enabled() and interface.untouched(*arguments):
-        y, _ = _forward_impl(*arguments, activation, name)
+        y, _ = _forward_impl(*arguments, activation, name, leaf_in_range)
     else:
-        y, _ = torch.ops.fastff.conditional_matmul(*arguments, activation, name)
+        y, _ = torch.ops.fastff.conditional_matmul(*arguments, activation, name, leaf_in_range)
     return y.to(out_dtype).reshape(*x.shape[:-1], w_out.shape[-1])
 
 
@@ -206,7 +208,7 @@ _WEIGHTS_SCHEMA = "Tensor x, Tensor leaf, Tensor gate, Tensor w_in, Tensor? b_in
 
 torch.library.define(
     "fastff::conditional_matmul",
-    f"({_WEIGHTS_SCHEMA}, str activation, str backend) -> (Tensor y, Tensor scores)",
+    f"({_WEIGHTS_SCHEMA}, str activation, str backend, bool leaf_in_range) -> (Tensor y, Tensor scores)",
 )
 torch.library.define(
     "fastff::conditional_backward",
@@ -225,8 +227,10 @@ def _forward_impl(
     b_out: Tensor | None,
     activation: str,
     backend: str,
+    leaf_in_range: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_leaves(leaf, w_in.shape[0])
+    if not leaf_in_range:
+        check_leaves(leaf, w_in.shape[0])
     leaves = Leaves(w_in, b_in, w_out, b_out)
     result: tuple[Tensor, Tensor] = kernels(backend).forward(x, leaf, gate, leaves, activation=activation)
     return result
@@ -250,7 +254,7 @@ def _backward_fake(grad_y: Tensor, x: Tensor, leaf: Tensor, gate: Tensor, *rest:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.backend = inputs
+    *tensors, ctx.activation, ctx.backend, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -261,7 +265,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Any, ...]:
     x, gate, *weights = (
         None if given is None else grad for given, grad in zip((saved[0], *saved[2:7]), grads, strict=True)
     )
-    return x, None, gate, *weights, None, None
+    return x, None, gate, *weights, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Any, ...]:
@@ -270,10 +274,10 @@ def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Any, ...]:
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     """Batches become rows; weights that have a batch of their own become more leaves."""
-    *tensors, activation, backend = inputs
+    *tensors, activation, backend, leaf_in_range = inputs
     batch = info.batch_size
     folded = _fold(batch, in_dims[:7], tensors)
-    y, scores = torch.ops.fastff.conditional_matmul(*folded, activation, backend)
+    y, scores = torch.ops.fastff.conditional_matmul(*folded, activation, backend, leaf_in_range)
     return (y.unflatten(0, (batch, -1)), scores.unflatten(0, (batch, -1))), (0, 0)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastff.config import Quantization, check_quantization
 from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import backends, choose_ops, native_router
-from fastff.ops.eager import is_differentiated_functionally, is_side_effect_free
+from fastff.ops import backends, choose_ops, interface, native_router
+from fastff.ops.eager import is_autocast, is_differentiated_functionally, is_side_effect_free
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
@@ -173,6 +173,20 @@ class Router(nn.Module):
         score = F.linear(rows, weight, bias)
         return score if score.dtype == torch.float64 else score.float()
 
+    def _on_gpu(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Load] | None:
+        """`_route` by one kernel that makes scores, choice and gates; None where it cannot."""
+        if rows.device.type != "cuda" or self.config.gate != "normalised":
+            return None
+        if is_autocast(rows):
+            rows, weight, bias = interface.autocast(rows, weight, bias)
+        if not choose_ops.can_route(rows, weight, self.leaves // self.config.trees, self.config.chosen):
+            return None
+        counted = self.training or self._track_in_eval
+        leaf, gate, load = choose_ops.route(rows, weight, bias, balance, self.config.chosen, counted=counted)
+        return leaf, gate, (lambda: load) if counted else _counted(leaf, tuple(self._leaf_counts.shape))
+
     def _gate(self, score: Tensor) -> Tensor:
         return torch.ones_like(score) if self.config.gate is None else normalised(score)
 
@@ -303,6 +317,8 @@ class TreeRouter(Router):
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
     ) -> tuple[Tensor, Tensor, Load]:
         config = self.config
+        if config.kind == "paths" and (made := self._on_gpu(rows, weight, bias, balance)) is not None:
+            return made
         score = self._scores(rows, weight, bias).view(rows.shape[0], config.trees, config.nodes)
         first = torch.arange(config.trees, device=rows.device)[:, None]
         if config.kind == "tree":
@@ -360,7 +376,7 @@ class FlatRouter(Router):
     def _route(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, balance: Tensor | None
     ) -> tuple[Tensor, Tensor, Load]:
-        return self._best(self._scores(rows, weight, bias), balance)
+        return self._on_gpu(rows, weight, bias, balance) or self._best(self._scores(rows, weight, bias), balance)
 
     def _best(self, score: Tensor, balance: Tensor | None) -> tuple[Tensor, Tensor, Load]:
         """The k best of leaf scores (rows, leaves)."""

@@ -190,6 +190,7 @@ def build(
         layer=settings.layer,
         max_run_seconds=settings.max_run_seconds,
         stop=Stop(),
+        graph=settings.graph,
     )
     source = Source(batches, plan, arguments.process_index, processes)
     held_out = _held_out(settings, batches, valid)
@@ -231,6 +232,8 @@ def _arguments(settings: PretrainSettings) -> TrainingArguments:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun says
     if settings.fsdp and (cpu or not several):
         raise TrainingError("fsdp needs several processes with a GPU each: run it under torchrun")
+    if settings.graph and (cpu or "LOCAL_RANK" in os.environ):
+        raise TrainingError(f"graph needs a GPU and no torchrun, this is {'the CPU' if cpu else 'under torchrun'}")
     return TrainingArguments(
         output_dir=str(settings.out),
         max_steps=10**9 if settings.seconds else settings.model.steps,

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fastff.text.batches import Batch, Batches
 from fastff.train import saving
 from fastff.train.interrupt import Stop
 from fastff.train.layer_training import LayerTraining, RoutingLrScale, RoutingStats, balance
+from fastff.train.recorded import RecordedStep, on_gpu
 from fastff.train.schedule import Budget, rows_at, triangle
 
 _POSITION = "position.json"
@@ -37,6 +39,7 @@ class Plan:
     """How a run goes. micro_batches: of a step, over all processes; micro_batch: rows of each at the end of the ramp.
 
     max_run_seconds: end this process after so long, with a checkpoint, so that the next one goes on.
+    graph: record forward and backward of full micro-batches as a CUDA graph.
     """
 
     budget: Budget
@@ -53,6 +56,7 @@ class Plan:
     max_run_seconds: float | None = None
     stop: Stop = field(default_factory=Stop)
     progress: Progress = silent
+    graph: bool = False
 
 
 class Source:
@@ -85,6 +89,7 @@ class PretrainTrainer(Trainer):
         self.plan, self.source, self.held_out, self.tokenizer = plan, source, held_out, tokenizer
         self.routing_stats = RoutingStats(model)
         self.last_routing: dict[str, dict[str, float]] = {}
+        self._recording: RecordedStep | None = None
         super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[TrainCallback(self)])
         self.remove_callback(PrinterCallback)
         # Step of the first loss that is not finite, 0 while there is none; on the device, since reading it waits.
@@ -123,10 +128,19 @@ class PretrainTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._recorded(model)(inputs, num_items_in_batch)
         first = (self.broken == 0) & ~loss.isfinite()
         self.broken += first * (self.state.global_step + 1)
         return loss
+
+    def _recorded(self, model: nn.Module) -> Callable[[Batch, Any], Tensor]:
+        """Forward and backward of a micro-batch."""
+        step = functools.partial(super().training_step, model)
+        if not self.plan.graph:
+            return step
+        if self._recording is None:
+            self._recording = RecordedStep(step, model.parameters(), self.plan.micro_batch, on_gpu)
+        return self._recording
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -92,7 +92,7 @@ def _store(taken, leaf_ptr, there, K: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _count(taken, load_ptr, there, COUNT: tl.constexpr, LIMIT: tl.constexpr):
+def count(taken, load_ptr, there, COUNT: tl.constexpr, LIMIT: tl.constexpr):
     """Add the rows of this tile to the load of every column."""
     load = tl.sum(tl.where(there[:, None], taken, 0), 0).to(tl.int64)
     place = tl.arange(0, COUNT)
@@ -116,7 +116,7 @@ def _best_kernel(
     candidate = (c < COUNT).to(tl.int32)[None, :] + tl.zeros((BM, WIDTH), tl.int32)
     taken = _take(value, candidate, WIDTH, K)
     _store(taken, leaf_ptr + row * K, there, K, WIDTH)
-    _count(taken, load_ptr, there, WIDTH, COUNT)
+    count(taken, load_ptr, there, WIDTH, COUNT)
 
 
 @triton.jit
@@ -126,21 +126,15 @@ def _children(left, right, BM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _beam_kernel(
-    score_ptr, balance_ptr, leaf_ptr, total_ptr, load_ptr,
-    rows,
-    TREES: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Every level whole, (BM, 2**level), with a mark on the nodes that the beam keeps."""
-    tree = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    there = row < rows
+def walk(score_ptr, balance_ptr, load_ptr, there, tree, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr):
+    """Marks on the leaves that the beam keeps and the sums of all paths, both (BM, leaves). score_ptr: of the nodes of
+    each row (BM,) in this tree. Every level whole, (BM, 2**level), with a mark on the nodes that the beam keeps."""
     nodes: tl.constexpr = (1 << DEPTH) - 1
-    score_ptr += (row * TREES + tree) * nodes
     total = tl.zeros((BM, 1), tl.float32)
     kept = tl.zeros((BM, 1), tl.int32) + 1
-    load_ptr += tree * (2 * nodes + 1)
-    _count(kept, load_ptr, there, 1, 1)
+    if load_ptr is not None:
+        load_ptr += tree * (2 * nodes + 1)
+        count(kept, load_ptr, there, 1, 1)
     for level in tl.static_range(DEPTH):
         c = tl.arange(0, 1 << level)
         score = tl.load(score_ptr[:, None] + c[None, :] + ((1 << level) - 1), mask=there[:, None], other=0.0)
@@ -152,9 +146,37 @@ def _beam_kernel(
                 heap = tree * (2 * nodes + 1) + (2 << level) - 1 + tl.arange(0, 2 << level)
                 value += tl.load(balance_ptr + heap)[None, :]
             kept = _take(value, kept, 2 << level, K)
-        _count(kept, load_ptr + (2 << level) - 1, there, 2 << level, 2 << level)
-    _store(kept, leaf_ptr + (row * TREES + tree) * K, there, K, nodes + 1)
-    at = total_ptr + ((row * TREES + tree) * K)[:, None] + tl.cumsum(kept, 1) - 1
+        if load_ptr is not None:
+            count(kept, load_ptr + (2 << level) - 1, there, 2 << level, 2 << level)
+    return kept, total
+
+
+@triton.jit
+def spread(below, grad_score_ptr, there, NODES: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr):
+    """Gradient of the node scores from that of the leaves' path sums (BM, leaves). grad_score_ptr: of each row (BM,).
+    From the leaves up: what hangs below a node adds up, and the node's own score pulls right against left."""
+    for up in tl.static_range(DEPTH):
+        left, right = tl.split(tl.reshape(below, (BM, (NODES + 1) >> (up + 1), 2)))
+        node = ((NODES + 1) >> (up + 1)) - 1 + tl.arange(0, (NODES + 1) >> (up + 1))
+        value = (right - left).to(grad_score_ptr.dtype.element_ty)
+        tl.store(grad_score_ptr[:, None] + node[None, :], value, mask=there[:, None])
+        below = left + right
+
+
+@triton.jit
+def _beam_kernel(
+    score_ptr, balance_ptr, leaf_ptr, total_ptr, load_ptr,
+    rows,
+    TREES: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    tree = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    there = row < rows
+    nodes: tl.constexpr = (1 << DEPTH) - 1
+    item = row * TREES + tree
+    kept, total = walk(score_ptr + item * nodes, balance_ptr, load_ptr, there, tree, DEPTH, K, BM)
+    _store(kept, leaf_ptr + item * K, there, K, nodes + 1)
+    at = total_ptr + (item * K)[:, None] + tl.cumsum(kept, 1) - 1
     tl.store(at, total, mask=(kept > 0) & there[:, None])
 
 
@@ -164,7 +186,6 @@ def _beam_backward_kernel(
     rows,
     TREES: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """From the leaves up: what hangs below a node adds up, and the node's own score pulls right against left."""
     tree = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     there = row < rows
@@ -176,8 +197,4 @@ def _beam_backward_kernel(
         leaf = tl.load(leaf_ptr + item * K + chosen, mask=there, other=-1)
         grad = tl.load(grad_ptr + item * K + chosen, mask=there, other=0.0)
         below += tl.where(place[None, :] == leaf[:, None], grad[:, None], 0.0)
-    for up in tl.static_range(DEPTH):
-        left, right = tl.split(tl.reshape(below, (BM, (nodes + 1) >> (up + 1), 2)))
-        node = ((nodes + 1) >> (up + 1)) - 1 + tl.arange(0, (nodes + 1) >> (up + 1))
-        tl.store(grad_score_ptr + (item * nodes)[:, None] + node[None, :], right - left, mask=there[:, None])
-        below = left + right
+    spread(below, grad_score_ptr + item * nodes, there, nodes, DEPTH, BM)

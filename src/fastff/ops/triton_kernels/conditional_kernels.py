@@ -66,16 +66,16 @@ def backward(
         activation=activation, width=width, features=w_out.shape[2], plan=plan,
     )  # fmt: skip
     _scatter_matmul(d_scores, w_in, groups, grad_x, plan, add=False)
-    apply(_sum_of_parts, d_gate, parts)
-    grad_w_in = _outer(d_scores, x, groups, new(w_in, *w_in.shape), plan)
-    grad_w_out = _outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan)
+    apply(add_parts_of_gates, d_gate, parts)
+    grad_w_in = outer(d_scores, x, groups, new(w_in, *w_in.shape), plan)
+    grad_w_out = outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan)
     grad_b_in, grad_b_out = new(x, 0), new(x, 0)
     if b_in is not None:
         ones = new(x, rows, 1)
-        apply(_fill_with_one, ones)
-        grad_b_in = _outer(d_scores, ones, groups, new(b_in, *b_in.shape), plan)
+        apply(fill_with_one, ones)
+        grad_b_in = outer(d_scores, ones, groups, new(b_in, *b_in.shape), plan)
     if b_out is not None:
-        grad_b_out = _outer(gate, grad_y, groups, new(b_out, *b_out.shape), plan)
+        grad_b_out = outer(gate, grad_y, groups, new(b_out, *b_out.shape), plan)
     return grad_x, d_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out
 
 
@@ -85,11 +85,11 @@ def _group(leaf: Tensor, leaves: int, plan: Plan) -> Groups:
     return group_rows(leaf, shift=0, level=level, joint=1, tile=plan.tiles.rows, chunk=plan.tiles.rows)
 
 
-def _fill_with_one(ones: Tensor) -> None:
+def fill_with_one(ones: Tensor) -> None:
     ones.fill_(1)
 
 
-def _sum_of_parts(d_gate: Tensor, parts: Tensor) -> None:
+def add_parts_of_gates(d_gate: Tensor, parts: Tensor) -> None:
     torch.sum(parts, 2, out=d_gate) if d_gate.dtype == parts.dtype else d_gate.copy_(parts.sum(2))
 
 
@@ -138,8 +138,10 @@ def _scatter_matmul(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor
             )  # fmt: skip
 
 
-def _outer(entries: Tensor, x: Tensor, groups: Groups, grad: Tensor, plan: Plan) -> Tensor:
-    """grad[leaf, c] = the sum of entries (rows, k, [columns]) times x over the rows and slots of each leaf."""
+def outer(entries: Tensor, x: Tensor, groups: Groups, grad: Tensor, plan: Plan, *, share: int = 1) -> Tensor:
+    """grad[leaf, c] = the sum of entries (rows, k, [columns]) times x over the rows and slots of each leaf.
+
+    share: groups hold pairs, so many of one row of x; 1: rows, in several slots."""
     leaves, features = grad.shape[0], x.shape[1]
     count = grad.numel() // (leaves * features)
     tiles, (slots, rows) = plan.outer, groups.order.shape
@@ -148,7 +150,7 @@ def _outer(entries: Tensor, x: Tensor, groups: Groups, grad: Tensor, plan: Plan)
     launch(
         _outer_kernel, (leaves, ceil_div(features, wide) * ceil_div(count, columns), plan.splits),
         entries, x, parts, *tables(groups), rows, leaves,
-        SLOTS=slots, GROUPS=groups.groups, COUNT=count, D=features,
+        SLOTS=slots, SHARE=share, GROUPS=groups.groups, COUNT=count, D=features,
         SPLITS=plan.splits, CHUNKS=ceil_div(count, columns), COLUMNS=columns, BN=wide, BR=tiles.inner,
         PRECISION=precision_of(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -289,8 +291,9 @@ def _scatter_matmul_kernel(
 def _outer_kernel(
     entries_ptr, x_ptr, grad_ptr, order_ptr, table_ptr,
     rows, leaves,
-    SLOTS: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, SHARE: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of one leaf times features, summed over the leaf's rows of every slot, SPLITS programs in turn."""
     leaf, split = tl.program_id(0), tl.program_id(2)
@@ -308,7 +311,9 @@ def _outer_kernel(
             row = tl.load(order_ptr + slot * rows + place, mask=there, other=0).to(tl.int64)
             at = entries_ptr + ((row * SLOTS + slot) * COUNT)[None, :] + c[:, None]
             entry = tl.load(at, mask=wanted[:, None] & there[None, :], other=0.0)
-            x = tl.load(x_ptr + row[:, None] * D + n[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + (row // SHARE)[:, None] * D + n[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
             total = tl.dot(entry, x, total, input_precision=PRECISION)
     at = grad_ptr + ((split.to(tl.int64) * leaves + leaf) * COUNT + c)[:, None] * D + n[None, :]
     tl.store(at, total.to(grad_ptr.dtype.element_ty), mask=wanted[:, None] & inside[None, :])

@@ -60,9 +60,12 @@ class Groups:
         return min(1 << (self.level * self.joint), self.order.shape[1])
 
 
-def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int) -> Groups:
-    """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count."""
-    rows, trees = leaf.shape
+def group_rows(
+    leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int, apart: bool = False
+) -> Groups:
+    """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count. apart: its elements,
+    each as a row of one tree."""
+    rows, trees = (leaf.numel(), 1) if apart else leaf.shape
     passes, tiles = ceil_div(trees, joint), ceil_div(rows, SORT_TILE)
     groups = max(2, 1 << (level * joint))
     counts = new(leaf, passes, tiles, groups, dtype=torch.int32)
