@@ -167,10 +167,10 @@ def test_damaged_gguf_files_raise_nothing_but_our_errors(small_gguf):
         try:
             gguf = Gguf(small_gguf)
             config = configuration(gguf)
-            if number % 4 == 0:
+            if number % 20 == 0:
                 tokenizer_of(gguf)
             decoders.describe(config, GgufWeights(gguf, config))
-            for name in list(gguf)[:: 1 + number % 20]:
+            for name in list(gguf)[:: 5 + number % 20]:
                 assert gguf[name].dtype == torch.float32
         except CheckpointError:
             refused += 1
