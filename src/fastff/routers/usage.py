@@ -18,7 +18,7 @@ def path_of(leaf: Tensor, depth: int) -> Tensor:
 
 def add_counts(counts: Tensor, leaf: Tensor) -> None:
     """Add rows to counts (trees, leaves) by the leaves (..., trees * k) that they took, tree by tree."""
-    index = leaf.reshape(leaf.numel() // leaf.shape[-1], len(counts), -1).movedim(1, 0).flatten(1)
+    index = leaf.reshape(-1, len(counts), leaf.shape[-1] // len(counts)).movedim(1, 0).flatten(1)
     counts.scatter_add_(1, index, counts.new_ones(()).expand(index.shape))
 
 
