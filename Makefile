@@ -11,8 +11,9 @@ CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 demo: setup
 	$(BIN)/fastff demo
 
+# Two processes of one thread each: with more, each waits for the other's threads.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests of the C++ core against a build of it that stops at the first error of memory or undefined behaviour. Leaks of
 # the interpreter would drown the core's, so they are not looked for here.
