@@ -201,6 +201,7 @@ def test_the_configuration_of_a_model_keeps_the_quantisation(tmp_path):
     assert all(m.quantization == "int8" for m in loaded.modules() if isinstance(m, fastff.FFF))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
 def test_what_quantised_layers_refuse():
     layer = make_layer(16, dtype=torch.float32, depth=2)
     with pytest.raises(ValueError, match="quantization 'int4' is not None, 'bf16' or 'int8'"):
@@ -212,6 +213,8 @@ def test_what_quantised_layers_refuse():
     layer.eval()
     with pytest.raises(RuntimeError, match="no gradient flows"):
         layer(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match=r"no gradient flows .* quantize\(None\) for derivatives"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
     with (
         torch.no_grad(),
         fastff.ops.use_backend("reference"),

@@ -31,9 +31,9 @@ from fastff.ops import conditional_interface
 from fastff.ops.conditional_interface import check_shapes, conditional_matmul
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.native_conditional import PackedLeaves
+from fastff.ops.quantized import check_quantized_call
 from fastff.ops.weights import Leaves
 from fastff.routers import Chosen, Router, RouterConfig, Usage, make_router
-from fastff.routers.modules import check_quantized_call
 
 LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 

@@ -27,6 +27,7 @@ from fastff.ops.cost import mostly_active
 from fastff.ops.eager import is_autocast_enabled, is_plain_call, is_side_effect_free
 from fastff.ops.interface import check_dtypes, check_shapes
 from fastff.ops.packed import PackedLayer
+from fastff.ops.quantized import check_no_learning
 from fastff.ops.reference import Mixed, Routed
 from fastff.ops.weights import Weights
 from fastff.paths import NodeRouter
@@ -259,12 +260,8 @@ class FFF(SizedLayer, nn.Module):
         return self
 
     def _quantized_forward(self, x: Tensor) -> Routed:
-        if self.training:
-            raise RuntimeError(
-                f"a layer quantized to {self.quantization!r} cannot train: call eval() or quantize(None)"
-            )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"no gradient flows through a layer quantized to {self.quantization!r}: use no_grad()")
+        assert self.quantization is not None
+        check_no_learning(self.quantization, x, training=self.training)
         backend = self.backend or forced_backend() or "native"
         if backend != "native" or self._packed is None:
             reason = why_unavailable_cached("native") or f"backend {backend!r} has no quantized weights, only 'native'"

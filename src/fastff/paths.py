@@ -7,7 +7,6 @@ leaves for `conditional_matmul` out of them; inference on the CPU runs on a pack
 from __future__ import annotations
 
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from fastff.ops.dense import dense
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.interface import check_shapes
 from fastff.ops.native_router import JoinedLayer, can_route
+from fastff.ops.quantized import check_quantized_call
 from fastff.ops.reference import Routed
 from fastff.ops.weights import Leaves, Weights
 from fastff.routers.choose import beam_margin
-from fastff.routers.modules import Chosen, TreeRouter, check_quantized_call, make_router
+from fastff.routers.modules import Chosen, TreeRouter, make_router
 
 
 class NodeRouter(TreeRouter):
@@ -115,14 +115,9 @@ class NodeRouter(TreeRouter):
         return JoinedLayer(self.config, router, leaves, activation=self.tree.activation, quantization=quantization)
 
     def drop(self) -> None:
-        """Forget the packed copy: the next call makes one."""
+        """As Router's, and the packed copy of the whole layer."""
+        super().drop()
         self._joined.drop()
-
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module's. Entering or leaving training also drops the packed copy of the weights."""
-        if mode or self.training:
-            self.drop()
-        return super().train(mode)
 
     def joined(self, weights: Weights) -> ConditionalFeedforward:
         """The same function as a layer with a router and leaves of its own: a copy of the weights."""

@@ -48,10 +48,15 @@ def is_differentiated_functionally() -> bool:
     return any(level.key() in _DERIVATIVES for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
+def is_recomputed() -> bool:
+    """Whether this forward runs within a backward pass, as what gradient checkpointing computes again does."""
+    return not _compiling() and _backward_task() != -1
+
+
 def is_side_effect_free() -> bool:
     """Whether this forward must leave nothing behind: within a backward pass, where gradient checkpointing repeats one
     that has been counted, and within a function transform, whose tensors must not outlive it."""
-    return not _compiling() and (_backward_task() != -1 or _transformed())
+    return is_recomputed() or (not _compiling() and _transformed())
 
 
 def is_autocast(x: Tensor) -> bool:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.config import Quantization, check_quantization
-from fastff.errors import BackendUnavailable, ShapeError
-from fastff.ops import backends, choose_ops, interface, native_router
-from fastff.ops.eager import is_autocast, is_differentiated_functionally, is_side_effect_free
+from fastff.errors import ShapeError
+from fastff.ops import choose_ops, interface, native_router
+from fastff.ops.eager import is_autocast, is_recomputed, is_side_effect_free
 from fastff.ops.followed import RECHECK, FollowedPack
 from fastff.ops.reference import gate_of, least
 from fastff.routers.choose import beam, best, histogram, normalised, preference
@@ -104,9 +104,9 @@ class Router(nn.Module):
             raise ShapeError(f"x {tuple(x.shape)} does not match in_features {self.config.in_features} of the router")
         self._check_weights(weight, bias)
         rows = x.reshape(-1, self.config.in_features)
-        # What gradient checkpointing computes again in a backward must choose as it did, and has been counted.
-        again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        balance = self._balance_before if again and self._balance_before is not None else self.balance
+        balance = self.balance
+        if self.training and is_recomputed() and self._balance_before is not None:
+            balance = self._balance_before  # what is computed again must choose as it did
         if native and not self.training and native_router.can_route(rows, weight):
             leaf, gate, load = self._native(rows, weight, bias)
         else:
@@ -153,13 +153,17 @@ class Router(nn.Module):
         """Route inference on the CPU in 16 bits, to the leaves of fp32; None returns to fp32. ValueError otherwise."""
         check_quantization(quantization)
         self.quantization = quantization
-        self._packed.drop()
+        self.drop()
         return self
+
+    def drop(self) -> None:
+        """Forget packed copies of weights: the next call makes them."""
+        self._packed.drop()
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's. Entering or leaving training also drops the packed copy of the weights."""
         if mode or self.training:
-            self._packed.drop()
+            self.drop()
         return super().train(mode)
 
     def _scores(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -415,23 +419,6 @@ class ProductKeyRouter(FlatRouter):
         halves = zip(rows.chunk(2, -1), weight, biases, strict=True)
         first, second = (self._linear(half, keys, own) for half, keys, own in halves)
         return self._best((first.unsqueeze(2) + second.unsqueeze(1)).flatten(1), balance)
-
-
-def check_quantized_call(
-    quantization: Quantization, x: Tensor, w_in: Tensor, *, training: bool, backend: str | None
-) -> None:
-    """Raise RuntimeError where a layer with quantized weights is to learn, BackendUnavailable where it cannot run."""
-    name = f"a layer quantized to {quantization!r}"
-    if training:
-        raise RuntimeError(f"{name} cannot train: call eval() or quantize(None)")
-    if is_differentiated_functionally() or (torch.is_grad_enabled() and x.requires_grad):
-        raise RuntimeError(f"no gradient flows through {name}: use no_grad(), or quantize(None) for derivatives")
-    backend = backend or backends.forced_backend() or "native"
-    reason = backends.why_unavailable_cached("native") if backend == "native" else f"{name} has no {backend!r}"
-    if reason is None and not (x.is_cpu and w_in.is_cpu):
-        reason = f"{name} runs on the CPU, x is on {x.device} and w_in on {w_in.device}"
-    if reason is not None:
-        raise BackendUnavailable(reason)
 
 
 def _counted(index: Tensor, shape: tuple[int, ...]) -> Load:

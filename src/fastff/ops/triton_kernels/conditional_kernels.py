@@ -54,7 +54,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gate, w_in, b_in, w_out, b_out; an empty tensor for an absent bias."""
-    w_in, b_in, w_out, b_out = leaves
+    w_in, _, w_out, b_out = leaves
     rows, slots = leaf.shape
     count, width, _ = w_out.shape
     groups = _group(leaf, count, plan)
@@ -67,16 +67,8 @@ def backward(
     )  # fmt: skip
     _scatter_matmul(d_scores, w_in, groups, grad_x, plan, add=False)
     apply(add_parts_of_gates, d_gate, parts)
-    grad_w_in = outer(d_scores, x, groups, new(w_in, *w_in.shape), plan)
-    grad_w_out = outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan)
-    grad_b_in, grad_b_out = new(x, 0), new(x, 0)
-    if b_in is not None:
-        ones = new(x, rows, 1)
-        apply(fill_with_one, ones)
-        grad_b_in = outer(d_scores, ones, groups, new(b_in, *b_in.shape), plan)
-    if b_out is not None:
-        grad_b_out = outer(gate, grad_y, groups, new(b_out, *b_out.shape), plan)
-    return grad_x, d_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+    of_neurons = (d_scores, coefficient, gate)
+    return grad_x, d_gate, *weight_gradients(of_neurons, x, grad_y, groups, leaves, plan)
 
 
 def _group(leaf: Tensor, leaves: int, plan: Plan) -> Groups:
@@ -85,7 +77,35 @@ def _group(leaf: Tensor, leaves: int, plan: Plan) -> Groups:
     return group_rows(leaf, shift=0, level=level, joint=1, tile=plan.tiles.rows, chunk=plan.tiles.rows)
 
 
-def fill_with_one(ones: Tensor) -> None:
+def weight_gradients(
+    of_neurons: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    grad_y: Tensor,
+    groups: Groups,
+    leaves: Leaves,
+    plan: Plan,
+    *,
+    share: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of w_in, b_in, w_out, b_out; an empty tensor for an absent bias.
+
+    of_neurons: d scores (rows, k, in_rows), the forward's coefficients (rows, k, width), gate (rows, k). share: see
+    `_outer`."""
+    d_scores, coefficient, gate = of_neurons
+    w_in, b_in, w_out, b_out = leaves
+    grad_w_in = _outer(d_scores, x, groups, new(w_in, *w_in.shape), plan, share=share)
+    grad_w_out = _outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan, share=share)
+    grad_b_in, grad_b_out = new(x, 0), new(x, 0)
+    if b_in is not None:
+        ones = new(x, x.shape[0], 1)
+        apply(_fill_with_one, ones)
+        grad_b_in = _outer(d_scores, ones, groups, new(b_in, *b_in.shape), plan, share=share)
+    if b_out is not None:
+        grad_b_out = _outer(gate, grad_y, groups, new(b_out, *b_out.shape), plan, share=share)
+    return grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+def _fill_with_one(ones: Tensor) -> None:
     ones.fill_(1)
 
 
@@ -138,7 +158,7 @@ def _scatter_matmul(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor
             )  # fmt: skip
 
 
-def outer(entries: Tensor, x: Tensor, groups: Groups, grad: Tensor, plan: Plan, *, share: int = 1) -> Tensor:
+def _outer(entries: Tensor, x: Tensor, groups: Groups, grad: Tensor, plan: Plan, *, share: int = 1) -> Tensor:
     """grad[leaf, c] = the sum of entries (rows, k, [columns]) times x over the rows and slots of each leaf.
 
     share: groups hold pairs, so many of one row of x; 1: rows, in several slots."""

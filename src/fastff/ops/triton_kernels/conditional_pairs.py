@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastff.ops.triton_kernels.common import activate, slope
-from fastff.ops.triton_kernels.conditional_kernels import add_parts_of_gates, fill_with_one, outer
+from fastff.ops.triton_kernels.conditional_kernels import add_parts_of_gates, weight_gradients
 from fastff.ops.triton_kernels.conditional_plan import Plan
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import beyond, precision_of, sorted_rows, tile_of
@@ -61,7 +61,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, gate, w_in, b_in, w_out, b_out; an empty tensor for an absent bias."""
-    w_in, b_in, w_out, b_out = leaves
+    w_in, _, w_out, b_out = leaves
     rows, slots = leaf.shape
     width = w_out.shape[1]
     chunks = ceil_div(width, plan.tiles.columns)
@@ -75,16 +75,8 @@ def backward(
     _combine(parts, grad_x)
     if chunks > 1:
         apply(add_parts_of_gates, d_gate, gate_parts)
-    grad_w_in = outer(d_scores, x, groups, new(w_in, *w_in.shape), plan, share=slots)
-    grad_w_out = outer(coefficient, grad_y, groups, new(w_out, *w_out.shape), plan, share=slots)
-    grad_b_in, grad_b_out = new(x, 0), new(x, 0)
-    if b_in is not None:
-        ones = new(x, rows, 1)
-        apply(fill_with_one, ones)
-        grad_b_in = outer(d_scores, ones, groups, new(b_in, *b_in.shape), plan, share=slots)
-    if b_out is not None:
-        grad_b_out = outer(gate, grad_y, groups, new(b_out, *b_out.shape), plan, share=slots)
-    return grad_x, d_gate, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+    of_neurons = (d_scores, coefficient, gate)
+    return grad_x, d_gate, *weight_gradients(of_neurons, x, grad_y, groups, leaves, plan, share=slots)
 
 
 def _parts(out: Tensor, count: int) -> Tensor:
