@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import cpp_source
 import fastff
 
 SOURCE = Path(__file__).parents[1] / "src" / "fastff"
@@ -60,6 +61,7 @@ def layer_of(path):
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
+CORE = sorted(path for end in ("h", "cpp") for path in (SOURCE.parents[1] / "csrc").rglob(f"*.{end}"))
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
 
 
@@ -98,9 +100,7 @@ def test_no_two_modules_have_one_name():
 
 
 def test_rooms_are_small():
-    csrc = SOURCE.parents[1] / "csrc"
-    files = [*FILES, *csrc.rglob("*.h"), *csrc.rglob("*.cpp")]
-    assert [str(path) for path in files if len(path.read_text().splitlines()) > MOST_LINES] == []
+    assert [str(path) for path in (*FILES, *CORE) if len(path.read_text().splitlines()) > MOST_LINES] == []
     for path in FILES:
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef) and not any(
@@ -108,6 +108,55 @@ def test_rooms_are_small():
             ):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= MOST_LINES_OF_A_FUNCTION, f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_functions_of_the_core_are_small():
+    found = {path: list(cpp_source.functions(path.read_text())) for path in CORE}
+    assert sum(map(len, found.values())) > 500, "the functions must be found"
+    long = {
+        (path.name, name): lines for path in CORE for name, _, lines in found[path] if lines > MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == {}
+
+
+def test_functions_of_cpp_are_found_with_their_lines():
+    source = """#define BRACE {
+namespace fastff {
+struct Router {
+  Router() : at_{0} {}
+  template <class T>
+  int64_t kept(T x) const {  // not a brace: }
+    auto twice = [&](int i) { return i + '}'; };
+    if (x) { return twice(1); }
+    return 0;
+  }
+  int at_;
+};
+constexpr int kSizes[] = {1, 2};
+bool operator==(const Router& a, const Router& b) {
+  return true;
+}
+}  // namespace fastff
+extern "C" int32_t fastff_run(const char* text) { return text == "{"; }
+"""
+    names = [("Router", 4, 1), ("kept", 5, 6), ("operator==", 14, 3), ("fastff_run", 18, 1)]
+    assert list(cpp_source.functions(source)) == names
+
+
+def test_retired_names_stay_away():
+    """Words that had a better one in this field. Files of earlier versions and their options are read by the shims."""
+    root = SOURCE.parents[1]
+    shims = {SOURCE / name for name in RULES["shims"].split()}
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("experiments/**/*.md")]
+    scripts = [path for folder in ("benchmarks", "experiments", "tools") for path in (root / folder).rglob("*.py")]
+    retired = re.compile(rf"(?i)(?<![a-z-])({'|'.join(RULES['retired-names'].split())})(?![a-z])")
+    found = [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for path in {*FILES, *CORE, *scripts, *pages} - shims - {root / "CHANGELOG.md"}
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if retired.search(line)
+    ]
+    assert found == []
 
 
 def test_public_names():

@@ -149,7 +149,7 @@ def test_a_provider_that_is_slow_at_first_stays(monkeypatch, slow_calls):
     assert LocalWorker(1, 0).prepare(cell("fastff"), 0.25).seconds < 0.25
 
 
-def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
+def test_workloads_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
     console = Console(record=True, width=150)
     only = Only(provider=())
     grid = Grid(threads=(1,), rows=(2, 3), layers=(1,), gpt3_rows=(), train_rows=(), only=only)
@@ -163,7 +163,7 @@ def test_scenes_measured_anew_replace_their_own_and_keep_the_others(tmp_path):
     merged = update(saved(tmp_path), record)
     assert [(t.rows, t.latency_us_p50) for t in merged.timings] == [(2, 1.0)] * 2 + [(3, 7.0)] * 2
     assert merged.left_out == before.left_out
-    assert merged.updates[0]["scenes"] == ["hot-3-rows-1-threads"]
+    assert merged.updates[0]["workloads"] == ["hot-3-rows-1-threads"]
     assert merged.updates[0]["machine"]["commit"] == "later"
     assert not is_whole(merged), "the grid has more layers than these"
     with pytest.raises(ValueError, match="the results are of x"):
@@ -212,7 +212,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert bench_cpu(settings, tmp_path, console) == 130
     saved = json.loads((tmp_path / "layer-cpu.json").read_text())
     assert (saved["whole"], {t["rows"] for t in saved["timings"]}) == (False, {2})
-    assert "goes on" in console.export_text()
+    assert "again to resume" in console.export_text()
     assert (tmp_path / PARTIAL).is_file()
 
     prepared.clear()

@@ -211,7 +211,7 @@ def test_what_a_limit_leaves_no_time_for_is_refused_after_the_first_candidate(to
 
     def try_out(trials, block, description):
         tried.append(block)
-        trials.taught_s = 1e6
+        trials.trained_s = 1e6
         return 0.5, 1.0
 
     monkeypatch.setattr(candidates.Trials, "try_out", try_out)
@@ -233,7 +233,7 @@ def test_the_layers_of_a_first_student_are_given_up_when_they_cannot_end_in_time
         def check(self, needed_s, what):
             super().check(needed_s * (1e9 if what.startswith("the layers") else 1), what)
 
-    monkeypatch.setattr(candidates.Trials, "taught_s", 0.0, raising=False)
+    monkeypatch.setattr(candidates.Trials, "trained_s", 0.0, raising=False)
     monkeypatch.setattr(conversion, "TimeLimit", Slow)
     monkeypatch.setattr(candidates.Trials, "try_out", lambda *_: (0.5, 1.0))
     monkeypatch.setattr(conversion, "probe", cheap_probe)

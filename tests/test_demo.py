@@ -25,7 +25,7 @@ from fastff.demo.settings import DENSE, VARIANTS, Settings, equal_work
 from fastff.demo.store import DemoError, Store, write_atomic
 from fastff.demo.summary import missing_parts, paired, recovered_gap, summarise
 from fastff.demo.terminal import print_summary
-from fastff.demo.training import WARM_UP, Job, masked_word_model, start_batches, train
+from fastff.demo.training import WARMUP, Job, masked_word_model, start_batches, train
 from fastff.train.interrupt import Stop
 from fastff.train.schedule import triangle
 
@@ -84,7 +84,7 @@ def test_an_interrupted_run_leaves_a_partial_report(interrupted):
     _, code, text, results, page = interrupted
     assert code == 130, text
     assert "interrupted" in text
-    assert "the same command goes on from here" in " ".join(text.split())
+    assert "run the same command again to resume" in " ".join(text.split())
     assert results["speed"]["timings"]
     assert results["summary"]["missing"]
     assert "fine-tuning of FFF 1x9" in results["summary"]["missing"]
@@ -186,7 +186,7 @@ def toy_batch(step):
 
 
 def test_training_goes_on_exactly_where_it_stopped(tmp_path):
-    job = Job("toy", steps=30, rate=1e-2, batch=toy_batch, seed=3)
+    job = Job("toy", steps=30, lr=1e-2, batch=toy_batch, seed=3)
     whole = Toy()
     straight = train(job, whole, Store(tmp_path / "a", QUICK), Stop(), lambda step, loss: None)
 
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_a_number_is_a_failure(tmp_path):
 
 
 def test_the_rate_rises_and_falls():
-    shape = [triangle((step + 1) / 101, WARM_UP) for step in range(100)]
+    shape = [triangle((step + 1) / 101, WARMUP) for step in range(100)]
     peak = shape.index(max(shape))
     assert 10 < peak < 20
     assert all(0 < value <= 1 for value in shape)

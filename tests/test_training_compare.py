@@ -114,7 +114,7 @@ def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
     assert narrow_loss(960, {1000: 3.0, 4000: 2.0}) == 3.0, "one with 4 % more arithmetic stands in"
 
 
-def test_what_a_plan_has_not_finished_is_listed_and_health_is_a_mean():
+def test_what_a_plan_has_not_finished_is_listed_and_stats_is_a_mean():
     layers = [
         {"leaf_entropy_bits": 1.0, "most_bits": 4, "dead_leaves": 0.5, "one_sided_nodes": None},
         {"leaf_entropy_bits": 3.0, "most_bits": 4, "dead_leaves": 0.0, "one_sided_nodes": 0.25},

@@ -17,17 +17,17 @@ def masked(tokens, seed=0, **options):
 
 
 def test_pack_cuts_windows_between_first_and_last():
-    windows = pack(list(range(10, 23)), length=6, first=2, last=3)
+    windows = pack(list(range(10, 23)), seq_len=6, first=2, last=3)
     assert windows.tolist() == [[2, 10, 11, 12, 13, 3], [2, 14, 15, 16, 17, 3], [2, 18, 19, 20, 21, 3]]
 
 
 def test_pack_of_too_little_text_is_empty():
-    assert pack([7, 8], length=6, first=2, last=3).shape == (0, 6)
+    assert pack([7, 8], seq_len=6, first=2, last=3).shape == (0, 6)
 
 
 def test_pack_refuses_a_length_without_room_for_text():
-    with pytest.raises(ShapeError, match="length 2 is not at least 3"):
-        pack([7, 8], length=2, first=2, last=3)
+    with pytest.raises(ShapeError, match="seq_len 2 is not at least 3"):
+        pack([7, 8], seq_len=2, first=2, last=3)
 
 
 @pytest.mark.parametrize("length", [3, 4, 8, 16, 64, 129])

@@ -49,8 +49,8 @@ def test_a_run_leaves_a_model_and_a_record(whole, text):
     assert len(record["curve"]) == 8
     assert record == json.loads((out / "result.json").read_text())
     assert record["tokens"] == record["rows"] * 16
-    health = record["routing"]["encoder.layers.0.feedforward"]
-    assert 0 < health["leaf_entropy_bits"] <= health["most_bits"] == 3
+    stats = record["routing"]["encoder.layers.0.feedforward"]
+    assert 0 < stats["leaf_entropy_bits"] <= stats["most_bits"] == 3
     model = AutoModelForMaskedLM.from_pretrained(out / "model")
     assert any(isinstance(module, FFF) for module in model.modules())
     tokenizer = AutoTokenizer.from_pretrained(out / "model")

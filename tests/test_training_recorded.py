@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastff.train.recorded import WARM_UP, RecordedStep, on_gpu
+from fastff.train.recorded import WARMUP_CALLS, RecordedStep, on_gpu
 
 ON_GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -52,7 +52,7 @@ def test_losses_and_weights_are_those_of_ordinary_training(device, to_none):
     for one, other in zip(made, weights, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     if device == "cuda":
-        assert runs.count(4) == WARM_UP + 1, "the graph ran the rest"
+        assert runs.count(4) == WARMUP_CALLS + 1, "the graph ran the rest"
 
 
 def test_what_no_loss_depends_on_does_not_decay():

@@ -139,34 +139,34 @@ def test_balance_sends_more_rows_to_the_emptier_side():
         balance({"tree": make_layer(6, depth=1)}, {"tree": after}, 0.05)
 
 
-def test_health_counts_what_training_saw_and_begins_anew():
+def test_stats_counts_what_training_saw_and_begins_anew():
     model = nn.Sequential(make_layer(6, depth=1), make_layer(6, depth=0))
     with torch.no_grad():
         model[0].w_in[:, 0] = torch.tensor([1.0, 0, 0, 0, 0, 0])
     rows = torch.zeros(200, 6)
     rows[:, 0] = 1.0
     rows[:50, 0] = -1.0
-    health = RoutingStats(model)
+    stats = RoutingStats(model)
     model(rows)
-    report = health.report()
+    report = stats.report()
     share = torch.tensor([0.25, 0.75])
     assert report["0"]["leaf_entropy_bits"] == pytest.approx(float(-(share * share.log2()).sum()), abs=1e-4)
     assert report["0"]["dead_leaves"] == report["0"]["one_sided_nodes"] == 0.0
     assert report["1"] == {"leaf_entropy_bits": 0.0, "most_bits": 0, "dead_leaves": 0.0, "one_sided_nodes": None}
     model(rows[100:])
-    report = health.report()
+    report = stats.report()
     assert report["0"] == {"leaf_entropy_bits": 0.0, "most_bits": 1, "dead_leaves": 0.5, "one_sided_nodes": 1.0}
 
 
-def test_health_counts_layers_behind_routers_too():
+def test_stats_counts_layers_behind_routers_too():
     torch.manual_seed(0)
     routers = (fastff.FlatRouter(6, leaves=12, k=3), fastff.TreeRouter(6, depth=2, trees=3))
     model = nn.Sequential(
         *(fastff.ConditionalFeedforward(6, router=r, leaves=12, leaf_width=2) for r in routers), nn.LayerNorm(6)
     )
-    health = RoutingStats(model)
+    stats = RoutingStats(model)
     model(torch.randn(500, 6))
-    report = health.report()
+    report = stats.report()
     assert set(report) == {"0", "1"}
     assert report["0"]["most_bits"] == pytest.approx(math.log2(12), abs=1e-4)
     assert report["0"]["one_sided_nodes"] is None
@@ -175,7 +175,7 @@ def test_health_counts_layers_behind_routers_too():
     for name, layer in (("0", model[0]), ("1", model[1])):
         assert 0 < report[name]["leaf_entropy_bits"] <= report[name]["most_bits"]
         assert layer.usage().counts.sum() == 0, "counting began anew"
-    balance(health.layers, health.collect(), 0.05)  # leaves them alone
+    balance(stats.layers, stats.collect(), 0.05)  # leaves them alone
 
 
 def test_one_sided_nodes_need_rows_enough_to_tell():

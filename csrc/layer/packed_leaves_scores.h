@@ -253,7 +253,7 @@ class Scores {
   void finish(int64_t at, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       scale(at + i, raw_ + i * outputs_);
-      spread(score_, gate_ + i * neurons_, value_ + i * neurons_);
+      split(score_, gate_ + i * neurons_, value_ + i * neurons_);
     }
     std::fill(gate_ + n * neurons_, gate_ + padded(n * neurons_), 0.0f);
     activate(l_.leaves.activation, gate_, act_, n * neurons_);
@@ -288,7 +288,7 @@ class Scores {
   }
 
   // The outputs of an item as gates and, with swiglu, values in the order of neurons.
-  void spread(const float* score, float* gate, float* value) {
+  void split(const float* score, float* gate, float* value) {
     if (!l_.leaves.swiglu()) {
       std::copy_n(score, outputs_, gate);
       return;

@@ -29,15 +29,15 @@ struct fastff_session {
 namespace {
 
 // The session for one call; refuses a second thread.
-class Turn {
+class SessionUse {
  public:
-  explicit Turn(fastff_session* session) : session_(session) {
+  explicit SessionUse(fastff_session* session) : session_(session) {
     need(session != nullptr, "session is NULL");
     need(!session->session.in_use.test_and_set(std::memory_order_acquire), "the session is in use by another thread");
   }
-  ~Turn() { session_->session.in_use.clear(std::memory_order_release); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  ~SessionUse() { session_->session.in_use.clear(std::memory_order_release); }
+  SessionUse(const SessionUse&) = delete;
+  SessionUse& operator=(const SessionUse&) = delete;
 
  private:
   fastff_session* session_;
@@ -82,14 +82,14 @@ int64_t fastff_session_length(const fastff_session* session) { return session ? 
 
 int32_t fastff_session_rewind(fastff_session* session, int64_t length) {
   return guarded([&] {
-    const Turn turn(session);
+    const SessionUse use(session);
     session->session.rewind(length);
   });
 }
 
 int32_t fastff_session_feed(fastff_session* session, const int32_t* ids, int64_t count, float* logits, int32_t threads) {
   return guarded([&] {
-    const Turn turn(session);
+    const SessionUse use(session);
     need_in("count", count, 0, kMaxRows);
     need(count == 0 || ids != nullptr, "ids is NULL");
     const int64_t numbers = logits ? count * session->model.decoder.shape().vocab_size : 0;
@@ -102,14 +102,14 @@ int32_t fastff_session_feed(fastff_session* session, const int32_t* ids, int64_t
 
 int32_t fastff_session_seed(fastff_session* session, uint64_t seed) {
   return guarded([&] {
-    const Turn turn(session);
+    const SessionUse use(session);
     session->random = Random(seed);
   });
 }
 
 int32_t fastff_session_sample(fastff_session* session, const fastff_sampling* sampling, int32_t* id) {
   return guarded([&] {
-    const Turn turn(session);
+    const SessionUse use(session);
     check_sampling(sampling);
     need(id != nullptr, "id is NULL");
     need(session->session.has_logits(), "no token was read since the session began or was rewound");

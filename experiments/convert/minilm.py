@@ -42,7 +42,7 @@ FRACTIONS = (0.25, 0.1, 0.05, 0.02)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A student: `options` of a tree, {"neurons": n} of a narrow layer, or none; and what its recipe has of its own."""
 
     name: str
@@ -59,14 +59,14 @@ def _trees(trees: int, depth: int, leaf_width: int, shared: int = 0) -> dict[str
 # Then, one seed: a narrower gate, which explained 4 % more of one layer's effect when that was taught alone; dense
 # layers that are faded out; an average of the weights.
 VARIANTS = [
-    Arm("narrow-152", {"neurons": 152}),
-    Arm("2x5-leaf15-shared112", _trees(2, 5, 15, 112)),
-    Arm("narrow-46", {"neurons": 46}),
-    Arm("2x5-leaf6-shared24", _trees(2, 5, 6, 24)),
-    Arm("none", {}, (0,)),
-    Arm("2x5-leaf15-shared112 tau 0.2", _trees(2, 5, 15, 112) | {"tau": 0.2}, (0,)),
-    Arm("2x5-leaf15-shared112 dense_fade", _trees(2, 5, 15, 112), (0,), {"dense_fade": 0.5}),
-    Arm("2x5-leaf15-shared112 average", _trees(2, 5, 15, 112), (0,), {"average": 0.98}),
+    Variant("narrow-152", {"neurons": 152}),
+    Variant("2x5-leaf15-shared112", _trees(2, 5, 15, 112)),
+    Variant("narrow-46", {"neurons": 46}),
+    Variant("2x5-leaf6-shared24", _trees(2, 5, 6, 24)),
+    Variant("none", {}, (0,)),
+    Variant("2x5-leaf15-shared112 tau 0.2", _trees(2, 5, 15, 112) | {"tau": 0.2}, (0,)),
+    Variant("2x5-leaf15-shared112 dense_fade", _trees(2, 5, 15, 112), (0,), {"dense_fade": 0.5}),
+    Variant("2x5-leaf15-shared112 average", _trees(2, 5, 15, 112), (0,), {"average": 0.98}),
 ]
 
 
@@ -125,7 +125,7 @@ class Turnout:
     deadline: float  # time.time() by which the joint distillation ends
 
 
-def run_arm(args: Any, variant: Arm, seed: int, shared: Turnout) -> None:
+def run_variant(args: Any, variant: Variant, seed: int, shared: Turnout) -> None:
     """One process: build, agree with all others on a number of steps that fits the time, distil, evaluate."""
     built = attempt(lambda: build(args, variant, seed))
     shared.meeting.wait()  # a variant that failed meets the others too, or they would wait for it
@@ -145,7 +145,7 @@ def run_arm(args: Any, variant: Arm, seed: int, shared: Turnout) -> None:
     shared.results.put(row | {"after": scores(student, tokenizer, args)})
 
 
-def build(args: Any, variant: Arm, seed: int) -> tuple[Any, ...]:
+def build(args: Any, variant: Variant, seed: int) -> tuple[Any, ...]:
     """The student taught layer by layer, what it needs to go on, its weights, its figures."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -214,7 +214,7 @@ def run(args: Any) -> None:
         context.Queue(),
         time.time() + args.limit - (time.perf_counter() - began) - EVALUATION_S,
     )
-    workers = [context.Process(target=run_arm, args=(args, *job, shared), daemon=True) for job in jobs]
+    workers = [context.Process(target=run_variant, args=(args, *job, shared), daemon=True) for job in jobs]
     for worker in workers:
         worker.start()
     rows: list[dict[str, Any]] = []

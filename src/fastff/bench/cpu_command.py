@@ -49,7 +49,7 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace
         try:
             record = run_grid(settings, out, progress)
         except KeyboardInterrupt:
-            kept = "" if out is None else f": the same command goes on from what is in {out}"
+            kept = "" if out is None else f": run the same command again to resume from {out}"
             console.print(f"interrupted{kept}", style="yellow", markup=False)
             found = None if out is None or replace else begun(settings, out)
             if found is not None:

@@ -180,7 +180,7 @@ def update(found: Mapping[str, Any], record: Record) -> Record:
         "machine": record.machine,
         "settings": record.settings,
         "limits": [asdict(measured) for measured in record.limits.values()],
-        "scenes": sorted(mark.strip("- ") for mark in marks),
+        "workloads": sorted(mark.strip("- ") for mark in marks),
     }
     return Record(
         found["machine"],

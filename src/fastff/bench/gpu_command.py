@@ -16,7 +16,7 @@ from fastff.bench.workers import FAILED, WRONG
 def bench_gpu(settings: Settings, out: Path, console: Console) -> int:
     """Run, print and save. Returns the exit code: 1 without a device or with a wrong output, 130 if interrupted.
 
-    What a stopped run measured is kept in `out`, and the same command goes on from there."""
+    What a stopped run measured is kept in `out`, and the same command resumes from it."""
     try:
         device = Cuda()
     except RuntimeError as error:
@@ -29,7 +29,7 @@ def bench_gpu(settings: Settings, out: Path, console: Console) -> int:
     try:
         record = run_gpu(list(cells()), settings, device, out, progress)
     except KeyboardInterrupt:
-        console.print(f"interrupted: the same command goes on from what is in {out}", style="yellow", markup=False)
+        console.print(f"interrupted: run the same command again to resume from {out}", style="yellow", markup=False)
         return 130
     for table in tables(record):
         console.print(table)

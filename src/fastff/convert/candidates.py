@@ -112,7 +112,7 @@ def _fastest(
 
 
 class Trials:
-    """Tries candidates in the dense model: taught alone on few rows, then its output compared on held-out text."""
+    """Tries candidates in the dense model: trained alone on few rows, then its output compared on held-out text."""
 
     def __init__(
         self, teacher: Any, kind: Kind, captured: Sequence[Captured], held_out: Examples, settings: ConversionSettings
@@ -122,7 +122,7 @@ class Trials:
         self.family = family_of(teacher.config.model_type)
         some = held_out.slice(0, _examples_kept(held_out, teacher, kind))
         self.batches = [some.batch(which, teacher.device) for which in some.in_order(settings.batch)]
-        self.taught_s = float("inf")  # of the candidate that was taught fastest
+        self.trained_s = float("inf")  # of the candidate that was trained fastest
         with torch.no_grad():
             self.wanted = [teacher(**inputs, output_hidden_states=True) for inputs in self.batches]
 
@@ -144,7 +144,7 @@ class Trials:
             seed=block,
             rows=self.settings.probe_rows,
         )
-        self.taught_s = min(self.taught_s, time.perf_counter() - start)
+        self.trained_s = min(self.trained_s, time.perf_counter() - start)
         loss_increase = 0.0
         with torch.no_grad(), self.family.replaced(at, module):
             for inputs, wanted in zip(self.batches, self.wanted, strict=True):

@@ -49,7 +49,7 @@ def convert(
     """Convert a model and write OUT: weights, configuration, tokenizer, README.md and report/. Returns the report.
 
     say gets lines about the time that is left: an estimate before candidates are tried and one before the joint
-    distillation, and every minute what is going on. An interrupted run goes on where it stopped when called again with
+    distillation, and every minute what is going on. An interrupted run resumes where it stopped when called again with
     the same settings; OUT/work holds its state and is removed at the end. Raises CheckpointError or ValueError for
     what cannot be converted, before the long work.
     """
@@ -153,7 +153,7 @@ def _plan(context: DistillContext, found: Survey, limit: TimeLimit, say: Say) ->
     def out_of_time() -> bool:
         # A layer of a student has at least as many rows and steps as a candidate.
         layers = settings.students * len(trials.dense)
-        limit.check(layers * trials.taught_s, f"the layers of {settings.students} models alone")
+        limit.check(layers * trials.trained_s, f"the layers of {settings.students} models alone")
         return limit.spent_s > last_s
 
     options, tried = probe(trials, found, shares, context.progress, out_of_time)
@@ -213,6 +213,6 @@ def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: d
         student.eval().save_pretrained(settings.out)
         tokenizer.save_pretrained(settings.out)
     except OSError as error:
-        raise FileError(f"cannot write {settings.out}: {error}; the same command goes on from here") from error
+        raise FileError(f"cannot write {settings.out}: {error}; run the same command again to resume") from error
     carry(settings.model, settings.out)
     conversion_report.write(settings.out, record)

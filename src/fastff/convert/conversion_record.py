@@ -51,7 +51,7 @@ class Plan:
 
 @dataclass
 class Point:
-    """One budget: what each block becomes under it, and its students once they are taught. "none" belongs to the main
+    """One budget: what each block becomes under it, and its students once they are trained. "none" belongs to the main
     budget alone: it has no other."""
 
     budget: ConversionSettings

@@ -57,7 +57,7 @@ def metric_names(record: dict[str, Any]) -> list[str]:
 def quality_head(record: dict[str, Any]) -> list[str]:
     first, *others = metric_names(record)
     times = [f"{name}, ms (feedforwards)" for name in shape_names(record)]
-    return ["model", "active, %", f"{first}, layers taught alone", first, *others, "held-out loss", *times]
+    return ["model", "active, %", f"{first}, layers trained alone", first, *others, "held-out loss", *times]
 
 
 def quality_rows(record: dict[str, Any]) -> list[list[str]]:
@@ -146,7 +146,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _recipe_sentence(record: dict[str, Any]) -> str:
-    """How all students were taught, and what that took."""
+    """How all students were trained, and what that took."""
     table, memory = record["timetable"], record["gpu_bytes"]
     held = "" if memory is None else f"; {memory['used'] / 2**30:.1f} GiB of GPU memory were used at most"
     return (

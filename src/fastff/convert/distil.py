@@ -33,7 +33,7 @@ LOGITS = 2**28  # at once, of a teacher or a student: a step of more is taken in
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over unpadded positions: hidden (examples, length, width), mask (examples, length)."""
+    """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len)."""
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
@@ -143,7 +143,7 @@ def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kin
 
 def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
     """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
-    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, length)."""
+    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, seq_len)."""
     if kind == "embedding":
         a = F.normalize(mean_pool(got.hidden_states[-1], mask), dim=-1)
         b = F.normalize(mean_pool(target.hidden_states[-1], mask), dim=-1)
@@ -156,7 +156,7 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all layers are taught together.
+    """How all layers are trained together.
 
     lr, lr_others     learning rates of the new layers and of everything else; embeddings are frozen
     routing_lr_scale  factor on `lr` for what decides: rows of w_in and b_in that belong to nodes

@@ -52,7 +52,7 @@ class DistillContext:
         return {name: measure(model) for name, measure in self.further.items()}
 
     def build(self, name: str, descriptions: Descriptions, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """A student with its layers taught alone, or the one that `folder` holds. Returns it and its figures."""
+        """A student with its layers trained alone, or the one that `folder` holds. Returns it and its figures."""
         built = folder / "built.pt"
         if built.exists():
             student = make_converted(self.teacher, descriptions)

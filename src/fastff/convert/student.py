@@ -1,4 +1,4 @@
-"""A student model: a copy of the dense model whose feedforwards are replaced, initialised and taught layer by layer."""
+"""A student model: a copy of the dense model whose feedforwards are replaced and trained layer by layer."""
 
 from __future__ import annotations
 

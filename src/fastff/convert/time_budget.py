@@ -53,8 +53,8 @@ class TimeLimit:
         """Raise TooFewSeconds, naming what is needed, unless `needed_s` more seconds are left."""
         if needed_s > self.left_s:
             raise TooFewSeconds(
-                f"seconds {self.seconds:.0f} are too few: {self.spent_s + needed_s:.0f} are needed for {what}; with "
-                "more, the same command goes on from here"
+                f"seconds {self.seconds:.0f} are too few: {self.spent_s + needed_s:.0f} are needed for {what}; run the "
+                "same command again with more to resume"
             )
 
 
@@ -79,7 +79,7 @@ class TimeLeft:
 
 @dataclass(frozen=True)
 class Timetable:
-    """What is still to come when the layers of the first student were taught.
+    """What is still to come when the layers of the first student were trained.
 
     students, steps  that are distilled, and the steps of each
     step_s           seconds of one step of all students together

@@ -116,9 +116,9 @@ class Corpus:
     def unseen_sentences(self) -> Sentences:
         return self._sentences("authors-unseen.tsv.xz")
 
-    def windows(self, books: dict[str, list[int]], length: int) -> Tensor:
-        """All windows (windows, length) of some books, one book after the other."""
-        return torch.cat([pack(tokens, length=length, first=CLS, last=SEP) for tokens in books.values()])
+    def windows(self, books: dict[str, list[int]], seq_len: int) -> Tensor:
+        """All windows (windows, seq_len) of some books, one book after the other."""
+        return torch.cat([pack(tokens, seq_len=seq_len, first=CLS, last=SEP) for tokens in books.values()])
 
     def mask(self, tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of windows, 25 % masked; the same seed masks the same."""
@@ -141,7 +141,7 @@ class Corpus:
 
 
 def pad(rows: Sequence[Sequence[int]], longest: int) -> tuple[Tensor, Tensor]:
-    """Cut rows to `longest` and fill them up: tokens and attention mask, (rows, length) int64 each."""
+    """Cut rows to `longest` and fill them up: tokens and attention mask, (rows, seq_len) int64 each."""
     cut = [list(row[:longest]) for row in rows]
     length = max(map(len, cut))
     tokens = torch.tensor([row + [PAD] * (length - len(row)) for row in cut])

@@ -58,7 +58,7 @@ def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> 
             except KeyboardInterrupt:
                 console.print("\ninterrupted: writing what there is", style="yellow")
                 conclude(store, console)
-                console.print("the same command goes on from here; `--restart` begins again")
+                console.print("run the same command again to resume; `--restart` begins again")
                 return stop.exit_status
             conclude(store, console)
             return 0
@@ -150,10 +150,10 @@ class Demo:
         told: list[str] = []
 
         def progress(what: str, done: float, total: float) -> None:
-            scene = what.partition(":")[0]
-            if scene not in told:
-                told.append(scene)
-                self.console.print(f"layer speed: {scene}", style="dim")
+            workload = what.partition(":")[0]
+            if workload not in told:
+                told.append(workload)
+                self.console.print(f"layer speed: {workload}", style="dim")
 
         settings = bench.Settings(grid, seconds=seconds, seed=self.settings.seed, separate=False, limits=False)
         record = bench.run_grid(settings, progress=progress)
@@ -243,12 +243,12 @@ class Demo:
         steps, seed = self.store.results["plan"]["start"], self.settings.seed
         model = training.masked_word_model(sizes.START, self.corpus.vocab_size, seed, None)
         batch = training.start_batches(self.corpus, steps, seed)
-        return self.train(training.Job("start", steps, sizes.START_RATE, batch, seed), model, "shared start")
+        return self.train(training.Job("start", steps, sizes.START_LR, batch, seed), model, "shared start")
 
     def pretrain(self, variant: Variant) -> dict[str, Any]:
         steps, seed = self.store.results["plan"]["pretrain"], self.settings.seed
         model = training.masked_word_model(variant, self.corpus.vocab_size, seed, self.weights("start"))
-        job = training.Job(f"pretrain-{variant.name}", steps, sizes.PRETRAIN_RATE, self.pretrain_batches, seed)
+        job = training.Job(f"pretrain-{variant.name}", steps, sizes.PRETRAIN_LR, self.pretrain_batches, seed)
         trained = self.train(job, model, f"pretrain {variant.title}")
         inputs, labels = self.valid
         begin = time.perf_counter()
@@ -269,7 +269,7 @@ class Demo:
         weights = self.weights(f"pretrain-{variant.name}")
         model = training.author_model(variant, corpus.vocab_size, len(corpus.authors), seed, weights)
         batch = training.author_batches(corpus.learn_sentences, steps, seed)
-        job = training.Job(f"finetune-{variant.name}", steps, sizes.FINETUNE_RATE, batch, seed)
+        job = training.Job(f"finetune-{variant.name}", steps, sizes.FINETUNE_LR, batch, seed)
         trained = self.train(job, model, f"fine-tune {variant.title}")
         found = training.author_predictions(model, corpus.unseen_sentences, self.stop)
         return {**trained, **score(found, corpus.unseen_sentences.labels.tolist(), len(corpus.authors))}

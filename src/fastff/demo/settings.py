@@ -21,9 +21,9 @@ BATCH_SENTENCES = 32  # of a fine-tuning step
 # Masked words are guessed from their neighbours only once attention has found out where neighbours are. Windows that
 # grow from 8 pieces teach that in tens of thousands of tokens instead of millions: (length, share of the steps).
 START_WINDOWS = ((8, 0.5), (16, 0.3), (32, 0.2))
-START_RATE = 2e-3  # peak learning rates
-PRETRAIN_RATE = 3e-3
-FINETUNE_RATE = 3e-3
+START_LR = 2e-3  # peak learning rates
+PRETRAIN_LR = 3e-3
+FINETUNE_LR = 3e-3
 
 
 @dataclass(frozen=True)

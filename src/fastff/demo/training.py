@@ -32,7 +32,7 @@ Batch = dict[str, Tensor]
 CHECKPOINT_SECONDS = 10.0
 CURVE_POINTS = 60
 POOL = 16  # batches whose sentences are sorted by length together
-WARM_UP = 0.15  # of the steps, the learning rate rises; then it falls to zero
+WARMUP = 0.15  # of the steps, the learning rate rises; then it falls to zero
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
 
     name: str
     steps: int
-    rate: float
+    lr: float
     batch: Callable[[int], Batch]
     seed: int
 
@@ -98,7 +98,7 @@ def train(job: Job, model: nn.Module, store: Store, stop: Stop, report: Callable
     Writes the state `job.name`: a checkpoint now and then and when stopped, the weights alone at the end.
     report(step, loss) is called after every step. Raises KeyboardInterrupt, with the checkpoint written.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, betas=(0.9, 0.98), weight_decay=0.01)
     at = _restore(store.load_state(job.name), model, optimizer)
     model.train()
     saved = begin = time.perf_counter()
@@ -125,7 +125,7 @@ def train(job: Job, model: nn.Module, store: Store, stop: Stop, report: Callable
 def _step(job: Job, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     torch.manual_seed(job.seed * 1_000_003 + step)  # dropout, the same after a break
     for group in optimizer.param_groups:
-        group["lr"] = job.rate * triangle((step + 1) / (job.steps + 1), WARM_UP)
+        group["lr"] = job.lr * triangle((step + 1) / (job.steps + 1), WARMUP)
     batch = job.batch(step)
     loss = model(**batch).loss
     value = float(loss.detach())

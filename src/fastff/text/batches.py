@@ -45,7 +45,7 @@ class Batches:
         return self.first + np.concatenate(found)
 
     def micro_batch(self, position: int, count: int) -> Batch:
-        """input_ids and labels (count, length) int64 of the `count` rows that begin at `position`."""
+        """input_ids and labels (count, seq_len) int64 of the `count` rows that begin at `position`."""
         windows = self.tokens.windows(self.numbers(position, count))
         if self.causal:
             return {"input_ids": windows, "labels": windows.clone()}

@@ -12,14 +12,14 @@ from fastff.errors import ShapeError
 IGNORED = -100  # label of a position that is not to be predicted
 
 
-def pack(tokens: Sequence[int], *, length: int, first: int, last: int) -> Tensor:
-    """Cut one text's tokens into windows (windows, length) int64, each between the tokens `first` and `last`.
+def pack(tokens: Sequence[int], *, seq_len: int, first: int, last: int) -> Tensor:
+    """Cut one text's tokens into windows (windows, seq_len) int64, each between the tokens `first` and `last`.
 
-    What does not fill a window at the end is dropped. Raises ShapeError for a length below 3.
+    What does not fill a window at the end is dropped. Raises ShapeError for a seq_len below 3.
     """
-    if length < 3:
-        raise ShapeError(f"length {length} is not at least 3: first token, one of the text, last token")
-    inner = length - 2
+    if seq_len < 3:
+        raise ShapeError(f"seq_len {seq_len} is not at least 3: first token, one of the text, last token")
+    inner = seq_len - 2
     windows = len(tokens) // inner
     body = torch.tensor(list(tokens[: windows * inner]), dtype=torch.int64).view(windows, inner)
     start, end = torch.full((windows, 1), first), torch.full((windows, 1), last)
@@ -31,7 +31,7 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose exactly `round(share * n)`, at least one, of the n ordinary tokens of each row; returns inputs and labels.
 
-    tokens (rows, length) int64; ids below `special` are special and never chosen. Of the chosen, 80 % become `mask`,
+    tokens (rows, seq_len) int64; ids below `special` are special and never chosen. Of the chosen, 80 % become `mask`,
     10 % a random ordinary token, 10 % stay. labels are the tokens where chosen and -100 elsewhere; a row without
     ordinary tokens has none.
     """

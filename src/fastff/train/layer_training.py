@@ -60,7 +60,7 @@ class LayerTraining:
 
     @property
     def scales_routing(self) -> bool:
-        """Whether routing rows learn at another pace than the rest."""
+        """Whether routing rows have a learning rate of their own."""
         return self.level_lr_scale != 1.0 or self.freeze_after < 1.0
 
 

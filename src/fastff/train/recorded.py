@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastff.text.batches import Batch
 
-WARM_UP = 3  # calls that run as ever: kernels are compiled and buffers made in them
+WARMUP_CALLS = 3  # calls that run as ever: kernels are compiled and buffers made in them
 Run = Callable[[Batch, Tensor | None], Tensor]
 Record = Callable[[Callable[[], None]], Callable[[], object]]
 
@@ -21,7 +21,7 @@ Record = Callable[[Callable[[], None]], Callable[[], object]]
 class RecordedStep:
     """`run`, which takes a micro-batch and perhaps a number of tokens to a loss and adds gradients to `parameters`.
 
-    rows: only micro-batches of so many are recorded, after WARM_UP of them; others run as ever, and may come between.
+    rows: only micro-batches of so many are recorded, after WARMUP_CALLS of them; others run as ever.
     record: makes of work what does it again; `on_gpu`, or something simpler in a test.
     Gradients may be set to None or to zero between the steps, as an optimiser likes it.
     """
@@ -40,7 +40,7 @@ class RecordedStep:
         """The loss, detached; its memory is the caller's."""
         if next(iter(batch.values())).shape[0] != self._rows:
             return self._run(batch, count)
-        if self._again is None and self._seen < WARM_UP:
+        if self._again is None and self._seen < WARMUP_CALLS:
             self._seen += 1
             loss = self._run(batch, count)
             # What no loss depends on has no gradient, and must not get one of zeros: it would decay.

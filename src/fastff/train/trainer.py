@@ -163,8 +163,8 @@ class PretrainTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.last_routing = self.routing_stats.report()
-            for name, health in self.last_routing.items():
-                logs.update({f"{name}/{key}": value for key, value in health.items() if value is not None})
+            for name, stats in self.last_routing.items():
+                logs.update({f"{name}/{key}": value for key, value in stats.items() if value is not None})
             logs |= {"rows": self.source.position, "seconds": round(self.plan.budget.used, 3)}
         super().log(logs, start_time)
 

@@ -35,7 +35,7 @@ class Pooler(nn.Module):
         self.dropout = nn.Dropout(config.classifier_dropout)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """hidden (batch, length, hidden_size), attention_mask (batch, length) or None."""
+        """hidden (batch, seq_len, hidden_size), attention_mask (batch, seq_len) or None."""
         if self.kind == "zero_index":
             pooled = hidden[:, 0]
         elif self.kind == "avg" or attention_mask is None:
@@ -58,7 +58,7 @@ class _WithHead(UltraFastBertPreTrainedModel):
         self.encoder = UltraFastBertModel(config)
 
     def logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The head's scores of hidden states (batch, length, hidden_size)."""
+        """The head's scores of hidden states (batch, seq_len, hidden_size)."""
         raise NotImplementedError
 
     def _loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
@@ -100,11 +100,11 @@ class _WithHead(UltraFastBertPreTrainedModel):
 class _WithDecoder(_WithHead):
     """The encoder with a decoder tied to the word embedding, without head transform.
 
-    labels  (batch, length) int64, -100 where nothing counts. A masked-word model predicts each at its place; a causal
+    labels  (batch, seq_len) int64, -100 where nothing counts. A masked-word model predicts each at its place; a causal
             one shifts by one here, so that labels are usually input_ids themselves. The loss is the mean cross-entropy
             in nats.
 
-    logits are (batch, length, vocab_size); of a masked-word model with config.sparse_prediction, in training mode and
+    logits are (batch, seq_len, vocab_size); of a masked-word model with config.sparse_prediction, in training mode and
     with labels, they are (labelled positions, vocab_size), in the order of the flattened labels.
     """
 
@@ -186,9 +186,9 @@ class UltraFastBertForSequenceClassification(_WithHead):
 
 
 class UltraFastBertForTokenClassification(_WithHead):
-    """The encoder with a linear classifier of every token: logits (batch, length, num_labels).
+    """The encoder with a linear classifier of every token: logits (batch, seq_len, num_labels).
 
-    labels  (batch, length) int64 classes, -100 where nothing counts: cross-entropy.
+    labels  (batch, seq_len) int64 classes, -100 where nothing counts: cross-entropy.
     """
 
     _output = TokenClassifierOutput
@@ -228,7 +228,7 @@ class UltraFastBertForQuestionAnswering(UltraFastBertPreTrainedModel):
         end_positions: Tensor | None = None,
         **options: Any,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits and end_logits (batch, length) and, with positions (batch,) int64, the mean of both
+        """start_logits and end_logits (batch, seq_len) and, with positions (batch,) int64, the mean of both
         cross-entropies. options: output_hidden_states and output_attentions, and those of the loss."""
         kept = {name: options.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
         encoded = self.encoder(

@@ -1,6 +1,6 @@
 """The UltraFastBERT encoder: pre-norm, scaled sinusoidal positions, any layer of `fastff.models.feedforward`.
 
-Shapes  input_ids (batch, length) int64, hidden states (batch, length, hidden_size).
+Shapes  input_ids (batch, seq_len) int64, hidden states (batch, seq_len, hidden_size).
 Source  Belcak & Wattenhofer 2023, arXiv:2311.10770; Geiping & Goldstein 2022, arXiv:2212.14034 (the cramming recipe).
 """
 
@@ -54,9 +54,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out. query, key, value (batch, heads, length, head width); attention_mask is added to scores.
+    """Attention written out. query, key, value (batch, heads, seq_len, head width); attention_mask is added to scores.
 
-    Returns the output (batch, length, heads, head width) and the weights (batch, heads, length, length).
+    Returns the output (batch, seq_len, heads, head width) and the weights (batch, heads, seq_len, seq_len).
     """
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
@@ -81,7 +81,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def forward(self, words: Tensor) -> Tensor:
-        """words (batch, length, hidden_size) to the same shape. Raises ShapeError when there are too many positions."""
+        """words (batch, seq_len, hidden_size) to the same shape. Raises ShapeError for too many positions."""
         length, longest = words.shape[1], self.position_table.shape[0]
         if length > longest:
             raise ShapeError(f"length {length} is more than max_position_embeddings {longest}")
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=config.attention_bias)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """hidden (batch, length, hidden_size); mask as the attention implementation wants it, or None.
+        """hidden (batch, seq_len, hidden_size); mask as the attention implementation wants it, or None.
 
         Returns the output, shaped like hidden, and the attention weights if the implementation has them.
         """
@@ -134,7 +134,7 @@ class Layer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """hidden (batch, length, hidden_size) to the same shape, and the attention weights if there are any."""
+        """hidden (batch, seq_len, hidden_size) to the same shape, and the attention weights if there are any."""
         attended, weights = self.attention(self.attention_norm(hidden), mask)
         hidden = hidden + self.dropout(attended)
         if self.feedforward is not None:
@@ -227,13 +227,13 @@ class UltraFastBertModel(UltraFastBertPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutput:
-        """Hidden states (batch, length, hidden_size) of input_ids (batch, length) int64.
+        """Hidden states (batch, seq_len, hidden_size) of input_ids (batch, seq_len) int64.
 
-        attention_mask   (batch, length), 0 where a position is padding; None is the fast path without a mask
+        attention_mask   (batch, seq_len), 0 where a position is padding; None is the fast path without a mask
         token_type_ids   accepted, because tokenizers give them, and not used: the model has no segments
-        inputs_embeds    (batch, length, hidden_size), in place of input_ids
+        inputs_embeds    (batch, seq_len, hidden_size), in place of input_ids
         output_hidden_states  also return the embedding, each layer's output and, last, the normalised output
-        output_attentions     also return each layer's weights (batch, heads, length, length); needs
+        output_attentions     also return each layer's weights (batch, heads, seq_len, seq_len); needs
                               attn_implementation="eager"
 
         Raises ShapeError for a mask of another shape or too many positions, ValueError for inputs that contradict.

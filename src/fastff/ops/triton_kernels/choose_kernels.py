@@ -152,7 +152,7 @@ def walk(score_ptr, balance_ptr, load_ptr, there, tree, DEPTH: tl.constexpr, K: 
 
 
 @triton.jit
-def spread(below, grad_score_ptr, there, NODES: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr):
+def grad_nodes(below, grad_score_ptr, there, NODES: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr):
     """Gradient of the node scores from that of the leaves' path sums (BM, leaves). grad_score_ptr: of each row (BM,).
     From the leaves up: what hangs below a node adds up, and the node's own score pulls right against left."""
     for up in tl.static_range(DEPTH):
@@ -197,4 +197,4 @@ def _beam_backward_kernel(
         leaf = tl.load(leaf_ptr + item * K + chosen, mask=there, other=-1)
         grad = tl.load(grad_ptr + item * K + chosen, mask=there, other=0.0)
         below += tl.where(place[None, :] == leaf[:, None], grad[:, None], 0.0)
-    spread(below, grad_score_ptr + item * nodes, there, nodes, DEPTH, BM)
+    grad_nodes(below, grad_score_ptr + item * nodes, there, nodes, DEPTH, BM)

@@ -2,7 +2,7 @@
 
 score    x times the rows of w_in of each row's leaves, then activation and gate (forward)
 pull     grad_y times the rows of w_out, then the derivative of activation and gate (backward)
-spread   entries of the leaves' neurons times the rows of a matrix, added over the slots: y, and grad_x
+scatter  entries of the leaves' neurons times the rows of a matrix, added over the slots: y, and grad_x
 outer    entries times rows of x or grad_y, summed over the rows of a leaf: gradients of the weights
 """
 
@@ -145,7 +145,7 @@ def _scatter_matmul(entries: Tensor, weight: Tensor, groups: Groups, out: Tensor
     features). Slots run one after another: sums have one order. add: to what `out` holds."""
     features, leaves = out.shape[1], weight.shape[0]
     count = weight.numel() // (leaves * features)
-    tiles, (slots, rows) = plan.spread, groups.order.shape
+    tiles, (slots, rows) = plan.scatter, groups.order.shape
     columns = max(16, min(tiles.columns, power_of_two(count)))
     for slot in range(slots):
         for first in range(0, count, columns):

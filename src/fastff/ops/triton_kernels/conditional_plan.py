@@ -15,13 +15,13 @@ Form = Literal["slots", "scan", "pairs"]
 
 @dataclass(frozen=True)
 class Plan:
-    """tiles: of the kernels that take rows to neurons; spread: of the one that takes neurons to features (its rows are
+    """tiles: of the kernels that take rows to neurons; scatter: of the one that takes neurons to features (its rows are
     those of `tiles`); outer: of the weight gradients, whose `inner` is rows; splits: parts into which the rows of a
     leaf are cut there. In the form "pairs" `tiles` serves the whole forward and the gradient of x; "scan" is that form
     where leaves look for their pairs."""
 
     tiles: Tiles
-    spread: Tiles
+    scatter: Tiles
     outer: Tiles
     splits: int = 1
     form: Form = "slots"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastff.ops.dense import dense
 from fastff.ops.triton_kernels import on_device
-from fastff.ops.triton_kernels.choose_kernels import TILE, count, spread, walk
+from fastff.ops.triton_kernels.choose_kernels import TILE, count, grad_nodes, walk
 from fastff.ops.triton_kernels.common import sigmoid
 from fastff.ops.triton_kernels.linear import precision_of, tile_of
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
@@ -206,4 +206,4 @@ def _grad_score_kernel(
         value = below.to(grad_score_ptr.dtype.element_ty)
         tl.store(out[:, None] + place[None, :], value, mask=there[:, None] & (place < COLUMNS)[None, :])
     else:
-        spread(below, out, there, COLUMNS, DEPTH, BM)
+        grad_nodes(below, out, there, COLUMNS, DEPTH, BM)
