@@ -63,23 +63,15 @@ def _write_variant(out: Path, layer: str) -> None:
     """The model with random conditional feedforwards, or with none."""
     import torch
 
-    from fastff.conditional import ConditionalFeedforward
     from fastff.engine import decoders, native_export
     from fastff.engine.gguf import Gguf, GgufWeights, configuration
     from fastff.models.feedforward import build_feedforward
 
     gguf = Gguf(smol())
     config = configuration(gguf)
-    weights = GgufWeights(gguf, config)
-    if layer == "none":
-        dense = decoders.describe(config, weights)
-        kept = {name: tensor for name, tensor in dense.tensors.items() if not name.endswith((".up", ".down"))}
-        described = decoders.Decoder({**dense.model, "neurons": 0}, kept)
-    else:
-        torch.manual_seed(0)
-        made = build_feedforward(layer, config.hidden_size)
-        assert isinstance(made, ConditionalFeedforward)
-        described = decoders.describe(config, weights, [made] * config.num_hidden_layers)
+    torch.manual_seed(0)
+    made = None if layer == "none" else build_feedforward(layer, config.hidden_size)
+    described = decoders.describe(config, GgufWeights(gguf, config), [made] * config.num_hidden_layers)
     native_export.write(described, None, [], out)
 
 

@@ -19,7 +19,10 @@ from transformers import (
 from fastff.conditional import ConditionalFeedforward
 from fastff.engine import native_export
 from fastff.engine.generate import Engine
-from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
+from fastff.layers import FFF
+from fastff.models import UltraFastBertConfig, UltraFastBertForCausalLM, make_converted
+from fastff.models.feedforward import complete
+from fastff.routers import Router
 
 VOCABULARY = 300
 _SIZES = {
@@ -64,13 +67,21 @@ def random_model(name: str) -> torch.nn.Module:
 
 
 def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64 with every matrix rounded as the export rounds it: 8 bits, one scale an output row."""
+    """The model in float64 with every matrix rounded as the export rounds it: 8 bits, one scale an output row.
+    Conditional layers stay as they are, in float32."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FFF | ConditionalFeedforward):
+            model.set_submodule(name, _InFloat(module))
+    kept = {id(p) for module in model.modules() if isinstance(module, _InFloat) for p in module.parameters()}
     model = model.double()
+    for module in model.modules():
+        if isinstance(module, _InFloat):
+            module.float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "wpe" not in name:
+            if weight.dim() == 2 and "wpe" not in name and id(weight) not in kept:
                 rows = weight.t() if any(part in name for part in ("c_attn", "c_proj", "c_fc")) else weight
-                scale = rows.abs().amax(1, keepdim=True).float().double() / 127
+                scale = rows.abs().amax(1, keepdim=True).float().double().clamp_min(1e-30) / 127
                 rows.copy_(torch.round(rows / scale) * scale)
     return model
 
@@ -86,32 +97,62 @@ def exported(name: str) -> tuple[Engine, torch.nn.Module, Path]:
     return Engine(out), rounded(model), out
 
 
+GREEDY = {"depth": 3, "trees": 2, "leaf_width": 6, "node_output": False, "activation": "swiglu", "gate": "boundary"}
+FLAT = {"kind": "flat", "leaves": 12, "k": 3, "leaf_width": 8}
+FEEDFORWARDS = {  # of the two blocks, as descriptions; None leaves the dense one
+    "flat": [FLAT] * 2,
+    "paths": [{"kind": "paths", "depth": 3, "trees": 2, "paths": 2, "leaf_width": 8}] * 2,
+    "product_key": [{"kind": "product_key", "n": 4, "k": 5, "leaf_width": 8}] * 2,
+    "trees": [{"kind": "fff", "bias": True, **GREEDY}] * 2,
+    "published": [{"kind": "fff", "depth": 4}] * 2,
+    "mixed": [{"kind": "fff", "shared": 24, **GREEDY}, None],
+    "other": [FLAT, {"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 8, "bias": True}],
+    "narrow": [{"kind": "dense", "intermediate_size": 40, "activation": "swiglu"}, {"kind": "none"}],
+}
+OURS = {  # feedforwards of our own causal family, and changes of its configuration
+    "ours-dense": ({"kind": "dense", "intermediate_size": 40, "bias": True}, {"decoder_bias": True}),
+    "ours-swiglu": (
+        {"kind": "dense", "intermediate_size": 40, "activation": "swiglu"},
+        {"attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "ours-trees": ({"kind": "fff", **GREEDY}, {}),
+    "ours-flat": (FLAT, {}),
+    "ours-mixed": ([{"kind": "none"}, {"kind": "fff", "depth": 4}], {}),
+}
+
+
+def _ours(name: str) -> torch.nn.Module:
+    feedforward, changes = OURS[name]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
+    sizes |= {"initializer_range": 0.3, "head_dim": 24, "is_decoder": True}
+    config = UltraFastBertConfig(vocab_size=VOCABULARY, feedforward=feedforward, **sizes, **changes)
+    return UltraFastBertForCausalLM(config)
+
+
 @functools.cache
-def conditional_model(kind: str) -> tuple[torch.nn.Module, Path]:
-    """A Llama whose feedforwards are conditional, its matrices rounded as the export rounds them, and its export."""
+def conditional_model(kind: str, family: str = "llama") -> tuple[torch.nn.Module, Path]:
+    """A model whose feedforwards are fastff's, its matrices rounded as the export rounds them, and its export."""
     torch.manual_seed(1)
-    router = {
-        "flat": lambda: FlatRouter(64, 12, k=3),
-        "paths": lambda: TreeRouter(64, depth=3, trees=2, paths=2),
-        "product_key": lambda: ProductKeyRouter(64, n=4, k=5),
-    }[kind]
-    model = random_model("llama")
-    for block in model.model.layers:
-        made = router()
-        block.mlp = ConditionalFeedforward(64, router=made, leaves=made.leaves, leaf_width=8)
-        torch.nn.init.normal_(block.mlp.w_in, std=0.2)
-        torch.nn.init.normal_(block.mlp.w_out, std=0.5)
-        made.balance.normal_(std=0.1)
+    if kind in OURS:
+        model = _ours(kind)
+    else:
+        model = random_model(family)
+        descriptions = [None if each is None else complete(each) for each in FEEDFORWARDS[kind]]
+        model = make_converted(model, descriptions)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "scale" not in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+        for module in model.modules():
+            if isinstance(module, FFF | ConditionalFeedforward):
+                module.w_in.normal_(std=0.2)
+                module.w_out.normal_(std=0.5)
+            if isinstance(module, Router) and module.balance is not None:
+                module.balance.normal_(std=0.1)
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
     native_export.export_model(model.eval(), None, Path(folder.name) / "model")
-    layers = [block.mlp for block in model.model.layers]
-    for block in model.model.layers:
-        block.mlp = torch.nn.Identity()
-    rounded(model)
-    for block, layer in zip(model.model.layers, layers, strict=True):
-        block.mlp = _InFloat(layer)
-    return model, Path(folder.name) / "model"
+    return rounded(model), Path(folder.name) / "model"
 
 
 class _InFloat(torch.nn.Module):

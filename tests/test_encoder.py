@@ -28,7 +28,7 @@ from encoder_cases import (
     with_rounded_activations,
 )
 from engine_cases import exported as exported_decoder
-from fastff.engine import encoder_heads, encoders, native_export
+from fastff.engine import encoder_heads, encoders, native_export, stored_modules
 from fastff.engine.encode import EncoderEngine, _batches
 from fastff.engine.generate import Engine
 from fastff.engine.smoothing import smoothing
@@ -97,7 +97,7 @@ def test_large_channels_do_not_spoil_the_others_in_8_bits(monkeypatch):
     ids = tokens(20, 33)
     want = torch.cat(wanted(model, ids))
     assert relative(torch.cat(engine_of(model).hidden_states(ids)), want) < 0.0005
-    monkeypatch.setattr(encoders, "smoothing", lambda largest, weights: torch.ones_like(largest))
+    monkeypatch.setattr(stored_modules, "smoothing", lambda largest, weights: torch.ones_like(largest))
     assert relative(torch.cat(engine_of(model).hidden_states(ids)), want) > 0.003
 
 
@@ -177,8 +177,8 @@ def test_modules_of_sentence_transformers_say_how(tmp_path):
     def pooling(settings, *kinds):
         (tmp_path / "1").mkdir(exist_ok=True)
         (tmp_path / "1" / "config.json").write_text(json.dumps(settings))
-        modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1"} for kind in ("Transformer", *kinds)]
-        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        kinds_of = [{"type": f"sentence_transformers.models.{kind}", "path": "1"} for kind in ("Transformer", *kinds)]
+        (tmp_path / "modules.json").write_text(json.dumps(kinds_of))
         return encoder_heads.sentence_pooling(tmp_path)
 
     assert encoder_heads.sentence_pooling(tmp_path) == ("mean", False)

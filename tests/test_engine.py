@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastff
-from engine_cases import CONFIGS, VOCABULARY, conditional_model, exported, random_model
+from engine_cases import CONFIGS, FEEDFORWARDS, OURS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native_export
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load
@@ -155,9 +155,12 @@ def test_generation_ends_where_positions_end():
     assert len(list(engine.generate_ids(tokens(30), max_new_tokens=100))) == 11
 
 
-@pytest.mark.parametrize("kind", ["flat", "paths", "product_key"])
-def test_conditional_layers_are_those_of_the_model(kind):
-    model, folder = conditional_model(kind)
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "llama") for kind in [*FEEDFORWARDS, *OURS]), ("mixed", "qwen2"), ("mixed", "gpt2")]
+)
+def test_feedforwards_of_fastff_are_those_of_the_model(kind, family):
+    """Whatever the converter writes, and our own causal family."""
+    model, folder = conditional_model(kind, family)
     ids = tokens(30)
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0]

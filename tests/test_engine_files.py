@@ -300,14 +300,16 @@ class TestModelFile:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            (b'"layers":2', b'"layers":3', "layers.2.attention_norm.weight is missing"),
+            (b'"layers":2', b'"layers":3', "2 feedforwards, expected one for each of 3 layers"),
             (b'"layers":2', b'"layers":0', "layers 0 is not 1 to 4096"),
             (b'"hidden":64', b'"hidden":65', r"is \[64\], expected \[65\]"),
             (b'"vocab_size":300', b'"vocab_size":1e9', "vocab_size 1000000000"),
             (b'"key_heads":2', b'"key_heads":3', "no multiple"),
             (b'"rotated":16', b'"rotated":15', "odd"),
             (b'"head_dim":16', b'"head_dim":1.5', "not a whole number"),
-            (b'"activation":"swiglu"', b'"activation":"other"', "'other' is not known"),
+            (b'"activation":5', b'"activation":9', "activation 9 is not 0 to 6"),
+            (b'"feedforwards"', b'"feedforward_"', "lacks 'feedforwards'"),
+            (b'"layers.1.attention_norm.weight"', b'"layers.9.attention_norm.weight"', "layers.1.att.* is missing"),
             (b'"gated":true', b'"gated":null', "not true or false"),
             (b'"type":"int8"', b'"type":"int2"', "int2, expected int8"),
             (b'{"model"', b'{{"model', "not JSON"),
@@ -350,7 +352,8 @@ def run_encoder(path):
 
 NATIVE = {
     "llama": (lambda: exported("llama")[2], run_decoder),
-    "conditional": (lambda: conditional_model("flat")[1], run_decoder),
+    "conditional": (lambda: conditional_model("other")[1], run_decoder),
+    "forest": (lambda: conditional_model("mixed")[1], run_decoder),
     "bert": (lambda: exported_encoder("bert")[1]._folder, run_encoder),
     "trees": (lambda: exported_encoder("ours-trees")[1]._folder, run_encoder),
 }

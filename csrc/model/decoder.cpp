@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "base/checks.h"
-#include "base/errors.h"
 #include "base/threads.h"
 
 namespace fastff {
@@ -65,8 +64,7 @@ void Session::feed_rows(const int32_t* ids, int64_t rows, float* all_logits, boo
   ensure(normed_, rows * s.hidden);
   ensure(qkv_, rows * s.qkv_features());
   ensure(attended_, rows * s.heads * s.head_dim);
-  ensure(hidden_, rows * s.neurons);
-  embed(ids, rows);
+  embed(ids, rows, threads);
   angles(rows);
   for (int64_t layer = 0; layer < s.layers; ++layer) {
     attention(layer, rows, threads);
@@ -82,7 +80,7 @@ void Session::feed_rows(const int32_t* ids, int64_t rows, float* all_logits, boo
   }
 }
 
-void Session::embed(const int32_t* ids, int64_t rows) {
+void Session::embed(const int32_t* ids, int64_t rows, int threads) {
   const int64_t hidden = decoder_.shape().hidden;
   for (int64_t r = 0; r < rows; ++r) {
     float* x = x_.data() + r * hidden;
@@ -90,6 +88,7 @@ void Session::embed(const int32_t* ids, int64_t rows) {
     if (const float* learned = decoder_.learned_positions())
       for (int64_t i = 0; i < hidden; ++i) x[i] += learned[(length_ + r) * hidden + i];
   }
+  if (decoder_.embedding_norm().features > 0) norm_rows(decoder_.embedding_norm(), x_.data(), rows, x_.data(), threads);
 }
 
 // Cosines and sines of the rows' positions. The angle is rounded to fp32 as it is in training.
@@ -146,18 +145,23 @@ void Session::attention(int64_t number, int64_t rows, int threads) {
 }
 
 void Session::feedforward(const DecoderLayer& layer, int64_t rows, int threads) {
-  const DecoderShape& s = decoder_.shape();
+  const Feedforward& part = layer.feedforward;
+  if (!part) return;
+  const int64_t hidden = decoder_.shape().hidden;
   norm_rows(layer.feedforward_norm, x_.data(), rows, normed_.data(), threads);
-  if (s.neurons > 0) {
-    product(layer.up, normed_.data(), rows, layer.up.epilogue(s.activation), hidden_.data(), threads);
-    product(layer.down, hidden_.data(), rows, layer.down.epilogue(FASTFF_IDENTITY, true), x_.data(), threads);
+  if (part.up) {
+    ensure(hidden_, rows * part.neurons());
+    product(part.up, normed_.data(), rows, part.up.epilogue(part.activation), hidden_.data(), threads);
+    product(part.down, hidden_.data(), rows, part.down.epilogue(FASTFF_IDENTITY, true), x_.data(), threads);
   }
-  if (!layer.conditional) return;
-  ensure(attended_, rows * s.hidden);  // whose contents are read already
-  float* y = attended_.data();
-  if (fastff_layer_infer_f32(layer.conditional.get(), normed_.data(), y, rows, threads) != FASTFF_OK)
-    throw std::runtime_error(last_error());
-  for (int64_t i = 0; i < rows * s.hidden; ++i) x_[i] += y[i];
+  if (part.conditional()) {
+    ensure(attended_, rows * hidden);  // whose contents are read already
+    part.run_conditional(normed_.data(), rows, attended_.data(), threads);
+    for (int64_t i = 0; i < rows * hidden; ++i) x_[i] += attended_[i];
+  }
+  if (part.bias)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < hidden; ++c) x_[r * hidden + c] += part.bias[c];
 }
 
 void Session::predict(const float* x, int64_t rows, float* logits, int threads) {

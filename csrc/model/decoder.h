@@ -6,13 +6,13 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "base/half.h"
 #include "base/huge_pages.h"
 #include "model/attention.h"
 #include "model/dense.h"
+#include "model/feedforward.h"
 #include "model/linear.h"
 #include "model/norm.h"
 #include "model/weights_file.h"
@@ -20,25 +20,18 @@
 namespace fastff {
 
 struct DecoderShape {
-  int64_t vocab_size, hidden, layers, heads, key_heads, head_dim, neurons, positions;
+  int64_t vocab_size, hidden, layers, heads, key_heads, head_dim, positions;
   int64_t rotated;  // numbers of a head that positions rotate; 0: learned positions
-  int32_t activation;
   float score_scale, rotation_scale;
 
   int64_t qkv_features() const { return (heads + 2 * key_heads) * head_dim; }
-  bool gated() const { return activation == FASTFF_SWIGLU; }
-};
-
-struct LayerFree {
-  void operator()(fastff_layer* layer) const { fastff_layer_free(layer); }
 };
 
 struct DecoderLayer {
   Norm attention_norm, feedforward_norm;
   Norm query_norm, key_norm;  // of each head; without features there is none
   Dense qkv, out;
-  Dense up, down;  // of a dense feedforward, or the part of a conditional one that every row passes; may be absent
-  std::unique_ptr<fastff_layer, LayerFree> conditional;
+  Feedforward feedforward;
 };
 
 class Decoder {
@@ -48,6 +41,7 @@ class Decoder {
   const DecoderShape& shape() const { return shape_; }
   const std::vector<DecoderLayer>& layers() const { return layers_; }
   const Norm& norm() const { return norm_; }
+  const Norm& embedding_norm() const { return embedding_norm_; }  // without features there is none
   const Dense& head() const { return head_; }
   const PackedMatrix& embedding() const { return embedding_; }
   const float* learned_positions() const { return learned_positions_; }  // [positions][hidden] or null
@@ -56,7 +50,7 @@ class Decoder {
  private:
   DecoderShape shape_;
   std::vector<DecoderLayer> layers_;
-  Norm norm_;
+  Norm norm_, embedding_norm_;
   PackedMatrix embedding_;
   Dense head_;
   const float* learned_positions_ = nullptr;
@@ -81,7 +75,7 @@ class Session {
 
  private:
   void feed_rows(const int32_t* ids, int64_t rows, float* all_logits, bool last, int threads);
-  void embed(const int32_t* ids, int64_t rows);
+  void embed(const int32_t* ids, int64_t rows, int threads);
   void angles(int64_t rows);
   void norm_rows(const Norm& norm, const float* x, int64_t rows, float* y, int threads) const;
   void attention(int64_t layer, int64_t rows, int threads);

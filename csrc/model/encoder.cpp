@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 #include "base/checks.h"
-#include "base/errors.h"
 #include "base/threads.h"
 #include "model/bidirectional.h"
 
@@ -55,10 +53,6 @@ void product(const Dense& dense, const float* x, int64_t rows, int bits, const E
   multiply(dense.matrix, numbers, epilogue, y, threads);
 }
 
-void check(int32_t status) {
-  if (status != FASTFF_OK) throw std::runtime_error(last_error());
-}
-
 }  // namespace
 
 void Encoder::embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const {
@@ -101,45 +95,39 @@ void Encoder::attention(const EncoderLayer& layer, const Group& group, const flo
 }
 
 // Adds to y.
-void Encoder::feedforward(const EncoderLayer& layer, const float* x, int64_t rows, float* y, int threads) const {
+void Encoder::feedforward(const Feedforward& part, const float* x, int64_t rows, float* y, int threads) const {
   Workspace& w = Workspace::local();
-  const int64_t hidden = shape_.hidden;
+  const int64_t hidden = shape_.hidden, width = part.neurons();
   const int bits = shape_.activation_bits;
-  float* neurons = nullptr;
-  if (layer.up) {
-    const int64_t width = layer.up.matrix.out_features;
-    neurons = Workspace::room(w.neurons, rows * width);
-    product(layer.up, x, rows, bits, layer.up.epilogue(layer.activation), {neurons, nullptr, width}, threads);
-  }
-  if (layer.conditional()) {  // before y, which may be x, is written
+  float* neurons = Workspace::room(w.neurons, rows * width);
+  if (part.up) product(part.up, x, rows, bits, part.up.epilogue(part.activation), {neurons, nullptr, width}, threads);
+  if (part.conditional()) {  // before y, which may be x, is written
     float* given = Workspace::room(w.conditional, rows * hidden);
-    check(layer.routed ? fastff_layer_infer_f32(layer.routed.get(), x, given, rows, threads)
-                       : fastff_infer_f32(layer.trees.get(), x, given, rows, threads));
+    part.run_conditional(x, rows, given, threads);
     for (int64_t i = 0; i < rows * hidden; ++i) y[i] += given[i];
   }
-  if (layer.bias)
+  if (part.bias)
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < hidden; ++c) y[r * hidden + c] += layer.bias[c];
-  if (layer.up)
-    product(layer.down, neurons, rows, bits, layer.down.epilogue(FASTFF_IDENTITY, true), {y, nullptr, hidden}, threads);
+      for (int64_t c = 0; c < hidden; ++c) y[r * hidden + c] += part.bias[c];
+  if (part.up)
+    product(part.down, neurons, rows, bits, part.down.epilogue(FASTFF_IDENTITY, true), {y, nullptr, hidden}, threads);
 }
 
 void Encoder::layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const {
   const int64_t rows = group.rows;
-  const bool feeds = layer.up || layer.conditional() || layer.bias;
   if (!shape_.pre_norm) {
     attention(layer, group, x, x, threads);
     norm_rows(layer.attention_norm, x, rows, x, threads);
-    if (feeds) feedforward(layer, x, rows, x, threads);
+    if (layer.feedforward) feedforward(layer.feedforward, x, rows, x, threads);
     norm_rows(layer.feedforward_norm, x, rows, x, threads);
     return;
   }
   float* normed = Workspace::room(Workspace::local().normed, rows * shape_.hidden);
   norm_rows(layer.attention_norm, x, rows, normed, threads);
   attention(layer, group, normed, x, threads);
-  if (!feeds) return;
+  if (!layer.feedforward) return;
   norm_rows(layer.feedforward_norm, x, rows, normed, threads);
-  feedforward(layer, normed, rows, x, threads);
+  feedforward(layer.feedforward, normed, rows, x, threads);
 }
 
 // Groups [begin, end): each layer for all of them, then the next, so that its weights stay in the cache.

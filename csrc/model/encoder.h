@@ -10,6 +10,7 @@
 
 #include "fastff.h"
 #include "model/dense.h"
+#include "model/feedforward.h"
 #include "model/norm.h"
 #include "model/weights_file.h"
 
@@ -24,21 +25,10 @@ struct EncoderShape {
   bool pre_norm;            // norms before attention and feedforward and a last one, else after each
 };
 
-struct FreeConditional {
-  void operator()(fastff_layer* layer) const { fastff_layer_free(layer); }
-  void operator()(fastff_packed* trees) const { fastff_packed_free(trees); }
-};
-
 struct EncoderLayer {
   Norm attention_norm, feedforward_norm;
   Dense qkv, out;
-  Dense up, down;  // of a dense feedforward, or the part of a conditional one that every row passes; may be absent
-  int32_t activation = FASTFF_GELU;
-  std::unique_ptr<fastff_layer, FreeConditional> routed;
-  std::unique_ptr<fastff_packed, FreeConditional> trees;
-  const float* bias = nullptr;  // [hidden], of a conditional feedforward, or null
-
-  bool conditional() const { return routed || trees; }
+  Feedforward feedforward;
 };
 
 class Encoder {
@@ -57,7 +47,7 @@ class Encoder {
   void embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const;
   void layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const;
   void attention(const EncoderLayer& layer, const Group& group, const float* x, float* y, int threads) const;
-  void feedforward(const EncoderLayer& layer, const float* x, int64_t rows, float* y, int threads) const;
+  void feedforward(const Feedforward& part, const float* x, int64_t rows, float* y, int threads) const;
   void through(const std::vector<Group>& groups, int64_t begin, int64_t end, const int32_t* ids, const int32_t* types,
                float* hidden, int threads) const;
 

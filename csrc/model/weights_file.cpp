@@ -141,18 +141,15 @@ const float* WeightsFile::numbers(const std::string& name, const std::vector<int
   return reinterpret_cast<const float*>(place(name, found, product(shape) * static_cast<int64_t>(sizeof(float))));
 }
 
-std::vector<float> WeightsFile::widened(const std::string& name, const std::vector<int64_t>& shape) const {
+Floats WeightsFile::widened(const std::string& name, const std::vector<int64_t>& shape) const {
   const Json& found = tensor(name, shape);
-  const int64_t n = product(shape);
-  if (found.text("type") == "f32") {
-    const float* from = numbers(name, shape);
-    return {from, from + n};
-  }
+  if (found.text("type") == "f32") return Floats(numbers(name, shape));
   if (found.text("type") != "bf16") refuse("tensor " + name + " is " + found.text("type") + ", expected f32 or bf16");
+  const int64_t n = product(shape);
   const auto* from = reinterpret_cast<const Bf16*>(place(name, found, n * static_cast<int64_t>(sizeof(Bf16))));
   std::vector<float> wide(n);
   for (int64_t i = 0; i < n; ++i) wide[i] = to_float(from[i]);
-  return wide;
+  return Floats(std::move(wide));
 }
 
 }  // namespace fastff

@@ -12,6 +12,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/huge_pages.h"
@@ -19,6 +20,20 @@
 #include "model/linear.h"
 
 namespace fastff {
+
+// Numbers in fp32: those of the file itself, or a copy of what it holds in another type. Null data: none.
+class Floats {
+ public:
+  Floats() = default;
+  explicit Floats(const float* of_file) : data_(of_file) {}
+  explicit Floats(std::vector<float> copy) : copy_(std::move(copy)), data_(copy_.data()) {}
+
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
 
 class WeightsFile {
  public:
@@ -37,7 +52,7 @@ class WeightsFile {
   PackedMatrix matrix(const std::string& name, int64_t out_features, int64_t in_features, bool gated = false) const;
   const float* numbers(const std::string& name, const std::vector<int64_t>& shape) const;
   // "f32" or "bf16", as fp32.
-  std::vector<float> widened(const std::string& name, const std::vector<int64_t>& shape) const;
+  Floats widened(const std::string& name, const std::vector<int64_t>& shape) const;
 
  private:
   void open(const std::string& path, bool map);

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS
 from fastff.engine.native_file import StoredTensor
 from fastff.errors import CheckpointError
-from fastff.layers import FFF
-from fastff.models.feedforward import ConvertedFeedforward
 from fastff.ops.native_router import GATES, KINDS
 from fastff.routers import Router
 
 
 def settings(layer: ConditionalFeedforward) -> dict[str, Any]:
-    """The header's description of such a layer (`csrc/model/conditional_load.cpp`).
+    """The header's description of such a layer (`csrc/model/feedforward.cpp`).
 
     Raises CheckpointError for a router that is not one of fastff's.
     """
@@ -45,30 +43,6 @@ def _router(layer: ConditionalFeedforward) -> Router:
     if not isinstance(layer.router, Router):
         raise CheckpointError(f"the router {type(layer.router).__name__} is not one of fastff's: it cannot be exported")
     return layer.router
-
-
-def common_settings(layers: Sequence[ConditionalFeedforward]) -> dict[str, Any]:
-    """The settings of all layers. Raises CheckpointError for layers that differ."""
-    kinds = [settings(layer) for layer in layers]
-    if any(kind != kinds[0] for kind in kinds):
-        raise CheckpointError("the conditional layers of the blocks differ: the native engine takes one kind for all")
-    return kinds[0]
-
-
-def layers_of(slots: Sequence[nn.Module]) -> list[ConditionalFeedforward]:
-    """The conditional feedforwards of a model's blocks, from the modules in the slots; none for a dense model.
-
-    Raises CheckpointError for a model with several kinds, or with trees, which the native engine does not have yet.
-    """
-    found = [slot for slot in slots if isinstance(slot, ConditionalFeedforward)]
-    if len(found) not in (0, len(slots)):
-        raise CheckpointError(
-            f"{len(found)} of {len(slots)} blocks are conditional: the native engine takes all or none"
-        )
-    other = next((slot for slot in slots if isinstance(slot, FFF | ConvertedFeedforward)), None)
-    if other is not None:
-        raise CheckpointError(f"feedforwards of the kind {type(other).__name__} are not among the native engine's")
-    return found
 
 
 def tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, StoredTensor]]:

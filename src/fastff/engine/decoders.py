@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fastff.conditional import ConditionalFeedforward
-from fastff.engine import conditional_layers
+from fastff.config import ACTIVATIONS
 from fastff.engine.native_file import StoredTensor
+from fastff.engine.stored_modules import Feedforward, Tensors, feedforward
 from fastff.errors import CheckpointError
 from fastff.models.families import ACTIVATION_NAMES
 
@@ -26,7 +26,9 @@ class Names:
 
     block       prefix of a block's names, with its number to be filled in
     qkv         names of the projections of queries, keys and values; one name where they are one
-    up          names of the projections into the feedforward: gates first where there are two
+    up          names of the projections into a dense feedforward: gates first where there are two; none in a family
+                whose feedforwards are all modules of fastff's
+    epsilon     field of the configuration: of every norm
     transposed  whether matrices are stored (in_features, out_features)
     positions   learned positions, None where heads are rotated
     """
@@ -40,6 +42,8 @@ class Names:
     up: tuple[str, ...]
     down: str
     norm: str
+    epsilon: str = "rms_norm_eps"
+    embedding_norm: str | None = None
     head: str = "lm_head"
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
@@ -69,11 +73,35 @@ _GPT2 = Names(
     up=("mlp.c_fc",),
     down="mlp.c_proj",
     norm="transformer.ln_f",
+    epsilon="layer_norm_epsilon",
     transposed=True,
     positions="transformer.wpe",
     centred=True,
 )
-NAMES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
+_OURS = Names(
+    embedding="encoder.embeddings.word_embeddings",
+    embedding_norm="encoder.embeddings.norm",
+    block="encoder.layers.{}.",
+    attention_norm="attention_norm",
+    qkv=("attention.qkv",),
+    out="attention.output",
+    feedforward_norm="feedforward_norm",
+    up=(),
+    down="",
+    norm="encoder.final_norm",
+    epsilon="layer_norm_eps",
+    head="decoder",
+    positions="encoder.embeddings.positions",
+    centred=True,
+)
+NAMES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": _GPT2,
+    "ultrafastbert": _OURS,
+}
 
 
 @dataclass(frozen=True)
@@ -81,31 +109,44 @@ class Decoder:
     """What a decoder's file holds: the engine's description of the model, and its tensors in the order of execution."""
 
     model: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: Tensors
 
 
-def describe(config: Any, weights: Weights, conditional: Sequence[ConditionalFeedforward] = ()) -> Decoder:
+def describe(config: Any, weights: Weights, feedforwards: Sequence[nn.Module | None] = ()) -> Decoder:
     """A decoder with this Transformers configuration and these weights, for `write_model`.
 
-    conditional: the feedforward of every block, of one kind; none for dense blocks.
+    feedforwards: what stands in the place of each block's feedforward; modules of fastff's, or none, are stored as they
+    are, others are dense and read from the weights by their names, and so are all of them without this argument.
 
     Raises CheckpointError for a model type or a feature that the engine does not have, and for missing tensors.
     """
     names = NAMES.get(config.model_type)
     if names is None:
         raise CheckpointError(f"model type {config.model_type!r} is not one of {', '.join(NAMES)}")
+    if not getattr(config, "is_decoder", True) and names is _OURS:
+        raise CheckpointError("is_decoder is not set: the engine's decoders look to the left only")
     model = _model(config, names)
-    if conditional:
-        model |= {"neurons": 0, "conditional": conditional_layers.common_settings(conditional)}
-    return Decoder(model, dict(_tensors(config, names, model, weights, conditional)))
+    reader, described = _Reader(weights, names), []
+    tensors = _first(reader, config, names, model)
+    for number in range(model["layers"]):
+        found = feedforwards[number] if feedforwards else nn.Identity()
+        ours = found is None or isinstance(found, Feedforward)
+        tensors |= _block(reader, names, model, number, normed=found is not None)
+        to, of = f"layers.{number}.", names.block.format(number)
+        if ours:
+            described.append(feedforward(found, to, {}, tensors))
+        else:
+            described.append(_dense_feedforward(reader, config, names, of, to, model["hidden"], tensors))
+    tensors |= _last(reader, config, names, model)
+    return Decoder({**model, "feedforwards": described}, tensors)
 
 
 def _model(config: Any, names: Names) -> dict[str, Any]:
-    """The header's description (`csrc/model/decoder_load.cpp`)."""
+    """The header's description (`csrc/model/decoder_load.cpp`), without feedforwards."""
     heads, hidden = config.num_attention_heads, config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    own = None if names is _OURS else getattr(config, "head_dim", None)  # which means something else there
+    head_dim = own or hidden // heads
     rotated, scale = (0, 1.0) if names.positions else _rotation_facts(config)
-    epsilon = config.layer_norm_epsilon if names.centred else config.rms_norm_eps
     return {
         "kind": "decoder",
         "vocab_size": config.vocab_size,
@@ -114,13 +155,11 @@ def _model(config: Any, names: Names) -> dict[str, Any]:
         "heads": heads,
         "key_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": head_dim,
-        "neurons": getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
         "positions": _positions(config),
         "rotated": rotated,
         "rotation_scale": scale,
         "score_scale": _score_scale(config, head_dim),
-        "activation": _activation(config, names),
-        "norm_epsilon": epsilon,
+        "norm_epsilon": getattr(config, names.epsilon),
         "norm_centred": names.centred,
     }
 
@@ -187,63 +226,74 @@ class _Reader:
 
 def _dense(
     reader: _Reader, to: str, sources: tuple[str, ...], outputs: int, inputs: int, *, gated: bool = False
-) -> Iterator[tuple[str, StoredTensor]]:
-    yield to, StoredTensor((outputs, inputs), partial(reader.matrix, sources), "int8", gated)
+) -> Tensors:
+    made = {to: StoredTensor((outputs, inputs), partial(reader.matrix, sources), "int8", gated)}
     biases = tuple(f"{source}.bias" for source in sources)
     if all(map(reader.has, biases)):
-        yield f"{to}.bias", StoredTensor((outputs * (1 + gated),), partial(reader.vectors, biases))
+        made[f"{to}.bias"] = StoredTensor((outputs * (1 + gated),), partial(reader.vectors, biases))
     elif any(map(reader.has, biases)):
         raise CheckpointError(f"of {', '.join(biases)} some are missing")
+    return made
 
 
-def _norm(reader: _Reader, to: str, source: str, features: int) -> Iterator[tuple[str, StoredTensor]]:
-    for part in ("weight", "bias"):
-        if part == "weight" or reader.has(f"{source}.{part}"):
-            yield f"{to}.{part}", StoredTensor((features,), partial(reader.get, f"{source}.{part}"))
+def _norm(reader: _Reader, to: str, source: str, features: int) -> Tensors:
+    parts = [part for part in ("weight", "bias") if part == "weight" or reader.has(f"{source}.{part}")]
+    return {f"{to}.{part}": StoredTensor((features,), partial(reader.get, f"{source}.{part}")) for part in parts}
 
 
-def _block(reader: _Reader, names: Names, model: Mapping[str, Any], number: int) -> Iterator[tuple[str, StoredTensor]]:
+def _block(reader: _Reader, names: Names, model: Mapping[str, Any], number: int, *, normed: bool) -> Tensors:
+    """A block's tensors but those of its feedforward. normed: whether it has one, and so a norm before it."""
     to, of = f"layers.{number}.", names.block.format(number)
     hidden, dim = model["hidden"], model["head_dim"]
-
-    def sources(parts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(of + part for part in parts)
-
-    yield from _norm(reader, f"{to}attention_norm", of + names.attention_norm, hidden)
     qkv = (model["heads"] + 2 * model["key_heads"]) * dim
-    yield from _dense(reader, f"{to}qkv", sources(names.qkv), qkv, hidden)
+    tensors = _norm(reader, f"{to}attention_norm", of + names.attention_norm, hidden)
+    tensors |= _dense(reader, f"{to}qkv", tuple(of + part for part in names.qkv), qkv, hidden)
     for kind, name in (("query_norm", names.query_norm), ("key_norm", names.key_norm)):
         if reader.has(f"{of}{name}.weight"):
-            yield from _norm(reader, to + kind, of + name, dim)
-    yield from _dense(reader, f"{to}out", (of + names.out,), hidden, model["heads"] * dim)
-    yield from _norm(reader, f"{to}feedforward_norm", of + names.feedforward_norm, hidden)
-    if not model["neurons"]:
-        return
-    gated = len(names.up) == 2
-    yield from _dense(reader, f"{to}up", sources(names.up), model["neurons"], hidden, gated=gated)
-    yield from _dense(reader, f"{to}down", (of + names.down,), hidden, model["neurons"])
+            tensors |= _norm(reader, to + kind, of + name, dim)
+    tensors |= _dense(reader, f"{to}out", (of + names.out,), hidden, model["heads"] * dim)
+    if normed:
+        tensors |= _norm(reader, f"{to}feedforward_norm", of + names.feedforward_norm, hidden)
+    return tensors
 
 
-def _tensors(
-    config: Any,
-    names: Names,
-    model: Mapping[str, Any],
-    weights: Weights,
-    conditional: Sequence[ConditionalFeedforward],
-) -> Iterator[tuple[str, StoredTensor]]:
-    reader, hidden, vocab = _Reader(weights, names), model["hidden"], model["vocab_size"]
+def _dense_feedforward(
+    reader: _Reader, config: Any, names: Names, of: str, to: str, hidden: int, tensors: Tensors
+) -> dict[str, Any]:
+    """Adds its tensors; returns its description (`csrc/model/feedforward.h`)."""
+    neurons = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    activation = _activation(config, names)
+    up = tuple(of + part for part in names.up)
+    tensors |= _dense(reader, f"{to}up", up, neurons, hidden, gated=len(names.up) == 2)
+    tensors |= _dense(reader, f"{to}down", (of + names.down,), hidden, neurons)
+    return {"neurons": neurons, "activation": ACTIVATIONS.index(activation)}
+
+
+def _first(reader: _Reader, config: Any, names: Names, model: Mapping[str, Any]) -> Tensors:
+    """What comes before the blocks."""
+    hidden, tensors = model["hidden"], Tensors()
     if names.positions:
-        learned: Callable[[], Tensor] = partial(reader.get, f"{names.positions}.weight")
-        yield "positions", StoredTensor((model["positions"], hidden), learned)
+        table = f"{names.positions}.weight"
+        tensors["positions"] = StoredTensor((model["positions"], hidden), partial(reader.get, table))
     else:
-        yield "frequencies", StoredTensor((model["rotated"] // 2,), lambda: _rotary(config).inv_freq)
-    embedding, head = f"{names.embedding}.weight", f"{names.head}.weight"
-    tied = not reader.has(head) or getattr(config, "tie_word_embeddings", False)
-    if not tied:
-        yield "embedding", StoredTensor((vocab, hidden), partial(reader.get, embedding), "int8")
-    for number in range(model["layers"]):
-        yield from _block(reader, names, model, number)
-        if conditional:
-            yield from conditional_layers.tensors(conditional[number], f"layers.{number}.conditional.")
-    yield from _norm(reader, "norm", names.norm, hidden)
-    yield "head", StoredTensor((vocab, hidden), partial(reader.get, embedding if tied else head), "int8")
+        tensors["frequencies"] = StoredTensor((model["rotated"] // 2,), lambda: _rotary(config).inv_freq)
+    if names.embedding_norm:
+        tensors |= _norm(reader, "embedding_norm", names.embedding_norm, hidden)
+    if not _tied(reader, config, names):
+        embedding = partial(reader.get, f"{names.embedding}.weight")
+        tensors["embedding"] = StoredTensor((model["vocab_size"], hidden), embedding, "int8")
+    return tensors
+
+
+def _tied(reader: _Reader, config: Any, names: Names) -> bool:
+    return not reader.has(f"{names.head}.weight") or getattr(config, "tie_word_embeddings", False)
+
+
+def _last(reader: _Reader, config: Any, names: Names, model: Mapping[str, Any]) -> Tensors:
+    hidden, source = model["hidden"], names.embedding if _tied(reader, config, names) else names.head
+    tensors = _norm(reader, "norm", names.norm, hidden)
+    tensors |= {"head": StoredTensor((model["vocab_size"], hidden), partial(reader.get, f"{source}.weight"), "int8")}
+    if reader.has(f"{names.head}.bias"):
+        bias = partial(reader.get, f"{names.head}.bias")
+        tensors["head.bias"] = StoredTensor((model["vocab_size"],), bias)
+    return tensors

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastff.conditional import ConditionalFeedforward
-from fastff.config import ACTIVATIONS, GATES
-from fastff.engine import conditional_layers
-from fastff.engine.native_file import StoredTensor
-from fastff.engine.smoothing import channel_maxima, smoothing
+from fastff.engine.smoothing import channel_maxima
+from fastff.engine.stored_modules import (
+    Feedforward,
+    Maxima,
+    Tensors,
+    dense_tensors,
+    feedforward,
+    norm_tensors,
+    projections,
+    stored,
+)
 from fastff.errors import CheckpointError
-from fastff.layers import FFF
 from fastff.models.families import ACTIVATION_NAMES
-from fastff.models.feedforward import GATED_ACTIVATIONS, ConvertedFeedforward, DenseFeedforward
-
-Tensors = dict[str, StoredTensor]
-Maxima = Mapping[nn.Module, Tensor]  # of the channels before a linear layer; those without are not smoothed
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def describe(model: Any, *, activation_bits: int = 8) -> Described:
     maxima = channel_maxima(base, facts["vocab_size"], facts["positions"]) if activation_bits == 8 else {}
     feedforwards = [_block(block, config, names, f"layers.{i}.", maxima, tensors) for i, block in enumerate(blocks)]
     if names.norm is not None:
-        tensors |= _norm("norm", base.get_submodule(names.norm))
+        tensors |= norm_tensors("norm", base.get_submodule(names.norm))
     facts |= {
         "kind": "encoder",
         "layers": len(blocks),
@@ -137,8 +136,8 @@ def _embeddings(base: Any, config: Any, names: Names, tensors: Tensors) -> dict[
     types = None if names.types is None else base.get_submodule(names.types).weight
     for name, table in (("embedding", words), ("positions", positions), ("types", types)):
         if table is not None:
-            tensors[name] = _stored(table)
-    tensors |= _norm("embedding_norm", base.get_submodule(names.embedding_norm))
+            tensors[name] = stored(table)
+    tensors |= norm_tensors("embedding_norm", base.get_submodule(names.embedding_norm))
     return {
         "vocab_size": len(words),
         "hidden": words.shape[1],
@@ -151,92 +150,19 @@ def _embeddings(base: Any, config: Any, names: Names, tensors: Tensors) -> dict[
 def _block(block: nn.Module, config: Any, names: Names, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
     """Adds a block's tensors; returns the description of its feedforward (`csrc/model/encoder_load.cpp`)."""
     norm = block.get_submodule(names.attention_norm)
-    tensors |= _norm(f"{to}attention_norm", norm)
-    tensors |= _dense(f"{to}qkv", *(block.get_submodule(name) for name in names.qkv), maxima=maxima)
-    tensors |= _dense(f"{to}out", block.get_submodule(names.out))
+    tensors |= norm_tensors(f"{to}attention_norm", norm)
+    tensors |= dense_tensors(f"{to}qkv", *(block.get_submodule(name) for name in names.qkv), maxima=maxima)
+    tensors |= dense_tensors(f"{to}out", block.get_submodule(names.out))
     found = getattr(block, names.feedforward)
     if found is not None:
         last = block.get_submodule(names.feedforward_norm)
         if last.eps != norm.eps:
             raise CheckpointError(f"norms with epsilon {norm.eps} and {last.eps}: the engine has one")
-        tensors |= _norm(f"{to}feedforward_norm", last)
-    if found is None or isinstance(found, FFF | ConditionalFeedforward | ConvertedFeedforward | DenseFeedforward):
-        return _feedforward(found, to, maxima, tensors)
+        tensors |= norm_tensors(f"{to}feedforward_norm", last)
+    if found is None or isinstance(found, Feedforward):
+        return feedforward(found, to, maxima, tensors)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
     if activation not in ACTIVATION_NAMES:
         raise CheckpointError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_NAMES)}")
     up, down = block.get_submodule(names.up), block.get_submodule(names.down)
-    return _projections(up, down, ACTIVATION_NAMES[activation], to, maxima, tensors)
-
-
-def _projections(up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
-    if activation in GATED_ACTIVATIONS and activation != "swiglu":
-        raise CheckpointError(f"gates of kind {activation!r} are not among the engine's: expected 'swiglu'")
-    tensors |= _dense(f"{to}up", up, gated=activation == "swiglu", maxima=maxima)
-    tensors |= _dense(f"{to}down", down)
-    return {"neurons": down.in_features, "activation": ACTIVATIONS.index(activation)}
-
-
-def _feedforward(module: nn.Module | None, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
-    settings: dict[str, Any] = {"neurons": 0, "activation": 0}
-    if isinstance(module, ConvertedFeedforward):
-        settings = _feedforward(module.layer, to, maxima, tensors)
-        if module.shared is not None:
-            settings |= _feedforward(module.shared, to, maxima, tensors)
-        tensors[f"{to}conditional.bias"] = _stored(module.bias)
-    elif isinstance(module, DenseFeedforward):
-        settings = _projections(module.linear_in, module.linear_out, module.activation, to, maxima, tensors)
-    elif isinstance(module, FFF) and module.router is not None:
-        settings = _feedforward(module.joined(), to, maxima, tensors)
-    elif isinstance(module, FFF):
-        settings["trees"] = _trees(module, f"{to}conditional.", tensors)
-    elif isinstance(module, ConditionalFeedforward):
-        settings["routed"] = conditional_layers.settings(module)
-        tensors |= dict(conditional_layers.tensors(module, f"{to}conditional."))
-    return settings
-
-
-def _trees(layer: FFF, to: str, tensors: Tensors) -> dict[str, Any]:
-    c = layer.config
-    parts = {name: getattr(layer, name) for name in ("w_in", "b_in", "w_out", "b_out")}
-    tensors |= {to + name: _stored(part) for name, part in parts.items() if part is not None}
-    settings = {name: getattr(c, name) for name in ("trees", "depth", "leaf_width", "node_output", "tau")}
-    gate = 0 if c.gate is None else 1 + GATES.index(c.gate)
-    return settings | {"activation": ACTIVATIONS.index(c.activation), "gate": gate}
-
-
-def _stored(tensor: Tensor) -> StoredTensor:
-    kept = tensor.detach()
-    return StoredTensor(tuple(kept.shape), lambda: kept)
-
-
-def _norm(to: str, norm: Any) -> Tensors:
-    parts = {"weight": norm.weight, "bias": norm.bias}
-    return {f"{to}.{name}": _stored(part) for name, part in parts.items() if part is not None}
-
-
-def _dense(to: str, *layers: Any, gated: bool = False, maxima: Maxima | None = None) -> Tensors:
-    """The projections one after another as one matrix; smoothed where their input's maxima are known."""
-    for layer in layers:
-        if type(layer) is not nn.Linear:
-            raise CheckpointError(f"{to} is made of a {type(layer).__name__}, expected a Linear")
-    rows, inputs = sum(layer.out_features for layer in layers), layers[0].in_features
-    weights = [layer.weight.detach() for layer in layers]
-    largest = (maxima or {}).get(layers[0])
-    factors = None if largest is None else smoothing(largest, weights)
-    made = {to: StoredTensor((rows // (1 + gated), inputs), lambda: _joined(weights, factors), "int8", gated)}
-    if factors is not None:
-        made[f"{to}.factors"] = _stored(1 / factors)
-    biases = [layer.bias for layer in layers]
-    if any(bias is not None for bias in biases):
-        parts = [
-            torch.zeros(layer.out_features) if bias is None else bias.detach()
-            for layer, bias in zip(layers, biases, strict=True)
-        ]
-        made[f"{to}.bias"] = _stored(torch.cat(parts))
-    return made
-
-
-def _joined(weights: list[Tensor], factors: Tensor | None) -> Tensor:
-    joined = torch.cat(weights)
-    return joined if factors is None else joined * factors
+    return projections(up, down, ACTIVATION_NAMES[activation], to, maxima, tensors)

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastff.engine import conditional_layers, decoders, encoders
+from torch import Tensor, nn
+
+from fastff.engine import decoders, encoders
 from fastff.engine.encoder_heads import sentence_length, sentence_pooling, write_head
 from fastff.engine.facts import MODEL_FILE, DecoderFacts, EncoderFacts, write_facts
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
@@ -27,10 +29,8 @@ def check_weights(weights: str) -> None:
 
 def export_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Write a causal model of Transformers, in float32 on the CPU. Raises CheckpointError for one the engine lacks."""
-    stop = _numbers(getattr(model.generation_config, "eos_token_id", None))
-    family = FAMILIES.get(model.config.model_type)
-    slots = [family.slot_of(block) for block in family.blocks_of(model)] if family else []
-    described = decoders.describe(model.config, model.state_dict(), conditional_layers.layers_of(slots))
+    stop = _numbers(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    described = decoders.describe(model.config, *_parts(model))
     write(described, tokenizer, stop, out)
 
 
@@ -61,6 +61,18 @@ def export_gguf(path: Path, out: Path) -> None:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _parts(model: Any) -> tuple[dict[str, Tensor], list[nn.Module | None]]:
+    """Weights by name, and what stands in the place of each block's feedforward."""
+    weights: dict[str, Tensor] = model.state_dict()
+    if model.config.model_type == "ultrafastbert":
+        embeddings = model.encoder.embeddings
+        weights["encoder.embeddings.positions.weight"] = embeddings.position_scale * embeddings.position_table
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return weights, []
+    return weights, [getattr(block, family.slot) for block in family.blocks_of(model)]
 
 
 def _numbers(ids: Any) -> list[int]:

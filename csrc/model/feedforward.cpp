@@ -1,0 +1,112 @@
+#include "model/feedforward.h"
+
+#include <stdexcept>
+#include <vector>
+
+#include "base/checks.h"
+#include "base/errors.h"
+
+namespace fastff {
+namespace {
+
+constexpr int64_t kMostLeaves = 1 << 24, kMostWidth = 1 << 20, kMostTrees = 1 << 24;
+
+fastff_router read_router(const Json& settings, int64_t hidden) {
+  fastff_router router{};
+  router.in_features = hidden;
+  router.trees = settings.integer("trees", 1, kMostLeaves);
+  router.candidates = settings.integer("candidates", 0, kMostLeaves);
+  router.chosen = settings.integer("chosen", 1, kMostLeaves);
+  router.kind = static_cast<int32_t>(settings.integer("kind", FASTFF_TREES, FASTFF_PRODUCT_KEYS));
+  router.depth = static_cast<int32_t>(settings.integer("depth", 0, 24));
+  router.gate = static_cast<int32_t>(settings.integer("gate", FASTFF_UNGATED, FASTFF_NORMALISED));
+  router.tau = settings.number("tau");
+  return router;
+}
+
+// A tensor that need not be there.
+Floats optional(const WeightsFile& file, const std::string& name, const std::vector<int64_t>& shape) {
+  return file.has(name) ? file.widened(name, shape) : Floats{};
+}
+
+void check_packed(int32_t status, const std::string& name) {
+  if (status != FASTFF_OK) refuse(name + " " + last_error());
+}
+
+
+fastff_layer* load_routed(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
+  const fastff_router router = read_router(settings, hidden);
+  fastff_leaves leaves{};
+  leaves.in_features = leaves.out_features = hidden;
+  leaves.leaves = settings.integer("leaves", 1, kMostLeaves);
+  leaves.leaf_width = settings.integer("leaf_width", 1, kMostWidth);
+  leaves.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
+  const int64_t width = leaves.leaf_width, in_rows = width * (leaves.activation == FASTFF_SWIGLU ? 2 : 1);
+  const bool halves = router.kind == FASTFF_PRODUCT_KEYS;
+  const int64_t rows = settings.integer("router_rows", 0, kMostLeaves);
+  const int64_t balanced = settings.integer("balanced", 0, kMostLeaves);
+  const auto w = file.widened(name + "router", {rows, halves ? hidden / 2 : hidden});
+  const auto b = optional(file, name + "router.bias", {rows});
+  const auto balance = optional(file, name + "balance", {balanced});
+  const auto w_in = file.widened(name + "w_in", {leaves.leaves, in_rows, hidden});
+  const auto b_in = optional(file, name + "b_in", {leaves.leaves, in_rows});
+  const auto w_out = file.widened(name + "w_out", {leaves.leaves, width, hidden});
+  const auto b_out = optional(file, name + "b_out", {leaves.leaves, hidden});
+  fastff_layer* layer = nullptr;
+  check_packed(fastff_layer_pack_f32(&router, w.data(), b.data(), balance.data(), &leaves, w_in.data(), b_in.data(),
+                                     w_out.data(), b_out.data(), FASTFF_INT8, &layer), name);
+  return layer;
+}
+
+fastff_packed* load_trees(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
+  fastff_tree tree{};
+  tree.in_features = tree.out_features = hidden;
+  tree.trees = settings.integer("trees", 1, kMostTrees);
+  tree.leaf_width = settings.integer("leaf_width", 1, kMostWidth);
+  tree.depth = static_cast<int32_t>(settings.integer("depth", 0, 24));
+  tree.node_output = settings.flag("node_output");
+  tree.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
+  tree.gate = static_cast<int32_t>(settings.integer("gate", FASTFF_UNGATED, FASTFF_BOUNDARY_MIN));
+  tree.tau = settings.number("tau");
+  const int64_t leaves = int64_t{1} << tree.depth, nodes = leaves - 1, neurons = leaves * tree.leaf_width;
+  const int64_t in_rows = nodes + neurons * (tree.activation == FASTFF_SWIGLU ? 2 : 1);
+  const auto w_in = file.widened(name + "w_in", {tree.trees, in_rows, hidden});
+  const auto w_out = file.widened(name + "w_out", {tree.trees, neurons + (tree.node_output ? nodes : 0), hidden});
+  const auto b_in = optional(file, name + "b_in", {tree.trees, in_rows});
+  const auto b_out = optional(file, name + "b_out", {tree.trees, leaves, hidden});
+  fastff_packed* packed = nullptr;
+  check_packed(fastff_pack_f32(&tree, w_in.data(), b_in.data(), w_out.data(), b_out.data(), FASTFF_INT8, &packed), name);
+  return packed;
+}
+
+}  // namespace
+
+void Feedforward::run_conditional(const float* x, int64_t rows, float* y, int threads) const {
+  const int32_t status = routed ? fastff_layer_infer_f32(routed.get(), x, y, rows, threads)
+                                : fastff_infer_f32(trees.get(), x, y, rows, threads);
+  if (status != FASTFF_OK) throw std::runtime_error(last_error());
+}
+
+Feedforward load_feedforward(const WeightsFile& file, const Json& settings, const std::string& prefix, int64_t hidden) {
+  const std::string conditional = prefix + "conditional.";
+  Feedforward made;
+  made.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
+  if (const int64_t neurons = settings.integer("neurons", 0, kMostInputs)) {
+    made.up = load_dense(file, prefix + "up", neurons, hidden, made.activation == FASTFF_SWIGLU);
+    made.down = load_dense(file, prefix + "down", hidden, neurons);
+  }
+  if (const Json* trees = settings.find("trees")) made.trees.reset(load_trees(file, *trees, conditional, hidden));
+  if (const Json* routed = settings.find("routed")) made.routed.reset(load_routed(file, *routed, conditional, hidden));
+  if (file.has(conditional + "bias")) made.bias = file.numbers(conditional + "bias", {hidden});
+  return made;
+}
+
+const std::vector<Json>& feedforward_settings(const WeightsFile& file, int64_t layers) {
+  const auto& settings = file.model().member("feedforwards").items();
+  if (static_cast<int64_t>(settings.size()) != layers)
+    refuse(std::to_string(settings.size()) + " feedforwards, expected one for each of " + std::to_string(layers) +
+           " layers");
+  return settings;
+}
+
+}  // namespace fastff
