@@ -165,6 +165,7 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
     Parameters: w_in (leaves, in_rows, in_features), w_out (leaves, leaf_width, out_features); with bias b_in
     (leaves, in_rows) and b_out (leaves, out_features); and the router's.
     Raises ShapeError (a ValueError) for a size out of range, or a router whose leaves are not the layer's.
+    Source: Shazeer et al. 2017, arXiv:1701.06538 (mixtures of experts), with leaves of a few neurons.
     """
 
     config: ConditionalConfig

@@ -201,10 +201,12 @@ class TreeConfig:
 
     @property
     def shape_of_w_in(self) -> tuple[int, int, int]:
+        """(trees, in_rows, in_features)."""
         return (self.trees, self.in_rows, self.in_features)
 
     @property
     def shape_of_w_out(self) -> tuple[int, int, int]:
+        """(trees, out_rows, out_features)."""
         return (self.trees, self.out_rows, self.out_features)
 
     @property

@@ -58,6 +58,8 @@ class FFF(SizedLayer, nn.Module):
     Parameters: w_in (trees, in_rows, in_features), w_out (trees, out_rows, out_features); with bias b_in
     (trees, in_rows), and for node_output=False b_out (trees, leaves, out_features). With paths there is `router`, which
     keeps the balance of the load (see fastff.routers.Router) as a buffer and moves it in training.
+    Raises ShapeError (a ValueError) for a size out of range, ValueError for options that exclude each other.
+    Source: Belcak & Wattenhofer 2023, arXiv:2308.14711 and arXiv:2311.10770.
     """
 
     config: TreeConfig

@@ -46,7 +46,7 @@ class Router(nn.Module):
     given them by `choose`.
     balance (config.shape_of_balance), float32: added to selections, never to gates; a buffer that every forward in
     training moves by `balance_step`, up where fewer rows went than the mean and down where more, summed over all
-    processes of torch.distributed. 0 leaves it alone.
+    processes of torch.distributed. 0 leaves it alone. Source: Wang et al. 2024, arXiv:2408.15664.
     """
 
     weight: nn.Parameter
@@ -255,6 +255,7 @@ class Router(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """Width of a row."""
         return self.config.in_features
 
     @property

@@ -98,6 +98,7 @@ class RouterConfig:
 
     @property
     def shape_of_weight(self) -> tuple[int, ...]:
+        """(trees, nodes, in_features), (leaves, in_features) or, of product keys, (2, candidates, in_features / 2)."""
         if self.is_tree:
             return (self.trees, self.nodes, self.in_features)
         if self.kind == "flat":
