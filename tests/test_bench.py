@@ -77,7 +77,7 @@ def cell(provider, subject=TREE, **options):
     return Cell(subject, provider, **{"rows": 3, "layers": 1, "threads": 1, "training": False, **options})
 
 
-def test_every_provider_of_a_scene_is_timed_and_compared():
+def test_every_provider_of_a_workload_is_timed_and_compared():
     record = run_grid(small_settings(train_rows=(5,)))
     assert record.left_out == {}
     for t in record.timings:
@@ -262,7 +262,7 @@ def test_fastff_computes_its_tree_in_every_precision(name, subject):
     assert checked.relative_error < {"fp32": 1e-6, "bf16": 5e-3, "int8": 5e-2}[PROVIDERS[name].precision]
 
 
-def test_a_station_in_another_process_answers_and_its_end_is_noticed():
+def test_a_worker_in_another_process_answers_and_its_end_is_noticed():
     remote = RemoteWorker(threads=1, seed=0)
     try:
         checked = remote.prepare(cell("fastff", rows=2), 10.0)

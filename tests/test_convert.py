@@ -278,7 +278,7 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         (Path(model) / "2_Dense" / "model.safetensors").write_bytes(b"weights")
         (Path(model) / "sentence_bert_config.json").write_text('{"max_seq_length": 256}')
     seen = []
-    record = convert(settings, progress=lambda what, done, of: seen.append((what, done, of)))
+    record = convert(settings, progress=lambda what, done, of, _: seen.append((what, done, of)))
     taught = {f"{what} {variant}" for what in ("layers", "distil") for variant in ("tree", "narrow", "pruned", "none")}
     assert {what for what, _, _ in seen} == {"timing", "capture", "probe"} | taught
     assert set(record["variants"]) == {"tree", "narrow", "pruned", "none"}
@@ -334,7 +334,7 @@ from fastff.convert import choose_layers, convert, distill_context
 settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
 choose_layers.TREES, choose_layers.DEPTHS = (2,), (3,)
 distill_context.distil.__kwdefaults__["checkpoint_every"] = 2
-def progress(what, done, of):
+def progress(what, done, of, _):
     if (what, done) == ("distil tree", 5):
         os.kill(os.getpid(), signal.SIGKILL)
 convert(settings, progress=progress)
@@ -355,7 +355,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path
         convert(replace(settings, steps=9))
     plan = (tmp_path / "out" / "work" / "plan.json").read_bytes()
     steps = []
-    convert(settings, progress=lambda what, done, _of: steps.append((what, done)))
+    convert(settings, progress=lambda what, done, *_: steps.append((what, done)))
     assert steps == [("distil tree", 5), ("distil tree", 6)]
     whole = tmp_path / "whole" / "work"
     whole.mkdir(parents=True)

@@ -136,7 +136,7 @@ def test_a_budget_that_is_too_small_is_mended_by_more_seconds(tokenizer, text, t
         convert(replace(settings, seconds=0.01))
     said, taken = [], []
     record = convert(
-        replace(settings, seconds=3600.0), say=said.append, progress=lambda what, done, of: taken.append((what, of))
+        replace(settings, seconds=3600.0), say=said.append, progress=lambda what, done, of, _: taken.append((what, of))
     )
     assert said[0].startswith("trying ")
     assert len([line for line in said if line.startswith("about ")]) == 1
@@ -240,7 +240,7 @@ def test_the_layers_of_a_first_student_are_given_up_when_they_cannot_end_in_time
     taught = []
     settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=(), seconds=3600.0)
     with pytest.raises(ValueError, match="are needed for the layers of 1 models alone"):
-        convert(settings, progress=lambda what, done, _: taught.append((what, done)))
+        convert(settings, progress=lambda what, done, *_: taught.append((what, done)))
     assert [done for what, done in taught if what == "layers tree"] == [1]
 
 

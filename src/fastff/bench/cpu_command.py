@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastff.bench.cpu_providers import PROVIDERS
 from fastff.bench.cpu_report import NAME, is_whole, notes, save, tables, update
 from fastff.bench.cpu_run import PARTIAL, Record, Settings, begun, fresh, run_grid
 from fastff.bench.workloads import Grid, Only
 from fastff.machine import cores
+from fastff.report.progress import shown
 
 
 def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> Settings:
@@ -39,13 +39,7 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace
         update(saved(out), fresh(settings))  # says at once what it would say after hours
     if out is not None and (out / PARTIAL).is_file() and begun(settings, out) is None:
         console.print(f"{out / PARTIAL} was left by other settings, versions or commit: beginning again", markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task("starting", total=None)
-
-        def progress(what: str, done: float, total: float) -> None:
-            bars.update(task, description=what, completed=done, total=total)
-
+    with shown(console, "fastff") as progress:
         try:
             record = run_grid(settings, out, progress)
         except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from fastff.bench.workloads import Cell, DenseConfig, Grid, Subject, Workload, f
 from fastff.config import TreeConfig
 from fastff.io import read_json, reading, restored, write_json
 from fastff.machine import available_bytes, commit, machine
+from fastff.report.progress import Progress, silent
 from fastff.timing import quartiles
 
 PARTIAL = "partial.json"
@@ -94,11 +95,9 @@ class Worker(Protocol):
     def clear(self) -> None: ...
 
 
-Progress = Callable[[str, float, float], None]  # what is done now, seconds of work done and all of them, as expected
-
-
-def run_grid(settings: Settings, out: Path | None = None, progress: Progress = lambda *_: None) -> Record:
-    """Measure the table. With `out`, what is finished is kept there, and a run of the same settings goes on from it."""
+def run_grid(settings: Settings, out: Path | None = None, progress: Progress = silent) -> Record:
+    """Measure the table. With `out`, what is finished is kept there, and a run of the same settings resumes from it.
+    progress is told the expected seconds of work."""
     record = (begun(settings, out) if out is not None else None) or fresh(settings)
     todo = [workload for workload in settings.grid.workloads() if _key(workload) not in record.finished]
     total = sum(_expected_seconds(cell, settings) for workload in todo for cell in _cells(workload, settings))
@@ -168,7 +167,7 @@ class _Clock:
     def now(self, what: str, seconds: float = 0.0) -> None:
         """Name what is done now, after so many expected seconds of work."""
         self._what, self._done = what or self._what, self._done + seconds
-        self._progress(self._what, self._done, self._total)
+        self._progress("bench", self._done, self._total, self._what)
 
 
 def _cells(workload: Workload, settings: Settings) -> list[Cell]:

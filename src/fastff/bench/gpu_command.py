@@ -11,6 +11,7 @@ from fastff.bench.gpu_device import Cuda
 from fastff.bench.gpu_report import notes, save, tables
 from fastff.bench.gpu_run import Settings, run_gpu
 from fastff.bench.workers import FAILED, WRONG
+from fastff.report.progress import shown
 
 
 def bench_gpu(settings: Settings, out: Path, console: Console) -> int:
@@ -23,11 +24,9 @@ def bench_gpu(settings: Settings, out: Path, console: Console) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
 
-    def progress(what: str) -> None:
-        console.print(what, style="dim", markup=False)
-
     try:
-        record = run_gpu(list(cells()), settings, device, out, progress)
+        with shown(console, "fastff") as progress:
+            record = run_gpu(list(cells()), settings, device, out, progress)
     except KeyboardInterrupt:
         console.print(f"interrupted: run the same command again to resume from {out}", style="yellow", markup=False)
         return 130

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from fastff.io import append_json_line, read_json_lines, reading, restored, writ
 from fastff.machine import commit, machine
 from fastff.ops.cost import visited_weights
 from fastff.ops.weights import Weights
+from fastff.report.progress import Progress, silent
 from fastff.timing import quartiles
 
 LINES = "layer-gpu.jsonl"
 COMPILE_SHARE = 0.4  # of the time, that other processes may take to compile ahead
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Record:
 
 
 def run_gpu(
-    cells: Sequence[Cell | StepCell], settings: Settings, device: Device, out: Path, progress: Progress = lambda _: None
+    cells: Sequence[Cell | StepCell], settings: Settings, device: Device, out: Path, progress: Progress = silent
 ) -> Record:
     """Measure cells in their order. A run on the same device and versions goes on from what `out` holds."""
     end = None if settings.seconds is None else time.monotonic() + settings.seconds
@@ -109,14 +109,14 @@ def run_gpu(
     done = {*(timing.key for timing in record.timings), *(step.key for step in record.steps)}
     todo = [cell for cell in cells if cell.key not in done and all(part in cell.key for part in settings.only)]
     if settings.jobs > 1:
-        progress(f"compiling ahead in {settings.jobs} processes")
+        progress("bench", 0, len(todo), f"compiling ahead in {settings.jobs} processes")
         _compile_ahead([cell for cell in todo if isinstance(cell, Cell)], settings)
     checked: dict[Any, Errors] = {}
     for index, cell in enumerate(todo):
         if end is not None and time.monotonic() > end:
             record.not_reached = [left.key for left in todo[index:]]
             break
-        progress(f"{index + 1}/{len(todo)} {cell.key}")
+        progress("bench", index, len(todo), cell.key)
         try:
             found: Timing | Step = _measure(cell, settings, device, record, checked)
         except Refused as error:

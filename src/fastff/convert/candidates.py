@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastff.convert.capture import Captured, Progress
+from fastff.convert.capture import Captured
 from fastff.convert.choose_layers import (
     LatencyProfile,
     Option,
@@ -28,6 +28,7 @@ from fastff.convert.student import dense_layers, describe_tree, flops, stored_ne
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
+from fastff.report.progress import Progress, silent
 from fastff.text.examples import Examples
 
 STEPS = 20  # of a candidate alone
@@ -62,7 +63,7 @@ class Timer:
         return self._known[key]
 
 
-def survey(teacher: Any, settings: ConversionSettings, progress: Progress = lambda *_: None) -> Survey:
+def survey(teacher: Any, settings: ConversionSettings, progress: Progress = silent) -> Survey:
     """Time the model and every shape. Raises ValueError, naming the best reachable, for a budget out of reach."""
     dense = dense_layers(teacher)
     shapes = shapes_of(settings, dense[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from fastff.errors import CheckpointError, FileError
 from fastff.io import write_text
 from fastff.models.families import family_of
+from fastff.report.progress import Progress
 from fastff.text.examples import Examples
-
-Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 class Captured:

@@ -13,7 +13,7 @@ import torch
 
 from fastff.convert import conversion_report, earlier, resources
 from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
-from fastff.convert.capture import Progress, capture
+from fastff.convert.capture import capture
 from fastff.convert.choose_layers import choose, largest, shares_of
 from fastff.convert.conversion_record import ITS_TEXT, Plan, Point, record_of
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
@@ -35,6 +35,7 @@ from fastff.errors import CheckpointError, FileError
 from fastff.io import claim, read_json, reading, restored, write_json
 from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
+from fastff.report.progress import Progress, silent
 from fastff.text.examples import Examples, tokenise
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"
@@ -43,9 +44,7 @@ FREE = ("seconds",)  # settings that a continued run may change
 Say = Callable[[str], None]
 
 
-def convert(
-    settings: ConversionSettings, *, progress: Progress = lambda *_: None, say: Say = lambda _: None
-) -> dict[str, Any]:
+def convert(settings: ConversionSettings, *, progress: Progress = silent, say: Say = lambda _: None) -> dict[str, Any]:
     """Convert a model and write OUT: weights, configuration, tokenizer, README.md and report/. Returns the report.
 
     say gets lines about the time that is left: an estimate before candidates are tried and one before the joint
@@ -198,10 +197,10 @@ def _timetable(
         students += [point.trees, *(baseline(name, dense, point.trees) for name in point.baselines)]
     start = time.perf_counter()
 
-    def progress(what: str, done: int, total: int) -> None:
-        context.progress(what, done, total)
+    def progress(stage: str, done: float, total: float | None = None, note: str = "") -> None:
+        context.progress(stage, done, total, note)
         layer_s = (time.perf_counter() - start) / done
-        limit.check((len(students) * total - done) * layer_s, f"the layers of {len(students)} models alone")
+        limit.check((len(students) * (total or done) - done) * layer_s, f"the layers of {len(students)} models alone")
 
     replace(context, progress=progress).build("tree", points[0].trees, points[0].folder / "tree")
     build_s = time.perf_counter() - start

@@ -18,11 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import get_cosine_schedule_with_warmup
 
 from fastff.convert import earlier
-from fastff.convert.capture import Captured, Progress
+from fastff.convert.capture import Captured
 from fastff.convert.initialise import dense_forward, initialise, prune
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
+from fastff.report.progress import Progress, silent
 from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
 
@@ -191,7 +192,7 @@ def distil(
     recipe: Recipe,
     *,
     kind: Kind,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     start: int = 0,
     state: dict[str, Any] | None = None,
     checkpoint: Callable[[int, dict[str, Any]], None] = lambda *_: None,

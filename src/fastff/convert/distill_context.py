@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastff.convert import earlier
-from fastff.convert.capture import Captured, Progress
+from fastff.convert.capture import Captured
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import distil, distillation_loss, use_masked_training
 from fastff.convert.student import build_student, describe_narrow, flops
@@ -20,6 +20,7 @@ from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
+from fastff.report.progress import Progress, of_stage
 from fastff.text.examples import Examples
 
 Descriptions = Sequence[Mapping[str, Any] | None]
@@ -64,7 +65,7 @@ class DistillContext:
             self.captured,
             steps=self.settings.layer_steps,
             seed=self.settings.seed,
-            progress=lambda _, done, total: self.progress(f"layers {name}", done, total),
+            progress=of_stage(self.progress, f"layers {name}"),
             pruned=name == "pruned",
         )
         facts = {"unexplained": unexplained, "before": self.quality(student)}
@@ -84,7 +85,7 @@ class DistillContext:
                 self.examples,
                 replace(self.settings.recipe, steps=steps),
                 kind=self.kind,
-                progress=lambda _, done, total: self.progress(f"distil {name}", done, total),
+                progress=of_stage(self.progress, f"distil {name}"),
                 start=state["step"],
                 state=state if state["step"] else None,
                 checkpoint=lambda step, more: save(saved, student, {"step": step, **more}),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from fastff.config import TreeConfig
-from fastff.convert.capture import Captured, Progress
+from fastff.convert.capture import Captured
 from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward, split_shared
+from fastff.report.progress import Progress, silent
 
 
 def dense_layers(model: Any) -> list[DenseWeights]:
@@ -91,7 +92,7 @@ def build_student(
     *,
     steps: int,
     seed: int = 0,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
     pruned: bool = False,
 ) -> tuple[Any, list[float | None]]:
     """Copy the teacher, replace its layers, teach each on captured rows; or, if pruned, only leave neurons out.

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastff.convert.capture import Progress
 from fastff.convert.choose_layers import LatencyProfile
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import distil, use_masked_training
 from fastff.convert.distill_context import Descriptions, DistillContext
 from fastff.convert.latency import WHOLE
 from fastff.models.converted import make_converted
+from fastff.report.progress import Progress
 from fastff.text.examples import Examples
 from fastff.timing import LEAST_ROUNDS, seconds_of
 
@@ -64,16 +64,16 @@ class TimeLeft:
     def __init__(self, progress: Progress, say: Callable[[str], None], every_s: float = 60.0) -> None:
         self._progress, self._say, self._every_s = progress, say, every_s
         self._said = time.perf_counter() - every_s / 2  # the first line after half as long
-        self._what, self._start, self._first = "", 0.0, 0
+        self._stage, self._start, self._first = "", 0.0, 0.0
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self._progress(what, done, total)
+    def __call__(self, stage: str, done: float, total: float | None = None, note: str = "") -> None:
+        self._progress(stage, done, total, note)
         now = time.perf_counter()
-        if what != self._what:
-            self._what, self._start, self._first = what, now, done
-        elif now - self._said >= self._every_s and self._first < done < total:
+        if stage != self._stage:
+            self._stage, self._start, self._first = stage, now, done
+        elif now - self._said >= self._every_s and total is not None and self._first < done < total:
             left = (now - self._start) * (total - done) / (done - self._first)
-            self._say(f"{what}: {done} of {total}, about {duration(left)} left")
+            self._say(f"{stage}: {done:.0f} of {total:.0f}, about {duration(left)} left")
             self._said = now
 
 
@@ -162,7 +162,7 @@ def step_seconds(context: DistillContext, descriptions: Descriptions) -> float:
     batches = typical_batches(context.examples, context.settings.batch, context.settings.seed)
     ends: list[float] = []
 
-    def note(*_: Any) -> None:
+    def ended(stage: str, done: float, total: float | None = None, note: str = "") -> None:
         if student.device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
@@ -170,7 +170,7 @@ def step_seconds(context: DistillContext, descriptions: Descriptions) -> float:
     recipe = replace(context.settings.recipe, steps=1 + len(batches))
     # The first step, the longest, is not counted: memory is fetched, code compiled.
     drawn = iter([batches[-1], *batches])
-    distil(student, context.teacher, context.examples, recipe, kind=context.kind, progress=note, batches=drawn)
+    distil(student, context.teacher, context.examples, recipe, kind=context.kind, progress=ended, batches=drawn)
     return (ends[-1] - ends[0]) / len(batches)
 
 

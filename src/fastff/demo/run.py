@@ -149,8 +149,8 @@ class Demo:
 
         told: list[str] = []
 
-        def progress(what: str, done: float, total: float) -> None:
-            workload = what.partition(":")[0]
+        def progress(stage: str, done: float, total: float | None = None, note: str = "") -> None:
+            workload = note.partition(":")[0]
             if workload not in told:
                 told.append(workload)
                 self.console.print(f"layer speed: {workload}", style="dim")

@@ -25,6 +25,15 @@ def silent(stage: str, done: float, total: float | None = None, note: str = "") 
     """Nobody is told."""
 
 
+def of_stage(progress: Progress, name: str) -> Progress:
+    """`progress` with a name of its own for the stage that it is told of."""
+
+    def tell(stage: str, done: float, total: float | None = None, note: str = "") -> None:
+        progress(name, done, total, note)
+
+    return tell
+
+
 def is_first_process() -> bool:
     """Whether this is the one of torchrun's processes that speaks for all."""
     return os.environ.get("RANK", "0") == "0"
