@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) cmake)
 
-.PHONY: demo test sanitize sanitize-threads test-c test-arm check format bench docs setup install-c wheel clean
+.PHONY: demo test sanitize build-sanitize sanitize-threads test-c test-arm build-arm check format bench docs setup install-c wheel clean
 
 demo: setup
 	$(BIN)/fastff demo
@@ -17,14 +17,16 @@ test: setup
 
 # The tests of the C++ core against a build of it that stops at the first error of memory or undefined behaviour. Leaks of
 # the interpreter would drown the core's, so they are not looked for here.
-sanitize: setup
-	$(CMAKE) -S . -B build/sanitize -DFASTFF_SANITIZE=address,undefined
-	$(CMAKE) --build build/sanitize --parallel $$(nproc)
+sanitize: setup build-sanitize
 	FASTFF_LIBRARY=$(CURDIR)/build/sanitize/libfastff.so OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -k "not (golden and reference-)" tests/test_native.py tests/test_golden.py tests/test_abi.py tests/test_core.py tests/test_conditional_native.py tests/test_router_native.py \
 	tests/test_native_linear.py tests/test_engine_files.py tests/test_engine.py tests/test_encoder.py
+
+build-sanitize:
+	$(CMAKE) -S . -B build/sanitize -DFASTFF_SANITIZE=address,undefined
+	$(CMAKE) --build build/sanitize --parallel $$(nproc)
 
 # The core under ThreadSanitizer: many callers at once, and sixteen readers of packs that a writer replaces, from C and then
 # from Python.
@@ -70,13 +72,15 @@ test-c: setup
 	FASTFF_C_ROOT=$(CURDIR)/build/c-root CMAKE=$(CMAKE) $(BIN)/python -m pytest tests/test_c_example.py
 
 # The core for AArch64, cross-compiled with g++-aarch64-linux-gnu and run by qemu-user, against plain loops in C.
-test-arm:
-	$(CMAKE) -S . -B build/arm -DFASTFF_C=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
-	$(CMAKE) --build build/arm --parallel $$(nproc)
+test-arm: build-arm
 	aarch64-linux-gnu-gcc -std=c99 -O1 -static -Icsrc tests/c/check_core.c build/arm/libfastff.a \
 	-lstdc++ -lm -lpthread -o build/arm/check_core
 	qemu-aarch64 build/arm/check_core kernels
 	qemu-aarch64 build/arm/check_core threads
+
+build-arm:
+	$(CMAKE) -S . -B build/arm -DFASTFF_C=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	$(CMAKE) --build build/arm --parallel $$(nproc)
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
