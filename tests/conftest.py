@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastff
+import triton_interpreter
 from fastff.ops import native
 from fastff.ops.weights import Weights
 
@@ -23,6 +24,9 @@ SANITIZED = "libasan" in os.environ.get(
     "LD_PRELOAD", ""
 )  # by `make sanitize`, under which the core is ten times slower
 
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    triton_interpreter.quicken()
 
 INTERPRETER_TEST = "test_the_kernels_under_the_interpreter"
 _interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
