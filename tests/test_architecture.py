@@ -172,14 +172,22 @@ def test_public_names():
         assert item.__doc__, f"{name} has no docstring"
 
 
+def newest_source_of(built, folder):
+    """When the last of the files changed that an object was compiled from, as the compiler listed them beside it."""
+    listed = Path(f"{built}.d")
+    if not listed.is_file():
+        return float("inf")
+    sources = [folder / name for name in listed.read_text().replace("\\\n", " ").split()[1:]]
+    return max(path.stat().st_mtime if path.is_file() else float("inf") for path in sources)
+
+
 def kernel_object(isa, folder):
     """The object file of an instruction set: of a build of these sources, else compiled here; None on other CPUs."""
     csrc = SOURCE.parents[1] / "csrc"
-    newest = max(path.stat().st_mtime for path in csrc.rglob("*") if path.is_file())
     for cache in (SOURCE.parents[1] / "build").glob("*/CMakeCache.txt"):
         built = cache.parent / "CMakeFiles" / "fastff_objects.dir" / "csrc" / "isa" / f"{isa}.cpp.o"
         sanitized = re.search(r"FASTFF_SANITIZE:\w+=.", cache.read_text())
-        if built.is_file() and built.stat().st_mtime > newest and not sanitized:
+        if built.is_file() and not sanitized and built.stat().st_mtime > newest_source_of(built, cache.parent):
             return built
     avx512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
     dots = [*avx512, "-mavx512vnni", "-mavx512bf16"]
