@@ -18,10 +18,13 @@ from transformers import (
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.engine import native_export
+from fastff.engine.conditional_layers import takes_4_bits
+from fastff.engine.decoders import BODY, HEAD, Bits
 from fastff.engine.generate import Engine
 from fastff.layers import FFF
 from fastff.models import UltraFastBertConfig, UltraFastBertForCausalLM, make_converted
 from fastff.models.feedforward import complete
+from fastff.ops.native_linear import MatrixForm, PackedMatrix
 from fastff.routers import Router
 
 VOCABULARY = 300
@@ -66,9 +69,14 @@ def random_model(name: str) -> torch.nn.Module:
     return model
 
 
-def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64 with every matrix rounded as the export rounds it: 8 bits, one scale an output row.
-    Conditional layers stay as they are, in float32."""
+def held(weights: torch.Tensor, form: MatrixForm) -> torch.Tensor:
+    """What a packed matrix holds of weights: its products with unit vectors (test_native_linear.py)."""
+    return PackedMatrix(weights, form=form).multiply(torch.eye(weights.shape[1]), bits=16).T.double()
+
+
+def rounded(model: torch.nn.Module, bits: Bits = "int8") -> torch.nn.Module:
+    """The model in float64 with every matrix rounded as the export rounds it. Conditional layers stay as they are, in
+    float32."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FFF | ConditionalFeedforward):
             model.set_submodule(name, _InFloat(module))
@@ -81,24 +89,25 @@ def rounded(model: torch.nn.Module) -> torch.nn.Module:
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "wpe" not in name and id(weight) not in kept:
                 rows = weight.t() if any(part in name for part in ("c_attn", "c_proj", "c_fc")) else weight
-                scale = rows.abs().amax(1, keepdim=True).float().double().clamp_min(1e-30) / 127
-                rows.copy_(torch.round(rows / scale) * scale)
+                words = any(part in name for part in ("embed", "lm_head", "wte", "decoder"))
+                rows.copy_(held(rows.float(), HEAD if words else BODY[bits]))
     return model
 
 
 @functools.cache
-def exported(name: str) -> tuple[Engine, torch.nn.Module, Path]:
+def exported(name: str, bits: Bits = "int8") -> tuple[Engine, torch.nn.Module, Path]:
     """Engine, the model that it should compute, and the directory, which lives as long as the process."""
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
     out = Path(folder.name) / "model"
     model = random_model(name)
-    native_export.export_model(model, None, out)
-    return Engine(out), rounded(model), out
+    native_export.export_model(model, None, out, bits=bits)
+    return Engine(out), rounded(model, bits), out
 
 
 GREEDY = {"depth": 3, "trees": 2, "leaf_width": 6, "node_output": False, "activation": "swiglu", "gate": "boundary"}
 FLAT = {"kind": "flat", "leaves": 12, "k": 3, "leaf_width": 8}
+WIDE = {"kind": "flat", "leaves": 6, "k": 2, "leaf_width": 30, "bias": True}  # enough for 4 bits
 FEEDFORWARDS = {  # of the two blocks, as descriptions; None leaves the dense one
     "flat": [FLAT] * 2,
     "paths": [{"kind": "paths", "depth": 3, "trees": 2, "paths": 2, "leaf_width": 8}] * 2,
@@ -107,6 +116,9 @@ FEEDFORWARDS = {  # of the two blocks, as descriptions; None leaves the dense on
     "published": [{"kind": "fff", "depth": 4}] * 2,
     "mixed": [{"kind": "fff", "shared": 24, **GREEDY}, None],
     "other": [FLAT, {"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 8, "bias": True}],
+    "wide": [WIDE] * 2,
+    "both": [FLAT, WIDE],
+    "wide-gelu": [{"kind": "paths", "depth": 2, "paths": 2, "leaf_width": 64, "activation": "gelu"}, None],
     "narrow": [{"kind": "dense", "intermediate_size": 40, "activation": "swiglu"}, {"kind": "none"}],
 }
 OURS = {  # feedforwards of our own causal family, and changes of its configuration
@@ -130,7 +142,7 @@ def _ours(name: str) -> torch.nn.Module:
 
 
 @functools.cache
-def conditional_model(kind: str, family: str = "llama") -> tuple[torch.nn.Module, Path]:
+def conditional_model(kind: str, family: str = "llama", bits: Bits = "int8") -> tuple[torch.nn.Module, Path]:
     """A model whose feedforwards are fastff's, its matrices rounded as the export rounds them, and its export."""
     torch.manual_seed(1)
     if kind in OURS:
@@ -149,10 +161,19 @@ def conditional_model(kind: str, family: str = "llama") -> tuple[torch.nn.Module
                 module.w_out.normal_(std=0.5)
             if isinstance(module, Router) and module.balance is not None:
                 module.balance.normal_(std=0.1)
+            if bits == "int4" and isinstance(module, ConditionalFeedforward) and takes_4_bits(module):
+                _hold_leaves(module)
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
-    native_export.export_model(model.eval(), None, Path(folder.name) / "model")
-    return rounded(model), Path(folder.name) / "model"
+    native_export.export_model(model.eval(), None, Path(folder.name) / "model", bits=bits)
+    return rounded(model, bits), Path(folder.name) / "model"
+
+
+def _hold_leaves(layer: ConditionalFeedforward) -> None:
+    """Weights of leaves that 4 bits hold: in groups of 32 inputs, of neurons those of one leaf."""
+    layer.w_in.copy_(held(layer.w_in.flatten(0, 1), "int4").view_as(layer.w_in))
+    turned = layer.w_out.transpose(1, 2)
+    layer.w_out.copy_(held(turned.flatten(0, 1), "int4").view(turned.shape).transpose(1, 2))
 
 
 class _InFloat(torch.nn.Module):

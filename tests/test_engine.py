@@ -21,9 +21,9 @@ def tokens(count, seed=0):
     return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_those_of_the_model_with_rounded_weights(name):
-    engine, model, _ = exported(name)
+@pytest.mark.parametrize(("name", "bits"), [*((name, "int8") for name in CONFIGS), ("llama", "int4"), ("gpt2", "int4")])
+def test_logits_are_those_of_the_model_with_rounded_weights(name, bits):
+    engine, model, _ = exported(name, bits)
     ids = tokens(37)
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0]
@@ -156,11 +156,16 @@ def test_generation_ends_where_positions_end():
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [*((kind, "llama") for kind in [*FEEDFORWARDS, *OURS]), ("mixed", "qwen2"), ("mixed", "gpt2")]
+    ("kind", "family", "bits"),
+    [
+        *((kind, "llama", "int8") for kind in [*FEEDFORWARDS, *OURS]),
+        *(("mixed", family, "int8") for family in ("qwen2", "gpt2")),
+        *((kind, "llama", "int4") for kind in ("wide", "wide-gelu", "mixed", "other", "ours-swiglu")),
+    ],
 )
-def test_feedforwards_of_fastff_are_those_of_the_model(kind, family):
+def test_feedforwards_of_fastff_are_those_of_the_model(kind, family, bits):
     """Whatever the converter writes, and our own causal family."""
-    model, folder = conditional_model(kind, family)
+    model, folder = conditional_model(kind, family, bits)
     ids = tokens(30)
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0]

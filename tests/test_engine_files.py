@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from encoder_cases import exported as exported_encoder
-from engine_cases import conditional_model, exported, random_model
+from engine_cases import conditional_model, exported, held, random_model
 from fastff.engine import decoders, native_export
+from fastff.engine.decoders import BODY
 from fastff.engine.encoder_heads import HEAD_FILE, read_head
 from fastff.engine.facts import (
     FACTS_FILE,
@@ -102,6 +103,21 @@ def test_blocks_are_laid_out_as_others_write_them():
     assert TYPES[2].values(q4)[0, [0, 1, 16]].tolist() == [1.0, 0.0, 0.5]
     q41 = np.frombuffer(half + np.float16(-1).tobytes() + bytes([0x21] + [0] * 15), np.uint8)[None]
     assert TYPES[3].values(q41)[0, [0, 1, 16]].tolist() == [-0.5, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q8_0", "int8"), ("Q8_0", "int4")])
+def test_blocks_of_gguf_are_kept(kind, bits, tmp_path):
+    """Against the model with the file's own numbers: nothing is rounded again, the prediction of words included."""
+    model = llama_gguf(tmp_path / "llama.gguf", kind)
+    gguf = Gguf(tmp_path / "llama.gguf")
+    model.load_state_dict(dict(GgufWeights(gguf, configuration(gguf))), strict=False)
+    native_export.export_gguf(tmp_path / "llama.gguf", tmp_path / "out", bits=bits)
+    for block in model.model.layers:  # rows that are not whole blocks, which the file has in fp32
+        block.mlp.down_proj.weight.data = held(block.mlp.down_proj.weight.data, BODY[bits]).float()
+    ids = [5, 200, 31, 7, 99, 12]
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0]
+    assert (Engine(tmp_path / "out").logits(ids) - want).abs().max() < 6e-3 * want.std()
 
 
 def test_a_gguf_model_is_the_model_it_was_made_from(tmp_path):
@@ -311,7 +327,7 @@ class TestModelFile:
             (b'"feedforwards"', b'"feedforward_"', "lacks 'feedforwards'"),
             (b'"layers.1.attention_norm.weight"', b'"layers.9.attention_norm.weight"', "layers.1.att.* is missing"),
             (b'"gated":true', b'"gated":null', "not true or false"),
-            (b'"type":"int8"', b'"type":"int2"', "int2, expected int8"),
+            (b'"type":"int8"', b'"type":"int2"', "int2, expected int8, int8-groups, int4"),
             (b'{"model"', b'{{"model', "not JSON"),
             (b'"tensors"', b'"tensor_"', "lacks 'tensors'"),
         ],
@@ -352,8 +368,7 @@ def run_encoder(path):
 
 NATIVE = {
     "llama": (lambda: exported("llama")[2], run_decoder),
-    "conditional": (lambda: conditional_model("other")[1], run_decoder),
-    "forest": (lambda: conditional_model("mixed")[1], run_decoder),
+    "conditional": (lambda: conditional_model("both", bits="int4")[1], run_decoder),
     "bert": (lambda: exported_encoder("bert")[1]._folder, run_encoder),
     "trees": (lambda: exported_encoder("ours-trees")[1]._folder, run_encoder),
 }

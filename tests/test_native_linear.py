@@ -1,4 +1,4 @@
-"""Dense products in 8 bits: exact against whole numbers, close to float64, the same bits alone and in a batch."""
+"""Dense products in 8 and 4 bits: exact against whole numbers, close to float64, the same bits alone and in a batch."""
 
 from __future__ import annotations
 
@@ -115,6 +115,68 @@ def test_a_full_row_of_largest_numbers_does_not_overflow(tile_isa):
     weights, x = torch.full((64, 12288), -1.0), torch.full((9, 12288), 1.0)
     for bits in (8, 16):
         assert (PackedMatrix(weights).multiply(x, bits=bits) + 12288).abs().max() <= 0.01
+
+
+def grouped_weights(matrix, rows):
+    """The weights that a matrix in groups holds: its products with unit vectors, exact but for a last bit."""
+    return matrix.multiply(torch.eye(matrix.in_features), bits=16).T.double()[:rows]
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8-groups", 0.006), ("int4", 0.09), ("int4-least", 0.09)])
+def test_weights_in_groups_are_near_those_given(form, most):
+    weights = make_rows(130, 300, seed=3, dtype=torch.float32)
+    weights[:, 32:64] *= 100  # a group of its own has a scale of its own
+    weights[:, 64:96] = 0
+    kept = grouped_weights(PackedMatrix(weights, form=form), 130)
+    assert not kept[:, 64:96].any()
+    for part in (slice(0, 32), slice(32, 64), slice(96, 300)):
+        assert (kept[:, part] - weights[:, part]).norm() / weights[:, part].norm() < most
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", ["int8-groups", "int4", "int4-least"])
+def test_products_with_groups(form, gated, tile_isa, threads):
+    """Those of the weights that are held, alone and in a batch to the bit, whichever kernel takes the rows."""
+    for out_features, in_features in ((1, 1), (66, 96), (130, 300)):
+        weights = make_rows(out_features * (1 + gated), in_features, seed=3, dtype=torch.float32)
+        matrix, bias = PackedMatrix(weights, gated=gated, form=form), make_rows(len(weights), seed=4)
+        kept = grouped_weights(PackedMatrix(weights, form=form), len(weights))
+        for bits, rows in ((8, 5), (16, 1), (16, 33)):
+            x = make_rows(rows, in_features, seed=rows, dtype=torch.float32)
+            numbers, scale = rounded(x, bits, in_features)
+            want = numbers * scale @ kept.T + bias
+            if gated:
+                gate, value = want.chunk(2, 1)
+                want = F.silu(gate) * value
+            got = matrix.multiply(x, bias.float(), bits=bits)
+            tolerance = 3e-5 * (1 + want.abs().max()) + 3e-3 * (bits == 8)
+            assert (got - want).abs().max() <= tolerance, (out_features, bits, rows)
+            alone = torch.cat([matrix.multiply(row[None], bias.float(), bits=bits) for row in x])
+            assert torch.equal(got, alone)
+
+
+def test_blocks_of_gguf_are_kept(tile_isa):
+    """By hand, from the format's description: a scale, with Q4_1 a minimum, and 32 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for form, size, head in (("int8-groups", 34, 2), ("int4", 18, 2), ("int4-least", 20, 4)):
+        blocks = torch.randint(256, (40, 3, size), dtype=torch.uint8, generator=generator)
+        halves = torch.rand(40, 3, head // 2, generator=generator).half()
+        blocks[..., :head] = halves.view(torch.uint8)
+        numbers = blocks[..., head:].long()
+        if form == "int8-groups":
+            numbers = numbers.to(torch.int8).long()
+        else:
+            numbers = torch.cat([numbers & 15, numbers >> 4], -1) - 8 * (form == "int4")
+        want = numbers * halves[..., :1].double() + (halves[..., 1:].double() if form == "int4-least" else 0)
+        got = grouped_weights(PackedMatrix.of_blocks(blocks, form=form), 40)
+        assert (got - want.flatten(1)).abs().max() <= 2e-6 * want.abs().max(), form
+        blocks[7, 1, 1] = 0x7C  # a scale of infinity
+        with pytest.raises(FastffError, match="scale of a group"):
+            PackedMatrix.of_blocks(blocks, form=form)
+    with pytest.raises(ShapeError, match=r"\(40, 3, 20\)"):
+        PackedMatrix.of_blocks(blocks, form="int4")
+    with pytest.raises(FastffError, match="too large for half precision"):
+        PackedMatrix(torch.full((1, 32), 1e9), form="int8-groups")
 
 
 def test_what_cannot_be_is_refused():

@@ -113,7 +113,8 @@ void Session::norm_rows(const Norm& norm, const float* x, int64_t rows, float* y
 }
 
 void Session::product(const Dense& dense, const float* x, int64_t rows, const Epilogue& epilogue, float* y, int threads) {
-  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, nullptr, 16, threads, quantised_);
+  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, dense.factors, 16, threads, quantised_,
+                dense.matrix.grouped());
   multiply(dense.matrix, quantised_, epilogue, {y, nullptr, dense.matrix.out_features}, threads);
 }
 

@@ -49,7 +49,8 @@ constexpr int kAttendedBits = 8;  // of attention's output, means of values, whi
 void product(const Dense& dense, const float* x, int64_t rows, int bits, const Epilogue& epilogue, const ProductRows& y,
              int threads) {
   QuantisedRows& numbers = Workspace::local().numbers;
-  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, dense.factors, bits, threads, numbers);
+  quantise_rows(x, dense.matrix.in_features, rows, dense.matrix.in_features, dense.factors, bits, threads, numbers,
+                dense.matrix.grouped());
   multiply(dense.matrix, numbers, epilogue, y, threads);
 }
 

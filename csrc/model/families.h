@@ -1,4 +1,5 @@
-// Every family of kernels of whole models, for the instruction set whose Vec<T> and Words<W> the including file has defined.
+// Every family of kernels of whole models, for the instruction set whose Vec<T>, Words<W> and
+// Groups the including file has defined.
 #include "model/attention_impl.h"
 #include "model/bidirectional_impl.h"
 #include "model/linear_impl.h"

@@ -14,14 +14,22 @@
 extern "C" {
 #endif
 
-/* ---- Dense products in 8 bits ----
+/* ---- Dense products in 8 and 4 bits ----
  *
- * A matrix is a caller's memory of fastff_matrix_bytes(), aligned to 64 bytes, that fastff_matrix_pack_f32 fills:
- * unsigned bytes with one fp32 scale to an output row, in panels of 64 output rows. */
+ * A matrix is a caller's memory of fastff_matrix_bytes(), aligned to 64 bytes, that fastff_matrix_pack_f32 or
+ * fastff_matrix_pack_blocks fills, in panels of 64 output rows. */
+enum fastff_matrix_form {
+  FASTFF_ROWS_8 = 0,        /* 8 bits, one fp32 scale to an output row */
+  FASTFF_GROUPS_8 = 1,      /* 8 bits, a scale in half precision to every 32 inputs of an output row: GGUF's Q8_0 */
+  FASTFF_GROUPS_4 = 2,      /* 4 bits likewise: Q4_0 */
+  FASTFF_GROUPS_4_LEAST = 3 /* 4 bits with a minimum beside the scale: Q4_1 */
+};
+
 typedef struct fastff_matrix {
   int64_t out_features; /* of y: 1 to 2^31 - 1 */
   int64_t in_features;  /* 1 to 131072 */
   int32_t gated;        /* not 0: every output is silu(gate) * value of two rows */
+  int32_t form;         /* enum fastff_matrix_form */
 } fastff_matrix;
 
 /* Memory of a matrix in bytes; 0 for a shape that cannot be. */
@@ -30,6 +38,10 @@ FASTFF_API int64_t fastff_matrix_bytes(const fastff_matrix* matrix);
 /* weights: [out_features][in_features]; of a gated matrix all gates, then all values. */
 FASTFF_API int32_t fastff_matrix_pack_f32(const fastff_matrix* matrix, const float* weights, void* packed);
 
+/* The same from GGUF's blocks of the matrix's form, [rows of weights][in_features / 32], whose numbers and scales are kept.
+ * in_features is a multiple of 32. */
+FASTFF_API int32_t fastff_matrix_pack_blocks(const fastff_matrix* matrix, const void* blocks, void* packed);
+
 /* y [rows][out_features] = act(x [rows][in_features] weights^T + bias).
  * bias: [out_features], twice as many for a gated matrix, or NULL. activation: enum fastff_activation, of a gated matrix
  * FASTFF_SWIGLU. bits: 8 or 16, to which a row of x is rounded with one scale. add: not 0 adds to what y holds. A row's
@@ -37,6 +49,12 @@ FASTFF_API int32_t fastff_matrix_pack_f32(const fastff_matrix* matrix, const flo
 FASTFF_API int32_t fastff_matrix_multiply_f32(const fastff_matrix* matrix, const void* packed, const float* x,
                                               int64_t rows, const float* bias, int32_t activation, int32_t bits,
                                               int32_t add, float* y, int32_t threads);
+
+/* ---- A bound of engines that read their weights once ----
+ *
+ * Reads memory with one core as fast as it can, in `streams` parts (1 to 16) side by side: the time of the call is the
+ * measure. bytes: a multiple of 256 * streams. sum: of its words. */
+FASTFF_API int32_t fastff_read_memory(const void* data, int64_t bytes, int64_t streams, uint64_t* sum);
 
 /* ---- Decoders ----
  *

@@ -34,28 +34,64 @@ void check_packed(int32_t status, const std::string& name) {
 }
 
 
-fastff_layer* load_routed(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
-  const fastff_router router = read_router(settings, hidden);
+fastff_leaves read_leaves(const Json& settings, int64_t hidden) {
   fastff_leaves leaves{};
   leaves.in_features = leaves.out_features = hidden;
   leaves.leaves = settings.integer("leaves", 1, kMostLeaves);
   leaves.leaf_width = settings.integer("leaf_width", 1, kMostWidth);
   leaves.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
+  return leaves;
+}
+
+bool is_tree(const fastff_router& router) { return router.kind == FASTFF_TREES || router.kind == FASTFF_PATHS; }
+
+// How many leaves a router knows.
+int64_t leaves_known(const fastff_router& router) {
+  if (is_tree(router)) return router.trees << router.depth;
+  return router.kind == FASTFF_FLAT ? router.candidates : router.candidates * router.candidates;
+}
+
+// A router's weights, from the file.
+struct RouterWeights {
+  Floats w, b, balance;
+
+  RouterWeights(const WeightsFile& file, const std::string& name, const fastff_router& router) {
+    const bool halves = router.kind == FASTFF_PRODUCT_KEYS;
+    const int64_t leaves = leaves_known(router), nodes = leaves - router.trees, balanced = nodes + leaves;
+    const int64_t rows = is_tree(router) ? nodes : router.candidates * (halves ? 2 : 1);
+    w = file.widened(name + "router", {rows, halves ? router.in_features / 2 : router.in_features});
+    b = optional(file, name + "router.bias", {rows});
+    balance = optional(file, name + "balance", {is_tree(router) ? balanced : leaves});
+  }
+};
+
+fastff_layer* load_routed(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
+  const fastff_router router = read_router(settings, hidden);
+  const fastff_leaves leaves = read_leaves(settings, hidden);
+  const RouterWeights of(file, name, router);
   const int64_t width = leaves.leaf_width, in_rows = width * (leaves.activation == FASTFF_SWIGLU ? 2 : 1);
-  const bool halves = router.kind == FASTFF_PRODUCT_KEYS;
-  const int64_t rows = settings.integer("router_rows", 0, kMostLeaves);
-  const int64_t balanced = settings.integer("balanced", 0, kMostLeaves);
-  const auto w = file.widened(name + "router", {rows, halves ? hidden / 2 : hidden});
-  const auto b = optional(file, name + "router.bias", {rows});
-  const auto balance = optional(file, name + "balance", {balanced});
   const auto w_in = file.widened(name + "w_in", {leaves.leaves, in_rows, hidden});
   const auto b_in = optional(file, name + "b_in", {leaves.leaves, in_rows});
   const auto w_out = file.widened(name + "w_out", {leaves.leaves, width, hidden});
   const auto b_out = optional(file, name + "b_out", {leaves.leaves, hidden});
   fastff_layer* layer = nullptr;
-  check_packed(fastff_layer_pack_f32(&router, w.data(), b.data(), balance.data(), &leaves, w_in.data(), b_in.data(),
-                                     w_out.data(), b_out.data(), FASTFF_INT8, &layer), name);
+  check_packed(fastff_layer_pack_f32(&router, of.w.data(), of.b.data(), of.balance.data(), &leaves, w_in.data(),
+                                     b_in.data(), w_out.data(), b_out.data(), FASTFF_INT8, &layer), name);
   return layer;
+}
+
+std::unique_ptr<GroupedLeaves> load_grouped(const WeightsFile& file, const Json& settings, const std::string& name,
+                                            int64_t hidden) {
+  const fastff_router router = read_router(settings, hidden);
+  const fastff_leaves leaves = read_leaves(settings, hidden);
+  const RouterWeights of(file, name, router);
+  fastff_packed_router* packed = nullptr;
+  check_packed(fastff_router_pack_f32(&router, of.w.data(), of.b.data(), of.balance.data(), FASTFF_INT8, &packed), name);
+  std::unique_ptr<fastff_packed_router, FreeRouter> kept(packed);
+  if (leaves_known(router) != leaves.leaves)
+    refuse(name + " chooses among " + std::to_string(leaves_known(router)) + " leaves and has " +
+           std::to_string(leaves.leaves));
+  return std::make_unique<GroupedLeaves>(file, name, leaves, kept.release(), router.trees * router.chosen);
 }
 
 fastff_packed* load_trees(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
@@ -82,6 +118,7 @@ fastff_packed* load_trees(const WeightsFile& file, const Json& settings, const s
 }  // namespace
 
 void Feedforward::run_conditional(const float* x, int64_t rows, float* y, int threads) const {
+  if (grouped) return grouped->run(x, rows, y, threads);
   const int32_t status = routed ? fastff_layer_infer_f32(routed.get(), x, y, rows, threads)
                                 : fastff_infer_f32(trees.get(), x, y, rows, threads);
   if (status != FASTFF_OK) throw std::runtime_error(last_error());
@@ -96,6 +133,7 @@ Feedforward load_feedforward(const WeightsFile& file, const Json& settings, cons
     made.down = load_dense(file, prefix + "down", hidden, neurons);
   }
   if (const Json* trees = settings.find("trees")) made.trees.reset(load_trees(file, *trees, conditional, hidden));
+  if (const Json* grouped = settings.find("grouped")) made.grouped = load_grouped(file, *grouped, conditional, hidden);
   if (const Json* routed = settings.find("routed")) made.routed.reset(load_routed(file, *routed, conditional, hidden));
   if (file.has(conditional + "bias")) made.bias = file.numbers(conditional + "bias", {hidden});
   return made;

@@ -7,6 +7,7 @@
 
 #include "fastff.h"
 #include "model/dense.h"
+#include "model/grouped_leaves.h"
 #include "model/weights_file.h"
 
 namespace fastff {
@@ -21,9 +22,10 @@ struct Feedforward {
   int32_t activation = FASTFF_GELU;
   std::unique_ptr<fastff_layer, FreeConditional> routed;
   std::unique_ptr<fastff_packed, FreeConditional> trees;
+  std::unique_ptr<GroupedLeaves> grouped;  // routed, with weights in groups
   const float* bias = nullptr;  // [hidden], of a conditional one, or null
 
-  bool conditional() const { return routed || trees; }
+  bool conditional() const { return routed || trees || grouped; }
   explicit operator bool() const { return up || conditional() || bias; }
   int64_t neurons() const { return up ? up.matrix.out_features : 0; }
 
@@ -31,7 +33,7 @@ struct Feedforward {
   void run_conditional(const float* x, int64_t rows, float* y, int threads) const;
 };
 
-// settings: {"neurons", "activation", and of a conditional one "trees" or "routed"}. prefix: of the tensors' names. Throws
+// settings: {"neurons", "activation", and of a conditional one "trees", "routed" or "grouped"}. prefix: of the tensors' names. Throws
 // std::invalid_argument for tensors that are missing or do not fit.
 Feedforward load_feedforward(const WeightsFile& file, const Json& settings, const std::string& prefix, int64_t hidden);
 

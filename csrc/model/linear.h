@@ -1,9 +1,15 @@
-// Dense products in 8 bits: a packed weight matrix and its products with few rows and with many.
+// Dense products in 8 and 4 bits: a packed weight matrix and its products with few rows and with many.
 //
-// A matrix is cut into panels of 64 output rows, [panel][in_features / 4][64][4] unsigned bytes (the 8-bit weight + 128),
+// With one scale an output row (MatrixForm::kRows8) a matrix is cut into panels of 64 output rows, [panel][in_features / 4][64][4] unsigned bytes (the 8-bit weight + 128),
 // each panel followed by its 64 fp32 scales. in_features is filled up to a multiple of 64 and out_features to whole panels
 // with weights of zero. One layout serves all kernels: four lines of a step feed dot products of four bytes, and 16 steps at
 // a stride of 256 bytes are a tile of AMX.
+//
+// The other forms have a scale to every group of 32 inputs of an output row, in half precision, as GGUF's Q8_0, Q4_0 and Q4_1
+// have it, and so hold such weights as they are. A panel is then its groups one after another: the numbers, [8][64][4]
+// unsigned bytes (the weight + 128), or of 4 bits [4][64][4] bytes whose lower halves are the numbers (the weight + 8) of one
+// step, the upper halves those of the next; then 64 scales, and of kGroups4Least 64 minima: a weight is number * scale +
+// minimum. in_features is filled up to whole groups.
 //
 // Rows of x are rounded to 8 or 16 bits with one scale a row, 16 bits as two planes of signed bytes. Sums are whole
 // numbers, so a row's result is the same bits alone and in any batch, at any number of threads.
@@ -13,13 +19,18 @@
 #include <vector>
 
 #include "base/dispatch.h"
+#include "base/half.h"
 #include "fastff.h"
 
 namespace fastff {
 
 constexpr int64_t kPanel = 64;         // output rows of a panel
 constexpr int64_t kInputs = 64;        // in_features are filled up to a multiple of this
+constexpr int64_t kGroup = 32;         // inputs that share a scale
 constexpr int64_t kMostInputs = 131072;  // sums of 8-bit products fit 32 bits
+
+// The order is that of enum fastff_matrix_form.
+enum class MatrixForm : int { kRows8, kGroups8, kGroups4, kGroups4Least };
 
 // A packed matrix in memory of another owner. A gated one holds pairs of output rows: a panel 32 gates, then their values.
 struct PackedMatrix {
@@ -27,11 +38,22 @@ struct PackedMatrix {
   int64_t out_features = 0;  // of y: of a gated matrix the pairs
   int64_t in_features = 0;
   bool gated = false;
+  MatrixForm form = MatrixForm::kRows8;
 
+  bool grouped() const { return form != MatrixForm::kRows8; }
+  int64_t rows() const { return out_features * (gated ? 2 : 1); }  // of the weights
+  int64_t groups() const { return (in_features + kGroup - 1) / kGroup; }
+  int64_t group_bytes() const {
+    const int64_t numbers = kGroup * kPanel / (form == MatrixForm::kGroups8 ? 1 : 2);
+    return numbers + kPanel * static_cast<int64_t>(sizeof(Half)) * (form == MatrixForm::kGroups4Least ? 2 : 1);
+  }
   int64_t panel_outputs() const { return gated ? kPanel / 2 : kPanel; }
   int64_t panels() const { return (out_features + panel_outputs() - 1) / panel_outputs(); }
   int64_t steps() const { return (in_features + kInputs - 1) / kInputs * (kInputs / 4); }
-  int64_t panel_bytes() const { return steps() * kPanel * 4 + kPanel * static_cast<int64_t>(sizeof(float)); }
+  int64_t panel_bytes() const {
+    if (grouped()) return groups() * group_bytes();
+    return steps() * kPanel * 4 + kPanel * static_cast<int64_t>(sizeof(float));
+  }
   int64_t bytes() const { return panels() * panel_bytes(); }
 };
 
@@ -40,6 +62,11 @@ void check_matrix(const PackedMatrix& shape);
 
 // Rounds and arranges weights [out_features (twice for gated: gates, then values)][in_features] into shape.bytes() at `to`.
 void pack_matrix(const PackedMatrix& shape, const float* weights, uint8_t* to);
+
+// The same of a grouped matrix from blocks of GGUF, [rows][in_features / 32]: Q8_0, Q4_0 or Q4_1 by shape.form, whose numbers
+// and scales are kept. in_features is a multiple of 32. Throws std::invalid_argument for scales that are not finite.
+void pack_blocks(const PackedMatrix& shape, const uint8_t* blocks, uint8_t* to);
+int64_t block_bytes(MatrixForm form);  // of such a block
 
 // The same arrangement for one number an output row, in the order of the panels: [panels * 64].
 void pack_bias(const PackedMatrix& shape, const float* bias, float* to);
@@ -56,12 +83,17 @@ struct QuantisedRows {
   std::vector<float> scale;       // [rows], NaN for a row that is not finite
   std::vector<int32_t> offset;    // [rows], 128 times the sum of its numbers: what the bytes' offset adds to every sum
 
-  void resize(int64_t new_rows, int64_t new_features, int bits);
+  bool grouped = false;               // whether these are there:
+  std::vector<int32_t> group_sums;    // [rows][groups], of a group's numbers
+  int64_t groups() const { return (features + kGroup - 1) / kGroup; }
+
+  void resize(int64_t new_rows, int64_t new_features, int bits, bool with_groups);
 };
 
 // Rounds rows of x to `bits` (8 or 16), each channel times its factor before, unless factors is null.
+// grouped: for a grouped matrix.
 void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, const float* factors, int bits,
-                   int threads, QuantisedRows& to);
+                   int threads, QuantisedRows& to, bool grouped = false);
 
 // What becomes of a product before it is stored.
 struct Epilogue {

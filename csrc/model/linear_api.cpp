@@ -13,8 +13,9 @@ namespace {
 
 PackedMatrix checked(const fastff_matrix* matrix, const void* packed) {
   need(matrix != nullptr, "matrix is NULL");
+  need_in("form", matrix->form, FASTFF_ROWS_8, FASTFF_GROUPS_4_LEAST);
   const PackedMatrix shape{static_cast<const uint8_t*>(packed), matrix->out_features, matrix->in_features,
-                           matrix->gated != 0};
+                           matrix->gated != 0, static_cast<MatrixForm>(matrix->form)};
   check_matrix(shape);
   return shape;
 }
@@ -35,7 +36,7 @@ void check_call(const PackedMatrix& shape, const void* packed, const float* x, i
   need((activation == FASTFF_SWIGLU) == shape.gated, "activation FASTFF_SWIGLU goes with a gated matrix, others do not");
   need(bits == 8 || bits == 16, "bits is neither 8 nor 16");
   const Array y_array = array("y", y, rows * shape.out_features), x_array = array("x", x, rows * shape.in_features);
-  const Array bias_array = array("bias", bias, bias ? shape.out_features * (shape.gated ? 2 : 1) : 0);
+  const Array bias_array = array("bias", bias, bias ? shape.rows() : 0);
   need_aligned({x_array, y_array, bias_array});
   need_disjoint({y_array}, {x_array, bias_array, array("packed", shape.data, shape.bytes())});
 }
@@ -56,9 +57,19 @@ int32_t fastff_matrix_pack_f32(const fastff_matrix* matrix, const float* weights
     const PackedMatrix shape = checked(matrix, packed);
     need(weights != nullptr, "weights is NULL");
     need_packed(packed);
-    const int64_t numbers = shape.out_features * shape.in_features * (shape.gated ? 2 : 1);
+    const int64_t numbers = shape.rows() * shape.in_features;
     for (int64_t i = 0; i < numbers; ++i) need(weights[i] - weights[i] == 0, "weights hold NaN or infinity");
     pack_matrix(shape, weights, static_cast<uint8_t*>(packed));
+  });
+}
+
+int32_t fastff_matrix_pack_blocks(const fastff_matrix* matrix, const void* blocks, void* packed) {
+  return guarded([&] {
+    const PackedMatrix shape = checked(matrix, packed);
+    need(blocks != nullptr, "blocks is NULL");
+    need_packed(packed);
+    need(shape.grouped(), "form FASTFF_ROWS_8 has no blocks");
+    pack_blocks(shape, static_cast<const uint8_t*>(blocks), static_cast<uint8_t*>(packed));
   });
 }
 
@@ -71,7 +82,7 @@ int32_t fastff_matrix_multiply_f32(const fastff_matrix* matrix, const void* pack
     std::vector<float> arranged;
     if (bias) pack_bias(shape, bias, (arranged.resize(shape.panels() * kPanel), arranged.data()));
     QuantisedRows numbers;
-    quantise_rows(x, shape.in_features, rows, shape.in_features, nullptr, bits, threads, numbers);
+    quantise_rows(x, shape.in_features, rows, shape.in_features, nullptr, bits, threads, numbers, shape.grouped());
     multiply(shape, numbers, {bias ? arranged.data() : nullptr, activation, add != 0}, {y, nullptr, shape.out_features},
              threads);
   });

@@ -10,8 +10,12 @@
 #include "model/bf16_lanes.h"
 #include "model/fast_gelu.h"
 #include "model/linear.h"
+#include "model/linear_groups_impl.h"
 #include "model/linear_rows_impl.h"
 #include "model/linear_sums_impl.h"
+#ifdef __AMX_INT8__
+#include "model/linear_group_tiles_impl.h"
+#endif
 
 namespace fastff {
 namespace {
@@ -91,12 +95,10 @@ inline void store_lanes(const Epilogue& epilogue, const ProductRows& y, int64_t 
   }
 }
 
-// Rows [begin, end) of the sums, at most kFinishedRows.
-inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64_t end) {
-  alignas(64) float v[kFinishedRows * kBlockLanes], changed[kFinishedRows * kBlockLanes];
-  const int64_t numbers = (end - begin) * kBlockLanes;
-  if (o.x.planes == 1) scaled_sums<1>(o, sums, begin, end, v);
-  else scaled_sums<2>(o, sums, begin, end, v);
+// Of `rows` rows from first_row on half a panel's values v[rows][2][16], scaled and with bias: their activation, stored.
+inline void finish_values(const Product& o, const PanelHalf& half, int64_t first_row, int64_t rows, const float* v) {
+  alignas(64) float changed[kFinishedRows * kBlockLanes];
+  const int64_t numbers = rows * kBlockLanes;
   const float* out = changed;
   if (o.matrix.gated) {
     map_value<Silu>(v, changed, numbers);
@@ -110,11 +112,19 @@ inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64
     out = v;
   }
   const int64_t lanes = o.matrix.panel_outputs() / (kPanel / kBlockLanes);
-  const int64_t first = sums.half.panel * o.matrix.panel_outputs() + sums.half.number * lanes;
+  const int64_t first = half.panel * o.matrix.panel_outputs() + half.number * lanes;
   const int64_t left = std::min(lanes, o.matrix.out_features - first);
-  for (int64_t r = begin; r < end; ++r, out += kBlockLanes)
+  for (int64_t r = 0; r < rows; ++r, out += kBlockLanes)
     for (int64_t c = 0; c < left; c += kLineLanes)
-      store_lanes(o.epilogue, o.y, (sums.first_row + r) * o.y.stride + first + c, out + c, std::min(kLineLanes, left - c));
+      store_lanes(o.epilogue, o.y, (first_row + r) * o.y.stride + first + c, out + c, std::min(kLineLanes, left - c));
+}
+
+// Rows [begin, end) of the sums, at most kFinishedRows.
+inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64_t end) {
+  alignas(64) float v[kFinishedRows * kBlockLanes];
+  if (o.x.planes == 1) scaled_sums<1>(o, sums, begin, end, v);
+  else scaled_sums<2>(o, sums, begin, end, v);
+  finish_values(o, sums.half, sums.first_row + begin, end - begin, v);
 }
 
 // ---- panels with all rows ----
@@ -141,6 +151,73 @@ void panel_by_dots(const Product& o, int64_t number) {
                   n / x.planes);
     }
   }
+}
+
+// Sums v[rows][2][16] of rows from first_row on with half a panel in groups: times the rows' scales, plus bias, finished.
+inline void finish_groups(const Product& o, const PanelHalf& half, int64_t first_row, int64_t rows, float* v) {
+  float* to = v;
+  for (int64_t r = 0; r < rows; ++r)
+    for (const int64_t lane : half.lanes)
+      for (int64_t i = 0; i < kLineLanes; ++i, ++to)
+        *to = *to * o.x.scale[first_row + r] + (o.epilogue.bias ? o.epilogue.bias[half.panel * kPanel + lane + i] : 0.0f);
+  finish_values(o, half, first_row, rows, v);
+}
+
+inline GroupRows group_rows(const QuantisedRows& x, int64_t first) {
+  return {x.bytes + first * x.planes * x.stride, x.stride, x.group_sums.data() + first * x.groups(), x.groups()};
+}
+
+template <MatrixForm form, int planes>
+void panel_by_groups(const Product& o, int64_t number) {
+  alignas(64) float sums[kMostGroupRows * kPanel], v[kMostGroupRows * kBlockLanes];
+  for (int64_t r = 0; r < o.x.rows; r += kMostGroupRows) {
+    const auto n = static_cast<int>(std::min<int64_t>(kMostGroupRows, o.x.rows - r));
+    group_panel_of<form, planes>(n, o.panel(number), group_rows(o.x, r), o.matrix.groups(), r == 0 ? kAhead : 0, sums);
+    for (int64_t h = 0; h < kPanel / kBlockLanes; ++h) {
+      const PanelHalf half = half_of(o.matrix, number, h);
+      for (int64_t at = 0; at < 2 * n; ++at)
+        std::copy_n(sums + at / 2 * kPanel + half.lanes[at % 2], kLineLanes, v + at * kLineLanes);
+      finish_groups(o, half, r, n, v);
+    }
+  }
+}
+
+#ifdef __AMX_INT8__
+template <MatrixForm form, int planes>
+void panel_by_group_tiles(const Product& o, int64_t number) {
+  static thread_local Buffer<uint8_t> room;
+  constexpr int64_t kRows = kGroupTileByteRows / planes;
+  alignas(64) float v[kRows * kBlockLanes];
+  const uint8_t* bytes = panel_bytes_of<form>(o.panel(number), o.matrix.groups(), room);
+  for (int64_t h = 0; h < kPanel / kBlockLanes; ++h) {
+    const PanelHalf half = half_of(o.matrix, number, h);
+    for (int64_t r = 0; r < o.x.rows; r += kRows) {
+      const int64_t rows = std::min(kRows, o.x.rows - r);
+      group_tile_block<form, planes>(o.panel(number), bytes, half.lanes, group_rows(o.x, r), rows, o.matrix.groups(), v);
+      finish_groups(o, half, r, rows, v);
+    }
+  }
+}
+#endif
+
+template <MatrixForm form, int planes>
+void panels_by_groups(const Product& o, int64_t begin, int64_t end) {
+#ifdef __AMX_INT8__
+  if (o.x.rows * planes >= kGroupTilesFromByteRows) {
+    const GroupTileShapes shapes;
+    _tile_loadconfig(&shapes);
+    for (int64_t p = begin; p < end; ++p) panel_by_group_tiles<form, planes>(o, p);
+    _tile_release();
+    return;
+  }
+#endif
+  for (int64_t p = begin; p < end; ++p) panel_by_groups<form, planes>(o, p);
+}
+
+template <MatrixForm form>
+void panels_in_form(const Product& o, int64_t begin, int64_t end) {
+  if (o.x.planes == 1) panels_by_groups<form, 1>(o, begin, end);
+  else panels_by_groups<form, 2>(o, begin, end);
 }
 
 #ifdef __AMX_INT8__
@@ -198,6 +275,12 @@ class ByTiles {
 void multiply_linear(const PackedMatrix& matrix, const QuantisedRows& x, const Epilogue& epilogue, const ProductRows& y,
                      int64_t begin, int64_t end) {
   const Product product{matrix, x, epilogue, y};
+  switch (matrix.form) {
+    case MatrixForm::kGroups8: return panels_in_form<MatrixForm::kGroups8>(product, begin, end);
+    case MatrixForm::kGroups4: return panels_in_form<MatrixForm::kGroups4>(product, begin, end);
+    case MatrixForm::kGroups4Least: return panels_in_form<MatrixForm::kGroups4Least>(product, begin, end);
+    case MatrixForm::kRows8: break;
+  }
 #ifdef __AMX_INT8__
   if (x.rows * x.planes >= kTilesFromByteRows) {
     const TileShapes shapes;

@@ -47,6 +47,19 @@ inline float number_range(int64_t features, int planes) {
   return planes == 1 ? 127.0f : static_cast<float>(std::min<int64_t>(32000, 2147483647 / (127 * features) - 1));
 }
 
+// Of every group of a row's numbers the sum.
+inline void sum_groups(int64_t row, QuantisedRows& to) {
+  const int8_t* upper = to.bytes + row * to.planes * to.stride;
+  int32_t* sums = to.group_sums.data() + row * to.groups();
+  for (int64_t g = 0; g < to.groups(); ++g, upper += kGroup) {
+    int32_t high = 0, low = 0;
+    for (int64_t i = 0; i < kGroup; ++i) high += upper[i];
+    if (to.planes == 2)
+      for (int64_t i = 0; i < kGroup; ++i) low += upper[to.stride + i];
+    sums[g] = to.planes == 2 ? high * 256 + low : high;
+  }
+}
+
 template <class Smooth>
 inline void quantise_row(const float* x, int64_t row, Smooth smooth, QuantisedRows& to) {
   const int64_t n = to.features;
@@ -86,9 +99,11 @@ inline void quantise_row(const float* x, int64_t row, Smooth smooth, QuantisedRo
 
 void quantise_linear(const float* x, int64_t x_stride, const float* factors, int64_t begin, int64_t end,
                      QuantisedRows& to) {
-  for (int64_t r = begin; r < end; ++r)
+  for (int64_t r = begin; r < end; ++r) {
     if (factors) quantise_row(x + r * x_stride, r, Smoothed{factors}, to);
     else quantise_row(x + r * x_stride, r, Unsmoothed{}, to);
+    if (to.grouped) sum_groups(r, to);
+  }
 }
 
 }  // namespace

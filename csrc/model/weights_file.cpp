@@ -57,6 +57,13 @@ int64_t product(const std::vector<int64_t>& shape) {
   return all;
 }
 
+MatrixForm form_of(const std::string& name, const std::string& type) {
+  static const char* const kTypes[] = {"int8", "int8-groups", "int4", "int4-least"};  // in the order of MatrixForm
+  for (int i = 0; i < 4; ++i)
+    if (type == kTypes[i]) return static_cast<MatrixForm>(i);
+  refuse("tensor " + name + " is " + type + ", expected int8, int8-groups, int4 or int4-least");
+}
+
 }  // namespace
 
 WeightsFile::WeightsFile(const std::string& path, bool map) {
@@ -127,9 +134,8 @@ const char* WeightsFile::place(const std::string& name, const Json& tensor, int6
 
 PackedMatrix WeightsFile::matrix(const std::string& name, int64_t out_features, int64_t in_features, bool gated) const {
   const Json& found = tensor(name, {out_features, in_features});
-  if (found.text("type") != "int8") refuse("tensor " + name + " is " + found.text("type") + ", expected int8");
   if (found.flag("gated") != gated) refuse("tensor " + name + (gated ? " is not gated" : " is gated"));
-  PackedMatrix shape{nullptr, out_features, in_features, gated};
+  PackedMatrix shape{nullptr, out_features, in_features, gated, form_of(name, found.text("type"))};
   check_matrix(shape);
   shape.data = reinterpret_cast<const uint8_t*>(place(name, found, shape.bytes()));
   return shape;

@@ -1,4 +1,4 @@
-"""Table of decoding: tokens a second of every engine, beside llama.cpp and OpenVINO."""
+"""Tables of decoding: every engine beside llama.cpp and OpenVINO, what opening takes, what rounding costs."""
 
 from __future__ import annotations
 
@@ -24,3 +24,42 @@ def engines() -> str:
     heads = [f"context {context}, {threads} thread{'s' * (threads > 1)}" for context, threads in columns]
     table = markdown_table(["engine", *heads], rows)
     return f"{table}\n\n{run['machine']['cpu']}; openvino {run['machine']['openvino']}."
+
+
+def start() -> str:
+    """What opening a model takes, and the first token of a prompt."""
+    run: dict[str, Any] = read(INTEL / "decode-start.json")
+    cells = run["start"]
+    rows = [
+        (
+            cell["engine"],
+            f"{cell['open_s']:.2f}",
+            f"{cell['own_mb']:.0f} + {cell['files_mb']:.0f}",
+            f"{cell['first_token_ms']:.0f}",
+        )
+        for cell in cells
+    ]
+    first = f"first token of {cells[0]['prompt']}, ms"
+    return markdown_table(["engine", "opened in, s", "memory, MB (own + shared pages)", first], rows)
+
+
+def quality() -> str:
+    """Perplexity and greedy agreement of every engine."""
+    cells: list[dict[str, Any]] = read(INTEL / "decode-quality.json")["quality"]
+    rows = [
+        (
+            cell["engine"],
+            f"{cell['perplexity']:.2f} ({cell['perplexity_change_percent']:+.2f} %)",
+            f"{100 * cell['greedy_agreement']:.1f} %",
+        )
+        for cell in cells
+    ]
+    heads = ["engine", f"perplexity of {cells[0]['tokens']} tokens", f"of {cells[0]['greedy_tokens']} greedy tokens"]
+    return markdown_table(heads, rows)
+
+
+def wide() -> str:
+    """The decoder of GPT-3's width."""
+    run: dict[str, Any] = read(INTEL / "decode-wide.json")["wide"]
+    rows = [(name, f"{cell['ms']:.1f}", f"{1e3 / cell['ms']:.1f}") for name, cell in run["cells"].items()]
+    return markdown_table(["model", "ms a token", "tokens a second"], rows)

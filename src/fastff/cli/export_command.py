@@ -17,7 +17,7 @@ def export(
     *,
     to: Literal["native", "openvino"],
     out: Path,
-    weights: Literal["int8", "fp32"] = "int8",
+    weights: Literal["int8", "int4", "fp32"] = "int8",
     text: Path | None = None,
 ) -> int:
     """Write a model for inference without PyTorch.
@@ -31,7 +31,8 @@ def export(
     out
         Directory to write; an earlier export there is replaced.
     weights
-        What weights are stored in, conditional layers' and the others'.
+        What weights are stored in, conditional layers' and the others': int8; for OpenVINO also fp32, for causal models
+        in the native engine int4.
     text
         Text, one example a line, whose first lines calibrate int8 activations (OpenVINO).
     """

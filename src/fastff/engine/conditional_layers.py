@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS
 from fastff.engine.native_file import StoredTensor
 from fastff.errors import CheckpointError
+from fastff.ops.native_linear import MatrixForm
 from fastff.ops.native_router import GATES, KINDS
 from fastff.routers import Router
 
@@ -21,8 +23,7 @@ def settings(layer: ConditionalFeedforward) -> dict[str, Any]:
     Raises CheckpointError for a router that is not one of fastff's.
     """
     config = layer.config
-    made = _router(layer)
-    router, weight, balance = made.config, made.weight, made.balance
+    router = _router(layer).config
     return {
         "kind": KINDS.index(router.kind),
         "trees": router.trees,
@@ -34,8 +35,6 @@ def settings(layer: ConditionalFeedforward) -> dict[str, Any]:
         "leaves": config.leaves,
         "leaf_width": config.leaf_width,
         "activation": ACTIVATIONS.index(config.activation),
-        "router_rows": weight.numel() // weight.shape[-1],
-        "balanced": 0 if balance is None else balance.numel(),
     }
 
 
@@ -48,6 +47,14 @@ def _router(layer: ConditionalFeedforward) -> Router:
 def tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     """What is stored of a layer. Leaves are rounded to bfloat16 here and to 8 bits when they are packed; routers stay
     exact, so that they choose as in training."""
+    yield from _router_tensors(layer, prefix)
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            yield f"{prefix}{name}", _leaves(tensor)
+
+
+def _router_tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     router = _router(layer)
 
     def rows(tensor: Tensor) -> StoredTensor:
@@ -61,11 +68,55 @@ def tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, S
         yield f"{prefix}router.bias", flat(router.bias)
     if router.balance is not None:
         yield f"{prefix}balance", flat(router.balance)
-    for name in ("w_in", "w_out", "b_in", "b_out"):
-        tensor = getattr(layer, name)
-        if tensor is not None:
-            yield f"{prefix}{name}", _leaves(tensor)
 
 
 def _leaves(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), lambda: tensor, "bf16")
+
+
+# ---- weights in groups of 32 inputs (`csrc/model/grouped_leaves.h`) ----
+
+_PANEL = 64  # output rows of a panel; of gated pairs half as many
+
+
+def filled_width(layer: ConditionalFeedforward) -> int:
+    """Neurons of a leaf with those that fill its panels up."""
+    panel = _PANEL // 2 if layer.config.activation == "swiglu" else _PANEL
+    return -(-layer.config.leaf_width // panel) * panel
+
+
+def takes_4_bits(layer: ConditionalFeedforward) -> bool:
+    """Whether 4 bits save memory: narrow leaves fill a small part of a panel, and stay in 8."""
+    return 4.5 * filled_width(layer) < 0.9 * 8 * layer.config.leaf_width
+
+
+def grouped_tensors(layer: ConditionalFeedforward, prefix: str, form: MatrixForm) -> Iterator[tuple[str, StoredTensor]]:
+    """What is stored of a layer whose leaves are matrices of this form, one after another."""
+    yield from _router_tensors(layer, prefix)
+    config, width = layer.config, filled_width(layer)
+    gated, hidden = config.activation == "swiglu", -(-config.out_features // _PANEL) * _PANEL
+
+    def rows_in(of: Tensor) -> Tensor:
+        """(leaves, rows of a leaf, ...) to (all rows, ...): all gates, then all values, filled up."""
+        parts = of.detach().float().split(config.leaf_width, 1)
+        return torch.cat([_filled(part, width, 1).flatten(0, 1) for part in parts])
+
+    def rows_out() -> Tensor:
+        turned = layer.w_out.detach().float().transpose(1, 2)
+        return _filled(_filled(turned, hidden, 1), width, 2).flatten(0, 1)
+
+    shape = (config.leaves * width, config.in_features)
+    yield f"{prefix}w_in", StoredTensor(shape, lambda: rows_in(layer.w_in), form, gated)
+    yield f"{prefix}w_out", StoredTensor((config.leaves * hidden, width), rows_out, form)
+    b_in, b_out = layer.b_in, layer.b_out
+    if b_in is not None:
+        yield f"{prefix}b_in", StoredTensor((config.leaves * width * (1 + gated),), lambda: rows_in(b_in))
+    if b_out is not None:
+        yield f"{prefix}b_out", StoredTensor(tuple(b_out.shape), lambda: b_out)
+
+
+def _filled(tensor: Tensor, size: int, dim: int) -> Tensor:
+    """With zeros at the end of a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fastff.config import ACTIVATIONS
+from fastff.engine.gguf import GgufWeights
 from fastff.engine.native_file import StoredTensor
 from fastff.engine.stored_modules import Feedforward, Tensors, feedforward
 from fastff.errors import CheckpointError
 from fastff.models.families import ACTIVATION_NAMES
+from fastff.ops.native_linear import MatrixForm
 
 Weights = Mapping[str, Tensor]  # by Transformers' names
+Bits = Literal["int8", "int4"]  # of weights
+BODY: dict[Bits, MatrixForm] = {"int8": "int8-groups", "int4": "int4"}  # of a block's matrices
+HEAD: MatrixForm = "int8"  # of embeddings and the prediction of words, which lose most by 4 bits
+_KEPT: dict[str, MatrixForm] = {"Q8_0": "int8-groups", "Q4_0": "int4", "Q4_1": "int4-least"}  # types of GGUF
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,14 @@ class Decoder:
     tensors: Tensors
 
 
-def describe(config: Any, weights: Weights, feedforwards: Sequence[nn.Module | None] = ()) -> Decoder:
+def describe(
+    config: Any, weights: Weights, feedforwards: Sequence[nn.Module | None] = (), *, bits: Bits = "int8"
+) -> Decoder:
     """A decoder with this Transformers configuration and these weights, for `write_model`.
 
     feedforwards: what stands in the place of each block's feedforward; modules of fastff's, or none, are stored as they
     are, others are dense and read from the weights by their names, and so are all of them without this argument.
+    bits: of the matrices' weights; blocks of a GGUF file that have no more are kept as they are.
 
     Raises CheckpointError for a model type or a feature that the engine does not have, and for missing tensors.
     """
@@ -126,7 +135,7 @@ def describe(config: Any, weights: Weights, feedforwards: Sequence[nn.Module | N
     if not getattr(config, "is_decoder", True) and names is _OURS:
         raise CheckpointError("is_decoder is not set: the engine's decoders look to the left only")
     model = _model(config, names)
-    reader, described = _Reader(weights, names), []
+    reader, described = _Reader(weights, names, bits), []
     tensors = _first(reader, config, names, model)
     for number in range(model["layers"]):
         found = feedforwards[number] if feedforwards else nn.Identity()
@@ -134,7 +143,7 @@ def describe(config: Any, weights: Weights, feedforwards: Sequence[nn.Module | N
         tensors |= _block(reader, names, model, number, normed=found is not None)
         to, of = f"layers.{number}.", names.block.format(number)
         if ours:
-            described.append(feedforward(found, to, {}, tensors))
+            described.append(feedforward(found, to, {}, tensors, form=BODY[bits]))
         else:
             described.append(_dense_feedforward(reader, config, names, of, to, model["hidden"], tensors))
     tensors |= _last(reader, config, names, model)
@@ -204,8 +213,8 @@ def _rotation_facts(config: Any) -> tuple[int, float]:
 class _Reader:
     """Matrices and vectors of one model by Transformers' names."""
 
-    def __init__(self, weights: Weights, names: Names) -> None:
-        self._weights, self._transposed = weights, names.transposed
+    def __init__(self, weights: Weights, names: Names, bits: Bits) -> None:
+        self._weights, self._transposed, self._bits = weights, names.transposed, bits
 
     def get(self, name: str) -> Tensor:
         if name not in self._weights:
@@ -215,7 +224,29 @@ class _Reader:
     def matrix(self, names: tuple[str, ...]) -> Tensor:
         """(outputs, in_features), the outputs of several one after another."""
         parts = [self.get(f"{name}.weight") for name in names]
-        return torch.cat([part.t() if self._transposed else part for part in parts])
+        transposed = self._transposed and names[0].split(".")[-1].startswith("c_")
+        return torch.cat([part.t() if transposed else part for part in parts])
+
+    def stored(
+        self, names: tuple[str, ...], shape: tuple[int, int], *, gated: bool = False, head: bool = False
+    ) -> StoredTensor:
+        """The matrix of `matrix`, to be written: as blocks where the weights have some that need no more bits."""
+        kept = self._kept(names)
+        if kept is None:
+            form = HEAD if head else BODY[self._bits]
+            return StoredTensor(shape, partial(self.matrix, names), form, gated)
+        return StoredTensor(shape, partial(self._blocks, names), kept, gated, blocks=True)
+
+    def _kept(self, names: tuple[str, ...]) -> MatrixForm | None:
+        if not isinstance(self._weights, GgufWeights):
+            return None
+        forms = {_KEPT.get(self._weights.type_of(f"{name}.weight")) for name in names if self.has(f"{name}.weight")}
+        form = forms.pop() if len(forms) == 1 else None
+        return form if form == "int8-groups" or self._bits == "int4" else None
+
+    def _blocks(self, names: tuple[str, ...]) -> Tensor:
+        assert isinstance(self._weights, GgufWeights)
+        return torch.cat([self._weights.blocks(f"{name}.weight") for name in names])
 
     def has(self, name: str) -> bool:
         return name in self._weights
@@ -227,7 +258,7 @@ class _Reader:
 def _dense(
     reader: _Reader, to: str, sources: tuple[str, ...], outputs: int, inputs: int, *, gated: bool = False
 ) -> Tensors:
-    made = {to: StoredTensor((outputs, inputs), partial(reader.matrix, sources), "int8", gated)}
+    made = {to: reader.stored(sources, (outputs, inputs), gated=gated)}
     biases = tuple(f"{source}.bias" for source in sources)
     if all(map(reader.has, biases)):
         made[f"{to}.bias"] = StoredTensor((outputs * (1 + gated),), partial(reader.vectors, biases))
@@ -280,8 +311,7 @@ def _first(reader: _Reader, config: Any, names: Names, model: Mapping[str, Any])
     if names.embedding_norm:
         tensors |= _norm(reader, "embedding_norm", names.embedding_norm, hidden)
     if not _tied(reader, config, names):
-        embedding = partial(reader.get, f"{names.embedding}.weight")
-        tensors["embedding"] = StoredTensor((model["vocab_size"], hidden), embedding, "int8")
+        tensors["embedding"] = reader.stored((names.embedding,), (model["vocab_size"], hidden), head=True)
     return tensors
 
 
@@ -292,7 +322,7 @@ def _tied(reader: _Reader, config: Any, names: Names) -> bool:
 def _last(reader: _Reader, config: Any, names: Names, model: Mapping[str, Any]) -> Tensors:
     hidden, source = model["hidden"], names.embedding if _tied(reader, config, names) else names.head
     tensors = _norm(reader, "norm", names.norm, hidden)
-    tensors |= {"head": StoredTensor((model["vocab_size"], hidden), partial(reader.get, f"{source}.weight"), "int8")}
+    tensors["head"] = reader.stored((source,), (model["vocab_size"], hidden), head=True)
     if reader.has(f"{names.head}.bias"):
         bias = partial(reader.get, f"{names.head}.bias")
         tensors["head.bias"] = StoredTensor((model["vocab_size"],), bias)

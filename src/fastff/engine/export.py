@@ -26,7 +26,7 @@ def export(
     out      directory to write; an earlier export there is replaced
     to       "native": for `fastff.engine.load` (`docs/engine.md`), where `model` may be a GGUF file too;
              "openvino": an IR with fastff's operations (`docs/openvino.md`)
-    weights  "int8", or for OpenVINO "fp32"
+    weights  "int8", or for OpenVINO "fp32", for causal models in the native engine "int4"
     texts    "openvino": what the ranges of int8 activations are measured on (default: a few plain sentences)
 
     Raises ValueError for another target or weights, CheckpointError for a model that cannot be loaded or has no such
@@ -58,13 +58,13 @@ def _check_replaceable(out: Path) -> None:
 def _to_native(model: str, out: Path, weights: str) -> Path:
     from fastff.engine import native_export
 
-    native_export.check_weights(weights)
     if model.endswith(".gguf"):
-        native_export.export_gguf(Path(model), out)
+        native_export.export_gguf(Path(model), out, bits=native_export.check_weights(weights, "causal"))
         return out
     loaded, tokenizer, kind = load_model(model)
+    bits = native_export.check_weights(weights, kind)
     if kind == "causal":
-        native_export.export_model(loaded, tokenizer, out)
+        native_export.export_model(loaded, tokenizer, out, bits=bits)
     else:
         native_export.export_encoder(loaded, tokenizer, model, kind, out)
     return out

@@ -211,6 +211,17 @@ class Gguf(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path} holds NaN or infinite values in {name}")
         return torch.from_numpy(values)
 
+    def type_of(self, name: str) -> str:
+        """Of a tensor, without reading it: a name of `TYPES`."""
+        return self._places[name].type.name
+
+    def blocks(self, name: str) -> Tensor:
+        """A matrix as it is stored: (rows, blocks of a row, bytes of a block) uint8."""
+        place = self._places[name]
+        rows, inputs = place.shape
+        raw = self._data[place.start : place.start + place.bytes]
+        return torch.from_numpy(np.array(raw).reshape(rows, inputs // place.type.numbers, place.type.bytes))
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
         return self._places[name].shape
@@ -344,7 +355,17 @@ class GgufWeights(Mapping[str, Tensor]):
         return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._gguf[self._names[name]]
+        return self._arranged(name, self._gguf[self._names[name]])
+
+    def type_of(self, name: str) -> str:
+        """A name of `TYPES`."""
+        return self._gguf.type_of(self._names[name])
+
+    def blocks(self, name: str) -> Tensor:
+        """`Gguf.blocks` with the rows in Transformers' order."""
+        return self._arranged(name, self._gguf.blocks(self._names[name]))
+
+    def _arranged(self, name: str, tensor: Tensor) -> Tensor:
         if self._config.model_type in _PAIRED and any(part in name for part in ("q_proj", "k_proj")):
             heads = self._config.num_attention_heads if "q_proj" in name else self._config.num_key_value_heads
             return _halves_apart(tensor, heads)

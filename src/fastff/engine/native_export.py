@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastff.engine import decoders, encoders
+from fastff.engine.decoders import Bits
 from fastff.engine.encoder_heads import sentence_length, sentence_pooling, write_head
 from fastff.engine.facts import MODEL_FILE, DecoderFacts, EncoderFacts, write_facts
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
@@ -21,16 +22,17 @@ from fastff.models.families import FAMILIES
 from fastff.models.kinds import Kind
 
 
-def check_weights(weights: str) -> None:
-    """Raises ValueError for a form of weights that the engine does not have."""
-    if weights != "int8":
-        raise ValueError(f"weights {weights!r}: the native engine takes 'int8'")
+def check_weights(weights: str, kind: Kind) -> Bits:
+    """Raises ValueError for a form of weights that the engine does not have for such a model."""
+    if weights == "int8" or (weights == "int4" and kind == "causal"):
+        return "int4" if weights == "int4" else "int8"
+    raise ValueError(f"weights {weights!r}: the native engine takes 'int8', and of causal models 'int4'")
 
 
-def export_model(model: Any, tokenizer: Any, out: Path) -> None:
+def export_model(model: Any, tokenizer: Any, out: Path, *, bits: Bits = "int8") -> None:
     """Write a causal model of Transformers, in float32 on the CPU. Raises CheckpointError for one the engine lacks."""
     stop = _numbers(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-    described = decoders.describe(model.config, *_parts(model))
+    described = decoders.describe(model.config, *_parts(model), bits=bits)
     write(described, tokenizer, stop, out)
 
 
@@ -49,14 +51,18 @@ def export_encoder(model: Any, tokenizer: Any, source: str, kind: Kind, out: Pat
         write_facts(folder, EncoderFacts(pooling, normalise, head, sentence_length(folder)))
 
 
-def export_gguf(path: Path, out: Path) -> None:
-    """Write the model of a GGUF file. Raises CheckpointError for one that is damaged or that the engine lacks."""
+def export_gguf(path: Path, out: Path, *, bits: Bits = "int8") -> None:
+    """Write the model of a GGUF file; blocks that have no more bits are kept as they are.
+
+    Raises CheckpointError for one that is damaged or that the engine lacks."""
     gguf = Gguf(path)
     config = configuration(gguf)
     stop = gguf.fact("tokenizer.ggml.eos_token_id", int, -1)
     tokenizer = tokenizer_of(gguf)
     try:
-        write(decoders.describe(config, GgufWeights(gguf, config)), tokenizer, [stop] if stop >= 0 else [], out)
+        write(
+            decoders.describe(config, GgufWeights(gguf, config), bits=bits), tokenizer, [stop] if stop >= 0 else [], out
+        )
     except FileError:
         raise
     except CheckpointError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastff.errors import CheckpointError
 from fastff.io import replacing
-from fastff.ops.native_linear import PackedMatrix, packed_bytes
+from fastff.ops.native_linear import FORMS, MatrixForm, PackedMatrix, packed_bytes
 
 MAGIC = b"fastffM1"
 ALIGNMENT = 64
@@ -24,14 +24,16 @@ _PREAMBLE = 24  # bytes: magic, size of the header, its checksum
 class StoredTensor:
     """A tensor to be written. make: gives it in fp32, of `shape`, when its turn comes.
 
-    kind   "f32" or "bf16", row by row; "int8", a packed matrix
-    gated  of an int8 matrix: `make` gives (2 * out_features, in_features), all gates and then all values
+    kind    "f32" or "bf16", row by row; a form of `fastff.ops.native_linear`, a packed matrix
+    gated   of such a matrix: `make` gives (2 * out_features, in_features), all gates and then all values
+    blocks  `make` gives GGUF's blocks of the matrix's form, uint8, in place of fp32
     """
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-    kind: Literal["f32", "bf16", "int8"] = "f32"
+    kind: Literal["f32", "bf16"] | MatrixForm = "f32"
     gated: bool = False
+    blocks: bool = False
 
     @property
     def made_shape(self) -> tuple[int, ...]:
@@ -39,21 +41,29 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        if self.kind != "int8":
-            return torch.Size(self.shape).numel() * (4 if self.kind == "f32" else 2)
-        return packed_bytes(*self.shape, gated=self.gated)
+        if self.kind in FORMS:
+            return packed_bytes(*self.shape, gated=self.gated, form=self.kind)
+        return torch.Size(self.shape).numel() * (4 if self.kind == "f32" else 2)
 
     def content(self, name: str) -> Tensor:
         """Its bytes. Raises CheckpointError for values that are not finite or of another shape."""
+        if self.blocks:
+            return self._packed_blocks(name)
         values = self.make().detach().float()
         if tuple(values.shape) != self.made_shape:
             raise CheckpointError(f"{name} is {tuple(values.shape)}, expected {self.made_shape}")
         if not bool(values.isfinite().all()):
             raise CheckpointError(f"{name} holds NaN or infinite values")
-        if self.kind == "int8":
-            return PackedMatrix(values, gated=self.gated).data
+        if self.kind in FORMS:
+            return PackedMatrix(values, gated=self.gated, form=self.kind).data
         dtype = torch.float32 if self.kind == "f32" else torch.bfloat16
         return values.to(dtype).contiguous().view(-1).view(torch.uint8)
+
+    def _packed_blocks(self, name: str) -> Tensor:
+        blocks, (rows, inputs) = self.make(), self.made_shape
+        if self.kind not in FORMS or tuple(blocks.shape[:2]) != (rows, inputs // 32) or inputs % 32:
+            raise CheckpointError(f"{name} has blocks {tuple(blocks.shape)}, expected those of {self.made_shape}")
+        return PackedMatrix.of_blocks(blocks, gated=self.gated, form=self.kind).data
 
 
 def fnv1a(data: bytes) -> int:
@@ -77,7 +87,7 @@ def write_model(path: Path, model: Mapping[str, Any], tensors: Mapping[str, Stor
             content = tensor.content(name)
             if content.numel() != tensor.bytes:
                 raise CheckpointError(f"{name} takes {content.numel()} bytes, expected {tensor.bytes}")
-            file.write(content.numpy().tobytes())
+            file.write(content.numpy().data)
         _fill_up(file)
 
 

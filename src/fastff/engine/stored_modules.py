@@ -16,35 +16,43 @@ from fastff.engine.smoothing import smoothing
 from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.feedforward import GATED_ACTIVATIONS, ConvertedFeedforward, DenseFeedforward
+from fastff.ops.native_linear import MatrixForm
 
 Tensors = dict[str, StoredTensor]
 Maxima = Mapping[nn.Module, Tensor]  # of the channels before a linear layer; those without are not smoothed
 Feedforward = FFF | ConditionalFeedforward | ConvertedFeedforward | DenseFeedforward
 
 
-def projections(up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
+def projections(
+    up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors, *, form: MatrixForm = "int8"
+) -> dict[str, Any]:
     if activation in GATED_ACTIVATIONS and activation != "swiglu":
         raise CheckpointError(f"gates of kind {activation!r} are not among the engine's: expected 'swiglu'")
-    tensors |= dense_tensors(f"{to}up", up, gated=activation == "swiglu", maxima=maxima)
-    tensors |= dense_tensors(f"{to}down", down)
+    tensors |= dense_tensors(f"{to}up", up, gated=activation == "swiglu", maxima=maxima, form=form)
+    tensors |= dense_tensors(f"{to}down", down, form=form)
     return {"neurons": down.in_features, "activation": ACTIVATIONS.index(activation)}
 
 
-def feedforward(module: nn.Module | None, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
+def feedforward(
+    module: nn.Module | None, to: str, maxima: Maxima, tensors: Tensors, *, form: MatrixForm = "int8"
+) -> dict[str, Any]:
     """Adds the tensors of a feedforward of fastff's, or of none; returns its description
     (`csrc/model/feedforward.h`)."""
     settings: dict[str, Any] = {"neurons": 0, "activation": 0}
     if isinstance(module, ConvertedFeedforward):
-        settings = feedforward(module.layer, to, maxima, tensors)
+        settings = feedforward(module.layer, to, maxima, tensors, form=form)
         if module.shared is not None:
-            settings |= feedforward(module.shared, to, maxima, tensors)
+            settings |= feedforward(module.shared, to, maxima, tensors, form=form)
         tensors[f"{to}conditional.bias"] = stored(module.bias)
     elif isinstance(module, DenseFeedforward):
-        settings = projections(module.linear_in, module.linear_out, module.activation, to, maxima, tensors)
+        settings = projections(module.linear_in, module.linear_out, module.activation, to, maxima, tensors, form=form)
     elif isinstance(module, FFF) and module.router is not None:
-        settings = feedforward(module.joined(), to, maxima, tensors)
+        settings = feedforward(module.joined(), to, maxima, tensors, form=form)
     elif isinstance(module, FFF):
         settings["trees"] = trees(module, f"{to}conditional.", tensors)
+    elif isinstance(module, ConditionalFeedforward) and form == "int4" and conditional_layers.takes_4_bits(module):
+        settings["grouped"] = conditional_layers.settings(module)
+        tensors |= dict(conditional_layers.grouped_tensors(module, f"{to}conditional.", form))
     elif isinstance(module, ConditionalFeedforward):
         settings["routed"] = conditional_layers.settings(module)
         tensors |= dict(conditional_layers.tensors(module, f"{to}conditional."))
@@ -70,7 +78,9 @@ def norm_tensors(to: str, norm: Any) -> Tensors:
     return {f"{to}.{name}": stored(part) for name, part in parts.items() if part is not None}
 
 
-def dense_tensors(to: str, *layers: Any, gated: bool = False, maxima: Maxima | None = None) -> Tensors:
+def dense_tensors(
+    to: str, *layers: Any, gated: bool = False, maxima: Maxima | None = None, form: MatrixForm = "int8"
+) -> Tensors:
     """The projections one after another as one matrix; smoothed where their input's maxima are known."""
     for layer in layers:
         if type(layer) is not nn.Linear:
@@ -79,7 +89,7 @@ def dense_tensors(to: str, *layers: Any, gated: bool = False, maxima: Maxima | N
     weights = [layer.weight.detach() for layer in layers]
     largest = (maxima or {}).get(layers[0])
     factors = None if largest is None else smoothing(largest, weights)
-    made = {to: StoredTensor((rows // (1 + gated), inputs), lambda: _joined(weights, factors), "int8", gated)}
+    made = {to: StoredTensor((rows // (1 + gated), inputs), lambda: _joined(weights, factors), form, gated)}
     if factors is not None:
         made[f"{to}.factors"] = stored(1 / factors)
     biases = [layer.bias for layer in layers]

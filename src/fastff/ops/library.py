@@ -53,6 +53,7 @@ _SIGNATURES = """
     layer_pack_f32(pppppppppip)
     matrix_bytes(p)->l
     matrix_multiply_f32(ppplpiiipi)
+    matrix_pack_blocks(ppp)
     matrix_pack_f32(ppp)
     model_describe(pp)
     model_free(p)->v
@@ -62,6 +63,7 @@ _SIGNATURES = """
     packed_free(p)
     packed_watch(ppi)
     plan_forward(pilip)
+    read_memory(pllp)
     route_{f32,f64}(ppppplpppi)
     router_bytes(p)->l
     router_free(p)->v

@@ -1,11 +1,12 @@
-"""Dense products in 8 bits by the C++ core: a packed weight matrix, for few rows and for many.
+"""Dense products in 8 and 4 bits by the C++ core: a packed weight matrix, for few rows and for many.
 
-Weights are rounded to 8 bits with one scale an output row, rows of x to 8 or 16 bits with one scale each.
+Rows of x are rounded to 8 or 16 bits with one scale each.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -15,20 +16,31 @@ from fastff.errors import ShapeError
 from fastff.ops.dense import dense
 from fastff.ops.library import call, get_num_threads, library, pointer
 
-__all__ = ["PackedMatrix", "packed_bytes"]
+__all__ = ["FORMS", "MatrixForm", "PackedMatrix", "packed_bytes"]
+
+# How weights are rounded, in the order of enum fastff_matrix_form: 8 bits with one scale an output row; with a scale to
+# every 32 inputs of it in 8 bits, in 4, and in 4 with a minimum beside it.
+MatrixForm = Literal["int8", "int8-groups", "int4", "int4-least"]
+FORMS: tuple[MatrixForm, ...] = get_args(MatrixForm)
 
 ALIGNMENT = 64  # bytes, of packed weights
+BLOCK_BYTES: dict[MatrixForm, int] = {"int8-groups": 34, "int4": 18, "int4-least": 20}
 
 
 class _Matrix(ctypes.Structure):
     """fastff_matrix of csrc/model/fastff_model.h."""
 
-    _fields_ = (("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64), ("gated", ctypes.c_int32))
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("gated", ctypes.c_int32),
+        ("form", ctypes.c_int32),
+    )
 
 
-def packed_bytes(out_features: int, in_features: int, *, gated: bool = False) -> int:
+def packed_bytes(out_features: int, in_features: int, *, gated: bool = False, form: MatrixForm = "int8") -> int:
     """Size of a packed matrix; 0 for one that cannot be."""
-    matrix = _Matrix(out_features, in_features, gated)
+    matrix = _Matrix(out_features, in_features, gated, FORMS.index(form))
     return int(library().fastff_matrix_bytes(ctypes.addressof(matrix)))
 
 
@@ -40,18 +52,33 @@ class PackedMatrix:
     FastffError for NaN or infinite ones.
     """
 
-    def __init__(self, weights: Tensor, *, gated: bool = False) -> None:
-        if weights.dim() != 2 or (gated and len(weights) % 2):
-            raise ShapeError(f"weights {tuple(weights.shape)} are not a matrix" + " of pairs of rows" * gated)
-        rows, in_features = weights.shape
-        self._matrix = _Matrix(rows // 2 if gated else rows, in_features, gated)
+    def __init__(self, weights: Tensor, *, gated: bool = False, form: MatrixForm = "int8") -> None:
+        if weights.dim() != 2:
+            raise ShapeError(f"weights {tuple(weights.shape)} are not a matrix")
+        self._allocate(*weights.shape, gated=gated, form=form)
+        (kept,) = dense(weights.detach().float())
+        call("fastff_matrix_pack_f32", self._shape, pointer(kept), pointer(self.data))
+
+    @classmethod
+    def of_blocks(cls, blocks: Tensor, *, gated: bool = False, form: MatrixForm) -> Self:
+        """From GGUF's blocks (rows, in_features / 32, bytes of a block) uint8, whose numbers and scales are kept."""
+        if blocks.dim() != 3 or blocks.dtype != torch.uint8 or blocks.shape[2] != BLOCK_BYTES.get(form):
+            raise ShapeError(f"blocks {tuple(blocks.shape)} of {blocks.dtype} are not those of {form}")
+        made = cls.__new__(cls)
+        made._allocate(blocks.shape[0], 32 * blocks.shape[1], gated=gated, form=form)
+        kept = blocks.contiguous()
+        call("fastff_matrix_pack_blocks", made._shape, pointer(kept), pointer(made.data))
+        return made
+
+    def _allocate(self, rows: int, in_features: int, *, gated: bool, form: MatrixForm) -> None:
+        if gated and rows % 2:
+            raise ShapeError(f"weights ({rows}, {in_features}) are not a matrix of pairs of rows")
         self.out_features, self.in_features, self.gated = rows // 2 if gated else rows, in_features, gated
+        self._matrix = _Matrix(self.out_features, in_features, gated, FORMS.index(form))
         size = int(library().fastff_matrix_bytes(self._shape))
         room = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         start = -room.data_ptr() % ALIGNMENT
         self.data = room[start : start + size]
-        (kept,) = dense(weights.detach().float())
-        call("fastff_matrix_pack_f32", self._shape, pointer(kept), pointer(self.data))
 
     @property
     def _shape(self) -> int:

@@ -1,0 +1,108 @@
+"""A decoder of two layers of GPT-3's width, dense, with one tree of depth 15, and without feedforwards
+(`decode.py --wide`). Weights are random: a block of rows, repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import decode
+
+HIDDEN, HEADS, LAYERS, VOCABULARY, POSITIONS = 12288, 96, 2, 1024, 64
+TREE = {"kind": "fff", "depth": 15}
+CONTEXT, BLOCK = 16, 1024  # tokens before those that are timed; random rows
+
+
+def random_rows(rows: int, features: int) -> Tensor:
+    """(rows, features), the same ones after BLOCK, so that making them takes no time."""
+    block = torch.randn(min(rows, BLOCK), features, generator=torch.Generator().manual_seed(rows)) * features**-0.5
+    return block.repeat(-(-rows // BLOCK), 1)[:rows]
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """Of a GPT-2 of these sizes, by Transformers' names; each made when it is asked for."""
+
+    def __init__(self) -> None:
+        from transformers import GPT2Config
+
+        self.config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS
+        )
+        blocks = {"attn.c_attn": 3 * HIDDEN, "attn.c_proj": HIDDEN, "mlp.c_fc": 4 * HIDDEN, "mlp.c_proj": HIDDEN}
+        self._outputs = {f"transformer.h.{i}.{name}.weight": n for i in range(LAYERS) for name, n in blocks.items()}
+        norms = [f"transformer.h.{i}.{name}" for i in range(LAYERS) for name in ("ln_1", "ln_2")]
+        self._vectors = [f"{name}.weight" for name in (*norms, "transformer.ln_f")]
+        self._tables = {"transformer.wte.weight": VOCABULARY, "transformer.wpe.weight": POSITIONS}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._vectors:
+            return torch.ones(HIDDEN)
+        if name in self._tables:
+            return random_rows(self._tables[name], HIDDEN)
+        return random_rows(self._outputs[name], 4 * HIDDEN if name.endswith("mlp.c_proj.weight") else HIDDEN).t()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._outputs or name in self._vectors or name in self._tables
+
+    def __iter__(self) -> Any:
+        yield from (*self._tables, *self._vectors, *self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._tables) + len(self._vectors) + len(self._outputs)
+
+
+def build(folder: Path) -> None:
+    """Write the three models."""
+    from fastff.engine import decoders, native_export
+    from fastff.layers import FFF
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = RandomWeights()
+    described = {
+        "dense": decoders.describe(weights.config, weights),
+        "none": decoders.describe(weights.config, weights, [None] * LAYERS),
+        "1x15": decoders.describe(weights.config, weights, [FFF(HIDDEN, depth=15, device="meta")] * LAYERS),
+    }
+    for name, tensor in described["1x15"].tensors.items():
+        if name.endswith((".w_in", ".w_out")):  # what is on the meta device has no numbers
+            rows, shape = tensor.shape[1], tensor.shape
+            made = decoders.StoredTensor(shape, lambda rows=rows, shape=shape: random_rows(rows, HIDDEN).view(shape))
+            described["1x15"].tensors[name] = made
+    for name, model in described.items():
+        native_export.write(model, None, [], folder / name)
+        print(f"wrote {folder / name}", flush=True)
+
+
+def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of all, and how many times faster than the dense ones the tree's feedforwards are: what is left
+    of a token without the time of the model that has none."""
+    from fastff.timing import quartiles
+
+    workers = [decode.Worker(name, folder, threads, "WIDE") for name in decode.WIDE]
+    taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for turn in range(rounds + 1):
+        for worker in workers:
+            seconds = worker.ask("decode", CONTEXT, 8)
+            if turn > 0:
+                taken[worker.name].append(1e3 * seconds / 8)
+    cells = {name: dict(zip(("q1", "ms", "q3"), quartiles(ms), strict=True)) for name, ms in taken.items()}
+    for worker in workers:
+        worker.close()
+    dense, none, tree = (cells[f"fastff int8, {name}"]["ms"] for name in ("dense", "none", "1x15"))
+    pairs = zip(taken["fastff int8, 1x15"], taken["fastff int8, none"], strict=True)
+    of_trees = quartiles([with_tree - without for with_tree, without in pairs])
+    result = {
+        "hidden": HIDDEN,
+        "layers": LAYERS,
+        "threads": threads,
+        "cells": cells,
+        "dense_feedforwards_ms": dense - none,
+        "tree_feedforwards_ms": dict(zip(("q1", "ms", "q3"), of_trees, strict=True)),
+        "whole_model_times_faster": dense / tree,
+    }
+    print(result, flush=True)
+    return result
