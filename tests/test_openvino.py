@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -56,7 +57,9 @@ def relative(got, want):
     return float((torch.as_tensor(got) - want).norm() / want.norm())
 
 
-def run_one(name, weights, rows):
+@functools.cache
+def converted(name, weights):
+    """A layer, and what OpenVINO computes in its place, for any number of rows."""
     torch.manual_seed(0)
     layer = build_feedforward(LAYERS[name], 32).eval()
     with torch.no_grad():
@@ -64,13 +67,17 @@ def run_one(name, weights, rows):
             parameter.normal_(std=0.3)
         if isinstance(layer, fastff.ConditionalFeedforward):
             layer.router.balance.normal_()
-    x = torch.randn(rows, 32)
     example = torch.randn(1, 4, 32)
     samples = [{"x": example.numpy()}]
     model = openvino.convert(layer, (example,), ["x"], weights=weights, samples=samples)
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    return layer, ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def run_one(name, weights, rows):
+    layer, compiled = converted(name, weights)
+    x = torch.randn(2, rows // 2, 32, generator=torch.Generator().manual_seed(rows))
     with torch.no_grad():
-        return ov.Core().compile_model(model, "CPU", options)(x.view(2, -1, 32).numpy())[0], layer(x).view(2, -1, 32)
+        return compiled(x.numpy())[0], layer(x)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -109,6 +116,13 @@ def saved(tmp_path_factory):
     return model, folder
 
 
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory):
+    """The saved model's IR by the name of its weights; made once."""
+    out = tmp_path_factory.mktemp("ir")
+    return functools.cache(lambda weights: fastff.export(saved[1], out / weights, to="openvino", weights=weights))
+
+
 def padded(model, lengths):
     ids = torch.randint(60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
@@ -117,9 +131,8 @@ def padded(model, lengths):
 
 
 @pytest.mark.parametrize(("weights", "error"), [("fp32", 2e-6), ("int8", 0.06)])
-def test_an_ir_on_disk_computes_the_model_at_every_length(saved, tmp_path, weights, error):
-    model, folder = saved
-    out = fastff.export(folder, tmp_path / "ir", to="openvino", weights=weights)
+def test_an_ir_on_disk_computes_the_model_at_every_length(saved, exported, weights, error):
+    model, out = saved[0], exported(weights)
     run = openvino.read(out, INFERENCE_NUM_THREADS=2, INFERENCE_PRECISION_HINT="f32")
     for lengths in ([1], [7, 3], [40, 40, 12]):
         ids, mask, want = padded(model, lengths)
@@ -137,11 +150,11 @@ def _core(folder):
     return core
 
 
-def test_bf16_is_openvinos_own_choice(saved, tmp_path):
-    model, folder = saved
-    out = fastff.export(folder, tmp_path / "ir", to="openvino", weights="fp32")
-    ids, mask, want = padded(model, [20])
-    got = openvino.read(out, INFERENCE_PRECISION_HINT="bf16")(input_ids=ids.numpy(), attention_mask=mask.numpy())
+def test_bf16_is_openvinos_own_choice(saved, exported):
+    ids, mask, want = padded(saved[0], [20])
+    got = openvino.read(exported("fp32"), INFERENCE_PRECISION_HINT="bf16")(
+        input_ids=ids.numpy(), attention_mask=mask.numpy()
+    )
     assert relative(got, want.last_hidden_state) < 0.03
 
 
@@ -176,10 +189,9 @@ def test_what_cannot_be_exported_is_said(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "ir").exists()
 
 
-def test_an_ir_without_the_extension_names_the_operation(saved, tmp_path):
-    out = fastff.export(saved[1], tmp_path / "ir", to="openvino", weights="fp32")
+def test_an_ir_without_the_extension_names_the_operation(exported):
     with pytest.raises(RuntimeError, match="Fastff"):
-        ov.Core().read_model(out / openvino.MODEL)
+        ov.Core().read_model(exported("fp32") / openvino.MODEL)
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
