@@ -1,11 +1,9 @@
-"""What the test of several processes runs under torchrun: `distributed_case.py OUT TEXT`.
-
-Twenty steps of pretraining, copies of the weights on each process; then two steps with the weights in shards, written
-as a sharded checkpoint.
+"""What each process of the test of several runs: twenty steps of pretraining, copies of the weights on each; two steps
+with the weights in shards, written as a sharded checkpoint; a router whose load both share.
 """
 
 import os
-import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastff.models import UltraFastBertForMaskedLM
+from fastff.routers import FlatRouter
 from fastff.train.pretrain import pretrain
 from model_cases import small_batch, small_config
 from training_cases import small
@@ -57,15 +56,24 @@ def sharded_steps(out: Path) -> None:
         torch.save(losses / processes, out / "fsdp-losses.pt")
 
 
-def main() -> None:
-    out, text = (Path(argument) for argument in sys.argv[1:])
+def make_router():
+    """A router, and rows for it."""
+    torch.manual_seed(0)
+    return FlatRouter(8, 12, 3), torch.randn(64, 8)
+
+
+def member(rank: int, processes: int, port: int, out: Path, text: Path) -> None:
+    """One of the processes, told what torchrun tells its own."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    warnings.simplefilter("error", FutureWarning)
+    torch.set_num_threads(1)
     pretrain(small(out / "run", text, steps=20, batch=8, save_every=100))
     sharded_steps(out)
+    router, x = make_router()
+    router(x.chunk(processes)[rank])
+    torch.save(router.balance, out / f"balance-{rank}.pt")
     dist.barrier()
     # On a busy machine a process that takes the group apart is aborted by torch's own threads, about one time in ten:
     # everything is written by now.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -173,11 +173,11 @@ def test_public_names():
 
 
 def newest_source_of(built, folder):
-    """When the last of the files changed that an object was compiled from, as the compiler listed them beside it."""
-    listed = Path(f"{built}.d")
-    if not listed.is_file():
-        return float("inf")
-    sources = [folder / name for name in listed.read_text().replace("\\\n", " ").split()[1:]]
+    """When the last of the files changed that an object was compiled from, as the compiler listed them beside it (Ninja
+    takes that list away: then of the whole core)."""
+    listed, sources = Path(f"{built}.d"), CORE
+    if listed.is_file():
+        sources = [folder / name for name in listed.read_text().replace("\\\n", " ").split()[1:]]
     return max(path.stat().st_mtime if path.is_file() else float("inf") for path in sources)
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -279,26 +275,6 @@ def test_what_checkpointing_computes_again_chooses_as_it_did(reentrant, step):
     assert torch.equal(x.grad, wanted)
     assert torch.equal(plain.balance, again.balance)
     assert torch.equal(plain.usage().counts, again.usage().counts)
-
-
-def test_balance_sums_the_load_of_all_processes(tmp_path):
-    """Two processes with other rows each move their balance as one process with all rows does."""
-    script = Path(__file__).with_name("balance_case.py")
-    rendezvous = f"file://{tmp_path}/rendezvous"
-    commands = [[sys.executable, str(script), rendezvous, str(rank), str(tmp_path)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    for process in started:
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, said
-    torch.manual_seed(0)
-    router, x = FlatRouter(8, 12, 3), make_rows(64, 8, dtype=torch.float32)
-    alone = FlatRouter(8, 12, 3)
-    alone.load_state_dict(router.state_dict())
-    router(x), alone(x[:32])
-    assert not torch.equal(router.balance, alone.balance), "the halves must differ"
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"balance-{rank}.pt"), router.balance)
 
 
 @pytest.mark.parametrize("kind", ROUTERS)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
+import socket
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed_case import make, two_steps
+from distributed_case import make, make_router, member, two_steps
 from fastff.errors import TrainingError
 from fastff.train.layer_training import LayerTraining
 from fastff.train.pretrain import pretrain
 from training_cases import small, write_text
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +27,17 @@ def text(tmp_path_factory):
 def two(text, tmp_path_factory):
     """The folder that two processes left."""
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HERE / "distributed_case.py"), str(out), str(text)]
-    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start = multiprocessing.get_context("forkserver")  # imports Transformers once for both
+    start.set_forkserver_preload(["fastff.train.pretrain"])
+    group = [start.Process(target=member, args=(rank, 2, port, out, text)) for rank in range(2)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(300)
+        process.kill()  # one whose partner failed waits for it
+    assert [process.exitcode for process in group] == [0, 0]
     return out
 
 
@@ -78,6 +74,15 @@ def test_a_sharded_checkpoint_of_two_processes_loads_on_one(two):
     for name, want in model.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], want, rtol=1e-4, atol=1e-5)
     two_steps(fresh, fresh_optimizer)
+
+
+def test_balance_sums_the_load_of_all_processes(two):
+    """Two processes with other rows each move their balance as one process with all rows does."""
+    (router, x), (alone, _) = make_router(), make_router()
+    router(x), alone(x[:32])
+    assert not torch.equal(router.balance, alone.balance), "the halves must differ"
+    for rank in range(2):
+        assert torch.equal(torch.load(two / f"balance-{rank}.pt"), router.balance)
 
 
 def test_sharding_where_it_cannot_be(text, tmp_path):
