@@ -74,11 +74,16 @@ class Variant:
         plan_before, tile_before = conditional_products.plan, router_kernels.tile
 
         def plan(rows: int, slots: int, leaves: int, width: int, features: int) -> conditional_plan.Plan:
-            chosen = plan_before(rows, slots, leaves, width, features, self.form)
+            chosen = plan_before(rows, slots, leaves, width, features, self.form or "slots")
             height = self.height or chosen.tiles.rows
             tiles = replace(chosen.tiles, rows=height, columns=self.columns or chosen.tiles.columns,
                             inner=128 if height < 64 else 64, warps=8 if height > 64 else 4)  # fmt: skip
-            return chosen if chosen.form == "slots" else replace(chosen, tiles=tiles)
+            if chosen.form != "slots":
+                return replace(chosen, tiles=tiles)
+            if self.height is None:
+                return chosen
+            high = {"rows": height, "warps": 8 if height > 64 else 4}
+            return replace(chosen, tiles=replace(chosen.tiles, **high), spread=replace(chosen.spread, **high))
 
         with (
             mock.patch.object(conditional_products, "plan", plan),
@@ -94,7 +99,7 @@ FORMS = {
           "pairs": Variant("pairs"), "slots": Variant("slots"), "before": Variant("slots", fused=False)},
     4096: {"pairs": Variant("pairs"), "pairs 32": Variant("pairs", height=32), "slots": Variant("slots"),
            "before": Variant("slots", fused=False)},
-    65536: {"slots": Variant("slots"), "pairs": Variant("pairs"), "pairs 128": Variant("pairs", height=128),
+    65536: {"slots": Variant("slots"), "slots 128": Variant("slots", height=128), "pairs": Variant("pairs"), "pairs 128": Variant("pairs", height=128),
             "before": Variant("slots", fused=False)},
 }  # fmt: skip
 TILES = {"32 rows, 4 warps": (32, 4), "64 rows, 4 warps": (64, 4), "64 rows, 8 warps": (64, 8),

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, pipeline
 
 from fastff import FFF, ShapeError, ops
+from fastff.conditional import parse_layer
 from fastff.models import (
     UltraFastBertForCausalLM,
     UltraFastBertForMaskedLM,
@@ -17,6 +18,7 @@ from fastff.models import (
     UltraFastBertModel,
 )
 from fastff.models.encoder.modeling import sinusoids
+from fastff.ops import conditional_interface
 from model_cases import FEEDFORWARDS, small_batch, small_config
 
 
@@ -230,6 +232,21 @@ def test_the_model_compiles_in_one_graph(kind):
     with torch.no_grad():
         got = compiled(input_ids, attention_mask).logits
         torch.testing.assert_close(got, model(input_ids, attention_mask).logits)
+
+
+@pytest.mark.parametrize("name", ["flat-4x3-top2", "1x2-leaf3-paths2", "pk-4x3-top2"])
+def test_a_model_with_layers_behind_routers_learns_in_one_graph(name, monkeypatch):
+    monkeypatch.setattr(conditional_interface, "_unavailable", {})  # as in a new process: the question imports
+    monkeypatch.setattr(conditional_interface, "_modules", {})
+    plain = build(feedforward=parse_layer(name)).train()
+    model = copy.deepcopy(plain)
+    input_ids, attention_mask, labels = small_batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for call in (plain, compiled):
+        call(input_ids, attention_mask, labels=labels).loss.backward()
+    for want, got in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
 
 
 def test_initialisation():

@@ -1,7 +1,6 @@
 """Conditional products on a GPU against the float64 reference: on a device, else in the interpreter's own process (see
 tests/test_triton.py)."""
 
-import functools
 import os
 
 import pytest
@@ -19,13 +18,7 @@ pytestmark = [
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
 if ON_DEVICE or INTERPRETED:
-    from fastff.ops.triton_kernels import (
-        conditional_kernels,
-        conditional_pairs,
-        conditional_plan,
-        conditional_products,
-        plan,
-    )
+    from fastff.ops.triton_kernels import conditional_kernels, conditional_plan, conditional_products, plan, sort
 
 # rows, slots, leaves, width, in_features, out_features, activation, bias
 SHAPES = [
@@ -89,25 +82,16 @@ def computed(inputs, activation, dtype):
     return [y, *(None if inputs[name] is None else grad for name, grad in zip(NAMES, grads, strict=True))]
 
 
-@pytest.fixture(params=["slots", "scan"])
-def form(request, monkeypatch):
-    """Every form of the kernels in turn, whatever the number of rows."""
-    monkeypatch.setattr(conditional_products, "plan", functools.partial(conditional_products.plan, form=request.param))
-    return request.param
-
-
 def error(got, want):
     return (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
 
 
 HALVES = [torch.float16] + ([torch.bfloat16] if ON_DEVICE else [])
-CASES = [("slots", shape, torch.float32) for shape in SHAPES]
-CASES += [(form, shape, torch.float32) for form in ("scan", "pairs") for shape in (SHAPES[0], SHAPES[1], SHAPES[4])]
-CASES += [(form, SHAPES[0], dtype) for form in ("slots", "pairs") for dtype in HALVES]
+CASES = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[0], dtype) for dtype in HALVES]
 
 
-@pytest.mark.parametrize(("form", "shape", "dtype"), CASES, ids=str, indirect=["form"])
-def test_forward_and_gradients_match_the_reference(shape, dtype, form):
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_forward_and_gradients_match_the_reference(shape, dtype):
     activation = shape[6]
     inputs = make_inputs(shape, dtype)
     want, plain = truth(inputs, activation), truth(inputs, activation, dtype)
@@ -119,7 +103,7 @@ def test_forward_and_gradients_match_the_reference(shape, dtype, form):
             assert error(got, exact) <= allowed, name
 
 
-def test_leaves_that_no_row_uses_get_exactly_zero(form):
+def test_leaves_that_no_row_uses_get_exactly_zero():
     inputs = make_inputs(SHAPES[0])
     inputs["leaf"] = inputs["leaf"] % 3
     _, _, _, *weights = computed(inputs, "swiglu", torch.float32)
@@ -128,7 +112,7 @@ def test_leaves_that_no_row_uses_get_exactly_zero(form):
         assert torch.count_nonzero(grad[:3]) > 0
 
 
-def test_a_leaf_that_stands_twice_in_a_row_adds_twice(form):
+def test_a_leaf_that_stands_twice_in_a_row_adds_twice():
     inputs = make_inputs(SHAPES[3])
     inputs["leaf"][:, 1] = inputs["leaf"][:, 0]
     inputs["gate"][:, 1] = inputs["gate"][:, 0]
@@ -139,7 +123,7 @@ def test_a_leaf_that_stands_twice_in_a_row_adds_twice(form):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
-def test_what_is_not_finite_stays_in_its_row(form):
+def test_what_is_not_finite_stays_in_its_row():
     inputs = make_inputs(SHAPES[0])
     inputs["gate"][3, 1], inputs["x"][8, 0] = float("nan"), float("inf")
     y, grad_x, *_ = computed(inputs, "swiglu", torch.float32)
@@ -156,21 +140,36 @@ def test_no_rows_and_no_slots():
         assert all(torch.count_nonzero(tensor) == 0 for tensor in (y, *grads))
 
 
-@pytest.mark.parametrize("form", ["slots", "pairs"])
-def test_parts_of_a_weight_gradient_are_summed(form):
-    inputs = make_inputs((60, 3, 3, 16, 32, 32, "swiglu", True))
+@pytest.mark.parametrize("favoured", [False, True])
+def test_blocks_of_rows_and_parts_of_a_weight_gradient_are_summed(favoured):
+    """favoured: one leaf has most of the rows, another none."""
+    inputs = make_inputs((61, 3, 5, 20, 32, 32, "swiglu", True))
+    if favoured:
+        inputs["leaf"] = torch.where(inputs["leaf"] > 2, 1, inputs["leaf"])
     tensors = {name: None if t is None else t.to(DEVICE, torch.float32 if t.is_floating_point() else t.dtype)
                for name, t in inputs.items()}  # fmt: skip
     grad_y = tensors.pop("grad_y")
-    tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=32)
-    chosen, kernels = conditional_plan.Plan(tiles, tiles, tiles, splits=3, form=form), conditional_pairs
-    if form == "slots":
-        kernels = conditional_kernels
+    tiles = plan.Tiles(rows=16, columns=16, inner=16, outer=16)
+    chosen = conditional_plan.Plan(tiles, tiles, chunk=24, blocks=3)
     routed, leaves = arguments(tensors)
-    y, scores = kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
-    grads = kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
+    y, scores = conditional_kernels.forward(*routed, leaves, activation="swiglu", plan=chosen)
+    grads = conditional_kernels.backward(grad_y, *routed, leaves, scores, activation="swiglu", plan=chosen)
     for got, exact in zip((y, *grads), truth(inputs, "swiglu"), strict=True):
         assert error(got, exact) <= 1e-4
+
+
+@pytest.mark.parametrize(("blocks", "few"), [(1, 2**14), (1, 0), (3, 0)])
+def test_pairs_are_grouped_by_leaf_in_blocks_of_rows(blocks, few, monkeypatch):
+    monkeypatch.setattr(sort, "FEW", few)
+    leaf = torch.randint(0, 7, (100, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    groups = sort.group_pairs(leaf, level=3, tile=16, blocks=blocks)
+    assert groups.order.shape == (blocks, -(-100 // blocks) * 3)
+    for block, (part, order) in enumerate(zip(leaf.flatten().split(groups.order.shape[1]), groups.order, strict=True)):
+        first = block * groups.order.shape[1]
+        assert torch.equal(order[: len(part)].long() - first, part.argsort(stable=True))
+        counts = part.bincount(minlength=8)
+        for row, each in zip(groups.table[block], (counts, -(-counts // 16)), strict=False):
+            assert row.tolist() == [0, *each.cumsum(0).tolist()]
 
 
 def test_too_many_leaves_are_refused():

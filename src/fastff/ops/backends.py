@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from fastff.errors import BackendUnavailable
+from fastff.ops.eager import asked_once
 
 BACKENDS = ("reference", "native", "triton")
 _KERNEL_MODULES = {"native": "fastff.ops.native", "triton": "fastff.ops.triton_kernels"}
@@ -68,6 +69,7 @@ def kernels(name: str) -> ModuleType:
 _unavailable: dict[str, str | None] = {}
 
 
+@asked_once
 def why_unavailable_cached(name: str) -> str | None:
     """`why_unavailable`, asked once a process."""
     if name not in _unavailable:

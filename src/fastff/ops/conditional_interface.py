@@ -26,7 +26,7 @@ from torch import Tensor
 from fastff.config import ACTIVATIONS
 from fastff.errors import BackendUnavailable, ShapeError
 from fastff.ops import backends, conditional_eager, conditional_reference, interface
-from fastff.ops.eager import is_autocast
+from fastff.ops.eager import asked_once, is_autocast
 from fastff.ops.weights import Leaves
 
 BACKENDS = ("reference", "eager", "native", "triton")
@@ -108,6 +108,7 @@ def resolve(name: str | None, x: Tensor, leaves: Leaves, activation: str) -> str
     return candidate if _why_not(candidate, x, leaves, activation) is None else "eager"
 
 
+@asked_once
 def why_unavailable(name: str) -> str | None:
     """The reason why a backend cannot compute conditional products on this machine, None if it can."""
     if name in _PLAIN:

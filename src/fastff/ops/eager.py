@@ -6,6 +6,9 @@ counts tenths of a microsecond.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,6 +21,15 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack  # 0 where no mode sees eac
 _backward_task = torch._C._current_graph_task_id  # -1 outside a backward pass
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def asked_once(function: _Function) -> _Function:
+    """Let torch.compile ask this function when it traces a call, and take the answer for a constant: it cannot trace
+    imports. What `torch.compiler.assume_constant_result` does, without importing the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_plain_call() -> bool:

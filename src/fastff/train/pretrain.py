@@ -26,7 +26,6 @@ from fastff.errors import FileError, TrainingError
 from fastff.io import read_json, replacing_folder, write_json
 from fastff.machine import machine
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
-from fastff.ops.backends import BACKENDS, why_unavailable_cached
 from fastff.report.progress import Progress, silent
 from fastff.text import tokenizer as tokenizers
 from fastff.text import tokens
@@ -155,8 +154,6 @@ def build(
     arguments: TrainingArguments,
 ) -> PretrainTrainer:
     """Model, batches and trainer. Raises TrainingError for sizes that do not fit together."""
-    for name in BACKENDS:  # asked before the model is compiled: the compiler cannot trace the question
-        why_unavailable_cached(name)
     preset, causal = settings.model, settings.objective == "causal"
     processes = arguments.world_size
     micro_batches = _micro_batches(preset, processes)

@@ -30,7 +30,7 @@ class RecordedStep:
         self._run, self._rows, self._record = run, rows, record
         self._parameters = list(parameters)
         self._seen = 0
-        self._grads: dict[nn.Parameter, Tensor] = {}  # where the recorded work adds to
+        self._grads: dict[nn.Parameter, Tensor] = {}  # what the recorded work makes, in memory of its own
         self._batch: Batch = {}  # what it reads
         self._count: Tensor | None = None
         self._loss: Tensor | None = None
@@ -42,11 +42,8 @@ class RecordedStep:
             return self._run(batch, count)
         if self._again is None and self._seen < WARMUP_CALLS:
             self._seen += 1
-            loss = self._run(batch, count)
-            # What no loss depends on has no gradient, and must not get one of zeros: it would decay.
-            self._grads |= {p: torch.empty_like(p) for p in self._parameters if p.grad is not None}
-            return loss
-        self._attach()
+            return self._run(batch, count)
+        earlier = self._earlier()
         if self._again is None:
             self._batch = {name: part.clone() for name, part in batch.items()}
             self._count = None if count is None else count.clone()
@@ -56,22 +53,33 @@ class RecordedStep:
         if self._count is not None and count is not None:
             self._count.copy_(count)
         self._again()
+        self._add(earlier)
         assert self._loss is not None
         return self._loss.clone()
 
     def _work(self) -> None:
+        """Gradients are made, not added to: zeros need not be written, nor read."""
+        for parameter in self._parameters:
+            parameter.grad = None
         self._loss = self._run(self._batch, self._count)
+        self._grads = {p: p.grad for p in self._parameters if p.grad is not None}
+
+    def _earlier(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients so far, where the recorded work does not write."""
+        return {
+            p: p.grad.clone() if p.grad is self._grads.get(p) else p.grad
+            for p in self._parameters
+            if p.grad is not None
+        }
 
     @torch.no_grad()
-    def _attach(self) -> None:
-        """Make the gradients so far, or zeros, those that the recorded work adds to."""
-        empty = [grad for parameter, grad in self._grads.items() if parameter.grad is None]
-        if empty:
-            torch._foreach_zero_(empty)
-        for parameter, grad in self._grads.items():
-            if parameter.grad is not None and parameter.grad is not grad:
-                grad.copy_(parameter.grad)
-            parameter.grad = grad
+    def _add(self, earlier: dict[nn.Parameter, Tensor]) -> None:
+        """Make the gradients those of the recorded work and, of a step's earlier micro-batches, these."""
+        for parameter in self._parameters:
+            parameter.grad = self._grads.get(parameter, earlier.get(parameter))
+        both = [parameter for parameter in earlier if parameter in self._grads]
+        if both:
+            torch._foreach_add_([self._grads[p] for p in both], [earlier[p] for p in both])
 
 
 def on_gpu(work: Callable[[], None]) -> Callable[[], object]:

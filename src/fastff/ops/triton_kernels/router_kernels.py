@@ -101,9 +101,9 @@ def _pick(value, score, BM: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, 
     c, slot = tl.arange(0, WIDTH)[None, :], tl.arange(0, SLOTS)[None, :]
     column, chosen = tl.zeros((BM, SLOTS), tl.int32), tl.zeros((BM, SLOTS), tl.float32)
     for number in range(K):
-        most = tl.max(value, 1)
-        here = c == tl.min(tl.where(value == most[:, None], c, WIDTH), 1)[:, None]
-        column = tl.where(slot == number, tl.sum(tl.where(here, c, 0), 1)[:, None], column)
+        _, first = tl.max(value, 1, return_indices=True, return_indices_tie_break_left=True)
+        here = c == first[:, None]
+        column = tl.where(slot == number, first[:, None], column)
         chosen = tl.where(slot == number, tl.sum(tl.where(here, score, 0.0), 1)[:, None], chosen)
         value = tl.where(here, float("-inf"), value)
     return column, chosen, value

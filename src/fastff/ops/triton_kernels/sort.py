@@ -7,6 +7,7 @@ Several sorts run side by side: pass `p` groups the rows by the first `level` de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,8 @@ from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 
 SORT_TILE = 64  # ranks within a tile compare all pairs: small tiles, more of them
 SCANNED = 8  # most groups whose counts a program sums over the tiles: a sector of memory
+FEW = 2**14  # elements that one program looks through
+LOOKED_AT = 2**21  # by all programs together, where each looks through all elements
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,44 @@ class Groups:
         return min(1 << (self.level * self.joint), self.order.shape[1])
 
 
-def group_rows(
-    leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int, apart: bool = False
-) -> Groups:
-    """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count. apart: its elements,
-    each as a row of one tree."""
-    rows, trees = (leaf.numel(), 1) if apart else leaf.shape
-    passes, tiles = ceil_div(trees, joint), ceil_div(rows, SORT_TILE)
-    groups = max(2, 1 << (level * joint))
+def group_rows(leaf: Tensor, *, shift: int, level: int, joint: int, tile: int, chunk: int) -> Groups:
+    """Group the rows of leaf (rows, trees) int64 by `leaf >> shift`, of which `level` bits count."""
+    rows, trees = leaf.shape
+    key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "APART": False}
+    return _grouped(leaf, rows, ceil_div(trees, joint), tile, chunk, key)
+
+
+def group_pairs(leaf: Tensor, *, level: int, tile: int, blocks: int) -> Groups:
+    """Group the elements of leaf (rows, slots) int64, of which `level` bits count, by their value. The passes are
+    `blocks` of consecutive rows; order holds numbers of elements."""
+    items, apart = leaf.numel(), ceil_div(leaf.shape[0], blocks) * leaf.shape[1]
+    groups = max(2, 1 << level)
+    if blocks > 1 or items > FEW or groups * power_of_two(items) > LOOKED_AT:
+        key = {"TREES": 1, "SHIFT": 0, "LEVEL": level, "JOINT": 1, "APART": True}
+        return _grouped(leaf, apart, blocks, tile, tile, key)
+    order = new(leaf, 1, items, dtype=torch.int32)
+    table = new(leaf, 1, 4, groups + 1, dtype=torch.int32)
+    size = power_of_two(items)
+    launch(_few_kernel, (groups,), leaf, order, table, items, tile, GROUPS=groups, ITEMS=size,
+           num_warps=max(1, min(16, size // 256)))  # fmt: skip
+    return Groups(order, table, groups, level, 1, tile, tile)
+
+
+def _grouped(leaf: Tensor, rows: int, passes: int, tile: int, chunk: int, key: dict[str, Any]) -> Groups:
+    """In three launches: counts of small tiles, their sums, places. rows: of a pass."""
+    level, joint = key["LEVEL"], key["JOINT"]
+    groups, tiles = max(2, 1 << (level * joint)), ceil_div(rows, SORT_TILE)
     counts = new(leaf, passes, tiles, groups, dtype=torch.int32)
     totals = new(leaf, passes, groups, dtype=torch.int32)
     order = new(leaf, passes, rows, dtype=torch.int32)
     table = new(leaf, passes, 4, groups + 1, dtype=torch.int32)
-    key = {"TREES": trees, "SHIFT": shift, "LEVEL": level, "JOINT": joint, "GROUPS": groups, "TILE": SORT_TILE}
-    launch(_count_kernel, (tiles, passes), leaf, counts, rows, tiles, **key)
+    key = {**key, "GROUPS": groups, "TILE": SORT_TILE}
+    last = leaf.numel() // key["TREES"]
+    launch(_count_kernel, (tiles, passes), leaf, counts, rows, last, tiles, **key)
     width = max(1, min(SCANNED, groups // 32))
     scan = {"WIDTH": width, "TILES": min(1024, power_of_two(tiles))}
     launch(_scan_kernel, (groups // width, passes), counts, totals, tiles, GROUPS=groups, **scan, num_warps=8)
-    launch(_place_kernel, (tiles, passes), leaf, counts, totals, order, table, rows, tiles, tile, chunk, **key)
+    launch(_place_kernel, (tiles, passes), leaf, counts, totals, order, table, rows, last, tiles, tile, chunk, **key)
     return Groups(order, table, groups, level, joint, tile, chunk)
 
 
@@ -94,16 +117,27 @@ def _key(
 
 
 @triton.jit
+def _rows_of(tile, pass_number, rows, last, JOINT: tl.constexpr, TILE: tl.constexpr, APART: tl.constexpr):
+    """Rows of a tile, which exist, and the first tree of their key. APART: passes are blocks of `rows` rows, of
+    `last` in all; else trees."""
+    row = tile * TILE + tl.arange(0, TILE)
+    there = row < rows
+    if APART:
+        row += pass_number * rows
+        return row, there & (row < last), 0
+    return row, there, pass_number * JOINT
+
+
+@triton.jit
 def _count_kernel(
     leaf_ptr, counts_ptr,
-    rows, tiles,
-    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
-    TILE: tl.constexpr,
+    rows, last, tiles,
+    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, APART: tl.constexpr,
+    GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, pass_number = tl.program_id(0), tl.program_id(1)
-    row = tile * TILE + tl.arange(0, TILE)
-    mask = row < rows
-    key = _key(leaf_ptr, row, mask, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    row, mask, tree0 = _rows_of(tile, pass_number, rows, last, JOINT, TILE, APART)
+    key = _key(leaf_ptr, row, mask, tree0, TREES, SHIFT, LEVEL, JOINT)
     groups = tl.arange(0, GROUPS)
     count = tl.histogram(key, GROUPS, mask=mask)
     tl.store(counts_ptr + (pass_number * tiles + tile) * GROUPS + groups, count)
@@ -134,9 +168,9 @@ def _store_sums(table_ptr, which, count, GROUPS: tl.constexpr):
 @triton.jit
 def _place_kernel(
     leaf_ptr, counts_ptr, totals_ptr, order_ptr, table_ptr,
-    rows, tiles, tile_rows, chunk_rows,
-    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
-    TILE: tl.constexpr,
+    rows, last, tiles, tile_rows, chunk_rows,
+    TREES: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, JOINT: tl.constexpr, APART: tl.constexpr,
+    GROUPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, pass_number = tl.program_id(0), tl.program_id(1)
     groups = tl.arange(0, GROUPS)
@@ -150,15 +184,33 @@ def _place_kernel(
         _store_sums(table, 3, tl.where(chunk > 1, chunk, 0), GROUPS)
 
     place = tl.arange(0, TILE)
-    row = tile * TILE + place
-    mask = row < rows
-    key = _key(leaf_ptr, row, mask, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
-    key = tl.where(mask, key, -1)
+    row, mask, tree0 = _rows_of(tile, pass_number, rows, last, JOINT, TILE, APART)
+    key = tl.where(mask, _key(leaf_ptr, row, mask, tree0, TREES, SHIFT, LEVEL, JOINT), -1)
     # The rank of a row among the equal keys before it in the tile: all pairs, which costs the same for any GROUPS.
-    other = tile * TILE + tl.arange(0, TILE)
-    other_key = _key(leaf_ptr, other, other < rows, pass_number * JOINT, TREES, SHIFT, LEVEL, JOINT)
+    other, there, _ = _rows_of(tile, pass_number, rows, last, JOINT, TILE, APART)
+    other_key = _key(leaf_ptr, other, there, tree0, TREES, SHIFT, LEVEL, JOINT)
     before = (other_key[None, :] == key[:, None]) & (tl.arange(0, TILE)[None, :] < place[:, None])
     rank = tl.sum(before.to(tl.int32), 1)
     first = tl.gather(tl.cumsum(total, 0) - total, tl.where(mask, key, 0), 0)
     offset = tl.load(counts_ptr + (pass_number * tiles + tile) * GROUPS + tl.where(mask, key, 0), mask=mask, other=0)
     tl.store(order_ptr + pass_number.to(tl.int64) * rows + first + offset + rank, row, mask=mask)
+
+
+@triton.jit
+def _few_kernel(
+    leaf_ptr, order_ptr, table_ptr,
+    items, tile_rows,
+    GROUPS: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """One launch: every group's program looks through all elements for its own. Of the table, rows and tiles."""
+    group = tl.program_id(0)
+    item = tl.arange(0, ITEMS)
+    there = item < items
+    key = tl.load(leaf_ptr + item, mask=there, other=GROUPS).to(tl.int32)
+    mine = (key == group).to(tl.int32)
+    begin = tl.sum((key < group).to(tl.int32), 0)
+    tl.store(order_ptr + begin + tl.cumsum(mine, 0) - 1, item, mask=mine > 0)
+    if group == 0:
+        total = tl.histogram(key, GROUPS, mask=there)
+        _store_sums(table_ptr, 0, total, GROUPS)
+        _store_sums(table_ptr, 1, (total + tile_rows - 1) // tile_rows, GROUPS)
