@@ -21,19 +21,24 @@ def layers() -> str:
 
 
 def conditional() -> str:
-    """Layers behind routers beside the compiled dense layer, routing included, by rows and direction."""
+    """Layers behind routers beside the compiled dense layer, routing included, by width, rows and direction."""
     found = read(H200 / "conditional.json")
-    cells = {(cell["layer"], cell["rows"], cell["training"]): cell for cell in found["cells"]}
-    counts = sorted({cell["rows"] for cell in found["cells"]}, reverse=True)
+    widths = dict.fromkeys(cell["width"] for cell in found["cells"])
+    tables = [_by_rows([cell for cell in found["cells"] if cell["width"] == width]) for width in widths]
+    return "\n\n".join([*tables, f"{found['gpu']}, torch {found['torch']}, triton {found['triton']}."])
+
+
+def _by_rows(found: list[dict[str, Any]]) -> str:
+    cells = {(cell["layer"], cell["rows"], cell["training"]): cell for cell in found}
+    counts = sorted({cell["rows"] for cell in found}, reverse=True)
     ways = [(rows, training) for training in (False, True) for rows in counts]
     rows = []
-    for layer in dict.fromkeys(cell["layer"] for cell in found["cells"]):
+    for layer in dict.fromkeys(cell["layer"] for cell in found):
         measured = [cells[layer, *way] for way in ways]
         kept = cells[layer, counts[0], True]["activation_bytes"] / 2**20
         rows.append((layer, *map(_beside_dense, measured), f"{kept:,.0f}"))
     named = [f"{rows:,} rows{', forward + backward' if training else ''}" for rows, training in ways]
-    table = markdown_table(["layer", *named, f"kept for the backward of {counts[0]:,} rows, MiB"], rows)
-    return f"{table}\n\n{found['gpu']}, torch {found['torch']}, triton {found['triton']}."
+    return markdown_table(["layer", *named, f"kept for the backward of {counts[0]:,} rows, MiB"], rows)
 
 
 def _beside_dense(cell: dict[str, Any]) -> str:

@@ -76,7 +76,8 @@ def _sum_products(products: list[Product], groups: Groups, plan: Plan) -> None:
     leaves, slots = products[0].grad.shape[0], products[0].entries.shape[1]
     pairs = products[0].entries.shape[0] * slots
     most = ceil_div(pairs, plan.chunk)
-    shape, sums, given = {}, [], []
+    shape: dict[str, int] = {}
+    sums, given = [], []
     for number in range(2):
         product = products[min(number, len(products) - 1)]
         sizes = product.shape(plan, number)
@@ -162,7 +163,8 @@ def _sum_chunk(
 
 @triton.jit
 def _outer_kernel(
-    entries0_ptr, rows0_ptr, grad0_ptr, parts0_ptr, entries1_ptr, rows1_ptr, grad1_ptr, parts1_ptr, order_ptr, table_ptr,
+    entries0_ptr, rows0_ptr, grad0_ptr, parts0_ptr, entries1_ptr, rows1_ptr, grad1_ptr, parts1_ptr, order_ptr,
+    table_ptr,
     apart,
     SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
     COUNT0: tl.constexpr, D0: tl.constexpr, COLUMNS0: tl.constexpr, BN0: tl.constexpr, PARTS0: tl.constexpr,

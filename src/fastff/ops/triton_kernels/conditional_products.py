@@ -1,7 +1,5 @@
 """Conditional products on a GPU: rows grouped by their leaf, tensor cores for each group, no product thrown away.
 
-What the forms tried before cost: rows sorted slot by slot, each slot adding to y (16 to 17 % more time at 65,536 rows of
-96 leaves on an H200), reading and writing y once for each.
 The interface is that of every kernel module of ops.conditional_interface.
 """
 

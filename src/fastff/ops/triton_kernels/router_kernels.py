@@ -17,7 +17,7 @@ from fastff.ops.triton_kernels.common import sigmoid
 from fastff.ops.triton_kernels.linear import precision_of, tile_of
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 
-PROGRAMS = 132  # what fills a GPU: fewer rows than that many tiles of HIGHEST get lower ones
+FEW, MANY = 1024, 16384  # rows: up to so few tiles are low, beyond so many high
 LEAST = tl.constexpr(-3.0e38)  # below all values that are compared
 LOWEST, HIGHEST = 16, 128  # rows of a tile: the least that a product takes; at most
 
@@ -75,12 +75,13 @@ def route_backward(
 
 
 def tile(rows: int, width: int, paths: bool) -> tuple[int, int]:
-    """Rows of a tile of so many columns, and warps. High tiles read the weight less often; levels of a beam, which come
-    and go, take registers. Measured on an H200 at 65,536 rows: 96 leaves 76 us with 128 rows and 94 to 150 with fewer,
-    a tree of 64 leaves 92 us with 64 rows and 8 warps and 94 to 117 with others."""
-    fitting = max(LOWEST, min(HIGHEST, (TILE if paths else 4 * TILE) // width))
-    height = max(LOWEST, min(fitting, power_of_two(ceil_div(rows, PROGRAMS))))
-    return height, 8 if height * width >= (TILE if paths else 4 * TILE) else 4
+    """Rows of a tile of so many columns, and warps. High tiles read the weight less often, and few of them leave most
+    of a GPU idle; levels of a beam, which come and go, take registers. Measured on an H200: docs/benchmarks-gpu.md."""
+    few, many = rows <= FEW, rows > MANY
+    if paths:
+        height = max(LOWEST, min(64, 2 * TILE // width)) if many else LOWEST
+        return height, 8 if height * width >= TILE else 4
+    return max(LOWEST, min(HIGHEST if many else LOWEST if few else 64, 4 * TILE // width)), 4
 
 
 @triton.jit
