@@ -16,6 +16,7 @@ import fastff.models
 from conftest import make_rows
 from fastff.conditional import ConditionalConfig, make_conditional, parse_layer
 from fastff.models.feedforward import build_feedforward, complete
+from fastff.ops.cost import routed_us, work_of
 from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
 from model_cases import small_batch, small_config
 
@@ -24,6 +25,7 @@ ROUTERS = {
     "paths": lambda **options: TreeRouter(8, 4, 2, paths=3, **options),
     "flat": lambda **options: FlatRouter(8, 12, 3, **options),
     "product_key": lambda **options: ProductKeyRouter(8, 5, 4, **options),
+    "reads": lambda **options: FlatRouter(6, 12, 3, **options),
 }
 
 
@@ -46,7 +48,7 @@ def test_output_is_the_sum_over_the_chosen_leaves(kind, activation):
     x = make_rows(2, 10, 8)
     y = layer(x)
     assert y.shape == (2, 10, 5)
-    leaf, gate = layer.router(x)
+    leaf, gate = layer.router(x[..., : layer.router.in_features])
     for row in ((0, 0), (1, 7)):
         want = 0
         for own, weight in zip(leaf[row].tolist(), gate[row], strict=True):
@@ -55,6 +57,7 @@ def test_output_is_the_sum_over_the_chosen_leaves(kind, activation):
             want = want + weight * (value @ layer.w_out[own] + layer.b_out[own])
         assert (y[row] - want).abs().max() <= 1e-12
     assert torch.equal(layer.route(x), leaf)
+    assert int(layer.usage(x).counts.sum()) == leaf.numel()
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -123,6 +126,9 @@ def test_counts_and_costs():
     layer = fastff.ConditionalFeedforward(8, 6, router=FlatRouter(8, 96, 3), leaves=96, leaf_width=32)
     assert (layer.neurons, layer.active_neurons, layer.in_features, layer.out_features) == (3072, 96, 8, 6)
     assert layer.flops_per_row == 2 * (96 * 8 + 96 * (2 * 8 + 6))
+    reads = fastff.ConditionalFeedforward(8, 6, router=FlatRouter(2, 96, 3), leaves=96, leaf_width=32)
+    assert reads.flops_per_row == 2 * (96 * 2 + 96 * (2 * 8 + 6))
+    assert routed_us(work_of(layer.config), 64) > routed_us(work_of(reads.config), 64)
     layer(make_rows(10, 8, dtype=torch.float32))
     assert int(layer.usage().counts.sum()) == 30
     layer.reset_usage()
@@ -144,6 +150,7 @@ def test_initialisation_is_the_recipe_of_the_comparison():
         ("flat-96x32-top3", {"kind": "flat", "leaves": 96, "leaf_width": 32, "k": 3}, 3072, 96),
         ("pk-784x4-top24", {"kind": "product_key", "n": 28, "leaf_width": 4, "k": 24}, 3136, 96),
         ("1x8-leaf12-paths8", {"kind": "paths", "trees": 1, "depth": 8, "leaf_width": 12, "paths": 8}, 3072, 96),
+        ("flat-9x4-top2-reads32", {"kind": "flat", "leaves": 9, "leaf_width": 4, "k": 2, "reads": 32}, 36, 8),
         ("2x3-leaf1-paths2-gelu_tanh", {"kind": "paths", "trees": 2, "depth": 3, "leaf_width": 1, "paths": 2}, 16, 4),
     ],
 )
@@ -172,6 +179,7 @@ def test_names_of_trees_are_read_by_the_same_parser():
         ("flat-96x32", "layer 'flat-96x32' is not of the form flat-96x32-top3, pk-784x4-top24"),
         ("pk-783x4-top24", "783 leaves of product keys in 'pk-783x4-top24' are not a square number"),
         ("flat-96x32-top3-tanh", "is not of the form"),
+        ("flat-96x32-top3-reads", "is not of the form"),
         ("", "is not of the form"),
     ],
 )
@@ -185,7 +193,7 @@ def test_names_that_are_wrong_are_refused(name, message):
     [
         (lambda r: {"router": r, "leaves": 13, "leaf_width": 2}, "chooses among 12 leaves, the layer has 13"),
         (lambda r: {"router": Hash(), "leaves": 9, "leaf_width": 2}, "chooses among 8 leaves, the layer has 9"),
-        (lambda r: {"router": FlatRouter(7, 12, 1), "leaves": 12, "leaf_width": 2}, "reads 7 features, the layer 8"),
+        (lambda r: {"router": FlatRouter(9, 12, 1), "leaves": 12, "leaf_width": 2}, "reads 9 features, the layer 8"),
         (lambda r: {"router": r, "leaves": 12, "leaf_width": 0}, "leaf_width 0 is not an integer of at least 1"),
         (lambda r: {"router": r, "leaves": 12, "leaf_width": 1, "activation": "tanh"}, "activation 'tanh' is not one"),
     ],

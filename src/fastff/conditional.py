@@ -42,7 +42,8 @@ LEAF_STD = 0.02  # with it every layer of the comparison of routers was trained
 class ConditionalConfig:
     """Everything about a ConditionalFeedforward but its weights.
 
-    router       of its router; None for a router that is not one of fastff's
+    router       of its router, which reads the first `router.in_features` features of a row; None for a router that is
+                 not one of fastff's
     leaves       stored, each of leaf_width neurons
     activation   as in TreeConfig
     bias         whether the leaves have b_in and b_out
@@ -66,7 +67,7 @@ class ConditionalConfig:
         if self.activation not in ACTIVATIONS:
             raise ShapeError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.router is not None:
-            if self.router.in_features != self.in_features:
+            if self.router.in_features > self.in_features:
                 raise ShapeError(f"the router reads {self.router.in_features} features, the layer {self.in_features}")
             check_leaves(self.router.leaves, self.leaves)
         check_addressable(self.leaves * max(self.leaf_in_rows * self.in_features, self.leaf_width * self.out_features))
@@ -88,8 +89,13 @@ class ConditionalConfig:
 
     @property
     def routing_scores(self) -> int:
-        """Scores of in_features products that choose the leaves of one row. Raises ValueError likewise."""
+        """Scores, of routing_features products, that choose the leaves of one row. Raises ValueError likewise."""
         return self._known_router.scores_per_row
+
+    @property
+    def routing_features(self) -> int:
+        """Features of a row that its router reads. Raises ValueError likewise."""
+        return self._known_router.in_features
 
     @property
     def _known_router(self) -> RouterConfig:
@@ -101,21 +107,24 @@ class ConditionalConfig:
 
     @property
     def name(self) -> str:
-        """As `parse_layer` reads it: `flat-96x32-top3`, `pk-784x4-top24`, `1x8-leaf12-paths8`; the activation follows
-        where it is not swiglu. Raises ValueError for a router that such a name cannot say."""
-        router, end = self.router, "" if self.activation == "swiglu" else f"-{self.activation}"
+        """As `parse_layer` reads it: `flat-96x32-top3`, `pk-784x4-top24`, `1x8-leaf12-paths8`; `-reads128` follows where
+        the router reads so many features of a row, not all, and the activation where it is not swiglu. Raises
+        ValueError for a router that such a name cannot say."""
+        router = self.router
         if router is None or router.kind == "tree":
             raise ValueError(f"no name says a layer with the router {router}")
+        end = "" if router.in_features == self.in_features else f"-reads{router.in_features}"
+        end += "" if self.activation == "swiglu" else f"-{self.activation}"
         if router.kind == "paths":
             return f"{router.trees}x{router.depth}-leaf{self.leaf_width}-paths{router.chosen}{end}"
         short = "flat" if router.kind == "flat" else "pk"
         return f"{short}-{self.leaves}x{self.leaf_width}-top{router.chosen}{end}"
 
 
-_ACTIVATION = rf"(?:-(?P<activation>{'|'.join(ACTIVATIONS)}))?"
+_END = rf"(?:-reads(?P<reads>\d+))?(?:-(?P<activation>{'|'.join(ACTIVATIONS)}))?"
 _NAMES = (
-    re.compile(r"(?P<kind>flat|pk)-(?P<leaves>\d+)x(?P<leaf_width>\d+)-top(?P<k>\d+)" + _ACTIVATION),
-    re.compile(r"(?P<trees>\d+)x(?P<depth>\d+)(?:-leaf(?P<leaf_width>\d+))?-paths(?P<paths>\d+)" + _ACTIVATION),
+    re.compile(r"(?P<kind>flat|pk)-(?P<leaves>\d+)x(?P<leaf_width>\d+)-top(?P<k>\d+)" + _END),
+    re.compile(r"(?P<trees>\d+)x(?P<depth>\d+)(?:-leaf(?P<leaf_width>\d+))?-paths(?P<paths>\d+)" + _END),
 )
 
 
@@ -129,7 +138,8 @@ def parse_layer(name: str) -> dict[str, Any]:
         return _parse_tree(name)
     text = found.groupdict()
     activation, kind = text.pop("activation") or "swiglu", text.pop("kind", None)
-    sizes = {size: int(value or 1) for size, value in text.items()}
+    reads = text.pop("reads")
+    sizes = {size: int(value or 1) for size, value in text.items()} | ({} if reads is None else {"reads": int(reads)})
     if kind == "pk":
         leaves = sizes.pop("leaves")
         sizes["n"] = math.isqrt(leaves)
@@ -159,7 +169,8 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
 
     in_features, out_features  widths of a row; out_features defaults to in_features
     router       TreeRouter, FlatRouter, ProductKeyRouter, or any module that returns leaf (..., k) int64 and gate
-                 (..., k) for rows (..., in_features); if it has `leaves`, they must be the layer's
+                 (..., k) for rows (..., in_features); if it has `leaves`, they must be the layer's. One of fastff's with
+                 fewer in_features than the layer reads the first ones of a row, for so much less arithmetic
     leaves, leaf_width, activation, bias  see ConditionalConfig
     backend      a name as for `fastff.ops.conditional_matmul`, or None to choose by device and dtype
     Parameters: w_in (leaves, in_rows, in_features), w_out (leaves, leaf_width, out_features); with bias b_in
@@ -229,7 +240,7 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
         """(..., in_features) to (..., out_features). Raises ShapeError."""
         if self.quantization is not None:
             return _outside_graphs()(self, x)
-        leaf, gate = self.router(x)
+        leaf, gate = self.router(self._read(x))
         return conditional_matmul(
             x,
             leaf,
@@ -242,6 +253,13 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
             backend=self.backend,
             leaf_in_range=isinstance(self.router, Router) and x.is_cuda,
         )
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the router reads of rows (..., in_features)."""
+        router = self.config.router
+        if router is None or router.in_features == x.shape[-1] or x.shape[-1] != self.config.in_features:
+            return x  # rows of another width are for the router to refuse
+        return x[..., : router.in_features].contiguous()
 
     def quantize(self, quantization: Quantization | None) -> Self:
         """Evaluate with leaves in "bf16", or in "int8" with one scale to a row; None returns to the parameters' fp32.
@@ -261,7 +279,7 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
         check_quantized_call(self.quantization, x, self.w_in, training=self.training, backend=self.backend)
         with torch.no_grad():
             rows = x.reshape(-1, x.shape[-1]).float()
-            leaf, gate = self.router(rows)
+            leaf, gate = self.router(self._read(rows))
             leaf = leaf.to(torch.int64)
             weights = Leaves(self.w_in, self.b_in, self.w_out, self.b_out)
             check_shapes(rows, leaf, gate, weights, self.config.activation)
@@ -285,13 +303,13 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
         """Leaves (..., k) int64 of each row, ascending. Nothing is counted or balanced."""
         training = self.router.training
         try:
-            return cast(Chosen, self.router.eval()(x)).leaf
+            return cast(Chosen, self.router.eval()(self._read(x))).leaf
         finally:
             self.router.train(training)
 
     def usage(self, x: Tensor | None = None) -> Usage:
         """As of `Router.usage`."""
-        return cast(Router, self.router).usage(x)
+        return cast(Router, self.router).usage(None if x is None else self._read(x))
 
     def track_usage(self, enabled: bool = True) -> None:
         """Count leaves in evaluation too."""

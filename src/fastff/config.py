@@ -193,6 +193,11 @@ class TreeConfig:
         return self.trees * sum(min(1 << level, self.chosen) for level in range(self.depth))
 
     @property
+    def routing_features(self) -> int:
+        """Features of a row that a decision reads: all."""
+        return self.in_features
+
+    @property
     def flops_per_row(self) -> int:
         """Floating-point operations of one row's matrix work, routing included (a multiply and an add are two)."""
         scores = (self.routing_scores + self.trees * self.chosen * self.leaf_in_rows) * self.in_features

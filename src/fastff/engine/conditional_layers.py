@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS
@@ -56,9 +57,13 @@ def tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, S
 
 def _router_tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     router = _router(layer)
+    unread = layer.config.in_features - router.in_features  # the engine's routers read whole rows
+    if unread and router.config.kind == "product_key":
+        raise CheckpointError(f"product keys that leave {unread} features unread are not among the native engine's")
 
     def rows(tensor: Tensor) -> StoredTensor:
-        return StoredTensor((tensor.numel() // tensor.shape[-1], tensor.shape[-1]), lambda: tensor.flatten(0, -2))
+        shape = (tensor.numel() // tensor.shape[-1], tensor.shape[-1] + unread)
+        return StoredTensor(shape, lambda: pad(tensor.flatten(0, -2), (0, unread)))
 
     def flat(tensor: Tensor) -> StoredTensor:
         return StoredTensor((tensor.numel(),), lambda: tensor.flatten())

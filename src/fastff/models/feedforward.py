@@ -8,7 +8,8 @@ fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`
        `shared_activation` is theirs
 paths, flat, product_key  conditional, behind another router: `depth`, `trees` (default 1) and `paths`; `leaves` and
        `k`; `n` and `k`, with the meaning of `fastff.TreeRouter`, `FlatRouter`, `ProductKeyRouter`; for all of them
-       `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate`, `balance_step` and `quantization`
+       `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate`, `balance_step`, `quantization` and
+       `reads`, how many features of a row, its first, the router reads (default all)
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the baseline that shows what attention does alone
 """
@@ -53,7 +54,7 @@ _ROUTERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {  # and wha
 }
 _ROUTER_OPTIONS = {"gate": "normalised", "balance_step": BALANCE_STEP}
 _LEAF_OPTIONS = {"leaf_width": inspect.Parameter.empty, "activation": "swiglu", "bias": False}
-_MORE: dict[str, Any] = {"quantization": None}
+_MORE: dict[str, Any] = {"quantization": None, "reads": None}
 _DEFAULTS |= {kind: sizes | _LEAF_OPTIONS | _ROUTER_OPTIONS | _MORE for kind, (_, sizes) in _ROUTERS.items()}
 
 
@@ -212,7 +213,8 @@ def build_feedforward(
         return DenseFeedforward(hidden_size, **options, device=device)
     if kind in _ROUTERS:
         cls, sizes = _ROUTERS[kind]
-        router = cls(hidden_size, **{name: options[name] for name in (*sizes, *_ROUTER_OPTIONS)}, device=device)
+        reads = hidden_size if options["reads"] is None else options["reads"]
+        router = cls(reads, **{name: options[name] for name in (*sizes, *_ROUTER_OPTIONS)}, device=device)
         own = {name: options[name] for name in _LEAF_OPTIONS}
         layer = ConditionalFeedforward(hidden_size, router=router, leaves=router.leaves, **own, device=device)
         return layer.quantize(options["quantization"])

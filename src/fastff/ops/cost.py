@@ -99,17 +99,19 @@ class RoutedSizes(Sizes, Protocol):
     def chosen(self) -> int: ...
     @property
     def routing_scores(self) -> int: ...
+    @property
+    def routing_features(self) -> int: ...
 
 
 class Work(NamedTuple):
     """A layer behind a router. leaves: stored; chosen: of a row; leaf_weights: of one leaf; routing_scores: of a row,
-    each of in_features products."""
+    each of routing_features products."""
 
     leaves: int
     chosen: int
     leaf_weights: int
     routing_scores: int
-    in_features: int
+    routing_features: int
 
 
 def work_of(config: TreeConfig | RoutedSizes) -> Work:
@@ -117,12 +119,12 @@ def work_of(config: TreeConfig | RoutedSizes) -> Work:
     trees = config.trees if isinstance(config, TreeConfig) else 1
     weights = config.leaf_in_rows * config.in_features + config.leaf_width * config.out_features
     sizes = (trees * config.leaves, trees * config.chosen, weights)
-    return Work(*sizes, config.routing_scores, config.in_features)
+    return Work(*sizes, config.routing_scores, config.routing_features)
 
 
 def routed_us(work: Work, rows: int, threads: int = 1, weight_bytes: int = 4) -> float:
     """As `conditional_us`. The nodes that route count as read once for every score of a row, at most so many rows."""
-    routing = work.routing_scores * work.in_features
+    routing = work.routing_scores * work.routing_features
     weights = visited(work.leaves, rows, work.chosen) * work.leaf_weights + min(rows, 8) * routing
     flops = 2 * rows * (work.chosen * work.leaf_weights + routing)
     return 1e6 * (weights * weight_bytes / CPU.reading + flops / CPU.gathered / threads)

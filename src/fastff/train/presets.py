@@ -42,6 +42,7 @@ PRESETS = {
     for preset in (
         # name, hidden, layers, heads, seq_len, vocabulary, batch, micro-batch, lr, steps, tokenizer_characters
         Preset("tiny", 128, 2, 4, 64, 4096, 16, 16, 2e-3, 1_000, 5_000_000),
+        Preset("mini", 256, 6, 4, 256, 4096, 128, 128, 2e-3, 9_200, 50_000_000),
         Preset("small", 512, 8, 8, 128, 16384, 512, 64, 2e-3, 5_000, 100_000_000),
         Preset("base", 768, 16, 12, 128, 32768, 8192, 256, 1e-3, 10_000, 200_000_000),
     )
