@@ -115,7 +115,7 @@ FEEDFORWARDS = {  # of the two blocks, as descriptions; None leaves the dense on
     "trees": [{"kind": "fff", "bias": True, **GREEDY}] * 2,
     "published": [{"kind": "fff", "depth": 4}] * 2,
     "mixed": [{"kind": "fff", "shared": 24, **GREEDY}, None],
-    "other": [FLAT, {"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 8, "bias": True}],
+    "other": [{**FLAT, "reads": 32}, {"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 8, "bias": True}],
     "wide": [WIDE] * 2,
     "both": [FLAT, WIDE],
     "wide-gelu": [{"kind": "paths", "depth": 2, "paths": 2, "leaf_width": 64, "activation": "gelu"}, None],

@@ -13,8 +13,9 @@ import fastff
 from engine_cases import CONFIGS, FEEDFORWARDS, OURS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native_export
 from fastff.engine.decoders import describe
-from fastff.engine.generate import Engine, Sampling, load
+from fastff.engine.generate import Engine, Sampling, load, pieces
 from fastff.errors import CheckpointError, FastffError, FileError
+from fastff.text.tokenizer import train_tokenizer, wrap
 
 
 def tokens(count, seed=0):
@@ -243,3 +244,18 @@ class TestExport:
     def test_another_directory_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match="fastff export"):
             Engine(tmp_path)
+
+
+def test_word_pieces_stream_as_the_text_that_they_are_together():
+    """Spaces between words and none within them; a prompt of a tokenizer that closes sentences stays open."""
+    tokenizer = wrap(train_tokenizer(lambda: ["the sailors sailed, the sails sail"] * 9, 60), 64)
+    engine = copy.copy(exported("llama")[0])
+    engine.tokenizer = tokenizer
+    ids = engine.encode_prompt("The sailor")
+    assert tokenizer.convert_ids_to_tokens(ids[:2]) == ["[CLS]", "the"]
+    assert ids == tokenizer.encode("The sailor")[:-1]
+    more = tokenizer.encode("sailored the sails, sail", add_special_tokens=False)
+    words = tokenizer.convert_ids_to_tokens(more)
+    assert any(word.startswith("##") for word in words)
+    streamed = "".join(pieces(tokenizer, iter(more), ids))
+    assert streamed == " sailored the sails, sail"

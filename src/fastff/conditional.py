@@ -107,9 +107,9 @@ class ConditionalConfig:
 
     @property
     def name(self) -> str:
-        """As `parse_layer` reads it: `flat-96x32-top3`, `pk-784x4-top24`, `1x8-leaf12-paths8`; `-reads128` follows where
-        the router reads so many features of a row, not all, and the activation where it is not swiglu. Raises
-        ValueError for a router that such a name cannot say."""
+        """As `parse_layer` reads it: `flat-96x32-top3`, `pk-784x4-top24`, `1x8-leaf12-paths8`; `-reads128` follows if
+        the router reads so many features of a row, not all, and the activation if it is not swiglu. Raises ValueError
+        for a router that such a name cannot say."""
         router = self.router
         if router is None or router.kind == "tree":
             raise ValueError(f"no name says a layer with the router {router}")
@@ -169,8 +169,8 @@ class ConditionalFeedforward(SizedLayer, nn.Module):
 
     in_features, out_features  widths of a row; out_features defaults to in_features
     router       TreeRouter, FlatRouter, ProductKeyRouter, or any module that returns leaf (..., k) int64 and gate
-                 (..., k) for rows (..., in_features); if it has `leaves`, they must be the layer's. One of fastff's with
-                 fewer in_features than the layer reads the first ones of a row, for so much less arithmetic
+                 (..., k) for rows (..., in_features); if it has `leaves`, they must be the layer's. One of fastff's
+                 with fewer in_features than the layer reads the first ones of a row, for so much less arithmetic
     leaves, leaf_width, activation, bias  see ConditionalConfig
     backend      a name as for `fastff.ops.conditional_matmul`, or None to choose by device and dtype
     Parameters: w_in (leaves, in_rows, in_features), w_out (leaves, leaf_width, out_features); with bias b_in

@@ -57,7 +57,7 @@ def generate(
             times.append(time.perf_counter())
             yield token
 
-    for piece in pieces(engine.tokenizer, timed()):
+    for piece in pieces(engine.tokenizer, timed(), ids):
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
     tokens = len(times) - 1

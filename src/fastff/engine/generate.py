@@ -58,6 +58,8 @@ class Engine:
                 ids = self.tokenizer.encode(text, add_special_tokens=False)
             else:
                 ids = self.tokenizer.encode(prompt)
+                if ids and ids[-1] == self.tokenizer.sep_token_id != self.tokenizer.eos_token_id:
+                    ids = ids[:-1]  # of a tokenizer that closes a sentence, which is to go on
         else:
             ids = list(prompt)
         if not ids:
@@ -110,22 +112,31 @@ class Engine:
         ids = self.encode_prompt(prompt, chat=chat)
         if self.tokenizer is None:
             raise CheckpointError("this model was exported without a tokenizer: use generate_ids")
-        yield from pieces(
-            self.tokenizer, self.generate_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads)
-        )
+        made = self.generate_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads)
+        yield from pieces(self.tokenizer, made, ids)
 
 
-def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of tokens as soon as it is certain: a character may need several of them."""
-    pending: list[int] = []
+def pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Text of tokens as soon as it is certain: a character may need several of them.
+
+    before: the tokens that these continue; what joins two words, or none, shows in their text together only.
+    """
+    context, pending = list(before[-1:]), list[int]()
     for token in tokens:
         pending.append(token)
-        text: str = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        text = _continued(tokenizer, context, pending)
         if text and not text.endswith("\ufffd"):
             yield text
-            pending = []
+            context, pending = pending, []
     if pending:
-        yield tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        yield _continued(tokenizer, context, pending)
+
+
+def _continued(tokenizer: Any, context: list[int], pending: list[int]) -> str:
+    """What `pending` adds to the text of `context`."""
+    known: str = tokenizer.decode(context, clean_up_tokenization_spaces=False) if context else ""
+    text: str = tokenizer.decode(context + pending, clean_up_tokenization_spaces=False)
+    return text[len(known) :]
 
 
 def load(folder: str | Path, *, map: bool = False) -> Engine:
