@@ -10,13 +10,17 @@ from dataclasses import asdict
 
 import pytest
 
+from fastff.errors import FileError
+from fastff.experiment import frontier
+from fastff.experiment.study_settings import FrontierSettings
+from fastff.io import read_json, write_json
 from fastff.train.compare import (
     at_step,
     chart,
     compare,
     gap_of,
     left_out,
-    narrow_loss,
+    loss_at,
     recovered_gap,
     routing_table,
     table,
@@ -24,10 +28,10 @@ from fastff.train.compare import (
 from fastff.train.presets import PRESETS, cost_of
 
 
-def record(name, loss, seed=0, **settings):
+def record(name, loss, seed=0, preset="small", **settings):
     return {
         "settings": {"feedforward": name, "seed": seed, "steps": 9, **settings},
-        "cost": asdict(cost_of(name, PRESETS["small"])),
+        "cost": asdict(cost_of(name, PRESETS[preset])),
         "parameters": 7,
         "tokens": 100,
         "tokens_per_second": 50 + 2 * seed,
@@ -110,8 +114,8 @@ def test_a_plan_is_compared_with_the_narrow_layer_read_off_its_dense_ones():
     assert entries["a", "tree"]["recovered_gap"] == pytest.approx((between - 3.6) / (between - 3.0))
     assert [entries[key]["recovered_gap"] for key in (("b", "tree"), ("a", "none"), ("a", "narrow"))] == [None] * 3
     dense = {10: 4.0, 1000: 3.0}
-    assert [narrow_loss(f, dense) for f in (9, 10, 100, 1000, 1001)] == [None, 4.0, pytest.approx(3.5), 3.0, None]
-    assert narrow_loss(960, {1000: 3.0, 4000: 2.0}) == 3.0, "one with 4 % more arithmetic stands in"
+    assert [loss_at(f, dense) for f in (9, 10, 100, 1000, 1001)] == [None, 4.0, pytest.approx(3.5), 3.0, None]
+    assert loss_at(960, {1000: 3.0, 4000: 2.0}) == 3.0, "one with 4 % more arithmetic stands in"
 
 
 def test_what_a_plan_has_not_finished_is_listed_and_stats_is_a_mean():
@@ -140,3 +144,37 @@ def test_labels_of_points_that_are_close_do_not_cover_each_other():
     places = re.findall(r' y="([\d.]+)"[^>]*>(variant-\d)<', chart([*close, far]))
     heights = [float(y) for y, _ in sorted(places, key=lambda place: place[1])]
     assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([12.0] * 3, abs=0.1)
+
+
+def test_losses_stand_beside_the_speed_of_decoding(tmp_path):
+    """Timed once; what a dense layer of equal speed would lose is read off the dense ones by hand."""
+    study, out = tmp_path / "study", tmp_path / "out"
+    runs = [("dense-swiglu", 3.0, 0), ("flat-8x4-top2", 3.2, 0), ("flat-8x4-top2", 3.4, 1), ("none", 4.0, 0)]
+    records = [{**record(*run, preset="tiny"), "variant": run[0], "group": "causal", "finished": True} for run in runs]
+    study.mkdir()
+    write_json(study / "records.json", records)
+    gpus = tmp_path / "gpus"
+    gpus.mkdir()
+    write_json(gpus / "flat-1-compiled-graph.json", records[1])
+    sizes = {"preset": "tiny", "seconds": 0.01, "context": 4, "tokens": 2, "prompt": 8}
+    asked = FrontierSettings((study,), out=out, layer=("narrow:1x11",), gpu_speed=gpus, **sizes)
+    said = []
+    frontier.run(asked, said.append)
+    timed = read_json(out / "speeds.json")
+    assert [cell["layer"] for cell in timed["cells"]] == ["dense-swiglu 341", "flat-8x4-top2", "none", "dense-swiglu 6"]
+    assert [cell["stored"] for cell in timed["cells"][1:3]] == [2 * 8 * (1 + 3 * 4) * 128, 0]
+    assert all(0 < cell[kind][0] <= cell[kind][2] for cell in timed["cells"] for kind in ("decode_us", "prefill_us"))
+    for cell, us in zip(timed["cells"], (100.0, 50.0, 25.0, 20.0), strict=True):
+        cell["decode_us"][1] = us
+    write_json(out / "speeds.json", timed)
+    points = {point["layer"]: point for point in frontier.run(asked, said.append)}
+    assert read_json(out / "speeds.json") == timed, "nothing is timed again"
+    flat = points["flat-8x4-top2"]
+    assert (flat["decode"], flat["training"], flat["loss"]) == (20_000.0, 50, pytest.approx(3.3))
+    assert flat["equal_dense"] == pytest.approx(3.5), "half-way between the two, in the logarithm"
+    assert "| 3.300 (3.200 to 3.400) | 3.500 | +0.200 |" in said[-1]
+    assert "loss" not in points["dense-swiglu 6"]
+    assert "held-out loss" in (out / "frontier.svg").read_text()
+    write_json(study / "records.json", [])
+    with pytest.raises(FileError, match="no finished record of the group 'causal'"):
+        frontier.run(asked)

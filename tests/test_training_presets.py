@@ -8,7 +8,7 @@ import torch
 from fastff.config import TreeConfig
 from fastff.errors import TrainingError
 from fastff.models import build_feedforward
-from fastff.train.presets import NARROW, PRESETS, VARIANTS, cost_of, costs, feedforward_of
+from fastff.train.presets import NARROW, PRESETS, RECOMMENDED, VARIANTS, cost_of, costs, feedforward_of
 from fastff.train.schedule import Budget, rows_at, triangle
 
 
@@ -46,6 +46,12 @@ def test_the_narrow_baseline_does_the_same_arithmetic(tree):
     for preset in PRESETS.values():
         wide, narrow = cost_of(tree, preset), cost_of(f"{NARROW}{tree}", preset)
         assert abs(narrow.flops - wide.flops) <= 3 * preset.hidden  # half a neuron
+
+
+def test_the_recommended_layer_is_the_measured_one_at_its_width_and_stays_below_a_tenth_of_the_arithmetic():
+    assert cost_of(RECOMMENDED, PRESETS["small"]).layer == "flat-80x36-top3"
+    for preset in (PRESETS["small"], PRESETS["base"]):
+        assert cost_of(RECOMMENDED, preset).flops < 0.1 * cost_of("dense-swiglu", preset).flops
 
 
 def test_a_description_may_be_given_whole():

@@ -320,7 +320,7 @@ def test_the_number_of_layers_can_be_chosen(text, tmp_path):
 def test_sizes_that_do_not_fit(text, tmp_path):
     with pytest.raises(TrainingError, match="batch 5 is not a multiple of micro_batch 2"):
         pretrain(small(tmp_path, text, batch=5))
-    with pytest.raises(TrainingError, match="preset 'huge' is not one of tiny, small, base"):
+    with pytest.raises(TrainingError, match="preset 'huge' is not one of tiny, mini, small, base"):
         pretrain(small(tmp_path, text, preset="huge"))
     with pytest.raises(TrainingError, match="no text is given"):
         PretrainSettings(out=tmp_path, text=())

@@ -9,6 +9,7 @@ from typing import Any
 
 from tools.tables.places import TRAINING, read
 
+from fastff.experiment import frontier
 from fastff.experiment.glue_variants import only, variants_of
 from fastff.experiment.glue_variants import table as glue_table
 from fastff.report.markdown import markdown_table
@@ -211,9 +212,16 @@ LONG = plan_tables(
     "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
 )
 ROUTERS = plan_tables("routers-300m", **{"routers-300m": "causal"})
+MINI = plan_tables("mini-300m", **{"mini-300m": "causal"})
 LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
+
+
+def frontier_table() -> str:
+    """Held-out losses beside measured speeds."""
+    studies = [TRAINING / study for study in ("routers-300m", "small-300m")]
+    return frontier.table(frontier.points_of(studies, TRAINING / "frontier", TRAINING / "gpus" / "small"))
 
 
 def without(made: dict[str, Table], *endings: str) -> dict[str, Table]:
@@ -234,6 +242,8 @@ STUDIES: dict[str, dict[str, Table]] = {
         "glue-375": partial(glue, "small-300m", "glue-375"),
     },
     "routers-300m": without(ROUTERS, "left-out", "routing"),
+    "mini-300m": without(MINI, "left-out", "routing"),
+    "frontier": {"frontier": frontier_table},
     "masked-524m": {
         **without(LONG_MASKED, "left-out"),
         "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
@@ -259,6 +269,7 @@ QUALITY: dict[str, Table] = {
     "rate-0.002": RATES["rate-0.002"],
     "300m-causal": LONG["300m-causal"],
     "routers-300m": ROUTERS["routers-300m"],
+    "frontier": frontier_table,
     "524m-masked": LONG_MASKED["524m-masked"],
     "524m-retention": RETENTION,
     "backends": backends,

@@ -32,6 +32,7 @@ STUDIES = (
     ("glue", "Fine-tune pretrained variants on GLUE and say how much of the dense scores each keeps."),
     ("redraw", "Make the tables and charts of records.json or glue.json again, without running anything."),
     ("gpu-speed", "Measure tokens a second of pretraining on one GPU and on several."),
+    ("frontier", "Held-out losses of studies beside the measured speed of their models."),
     ("warm-start", "Turn the feedforwards of a pretrained dense model into trees, or narrow layers."),
     ("pack-tokens", "Pack tokenised text into a file, for a machine that has not the text."),
     ("unpack-tokens", "Unpack tokenised text; it is then called train, and the held-out text valid."),

@@ -53,6 +53,14 @@ def gpu_speed(settings: study_settings.SpeedSettings) -> int:
     return 1 if failed else 0
 
 
+def frontier(settings: study_settings.FrontierSettings) -> int:
+    """Put the held-out losses of studies beside the measured speed of their models, in a table and a chart."""
+    from fastff.experiment import frontier
+
+    frontier.run(settings, say=_say)
+    return 0
+
+
 def warm_start(settings: study_settings.WarmStartSettings) -> int:
     """Turn the feedforwards of a pretrained dense model into trees, or narrow layers, to start from."""
     from fastff.experiment import warm_start

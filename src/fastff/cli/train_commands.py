@@ -73,12 +73,12 @@ def variants(preset: str = "base") -> int:
     Parameters
     ----------
     preset
-        tiny, small or base.
+        tiny, mini, small or base.
     """
     from fastff.train.presets import NARROW, VARIANTS, costs, preset_of
 
-    trees = [name for name, variant in VARIANTS.items() if "depth" in variant.options]
-    found = costs(preset_of(preset), (*VARIANTS, *(f"{NARROW}{name}" for name in trees)))
+    conditional = [name for name, variant in VARIANTS.items() if variant.options and not variant.per_hidden]
+    found = costs(preset_of(preset), (*VARIANTS, *(f"{NARROW}{name}" for name in conditional)))
     dense = next(cost for cost in found if cost.name == "dense-gelu")
     table = Table("name", "layer", "active / stored neurons", "FLOP a token", "of dense", "whole model, of dense")
     for c in found:

@@ -128,6 +128,34 @@ class SpeedSettings:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class FrontierSettings:
+    """Losses of studies, and the speed of their models."""
+
+    studies: tuple[Path, ...]
+    """Folders with records.json, all of models of one preset."""
+    _: KW_ONLY
+    out: Path
+    """Folder of speeds.json and frontier.svg; layers that are there are not timed again."""
+    preset: str = "small"
+    """Size of the models."""
+    layer: tuple[str, ...] = ()
+    """A layer to time that no study has; may be repeated."""
+    gpu_speed: Path | None = None
+    """Folder of `fastff experiment gpu-speed --form compiled-graph`: adds the speed of training on one GPU."""
+    seconds: float = 20.0
+    """Time decoding for N seconds, and reading prompts for as long."""
+    context: int = 64
+    """Tokens before those that are decoded."""
+    tokens: int = 24
+    """Tokens decoded in a turn."""
+    prompt: int = 128
+    """Tokens read at once."""
+    threads: int = 1
+    """Threads to work on."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class WarmStartSettings:
     """The conversion of a pretrained model to start from."""
 

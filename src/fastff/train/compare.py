@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastff.report.axis import Axis, si
@@ -84,7 +84,7 @@ def gap_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]], seed: str |
     """The recovered gap of a tree whose group has a wide layer and narrow ones around it, None for all others.
 
     It is made of means over the tree's seeds, or of this one `seed`; of a dense layer those count that it has, too. The
-    narrow layer that a tree is compared with is read off the dense swiglu layers of its group, see `narrow_loss`.
+    narrow layer that a tree is compared with is read off the dense swiglu layers of its group, see `loss_at`.
     """
 
     def loss(of: dict[str, Any]) -> float | None:
@@ -96,22 +96,22 @@ def gap_of(entry: dict[str, Any], entries: Sequence[dict[str, Any]], seed: str |
         return None
     wide = [other for other in entries if other["group"] == entry["group"] and kind_of(other) == WIDE]
     dense = {other["flops"]: found for other in wide if (found := loss(other)) is not None}
-    narrow = narrow_loss(entry["flops"], dense)
+    narrow = loss_at(entry["flops"], dense)
     return None if narrow is None else recovered_gap(narrow, mine, dense[max(dense)])
 
 
-def narrow_loss(flops: int, dense: dict[int, float]) -> float | None:
-    """Loss of a dense layer with so much arithmetic, in a straight line over its logarithm between the two of `dense`
-    (loss by arithmetic) around it; that of the least one if it is nearly so small; None outside of them."""
-    below, above = ([f for f in dense if f <= flops], [f for f in dense if f >= flops])
+def loss_at(cost: float, dense: Mapping[float, float]) -> float | None:
+    """Loss of a dense layer of such a cost (arithmetic or time), in a straight line over its logarithm between the two
+    of `dense` (loss by cost) around it; of the least one if that is nearly so small; None outside of them."""
+    below, above = ([c for c in dense if c <= cost], [c for c in dense if c >= cost])
     if not above:
         return None
     if not below:
-        return dense[min(above)] if min(above) <= NEARLY * flops else None
+        return dense[min(above)] if min(above) <= NEARLY * cost else None
     low, high = max(below), min(above)
     if low == high:
         return dense[low]
-    share = math.log(flops / low) / math.log(high / low)
+    share = math.log(cost / low) / math.log(high / low)
     return dense[low] + share * (dense[high] - dense[low])
 
 
@@ -128,10 +128,14 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     rows = []
     for entry in entries:
         gap = "" if entry["recovered_gap"] is None else f"{entry['recovered_gap']:.2f}{_spread(entry['gaps'], 2)}"
-        loss = f"{entry['loss']:.3f}{_spread(entry['losses'], 3)}"
         neurons = f"{entry['active_neurons']} / {entry['neurons']}"
-        rows.append([entry["name"], entry["layer"], neurons, f"{entry['flops']:,}", loss, gap])
+        rows.append([entry["name"], entry["layer"], neurons, f"{entry['flops']:,}", losses_of(entry), gap])
     return markdown_table(head, rows)
+
+
+def losses_of(entry: dict[str, Any]) -> str:
+    """The mean loss of an entry, and the least and the greatest of several seeds."""
+    return f"{entry['loss']:.3f}{_spread(entry['losses'], 3)}"
 
 
 def _spread(by_seed: dict[str, float], digits: int) -> str:

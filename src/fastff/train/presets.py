@@ -1,7 +1,7 @@
 """Model sizes and the feedforwards that are compared in them, with the arithmetic of each.
 
 `base` is the paper's model (arXiv:2311.10770): 16 layers of width 768, sequences of 128. The feedforward variants are
-given for its width and scaled to the others: one tree loses levels, several trees lose trees.
+given for its width and scaled to the others: one tree loses levels, several trees lose trees, experts lose neurons.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastff.errors import ShapeError, TrainingError
 from fastff.models import UltraFastBertConfig, build_feedforward
 from fastff.models.feedforward import complete
 
+RECOMMENDED = "flat-80-top3"
 NARROW = "narrow:"  # prefix: the dense layer with the arithmetic of the variant after it
 
 
@@ -89,8 +90,13 @@ VARIANTS = {
         ),
         Variant(
             "36x5-leaf4-swiglu-gate",
-            "twice as many with half the leaf: the best of 300 M tokens",
+            "twice as many with half the leaf: the best trees of 300 M tokens",
             options={"depth": 5, "trees": 36, "leaf_width": 4, **_SWIGLU_LEAVES},
+        ),
+        Variant(
+            RECOMMENDED,
+            "80 experts, three for a token: the best of 300 M tokens, and recommended",
+            options={"kind": "flat", "leaves": 80, "k": 3, "leaf_width": 54},
         ),
     )
 }
@@ -145,6 +151,8 @@ def feedforward_of(name: str, hidden: int) -> dict[str, Any]:
 
 def _scaled(options: Mapping[str, Any], hidden: int) -> dict[str, Any]:
     share = hidden / BASE_HIDDEN
+    if "k" in options:
+        return {**options, "leaf_width": max(1, round(options["leaf_width"] * share))}
     if "trees" in options:
         return {**options, "trees": math.ceil(options["trees"] * share)}
     return {**options, "depth": max(1, options["depth"] + round(math.log2(share)))}

@@ -44,7 +44,7 @@ class PretrainSettings:
     text: tuple[str, ...]
     """File, directory, or datasets:NAME[:CONFIG[:SPLIT]]; may be repeated."""
     preset: str = "tiny"
-    """Size of the model: tiny, small or base."""
+    """Size of the model: tiny, mini, small or base."""
     feedforward: str = "dense-gelu"
     """A name of `fastff variants`, narrow:NAME, or a description in JSON."""
     objective: str = "masked"
