@@ -93,6 +93,14 @@ const char* isa_name() {
   return "";
 }
 
+bool has_tiles() {
+#if defined(__x86_64__)
+  return isa() == Isa::amx;
+#else
+  return false;
+#endif
+}
+
 void set_isa(const char* name) { current() = named(name); }
 
 }  // namespace fastff

@@ -25,6 +25,7 @@ enum class Isa : int {
 // The one in use: the best of this CPU, or the one that FASTFF_ISA names. Throws BadIsa at first use if that cannot run.
 Isa isa();
 const char* isa_name();
+bool has_tiles();  // the one in use has matrix tiles of int8
 void set_isa(const char* name);  // throws BadIsa
 
 template <class Table, int tables>

@@ -4,4 +4,5 @@
 #include "isa/groups_avx512.h"
 #include "isa/words_avx512.h"
 
+#include "layer/router_kernels_impl.h"
 #include "model/families.h"

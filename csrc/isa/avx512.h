@@ -80,7 +80,24 @@ struct Vec<int16_t> {
     return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
 #endif
   }
+  // The totals of the parts. Beside matrix tiles, whose sums are exact, they are exact and rounded once.
   static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
+#ifdef __AMX_INT8__
+    const __m512i low = _mm512_set1_epi32(65535);
+    const __m128i upper = totals(_mm512_srai_epi32(a, 16), _mm512_srai_epi32(b, 16), _mm512_srai_epi32(c, 16), _mm512_srai_epi32(d, 16));
+    const __m128i lower = totals(_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_and_si512(c, low), _mm512_and_si512(d, low));
+    _mm_storeu_ps(out, _mm_fmadd_ps(_mm_cvtepi32_ps(upper), _mm_set1_ps(65536.0f), _mm_cvtepi32_ps(lower)));
+  }
+
+ private:
+  static __m128i totals(Sums w, Sums x, Sums y, Sums z) {
+    const __m512i wx = _mm512_add_epi32(_mm512_unpacklo_epi32(w, x), _mm512_unpackhi_epi32(w, x));
+    const __m512i yz = _mm512_add_epi32(_mm512_unpacklo_epi32(y, z), _mm512_unpackhi_epi32(y, z));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(wx, yz), _mm512_unpackhi_epi64(wx, yz));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
+#else
     const __m512 w = _mm512_cvtepi32_ps(a), x = _mm512_cvtepi32_ps(b);
     const __m512 y = _mm512_cvtepi32_ps(c), z = _mm512_cvtepi32_ps(d);
     const __m512 wx = _mm512_add_ps(_mm512_unpacklo_ps(w, x), _mm512_unpackhi_ps(w, x));
@@ -89,6 +106,7 @@ struct Vec<int16_t> {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
+#endif
 };
 
 [[maybe_unused]] void fence() { _mm_sfence(); }

@@ -36,6 +36,27 @@ struct Router {
   }
 };
 
+// Beside the rows of a router in 16 bits lie, where the CPU has matrix tiles, those that most rows of x are multiplied with
+// as tiles take them: panels of sixteen rows, of each 64 features a tile of upper bytes and one of lower bytes. A panel's
+// rows are of one group: a tree's nodes, of a greedy tree those of its first levels, or a codebook.
+constexpr int64_t kTileRows = 16, kTileBytes = 1024;
+constexpr int kTiledLevels = 6;                        // of a greedy tree
+constexpr int64_t kMostTiledFeatures = int64_t{1} << 15;  // whose sums of bytes' products fit 32 bits
+
+inline int64_t tile_steps(int64_t features) { return (features + 63) / 64; }
+// Where a tile keeps feature i of its 64: the order in which rows of x in 16 bits fall apart into bytes.
+inline int64_t tile_place(int64_t i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
+
+struct TiledWeights {
+  int64_t groups, group_rows, tiled_rows;  // of a group's rows of weights the first tiled_rows
+  int64_t panels() const { return (tiled_rows + kTileRows - 1) / kTileRows; }  // of a group
+};
+inline TiledWeights tiled_weights(const Router& r) {
+  if (!r.is_trees()) return {r.halves(), r.candidates, r.candidates};
+  const int levels = r.kind == FASTFF_TREES && r.depth > kTiledLevels ? kTiledLevels : r.depth;
+  return {r.trees, r.nodes(), (int64_t{1} << levels) - 1};
+}
+
 // Routing weights: T itself, or int16_t beside the fp32 rows that decide where 16 bits cannot.
 template <class T, class W = T>
 struct RouterView {
@@ -49,7 +70,13 @@ struct RouterView {
   // is at most ||x|| * error + ||x - stored x|| * reach.
   const float *scale, *error, *reach;
 
+  const char* tiles;  // quantised; or null
+
   const W* at(int64_t i) const { return w + i * stride; }
+  // The panels of a group.
+  const char* panel(const Router& router, int64_t group) const {
+    return tiles + group * tiled_weights(router).panels() * tile_steps(stride) * 2 * kTileBytes;
+  }
 };
 
 // Outputs of a route; scores may be null.
@@ -74,9 +101,9 @@ struct RouterKernels {
   RouteKernel<double> f64;
   RouteKernel<float, int16_t> i16;
 };
-FASTFF_DECLARE_DOT_TABLES(RouterKernels, router_kernels);
+FASTFF_DECLARE_TILE_TABLES(RouterKernels, router_kernels);
 
-inline const RouterKernels& router_kernels() { return FASTFF_CHOSEN_DOT_TABLE(RouterKernels, router_kernels); }
+inline const RouterKernels& router_kernels() { return FASTFF_CHOSEN_TILE_TABLE(RouterKernels, router_kernels); }
 
 // Throws std::invalid_argument naming the value seen and the one expected.
 Router checked(const fastff_router* router);

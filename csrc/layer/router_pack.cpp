@@ -1,12 +1,14 @@
 // Packed routers: fp32 rows, or 16 bits beside the fp32 rows that decide where 16 bits cannot.
 #include "layer/router_pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "base/checks.h"
+#include "base/dispatch.h"
 #include "base/errors.h"
 #include "base/huge_pages.h"
 #include "layer/router_quantise.h"
@@ -64,33 +66,60 @@ class RouterPack16 final : public RouterPack {
         stored_(r.weight_rows() * stride_ * static_cast<int64_t>(sizeof(int16_t))),
         scale_(r.weight_rows()),
         error_(r.weight_rows()),
-        reach_(r.weight_rows()) {}
+        reach_(r.weight_rows()),
+        tiles_(tile_bytes(r)) {}
 
   void fill(const float* w, const float* b, const float* balance) override {
     RouterPack::fill(w, b, balance);
     const int64_t n = router.weight_features();
     for (int64_t i = 0; i < router.weight_rows(); ++i) {
-      int16_t* to = reinterpret_cast<int16_t*>(stored_.data()) + i * stride_;
+      int16_t* to = stored() + i * stride_;
       const Row16 row = store_row16(w + i * n, n, stride_, to);
       describe(i, w + i * n, to, row.scale);
     }
+    if (tiles_.bytes() > 0) fill_tiles();
   }
 
   void route(const float* x, int64_t rows, const Chosen<float>& out, int threads) const override {
     RouterView<float, int16_t> view{};
-    view.w = reinterpret_cast<const int16_t*>(stored_.data());
+    view.w = stored();
     view.stride = stride_;
     view.exact = exact();
     view.scale = scale_.data();
     view.error = error_.data();
     view.reach = reach_.data();
+    view.tiles = tiles_.bytes() > 0 ? tiles_.data() : nullptr;
     shared(view);
     route_rows(router_kernels().i16, router, view, x, rows, out, threads);
   }
 
-  int64_t bytes() const override { return RouterPack::bytes() + stored_.bytes(); }
+  int64_t bytes() const override { return RouterPack::bytes() + stored_.bytes() + tiles_.bytes(); }
 
  private:
+  static int64_t tile_bytes(const Router& r) {
+    if (!has_tiles() || r.weight_features() > kMostTiledFeatures) return 0;
+    const TiledWeights of = tiled_weights(r);
+    return of.groups * of.panels() * tile_steps(r.weight_features()) * 2 * kTileBytes;
+  }
+
+  // Fresh memory is zero, and so are the rows that fill up a panel.
+  void fill_tiles() {
+    const TiledWeights of = tiled_weights(router);
+    char* panel = tiles_.data();
+    for (int64_t group = 0; group < of.groups; ++group)
+      for (int64_t first = 0; first < of.tiled_rows; first += kTileRows, panel += tile_steps(stride_) * 2 * kTileBytes)
+        for (int64_t j = 0; j < std::min(kTileRows, of.tiled_rows - first); ++j)
+          fill_tile_row(stored() + (group * of.group_rows + first + j) * stride_, panel + j * kLine);
+  }
+  void fill_tile_row(const int16_t* row, char* to) {
+    for (int64_t i = 0; i < stride_; ++i) {
+      char* tile = to + i / 64 * 2 * kTileBytes + tile_place(i % 64);
+      tile[0] = static_cast<char>(row[i] >> 8);
+      tile[kTileBytes] = static_cast<char>(row[i] & 255);
+    }
+  }
+  int16_t* stored() const { return reinterpret_cast<int16_t*>(stored_.data()); }
+
   void describe(int64_t i, const float* w, const int16_t* stored, float scale) {
     double error = 0, reach = 0, norm = 0;
     const int64_t n = router.weight_features();
@@ -110,6 +139,7 @@ class RouterPack16 final : public RouterPack {
   int64_t stride_;
   HugeBuffer stored_;
   std::vector<float> scale_, error_, reach_;
+  HugeBuffer tiles_;
 };
 
 }  // namespace

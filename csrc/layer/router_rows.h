@@ -53,8 +53,8 @@ class RoutedRows {
 
   // The score of row r at weight row i, from its product.
   T score(int64_t r, int64_t i, T product) const {
-    if constexpr (kQuantised) product *= row_[r].scale * view_.scale[i];
-    return view_.b ? product + view_.b[i] : product;
+    if constexpr (kQuantised) return scaled(row_[r].scale, i, product);
+    else return view_.b ? product + view_.b[i] : product;
   }
 
   // What that score may differ from the fp32 one by; zero where nothing is quantised.
@@ -69,14 +69,34 @@ class RoutedRows {
     }
   }
 
+  // Of sixteen rows from r on (lanes beyond the last repeat it): their scales, and the most that their scores at weight rows
+  // [i, i + n) may be in doubt. scaled() is score() of a lane.
+  void sixteen(int64_t r, int64_t count, int64_t i, int64_t n, T* scale, T* most_doubt) const {
+    T error = 0, reach = 0, b = 0;
+    for (int64_t j = i; j < i + n; ++j) {
+      error = std::max(error, view_.error[j]);
+      reach = std::max(reach, view_.reach[j]);
+      if (view_.b) b = std::max(b, std::fabs(view_.b[j]));
+    }
+    for (int64_t l = 0; l < 16; ++l) {
+      const Row16& x = row_[std::min(r + l, count - 1)];
+      scale[l] = x.scale;
+      most_doubt[l] = (x.norm * error + x.error * reach + b * 2e-7f + kSmallestDoubt) * 1.001f;
+    }
+  }
+  T scaled(T row_scale, int64_t i, T product) const {
+    product *= row_scale * view_.scale[i];
+    return view_.b ? product + view_.b[i] : product;
+  }
+
   T exact(int64_t r, int64_t i) const {
     const T product = dot(x_ + r * n_, view_.exact + i * n_, n_);
     return view_.b ? product + view_.b[i] : product;
   }
 
   // A score whose sign is that of the fp32 score.
-  T decided(int64_t r, int64_t i, T product) const {
-    const T own = score(r, i, product);
+  T decided(int64_t r, int64_t i, T product) const { return decided_score(r, i, score(r, i, product)); }
+  T decided_score(int64_t r, int64_t i, T own) const {
     if constexpr (kQuantised)
       if (!(std::fabs(own) > doubt(r, i))) return exact(r, i);
     return own;

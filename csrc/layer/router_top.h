@@ -13,6 +13,7 @@
 #include "layer/router_products.h"
 #include "layer/router_rows.h"
 #include "layer/router_select.h"
+#include "layer/router_tiles.h"
 
 namespace fastff {
 namespace {
@@ -111,12 +112,44 @@ class Chooser {
     width_ = n;
     T* to = scratch_.product.at_least(count_ * n);
     const int64_t halves = router_.halves(), part = n / halves;
+#ifdef __AMX_INT8__
+    if constexpr (kQuantised)
+      if (view_.tiles && count_ >= kFewTiledRows) return products_by_tiles(from, to);
+#endif
     const W* x[kTopBlockRows];
     for (int64_t h = 0; h < halves; ++h) {
       for (int64_t i = 0; i < count_; ++i) x[i] = rows_.row(i * halves + h);
       products(x, count_, view_.at(from + h * part), part, view_.stride, rows_.n(), to + h * part, n);
     }
   }
+
+#ifdef __AMX_INT8__
+  void products_by_tiles(int64_t from, T* to) {
+    const Tiles tiles;
+    const TiledWeights of = tiled_weights(router_);
+    FetchedAhead nothing;
+    alignas(kLineBytes) float product[kTileRows][kTileRows];
+    for (int64_t h = 0; h < router_.halves(); ++h) {
+      TiledRows x;
+      x.take(rows_, h, router_.halves(), count_);
+      const char* panel = view_.panel(router_, from / of.group_rows + h);
+      for (int64_t j = h * of.group_rows, left = of.group_rows; left > 0; j += kTileRows, left -= kTileRows) {
+        for (int64_t row = 0; row < count_; row += kTileRows) {
+          panel_products(panel, x.at(row), x.steps(), product, nothing);
+          put_products(product, std::min(kTileRows, count_ - row), std::min(kTileRows, left), to + row * width_ + j);
+        }
+        panel += x.steps() * 2 * kTileBytes;
+      }
+    }
+  }
+  void put_products(const float (*product)[kTileRows], int64_t rows, int64_t n, T* to) const {
+    __m512i column[kTileRows];
+    for (int64_t j = 0; j < kTileRows; ++j) column[j] = _mm512_load_si512(product[j]);
+    transpose16(column);
+    for (int64_t r = 0; r < rows; ++r)
+      _mm512_mask_storeu_epi32(to + r * width_, static_cast<__mmask16>((1u << n) - 1), column[r]);
+  }
+#endif
 
   // Scores of row i of x at weight rows [from, from + n), and their doubts: finite ones, since gates, too, see scores.
   void scores(int64_t i, int64_t from, int64_t n, const T* product, T* score, T* doubt) const {

@@ -257,13 +257,9 @@ void attend_head(const BidirectionalCall& call, int64_t head) {
 
 void attend_heads(const BidirectionalCall& call, int64_t begin, int64_t end) {
 #ifdef __AMX_BF16__
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  const Tiles tiles;
 #endif
   for (int64_t head = begin; head < end; ++head) attend_head(call, head);
-#ifdef __AMX_BF16__
-  _tile_release();
-#endif
 }
 
 }  // namespace

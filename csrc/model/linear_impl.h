@@ -283,12 +283,10 @@ void multiply_linear(const PackedMatrix& matrix, const QuantisedRows& x, const E
   }
 #ifdef __AMX_INT8__
   if (x.rows * x.planes >= kTilesFromByteRows) {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-    ByTiles tiles(product);
-    for (int64_t p = begin; p < end; ++p) tiles.panel(p);
-    tiles.finish(kFinishedRows);
-    _tile_release();
+    const Tiles tiles;
+    ByTiles sums(product);
+    for (int64_t p = begin; p < end; ++p) sums.panel(p);
+    sums.finish(kFinishedRows);
     return;
   }
 #endif

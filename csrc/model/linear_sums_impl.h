@@ -4,11 +4,8 @@
 
 #include <cstdint>
 
+#include "isa/tiles.h"
 #include "model/linear.h"
-
-#ifdef __AMX_INT8__
-#include <immintrin.h>
-#endif
 
 namespace fastff {
 namespace {
@@ -80,13 +77,6 @@ void panel_sums_of(int byte_rows, const uint8_t* panel, const int8_t* x, int64_t
 
 #ifdef __AMX_INT8__
 constexpr int64_t kTileByteRows = 32, kTilesFromByteRows = 8;
-
-// Eight full tiles: 4 of sums, 2 of rows, 2 of weights.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // sums[32][32] of 32 rows of bytes with two times 16 lanes of a panel, whose weights begin at w and `apart` bytes later.
 // meanwhile: called at every 16 steps, since tiles leave the other units free.
