@@ -173,6 +173,7 @@ def test_nothing_to_do(rows, k):
 PACKED_SIZES = [
     *SIZES,
     (200, 6, 24, 4, 768, 768),  # narrow leaves, row by row
+    (300, 6, 900, 3, 33, 400),  # so many that w_out lies in blocks of columns
     (200, 3, 12, 32, 128, 200),  # wide ones, leaf by leaf
     (90, 2, 5, 12, 64, 33),  # both kinds of groups in a leaf
 ]

@@ -19,7 +19,8 @@ OK, BAD_ARGUMENT = 0, 1
 TREES, PATHS, FLAT, PRODUCT_KEYS = range(4)
 UNGATED, BOUNDARY, BOUNDARY_MIN, NORMALISED = range(4)
 WEIGHTS = {"f32": 0, "bf16": 1, "int8": 2}
-ROWS = (1, 3, 24, 25, 130)
+ROWS = (1, 3, 8, 9, 24, 25, 130)
+ISAS = supported_isas(dots=True, tiles=True)
 
 
 class CRouter(ctypes.Structure):
@@ -88,6 +89,7 @@ class Case:
 
 CASES = {
     "forest": Case(TREES, trees=9, depth=5, gate=BOUNDARY),
+    "forest-deep": Case(TREES, in_features=70, trees=3, depth=8, gate=BOUNDARY, bias=True),  # deeper than tiles compute
     "forest-min-bias": Case(TREES, trees=3, depth=4, gate=BOUNDARY_MIN, bias=True),
     "forest-ungated": Case(TREES, in_features=33, trees=5, depth=3, gate=UNGATED),
     "stump": Case(TREES, trees=2, depth=1, gate=BOUNDARY),
@@ -269,6 +271,7 @@ def test_float32_errs_as_float32_does(name, isa):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_quantised_routes_are_those_of_float32(name, isa):
     case = CASES[name]
     weights, x = case.weights(torch.float32), make_rows(1500, case.in_features, dtype=torch.float32)
@@ -280,6 +283,7 @@ def test_quantised_routes_are_those_of_float32(name, isa):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_scores_that_sixteen_bits_cannot_tell_apart_are_decided_in_fp32(name, isa):
     """Weight rows that differ in the last bits of fp32 alone: scores tie, nearly tie or are nearly zero everywhere."""
     case = replace(CASES[name], bias=False)
@@ -297,7 +301,7 @@ def test_scores_that_sixteen_bits_cannot_tell_apart_are_decided_in_fp32(name, is
 BALANCED = [name for name, case in CASES.items() if case.balanced]
 
 
-@every_pair(name=BALANCED, size=(0.1, 4.0, 30.0), isa=supported_isas(dots=True))
+@every_pair(name=BALANCED, size=(0.1, 4.0, 30.0), isa=ISAS)
 def test_quantised_routes_hold_where_sigmoids_saturate(name, size, isa):
     """There a doubt of a score is a far smaller one of what is compared, beside balances in steps as training makes."""
     case = CASES[name]
@@ -308,7 +312,7 @@ def test_quantised_routes_hold_where_sigmoids_saturate(name, size, isa):
         assert torch.equal(Packed(case, weights, kind).route(x)[0], leaf), kind
 
 
-@every_pair(name=CASES, kind=WEIGHTS, isa=supported_isas(dots=True))
+@every_pair(name=CASES, kind=WEIGHTS, isa=ISAS)
 def test_a_row_has_the_same_bits_in_any_batch(name, kind, isa):
     case = CASES[name]
     weights, x = case.weights(torch.float32), make_rows(130, case.in_features, dtype=torch.float32)
@@ -321,7 +325,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, kind, isa):
             assert torch.equal(part[1].view(torch.int32), whole[1][:rows].view(torch.int32))
 
 
-@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
+@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=ISAS)
 def test_ties_choose_the_lower_leaf(name, kind, isa):
     case = CASES[name]
     w, x = torch.zeros(case.weight_shape), make_rows(30, case.in_features, dtype=torch.float32)
@@ -339,7 +343,7 @@ def test_zero_scores_turn_left_and_close_the_gate(kind, isa):
     assert (gate == 0).all()
 
 
-@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
+@every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=ISAS)
 def test_nan_scores_lose(name, kind, isa):
     """A row of weights that is NaN makes its own leaves lose, and no gate of others NaN."""
     case = CASES[name]
@@ -358,7 +362,7 @@ def test_nan_scores_lose(name, kind, isa):
     assert gate.isfinite().all()
 
 
-@every_pair(name=CASES, kind=("plain", *WEIGHTS), isa=supported_isas(dots=True))
+@every_pair(name=CASES, kind=("plain", *WEIGHTS), isa=ISAS)
 def test_a_row_that_is_not_finite_disturbs_no_other(name, kind, isa):
     case = CASES[name]
     weights, x = case.weights(torch.float32), make_rows(40, case.in_features, dtype=torch.float32)
@@ -385,6 +389,7 @@ def test_a_row_that_is_not_finite_disturbs_no_other(name, kind, isa):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_huge_and_tiny_rows_route_as_float32_does(name, isa):
     case = replace(CASES[name], bias=False)
     weights = case.weights(torch.float32)
@@ -548,7 +553,7 @@ def joined(case, kind, x, threads=1):
     return y
 
 
-@every_pair(name=CASES, kind=WEIGHTS, isa=supported_isas(dots=True))
+@every_pair(name=CASES, kind=WEIGHTS, isa=ISAS)
 def test_a_joined_layer_is_its_packed_router_and_its_packed_leaves(name, kind, isa):
     case = CASES[name]
     w_in, w_out = leaf_weights(case)
@@ -647,7 +652,7 @@ def test_any_joined_layer_is_computed_or_refused(
     w_in = make_rows(leaves, 2 * width, case.in_features, seed=3, dtype=torch.float32) * case.in_features**-0.5
     w_out = make_rows(leaves, width, out, seed=4, dtype=torch.float32)
     x = make_rows(rows, case.in_features, dtype=torch.float32)
-    names, before = supported_isas(dots=True), native.isa()
+    names, before = ISAS, native.isa()
     native.set_isa(names[isa_index % len(names)])
     try:
         sizes = {"leaf_width": width, "out_features": out}

@@ -11,6 +11,19 @@
 
 namespace fastff {
 
+namespace {
+
+constexpr int64_t kBlockBytes = 640 << 10;  // of the second-level cache for a block of columns of all leaves
+
+// Twelve steps, which is what registers take at once, or eight where twelve are too many.
+int64_t column_block(const LeafLayout& l) {
+  const int64_t fit = kBlockBytes / std::max<int64_t>(1, l.leaves.leaves * l.neuron_words * kLine);
+  if (fit >= l.steps) return std::max<int64_t>(1, l.steps);
+  return fit >= 12 ? fit / 12 * 12 : 8;
+}
+
+}  // namespace
+
 LeafLayout leaf_layout(const Leaves& leaves, int weights, bool biased) {
   LeafLayout l{};
   l.leaves = leaves;
@@ -25,8 +38,9 @@ LeafLayout leaf_layout(const Leaves& leaves, int weights, bool biased) {
   l.steps = (leaves.out_features + 15) / 16;
   l.head = round_up(LeafHead::bytes(l), kLine);
   l.in_bytes = l.head + kLine * l.x_words * l.wide + kLine / 2 * l.x_words * l.narrow;
-  // An odd number of lines, so that the same columns of all leaves are spread over the sets of a cache.
-  l.out_bytes = (l.steps * l.neuron_words | 1) * kLine;
+  l.block = l.neuron_words == 1 ? column_block(l) : l.steps;
+  // In one block an odd number of lines, so that the same columns of all leaves are spread over the sets of a cache.
+  l.out_bytes = (l.blocks() == 1 ? l.steps * l.neuron_words | 1 : l.block * l.neuron_words) * kLine;
   return l;
 }
 
@@ -39,12 +53,14 @@ class Filler {
     row_.resize(std::max(l_.leaves.in_features, l_.leaves.out_features));
   }
 
+  static constexpr int kZero = sizeof(W) == 1 ? 128 : 0;
+
+  // in: this leaf's; out: all leaves'.
   void leaf(int64_t leaf, char* in, char* out) {
     const Leaves& leaves = l_.leaves;
     const LeafHead head(l_, in);
     char* groups = in + l_.head;
     std::memset(groups, kZero, l_.in_bytes - l_.head);
-    std::memset(out, kZero, l_.out_bytes);
     for (int64_t j = 0; j < leaves.width; ++j) {
       for (int value = 0; value <= (leaves.swiglu() ? 1 : 0); ++value) {
         const int64_t row = leaf * leaves.in_rows() + j + value * leaves.width, o = l_.output(j, value != 0);
@@ -56,12 +72,11 @@ class Filler {
       const float* w_out = from_.w_out + (leaf * leaves.width + j) * leaves.out_features;
       const float scale = store(row_.data(), w_out, leaves.out_features);
       if (head.scale_out) const_cast<float*>(head.scale_out)[j] = scale;
-      put_output(out, j);
+      put_output(leaf, out, j);
     }
   }
 
  private:
-  static constexpr int kZero = sizeof(W) == 1 ? 128 : 0;
   static constexpr int64_t kElements = 4 / sizeof(W);
 
   static void put(char* to, W value) {
@@ -79,10 +94,10 @@ class Filler {
     }
   }
 
-  void put_output(char* out, int64_t neuron) const {
+  void put_output(int64_t leaf, char* out, int64_t neuron) const {
     const int64_t word = neuron / kElements, within = neuron % kElements * static_cast<int64_t>(sizeof(W));
     for (int64_t i = 0; i < l_.leaves.out_features; ++i)
-      put(out + (i / 16 * l_.neuron_words + word) * kLine + i % 16 * 4 + within, row_[i]);
+      put(out + l_.out_at(leaf, i / 16) + word * kLine + i % 16 * 4 + within, row_[i]);
   }
 
   const LeafLayout& l_;
@@ -93,8 +108,8 @@ class Filler {
 template <class W>
 void fill(const LeafLayout& layout, const LeafWeights<float>& from, char* in, char* out) {
   Filler<W> filler(layout, from);
-  for (int64_t leaf = 0; leaf < layout.leaves.leaves; ++leaf)
-    filler.leaf(leaf, in + leaf * layout.in_bytes, out + leaf * layout.out_bytes);
+  std::memset(out, Filler<W>::kZero, layout.all_out_bytes());
+  for (int64_t leaf = 0; leaf < layout.leaves.leaves; ++leaf) filler.leaf(leaf, in + leaf * layout.in_bytes, out);
 }
 
 }  // namespace

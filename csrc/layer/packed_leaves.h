@@ -4,7 +4,8 @@
 // unsigned numbers 128 above their value. A leaf's rows of w_in are `outputs`: groups of 16, a line for each word of x, and
 // for what is left, if it is 8 or less, one group of 8, a line for each two words of x (words 2n and 2n + 1 of the line
 // belong to output n). With swiglu the first half of a group are gates, the second half the values of the same neurons. The
-// rows of w_out are lines of 16 columns, one for each word of neurons.
+// rows of w_out are lines of 16 columns, one for each word of neurons, a leaf's steps of 16 columns one after another; those
+// of leaves of one word lie in blocks of columns, in each the leaves one after another, so that a block is read in order.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,15 @@ struct LeafLayout {
   int64_t steps;      // of 16 columns of y
   int64_t head;       // bytes before a leaf's rows of w_in
   int64_t in_bytes;   // from leaf to leaf
-  int64_t out_bytes;  // likewise, of the rows of w_out
+  int64_t block;      // steps of a block of columns of w_out
+  int64_t out_bytes;  // from leaf to leaf in a block
 
+  int64_t blocks() const { return (steps + block - 1) / block; }
+  int64_t all_out_bytes() const { return blocks() * leaves.leaves * out_bytes; }
+  // Where the lines of a leaf's step lie; those of the block's later steps follow.
+  int64_t out_at(int64_t leaf, int64_t step) const {
+    return (step / block * leaves.leaves + leaf) * out_bytes + step % block * neuron_words * 64;
+  }
   int64_t outputs() const { return 16 * wide + 8 * narrow; }
   int64_t wide_neurons() const { return leaves.swiglu() ? 8 : 16; }  // of a group
   int64_t neurons() const { return wide_neurons() * wide + wide_neurons() / 2 * narrow; }  // a leaf's, with padding

@@ -20,7 +20,7 @@ struct fastff_packed_leaves {
   fastff_packed_leaves(const Leaves& leaves, int weights, const LeafWeights<float>& from)
       : layout(leaf_layout(leaves, weights, from.b_in != nullptr)),
         in(leaves.leaves * layout.in_bytes),
-        out(leaves.leaves * layout.out_bytes) {
+        out(layout.all_out_bytes()) {
     fill_leaves(layout, from, in.data(), out.data());
     if (from.b_out) b_out.assign(from.b_out, from.b_out + leaves.leaves * leaves.out_features);
   }

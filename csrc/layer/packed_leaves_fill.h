@@ -7,7 +7,7 @@ namespace fastff {
 
 LeafLayout leaf_layout(const Leaves& leaves, int weights, bool biased);
 
-// Copies w_in, b_in and w_out of all leaves. in: leaves * in_bytes, zeroed; out: leaves * out_bytes.
+// Copies w_in, b_in and w_out of all leaves. in: leaves * in_bytes, zeroed; out: all_out_bytes().
 void fill_leaves(const LeafLayout& layout, const LeafWeights<float>& from, char* in, char* out);
 
 }  // namespace fastff

@@ -12,7 +12,7 @@
 namespace fastff {
 namespace {
 
-constexpr int64_t kBlockBytes = 640 << 10;  // of the second-level cache for a block of columns
+constexpr int64_t kBlockBytes = 640 << 10;  // of the second-level cache for a block of columns of w_out, or of y
 constexpr int64_t kNextBytes = 192 << 10;   // of weights on their way to it, leaf by leaf
 constexpr int kOutTile = 4;                 // rows of y that share a line of w_out
 
@@ -54,20 +54,27 @@ class Outputs {
 
   void rows(int64_t begin, int64_t end) {
     const int64_t fit = kBlockBytes / std::max<int64_t>(1, l_.leaves.leaves * step_bytes_);
-    const int64_t block = call_.few ? end - begin : std::max<int64_t>(V::columns, fit / V::columns * V::columns);
-    for (int64_t from = begin; from < end; from += block) {
-      const int64_t to = std::min(end, from + block), next = std::min(end, to + block);
-      begin_fetch(to, next);
+    const int64_t most = call_.few ? end - begin : std::max<int64_t>(V::columns, fit / V::columns * V::columns);
+    for (int64_t from = begin, to; from < end; from = to) {
+      to = block_end(from, most, end);
+      begin_fetch(to, to < end ? block_end(to, most, end) : end);
       const int64_t gathers = call_.visits.items() * ((to - from + V::columns - 1) / V::columns);
       fetch_now_ = call_.few ? 0 : fetch_lines_ / std::max<int64_t>(1, gathers) + 1;
       for (int64_t row = 0; row < call_.visits.rows; ++row) row_columns(row, from, to);
     }
   }
 
+  // The end of the columns from `from` on that lie together, and are at most so many.
+  int64_t block_end(int64_t from, int64_t most, int64_t end) const {
+    return std::min({end, from + most, (from / l_.block + 1) * l_.block});
+  }
+
   void row_columns(int64_t row, int64_t from, int64_t to) {
-    constexpr int kMost = V::columns, kSome = V::columns / 3 > 1 ? V::columns / 3 : 1;
+    constexpr int kMost = V::columns, kMore = V::columns > 8 ? 8 : 1, kSome = V::columns / 3 > 1 ? V::columns / 3 : 1;
     int64_t step = from;
     for (; step + kMost <= to; step += kMost) gather<kMost>(row, step);
+    if constexpr (kMore > kSome)
+      for (; step + kMore <= to; step += kMore) gather<kMore>(row, step);
     for (; step + kSome <= to; step += kSome) gather<kSome>(row, step);
     for (; step < to; ++step) gather<1>(row, step);
   }
@@ -82,8 +89,9 @@ class Outputs {
     const int32_t* chosen = call_.chosen + row * k_;
     const char* h = call_.hs + row * call_.hs_bytes;
     const int64_t plane = k_ * l_.neurons();
+    const char* out = call_.out + l_.out_at(0, step);
     for (int64_t s = 0; s < k_; ++s, h += word_bytes_) {
-      const char* w = call_.out + chosen[s] * l_.out_bytes + step * step_bytes_;
+      const char* w = out + chosen[s] * l_.out_bytes;
       fetch_some(fetch_now_);
       for (int64_t j = 0; j < l_.neuron_words; ++j) {
         const auto high = V::word(h + 4 * j);
@@ -111,19 +119,21 @@ class Outputs {
     }
   }
 
-  // The lines of columns [from, to) of all leaves, in order.
+  // The lines of columns [from, to), which lie together, of all leaves, in order.
   void begin_fetch(int64_t from, int64_t to) {
     fetch_leaf_ = 0;
-    fetch_at_ = fetch_from_ = from * step_bytes_;
-    fetch_to_ = to * step_bytes_;
+    fetch_from_ = call_.out + l_.out_at(0, from);
+    fetch_at_ = 0;
+    fetch_to_ = (to - from) * step_bytes_;
     fetch_lines_ = (to - from) * l_.neuron_words * l_.leaves.leaves;
   }
   void fetch_some(int64_t lines) {
-    for (; lines > 0 && fetch_leaf_ < l_.leaves.leaves && fetch_from_ < fetch_to_; --lines) {
-      fetch(call_.out + fetch_leaf_ * l_.out_bytes + fetch_at_);
+    for (; lines > 0 && fetch_leaf_ < l_.leaves.leaves && fetch_to_ > 0; --lines) {
+      fetch(fetch_from_ + fetch_at_);
       fetch_at_ += kLineBytes;
       if (fetch_at_ < fetch_to_) continue;
-      fetch_at_ = fetch_from_;
+      fetch_at_ = 0;
+      fetch_from_ += l_.out_bytes;
       ++fetch_leaf_;
     }
   }
@@ -132,9 +142,9 @@ class Outputs {
 
   void leaves(int64_t begin, int64_t end) {
     const int64_t fit = kBlockBytes / (16 * static_cast<int64_t>(sizeof(float)) * std::max<int64_t>(1, call_.visits.rows));
-    const int64_t block = std::max<int64_t>(2, fit);
-    for (int64_t from = begin; from < end; from += block) {
-      const int64_t to = std::min(end, from + block);
+    const int64_t most = std::max<int64_t>(2, fit);
+    for (int64_t from = begin, to; from < end; from = to) {
+      to = block_end(from, most, end);
       for (int64_t row = 0; row < call_.visits.rows; ++row) zero_columns(row, from, to);
       leaf_columns(from, to);
       if constexpr (kPlanes<W> == 2)
@@ -198,7 +208,7 @@ class Outputs {
   // Adds N items of one leaf to C times 16 columns of their rows of y; int8 sums stand there as integers.
   template <int N, int C>
   void add(int64_t at, int64_t step) {
-    const char* w = call_.out + call_.visits.leaf[at] * l_.out_bytes + step * step_bytes_;
+    const char* w = call_.out + l_.out_at(call_.visits.leaf[at], step);
     const int64_t out = l_.leaves.out_features, plane = k_ * l_.neurons();
     const char* h[N];
     float* y[N];
@@ -261,7 +271,8 @@ class Outputs {
   const LeafLayout& l_;
   const int64_t k_, step_bytes_, word_bytes_;
   int64_t leaves_ahead_ = 0;  // leaf by leaf: from the leaf in work to the one that is fetched
-  int64_t fetch_leaf_ = 0, fetch_at_ = 0, fetch_from_ = 0, fetch_to_ = 0, fetch_lines_ = 0, fetch_now_ = 0;
+  const char* fetch_from_ = nullptr;  // row by row: the lines that are fetched of the leaf whose turn it is
+  int64_t fetch_leaf_ = 0, fetch_at_ = 0, fetch_to_ = 0, fetch_lines_ = 0, fetch_now_ = 0;
 };
 
 template <class W>
