@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fastff
 from engine_cases import CONFIGS, FEEDFORWARDS, OURS, VOCABULARY, conditional_model, exported, random_model
 from fastff.engine import native_export
+from fastff.engine.causal_model import CausalModel
 from fastff.engine.decoders import describe
 from fastff.engine.generate import Engine, Sampling, load, pieces
 from fastff.errors import CheckpointError, FastffError, FileError
@@ -136,6 +139,82 @@ def test_an_engine_goes_to_another_process_and_is_copied():
     engine = exported("llama")[0]
     for again in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
         assert torch.equal(again.logits([1, 2, 3]), engine.logits([1, 2, 3]))
+
+
+def test_a_cache_that_does_not_fit_memory_is_refused(tmp_path):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 16, "num_attention_heads": 32}
+    config = LlamaConfig(vocab_size=32, head_dim=256, max_position_embeddings=1 << 24, **sizes)
+    if memory > 16 * 32 * 256 * 4 << 24:
+        pytest.skip(f"a memory of {memory} bytes holds the largest cache")
+    native_export.export_model(AutoModelForCausalLM.from_config(config), None, tmp_path / "out")
+    engine = Engine(tmp_path / "out")
+    assert len(list(engine.generate_ids([1, 2], max_new_tokens=3))) == 3
+    with pytest.raises(FastffError, match=r"16777216 positions takes \d+ MB, more than the memory of \d+ MB"):
+        engine.session()
+
+
+class TestCallsOfTransformers:
+    """Tensors that `generate` of Transformers gives, with the same arguments."""
+
+    def models(self):
+        _, model, folder = exported("llama")
+        model.generation_config.pad_token_id = 0
+        return CausalModel(folder), model
+
+    @pytest.mark.parametrize("options", [{"max_new_tokens": 9}, {"max_length": 17}, {"max_new_tokens": 4, "top_k": 3}])
+    def test_greedy_tokens(self, options):
+        ours, theirs = self.models()
+        ids = torch.tensor([tokens(8, seed=3), tokens(8, seed=4)])
+        want = theirs.generate(ids, do_sample=False, **options)
+        assert torch.equal(ours.generate(ids, **options), want)
+        assert torch.equal(ours.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options), want)
+
+    def test_padded_prompts_and_stop_tokens(self):
+        ours, theirs = self.models()
+        ids = torch.tensor([tokens(8, seed=3), [0] * 3 + tokens(5, seed=4)])
+        mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+        free = ours.generate(ids, attention_mask=mask, max_new_tokens=9)
+        stop = int(free[0, 11])
+        ours.engine.stop = frozenset([stop])
+        want = theirs.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=stop)
+        assert torch.equal(ours.generate(ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0), want)
+        assert int(want[0, 12]) == 0
+
+    def test_drawn_tokens_follow_the_seed_and_are_streamed(self):
+        ours, _ = self.models()
+        ids, made = torch.tensor([tokens(8, seed=3)]), []
+
+        class Streamer:
+            def put(self, value):
+                made.extend(value.flatten().tolist())
+
+            def end(self):
+                made.append("end")
+
+        torch.manual_seed(5)
+        drawn = ours.generate(ids, do_sample=True, temperature=9.0, top_k=0, max_new_tokens=20, streamer=Streamer())
+        assert made == [*drawn[0].tolist(), "end"]
+        torch.manual_seed(5)
+        again = ours.generate(ids, do_sample=True, temperature=9.0, top_k=0, max_new_tokens=20)
+        assert torch.equal(again, drawn)
+        assert not torch.equal(ours.generate(ids, do_sample=True, temperature=9.0, top_k=0, max_new_tokens=20), drawn)
+
+    def test_what_cannot_be_is_refused(self):
+        ours, _ = self.models()
+        ids = torch.tensor([[1, 2], [3, 4]])
+        for wrong, message in (
+            ({"inputs": None}, "input_ids None"),
+            ({"inputs": ids.float()}, "float32 are not whole numbers"),
+            ({"inputs": ids, "attention_mask": torch.tensor([[1, 0], [1, 1]])}, "pad before the prompts"),
+            ({"inputs": ids, "attention_mask": torch.ones(1, 2)}, r"attention_mask \(1, 2\) is not \(2, 2\)"),
+            ({"inputs": ids, "max_length": 2}, "leaves no room"),
+            ({"inputs": ids, "streamer": object()}, "takes one prompt, not 2"),
+        ):
+            with pytest.raises(FastffError, match=message):
+                ours.generate(**wrong)
+        with pytest.raises(TypeError, match="num_beams"):
+            ours.generate(ids, num_beams=2)
 
 
 def test_no_capacity_is_refused():

@@ -79,10 +79,12 @@ class Engine:
         sampling: Sampling | None = None,
         session: NativeSession | None = None,
         threads: int = 0,
+        keep_stop: bool = False,
     ) -> Iterator[int]:
         """Tokens that continue `ids`, one by one, until a stop token, `max_new_tokens`, or the positions end.
 
-        session: one to go on with, whose tokens come before `ids`. Raises FastffError for a prompt that does not fit.
+        session: one to go on with, whose tokens come before `ids`. keep_stop: yield the stop token too.
+        Raises FastffError for a prompt that does not fit.
         """
         sampling = sampling or Sampling()
         if session is None:
@@ -91,9 +93,11 @@ class Engine:
         session.feed(ids)
         for number in range(max_new_tokens):
             token = session.sample(sampling)
-            if token in self.stop:
+            stopped = token in self.stop
+            if keep_stop or not stopped:
+                yield token
+            if stopped:
                 return
-            yield token
             if number + 1 < max_new_tokens:
                 if len(session) == session.capacity:
                     return
