@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,3 +339,16 @@ def test_word_pieces_stream_as_the_text_that_they_are_together():
     assert any(word.startswith("##") for word in words)
     streamed = "".join(pieces(tokenizer, iter(more), ids))
     assert streamed == " sailored the sails, sail"
+
+
+@pytest.mark.parametrize("name", ["mini-experts", "mini-dense"])
+def test_the_models_that_ship_know_english(name):
+    folder = Path(__file__).parents[1] / "models" / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
+    engine = load(folder)
+    text = "The morning was cold, and he did not wish to go out of the house. She looked at him and laughed."
+    ids = torch.tensor(engine.encode_prompt(text))
+    loss = torch.nn.functional.cross_entropy(engine.logits(ids[:-1].tolist()), ids[1:])
+    assert loss < 4, "guessing among 4096 word pieces loses 8.3"
+    said = "".join(engine.generate("The old man", max_new_tokens=24, threads=1)).split()
+    assert 12 < len(said) and "##" not in "".join(said)

@@ -34,6 +34,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gpus": training.gpus,
     },
     "docs/quality.md": training.QUALITY,
+    "models/README.md": {"pair": training.pair_table},
     "docs/convert.md": {name: convert.TABLES[name] for name in ("convert-minilm", "convert-latency")},
     f"{INTEL.relative_to(ROOT)}/NOTES.md": {
         "goals-cpu": cpu.goals,

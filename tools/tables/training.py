@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tools.tables.places import TRAINING, read
+from tools.tables.places import ROOT, TRAINING, read
 
 from fastff.experiment import frontier
 from fastff.experiment.glue_variants import only, variants_of
@@ -222,6 +222,21 @@ def frontier_table() -> str:
     """Held-out losses beside measured speeds."""
     studies = [TRAINING / study for study in ("routers-300m", "small-300m")]
     return frontier.table(frontier.points_of(studies, TRAINING / "frontier", TRAINING / "gpus" / "small"))
+
+
+def pair_table() -> str:
+    """The two models that ship: size, loss and speed."""
+    folder = TRAINING / "mini-300m"
+    shipped = {"flat": "mini-experts", "dense": "mini-dense"}
+    rows = []
+    for point in frontier.points_of([folder], folder, None):
+        model = shipped[point["name"]]
+        size = (ROOT / "models" / model / "model.fastff").stat().st_size
+        neurons = f"{point['active_neurons']} of {point['neurons']}"
+        speed = (f"{point['decode']:,.0f}", f"{point['prefill']:,.0f}")
+        rows.append((f"`{model}`", neurons, f"{point['loss']:.3f}", *speed, f"{size / 1e6:.1f}"))
+    head = ["model", "neurons of a token", "held-out loss", "decoding, tokens/s", "128-token prompt, tokens/s", "file, MB"]
+    return markdown_table(head, rows)
 
 
 def without(made: dict[str, Table], *endings: str) -> dict[str, Table]:
