@@ -40,6 +40,16 @@ TREES = {
     "bias": True,
 }
 FLAT = {"kind": "flat", "leaves": 6, "k": 2, "leaf_width": 8, "bias": True}
+EXPERTS = {"kind": "flat", "leaves": 6, "k": 2, "leaf_width": 24}  # which matrix tiles take
+WIDE_EXPERTS = {
+    "kind": "fff",
+    "depth": 2,
+    "paths": 3,
+    "gate": "normalised",
+    "leaf_width": 80,
+    "node_output": False,
+    "activation": "swiglu",
+}
 _BERT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
@@ -81,8 +91,12 @@ MODELS = {
     "ours-1x4": lambda: ours({"kind": "fff", "depth": 4}),
     "ours-trees": lambda: ours(TREES),
     "ours-flat": lambda: ours(FLAT),
+    "ours-experts": lambda: ours(EXPERTS),
     "ours-paths": lambda: ours({"kind": "paths", "depth": 3, "paths": 2, "leaf_width": 4}),
     "converted": lambda: fastff_models.make_converted(bert(), [{**TREES, "shared": 24}, None]),
+    "converted-experts": lambda: fastff_models.make_converted(
+        bert(hidden_size=128), [{**WIDE_EXPERTS, "shared": 24}, WIDE_EXPERTS]
+    ),
     "converted-none": lambda: fastff_models.make_converted(bert(), [FLAT, {"kind": "none"}]),
 }
 HEADS = {

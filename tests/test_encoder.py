@@ -35,7 +35,9 @@ from fastff.engine.smoothing import smoothing
 from fastff.errors import CheckpointError, FastffError, ShapeError
 from fastff.ops.native_encoder import NativeEncoder
 
-CONDITIONAL = [name for name in MODELS if "ours-1" in name or name.split("-")[-1] in ("trees", "flat", "paths")]
+CONDITIONAL = [
+    name for name in MODELS if "ours-1" in name or name.split("-")[-1] in ("trees", "flat", "paths", "experts")
+]
 
 SENTENCES = [
     "A man is playing a guitar.",
@@ -72,11 +74,13 @@ def test_hidden_states_are_those_of_the_model_with_rounded_weights(name):
         assert relative(got, want) < (0.04 if name in CONDITIONAL or "converted" in name else 0.01), len(got)
 
 
-def test_every_instruction_set_computes_the_same_model(tile_isa):
-    model, engine = exported("bert")
+@pytest.mark.parametrize("name", ["bert", "ours-experts"])
+def test_every_instruction_set_computes_the_same_model(name, tile_isa):
+    model, engine = exported(name)
+    engine = EncoderEngine(engine._folder, threads=1)  # layers are packed for the instruction set that loads them
     ids = tokens(5, 40)
     for got, want in zip(engine.hidden_states(ids), wanted(model, ids), strict=True):
-        assert relative(got, want) < 0.01
+        assert relative(got, want) < (0.01 if name == "bert" else 0.02)
 
 
 @pytest.fixture(scope="module")

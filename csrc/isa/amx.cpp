@@ -5,4 +5,5 @@
 #include "isa/words_avx512.h"
 
 #include "layer/router_kernels_impl.h"
+#include "model/experts_impl.h"
 #include "model/families.h"

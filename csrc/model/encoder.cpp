@@ -18,6 +18,7 @@ struct Encoder::Group {
 namespace {
 
 constexpr int64_t kGroupRows = 192;  // of a group: enough for a matrix to be worth its reading, few enough for the cache
+constexpr int64_t kConditionalRows = 1024;  // at most, that pass a conditional layer together: they share its leaves
 constexpr int64_t kGrainRows = 32;   // whose norms are worth another thread
 
 // What one thread needs between products; kept from call to call.
@@ -102,7 +103,10 @@ void Encoder::feedforward(const Feedforward& part, const float* x, int64_t rows,
   const int bits = shape_.activation_bits;
   float* neurons = Workspace::room(w.neurons, rows * width);
   if (part.up) product(part.up, x, rows, bits, part.up.epilogue(part.activation), {neurons, nullptr, width}, threads);
-  if (part.conditional()) {  // before y, which may be x, is written
+  if (part.experts) {
+    if (!part.up || bits != 8) quantise_rows(x, hidden, rows, hidden, nullptr, 8, threads, w.numbers);
+    part.experts->add(x, w.numbers, y, threads);
+  } else if (part.conditional()) {  // before y, which may be x, is written
     float* given = Workspace::room(w.conditional, rows * hidden);
     part.run_conditional(x, rows, given, threads);
     for (int64_t i = 0; i < rows * hidden; ++i) y[i] += given[i];
@@ -114,19 +118,26 @@ void Encoder::feedforward(const Feedforward& part, const float* x, int64_t rows,
     product(part.down, neurons, rows, bits, part.down.epilogue(FASTFF_IDENTITY, true), {y, nullptr, hidden}, threads);
 }
 
-void Encoder::layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const {
-  const int64_t rows = group.rows;
+// Attention and what is added to it, of one group.
+void Encoder::attend(const EncoderLayer& layer, const Group& group, float* x, int threads) const {
   if (!shape_.pre_norm) {
     attention(layer, group, x, x, threads);
-    norm_rows(layer.attention_norm, x, rows, x, threads);
+    norm_rows(layer.attention_norm, x, group.rows, x, threads);
+    return;
+  }
+  float* normed = Workspace::room(Workspace::local().normed, group.rows * shape_.hidden);
+  norm_rows(layer.attention_norm, x, group.rows, normed, threads);
+  attention(layer, group, normed, x, threads);
+}
+
+void Encoder::feed(const EncoderLayer& layer, float* x, int64_t rows, int threads) const {
+  if (!shape_.pre_norm) {
     if (layer.feedforward) feedforward(layer.feedforward, x, rows, x, threads);
     norm_rows(layer.feedforward_norm, x, rows, x, threads);
     return;
   }
-  float* normed = Workspace::room(Workspace::local().normed, rows * shape_.hidden);
-  norm_rows(layer.attention_norm, x, rows, normed, threads);
-  attention(layer, group, normed, x, threads);
   if (!layer.feedforward) return;
+  float* normed = Workspace::room(Workspace::local().normed, rows * shape_.hidden);
   norm_rows(layer.feedforward_norm, x, rows, normed, threads);
   feedforward(layer.feedforward, normed, rows, x, threads);
 }
@@ -136,8 +147,16 @@ void Encoder::through(const std::vector<Group>& groups, int64_t begin, int64_t e
                       const int32_t* types, float* hidden, int threads) const {
   const auto of = [&](int64_t g) { return hidden + groups[g].begin * shape_.hidden; };
   for (int64_t g = begin; g < end; ++g) embed(ids, types, groups[g], of(g), threads);
-  for (const EncoderLayer& each : layers_)
-    for (int64_t g = begin; g < end; ++g) layer(each, groups[g], of(g), threads);
+  for (const EncoderLayer& layer : layers_) {
+    for (int64_t g = begin; g < end; ++g) attend(layer, groups[g], of(g), threads);
+    const int64_t most = layer.feedforward.conditional() ? kConditionalRows : 0;
+    for (int64_t g = begin, rows = 0; g < end; ++g) {
+      rows += groups[g].rows;
+      if (g + 1 < end && rows + groups[g + 1].rows <= most) continue;
+      feed(layer, of(g) + (groups[g].rows - rows) * shape_.hidden, rows, threads);
+      rows = 0;
+    }
+  }
   if (!shape_.pre_norm) return;
   for (int64_t g = begin; g < end; ++g) norm_rows(norm_, of(g), groups[g].rows, of(g), threads);
 }

@@ -45,7 +45,8 @@ class Encoder {
   struct Group;  // sequences that pass the layers together
 
   void embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const;
-  void layer(const EncoderLayer& layer, const Group& group, float* x, int threads) const;
+  void attend(const EncoderLayer& layer, const Group& group, float* x, int threads) const;
+  void feed(const EncoderLayer& layer, float* x, int64_t rows, int threads) const;
   void attention(const EncoderLayer& layer, const Group& group, const float* x, float* y, int threads) const;
   void feedforward(const Feedforward& part, const float* x, int64_t rows, float* y, int threads) const;
   void through(const std::vector<Group>& groups, int64_t begin, int64_t end, const int32_t* ids, const int32_t* types,

@@ -48,7 +48,7 @@ class Loader {
     layer.attention_norm = norm(name + "attention_norm");
     layer.qkv = load_dense(file_, name + "qkv", 3 * s_.hidden, s_.hidden);
     layer.out = load_dense(file_, name + "out", s_.hidden, s_.hidden);
-    layer.feedforward = load_feedforward(file_, settings, name, s_.hidden);
+    layer.feedforward = load_feedforward(file_, settings, name, s_.hidden, s_.activation_bits);
     if (layer.feedforward || !s_.pre_norm) layer.feedforward_norm = norm(name + "feedforward_norm");
     return layer;
   }

@@ -65,18 +65,23 @@ struct RouterWeights {
   }
 };
 
-fastff_layer* load_routed(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
+RoutedWeights read_routed(const WeightsFile& file, const Json& settings, const std::string& name, int64_t hidden) {
   const fastff_router router = read_router(settings, hidden);
   const fastff_leaves leaves = read_leaves(settings, hidden);
-  const RouterWeights of(file, name, router);
+  RouterWeights of(file, name, router);
   const int64_t width = leaves.leaf_width, in_rows = width * (leaves.activation == FASTFF_SWIGLU ? 2 : 1);
-  const auto w_in = file.widened(name + "w_in", {leaves.leaves, in_rows, hidden});
-  const auto b_in = optional(file, name + "b_in", {leaves.leaves, in_rows});
-  const auto w_out = file.widened(name + "w_out", {leaves.leaves, width, hidden});
-  const auto b_out = optional(file, name + "b_out", {leaves.leaves, hidden});
+  RoutedWeights read{router, leaves, std::move(of.w), std::move(of.b), std::move(of.balance), {}, {}, {}, {}};
+  read.w_in = file.widened(name + "w_in", {leaves.leaves, in_rows, hidden});
+  read.b_in = optional(file, name + "b_in", {leaves.leaves, in_rows});
+  read.w_out = file.widened(name + "w_out", {leaves.leaves, width, hidden});
+  read.b_out = optional(file, name + "b_out", {leaves.leaves, hidden});
+  return read;
+}
+
+fastff_layer* pack_routed(const RoutedWeights& w, const std::string& name) {
   fastff_layer* layer = nullptr;
-  check_packed(fastff_layer_pack_f32(&router, of.w.data(), of.b.data(), of.balance.data(), &leaves, w_in.data(),
-                                     b_in.data(), w_out.data(), b_out.data(), FASTFF_INT8, &layer), name);
+  check_packed(fastff_layer_pack_f32(&w.router, w.rows.data(), w.bias.data(), w.balance.data(), &w.leaves, w.w_in.data(),
+                                     w.b_in.data(), w.w_out.data(), w.b_out.data(), FASTFF_INT8, &layer), name);
   return layer;
 }
 
@@ -124,7 +129,8 @@ void Feedforward::run_conditional(const float* x, int64_t rows, float* y, int th
   if (status != FASTFF_OK) throw std::runtime_error(last_error());
 }
 
-Feedforward load_feedforward(const WeightsFile& file, const Json& settings, const std::string& prefix, int64_t hidden) {
+Feedforward load_feedforward(const WeightsFile& file, const Json& settings, const std::string& prefix, int64_t hidden,
+                             int bits) {
   const std::string conditional = prefix + "conditional.";
   Feedforward made;
   made.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
@@ -134,7 +140,11 @@ Feedforward load_feedforward(const WeightsFile& file, const Json& settings, cons
   }
   if (const Json* trees = settings.find("trees")) made.trees.reset(load_trees(file, *trees, conditional, hidden));
   if (const Json* grouped = settings.find("grouped")) made.grouped = load_grouped(file, *grouped, conditional, hidden);
-  if (const Json* routed = settings.find("routed")) made.routed.reset(load_routed(file, *routed, conditional, hidden));
+  if (const Json* routed = settings.find("routed")) {
+    const RoutedWeights read = read_routed(file, *routed, conditional, hidden);
+    if (bits && Experts::fit(read)) made.experts = std::make_unique<Experts>(read, bits == 8 ? made.up.factors : nullptr);
+    else made.routed.reset(pack_routed(read, conditional));
+  }
   if (file.has(conditional + "bias")) made.bias = file.numbers(conditional + "bias", {hidden});
   return made;
 }

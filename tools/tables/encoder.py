@@ -76,21 +76,55 @@ def dense_engines() -> str:
     return _by_shape("encoder-dense.json")
 
 
+def experts() -> str:
+    """Conditional layers beside the dense model, other engines' and fastff's own; see `_by_shape`."""
+    return _by_shape("encoder-experts.json")
+
+
+def embeddings() -> str:
+    """What 8 bits cost a sentence model."""
+    run: dict[str, Any] = read(INTEL / "embeddings.json")
+    rows = [
+        (
+            cell["task"],
+            f"{cell['examples']:,}",
+            f"{cell['cosine_mean']:.4f}",
+            f"{cell['cosine_least']:.4f}",
+            cell["metric"],
+            f"{cell['fp32']:.2f}",
+            f"{cell['int8']:.2f}",
+        )
+        for cell in run["cells"]
+    ]
+    head = [
+        "task",
+        "examples",
+        "cosine to fp32, mean",
+        "least",
+        "metric, percent",
+        "SentenceTransformer, fp32",
+        "fastff",
+    ]
+    return markdown_table(head, rows)
+
+
 def _by_shape(file: str) -> str:
-    """Every shape and number of threads: milliseconds, and how many times faster than the fastest dense int8 engine."""
+    """Every shape and number of threads: milliseconds, and how many times faster than the fastest dense int8 engine of
+    others, and than fastff's own dense engine."""
     run: dict[str, Any] = read(INTEL / file)
     columns = list(dict.fromkeys((cell["shape"], cell["threads"]) for cell in run["cells"]))
     ms = {(c["feedforward"], c["engine"], c["shape"], c["threads"]): c["ms"] for c in run["cells"]}
     keys = list(dict.fromkeys((cell["feedforward"], cell["engine"]) for cell in run["cells"]))
     errors = {(cell["feedforward"], cell["engine"]): cell["relative_error"] for cell in run["cells"]}
-    others = [key for key in keys if key[0] == "dense-gelu" and not key[1].startswith("native")]
+    others = [key for key in keys if key[0].startswith("dense-gelu") and not key[1].startswith("native")]
     rows = []
     for key in keys:
         row = [key[0], key[1]]
         for column in columns:
             best = min(ms[(*other, *column)] for other in others if (*other, *column) in ms)
             own = ms.get((*key, *column))
-            row.append("-" if own is None else f"{three_digits(own)} ({best / own:.2f}x)")
+            ours = ms.get((others[0][0], "native int8", *column), best)
+            row.append("-" if own is None else f"{three_digits(own)} ({best / own:.2f}x, {ours / own:.2f}x)")
         rows.append((*row, f"{errors[key]:.0e}"))
     heads = [f"{shape.replace('x', ' x ')}, {threads} thread{'s' * (threads > 1)}" for shape, threads in columns]
     table = markdown_table(["feedforward", "engine", *heads, "error"], rows)
