@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "layer/activations.h"
+#include "layer/scratch.h"
 #include "model/experts.h"
 #include "model/linear_rows_impl.h"
 

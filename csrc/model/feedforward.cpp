@@ -1,6 +1,7 @@
 #include "model/feedforward.h"
 
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "base/checks.h"
