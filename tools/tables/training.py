@@ -235,7 +235,7 @@ def pair_table() -> str:
         neurons = f"{point['active_neurons']} of {point['neurons']}"
         speed = (f"{point['decode']:,.0f}", f"{point['prefill']:,.0f}")
         rows.append((f"`{model}`", neurons, f"{point['loss']:.3f}", *speed, f"{size / 1e6:.1f}"))
-    head = ["model", "neurons of a token", "held-out loss", "decoding, tokens/s", "128-token prompt, tokens/s", "file, MB"]
+    head = ["model", "neurons of a token", "held-out loss", "decoding, tokens/s", "128-token prompt, tokens/s", "MB"]
     return markdown_table(head, rows)
 
 
