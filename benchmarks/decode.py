@@ -24,6 +24,7 @@ depth 15. llama.cpp is the package `llama-cpp-python`, built with all that the C
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -204,6 +205,7 @@ ENGINES: dict[str, tuple[Callable[[Path, int], Engine], str]] = {
     "llama.cpp Q4_1": (LlamaCpp, "Q4_1.gguf"),
     "OpenVINO GenAI Q8_0": (OpenVino, "Q8_0.gguf"),
 }
+MODULES: dict[Any, str] = {LlamaCpp: "llama_cpp", OpenVino: "openvino_genai"}
 MAPPED = "fastff int8, mapped"
 START = {name: ENGINES[name] for name in ENGINES if "," not in name}
 START[MAPPED] = (lambda path, threads: Fastff(path, threads, map=True), "dense")
@@ -220,13 +222,16 @@ def resident_mb() -> dict[str, float]:
 
 def _serve(connection: Connection, table: str, name: str, folder: Path, threads: int) -> None:
     """A worker: an engine that answers (method, arguments) with seconds, until None comes."""
-    import torch
-
     from fastff.timing import seconds_of
 
     try:
-        torch.empty(1)  # imports count for nobody
         make, file = {"ENGINES": ENGINES, "START": START, "WIDE": WIDE}[table][name]
+        for module in (
+            "fastff.engine.generate",
+            "transformers.models.auto.tokenization_auto",
+            MODULES.get(make, "torch"),
+        ):
+            importlib.import_module(module)  # which count for nobody
         engine: list[Engine] = []
         before = resident_mb()
         seconds = seconds_of(lambda: engine.append(make(folder / file, threads)))

@@ -26,7 +26,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "layers-cpu": cpu.other_layers,
         "conditional-cpu": conditional.layers,
     },
-    "docs/engine.md": {"decode": decode.engines},
+    "docs/engine.md": {
+        "decode": decode.engines,
+        "decode-layers": decode.layers,
+        "decode-start": decode.start,
+        "decode-quality": decode.quality,
+        "decode-wide": decode.wide,
+    },
     "docs/benchmarks-gpu.md": {
         "layer-gpu": gpu.layers,
         "conditional-gpu": gpu.conditional,

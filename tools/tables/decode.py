@@ -8,22 +8,32 @@ from tools.tables.places import INTEL, read
 
 from fastff.report.markdown import markdown_table
 
-FASTEST_OTHER = "llama.cpp Q4_0"
+FASTEST_OTHER, OWN_DENSE = "llama.cpp Q4_0", "fastff int8"
 
 
 def engines() -> str:
     """Every context and number of threads: tokens a second and, in brackets, over the fastest engine of others."""
-    run: dict[str, Any] = read(INTEL / "decode.json")
+    return _speeds("decode.json", FASTEST_OTHER)
+
+
+def layers() -> str:
+    """Conditional and narrow feedforwards: tokens a second and, in brackets, over our own dense int8."""
+    return _speeds("decode-layers.json", OWN_DENSE)
+
+
+def _speeds(file: str, yardstick: str) -> str:
+    run: dict[str, Any] = read(INTEL / file)
     speed = {(c["engine"], c["context"], c["threads"]): 1e3 / c["ms"] for c in run["cells"]}
     columns = list(dict.fromkeys((cell["context"], cell["threads"]) for cell in run["cells"]))
     names = list(dict.fromkeys(cell["engine"] for cell in run["cells"]))
     rows = [
-        (name, *(f"{speed[name, *at]:.0f} ({speed[name, *at] / speed[FASTEST_OTHER, *at]:.2f}x)" for at in columns))
+        (name, *(f"{speed[name, *at]:.0f} ({speed[name, *at] / speed[yardstick, *at]:.2f}x)" for at in columns))
         for name in names
     ]
     heads = [f"context {context}, {threads} thread{'s' * (threads > 1)}" for context, threads in columns]
-    table = markdown_table(["engine", *heads], rows)
-    return f"{table}\n\n{run['machine']['cpu']}; openvino {run['machine']['openvino']}."
+    reads = ", ".join(f"{median:.1f}" for _, median, _ in run["stream_gb_per_second"])
+    machine = f"{run['machine']['cpu']}; openvino {run['machine']['openvino']}."
+    return f"{markdown_table(['engine', *heads], rows)}\n\n{machine} One core reads {reads} GB/s beside these runs."
 
 
 def start() -> str:
