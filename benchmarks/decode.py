@@ -205,6 +205,7 @@ ENGINES: dict[str, tuple[Callable[[Path, int], Engine], str]] = {
     "llama.cpp Q4_1": (LlamaCpp, "Q4_1.gguf"),
     "OpenVINO GenAI Q8_0": (OpenVino, "Q8_0.gguf"),
 }
+OURS = ("fastff.engine.generate", "transformers.models.auto.tokenization_auto")
 MODULES: dict[Any, str] = {LlamaCpp: "llama_cpp", OpenVino: "openvino_genai"}
 MAPPED = "fastff int8, mapped"
 START = {name: ENGINES[name] for name in ENGINES if "," not in name}
