@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import decode
 
-WINDOWS, LENGTH, GREEDY, PROMPT = 16, 512, 256, 16
+WINDOWS, LENGTH, GREEDY, PROMPT = 8, 512, 256, 16
 TEXT = Path(__file__).parents[1] / "src" / "fastff" / "demo" / "data" / "unseen.txt.xz"
 
 Logits = Callable[[list[int]], Tensor]  # (tokens, vocabulary)
@@ -31,7 +31,6 @@ def quality(folder: Path) -> list[dict[str, Any]]:
         ids = torch.tensor(tokenizer.encode(text.read(200_000)))
     logits: dict[str, Logits] = {"Transformers fp32": lambda part: reference(torch.tensor([part])).logits[0]}
     logits |= {name: engine.logits for name, engine in engines.items()}
-    logits["llama.cpp Q4_0"] = llama_logits(folder / "Q4_0.gguf")
     with torch.inference_mode():
         continued = reference.generate(
             ids[None, :PROMPT], max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False
@@ -62,19 +61,6 @@ def reference_model() -> Any:
     model.load_state_dict(dict(GgufWeights(gguf, config)), strict=False)
     model.tie_weights()
     return model
-
-
-def llama_logits(path: Path) -> Logits:
-    from llama_cpp import Llama
-
-    model = Llama(str(path), n_ctx=LENGTH, n_batch=LENGTH, logits_all=True, verbose=False)
-
-    def logits(part: list[int]) -> Tensor:
-        model.reset()
-        model.eval(part)
-        return torch.from_numpy(model.scores[: len(part)].copy())
-
-    return logits
 
 
 def measured(logits: Logits, ids: Tensor, continued: list[int]) -> dict[str, float]:
