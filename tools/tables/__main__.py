@@ -28,10 +28,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/engine.md": {
         "decode": decode.engines,
-        "decode-layers": decode.layers,
-        "decode-start": decode.start,
-        "decode-quality": decode.quality,
-        "decode-wide": decode.wide,
     },
     "docs/benchmarks-gpu.md": {
         "layer-gpu": gpu.layers,
