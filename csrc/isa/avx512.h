@@ -81,8 +81,8 @@ struct Vec<int16_t> {
 #endif
   }
   // The totals of the parts. Beside matrix tiles, whose sums are exact, they are exact and rounded once.
-  static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
 #ifdef __AMX_INT8__
+  static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
     const __m512i low = _mm512_set1_epi32(65535);
     const __m128i upper = totals(_mm512_srai_epi32(a, 16), _mm512_srai_epi32(b, 16), _mm512_srai_epi32(c, 16), _mm512_srai_epi32(d, 16));
     const __m128i lower = totals(_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_and_si512(c, low), _mm512_and_si512(d, low));
@@ -98,6 +98,7 @@ struct Vec<int16_t> {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   }
 #else
+  static void sums(Sums a, Sums b, Sums c, Sums d, float* out) {
     const __m512 w = _mm512_cvtepi32_ps(a), x = _mm512_cvtepi32_ps(b);
     const __m512 y = _mm512_cvtepi32_ps(c), z = _mm512_cvtepi32_ps(d);
     const __m512 wx = _mm512_add_ps(_mm512_unpacklo_ps(w, x), _mm512_unpackhi_ps(w, x));
