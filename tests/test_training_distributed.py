@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from distributed_case import make, make_router, member, two_steps
 from fastff.errors import TrainingError
 from fastff.train.layer_training import LayerTraining
 from fastff.train.pretrain import pretrain
-from fastff.train.trainer import PretrainTrainer
 from training_cases import small, write_text
 
 
@@ -85,15 +83,6 @@ def test_balance_sums_the_load_of_all_processes(two):
     assert not torch.equal(router.balance, alone.balance), "the halves must differ"
     for rank in range(2):
         assert torch.equal(torch.load(two / f"balance-{rank}.pt"), router.balance)
-
-
-def test_shards_compute_under_autocast_as_copies_do():
-    trainer = object.__new__(PretrainTrainer)  # Accelerate shards on GPUs only
-    trainer.is_fsdp_enabled, trainer.args = True, SimpleNamespace(bf16=True, device=torch.device("cpu"))
-    with trainer.compute_loss_context_manager():
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-        assert torch.is_autocast_enabled("cpu")
-    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_sharding_where_it_cannot_be(text, tmp_path):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -93,8 +92,6 @@ class PretrainTrainer(Trainer):
         self._recording: RecordedStep | None = None
         super().__init__(model=model, args=args, train_dataset=[{}], eval_dataset=[{}], callbacks=[TrainCallback(self)])
         self.remove_callback(PrinterCallback)
-        if self.is_fsdp_enabled:  # before the model is split: Accelerate would compute all in bf16, the loss too
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         # Step of the first loss that is not finite, 0 while there is none; on the device, since reading it waits.
         self.broken = torch.zeros((), dtype=torch.int64, device=args.device)
 
@@ -129,13 +126,6 @@ class PretrainTrainer(Trainer):
                 optimised, lambda step: triangle(plan.budget.progress(step), plan.warmup)
             )
         return self.lr_scheduler
-
-    def compute_loss_context_manager(self) -> Any:
-        """With shards as with copies of the weights: autocast, so that norms, what layers add up, the loss and the sums
-        of gradients over the processes are in float32. Accelerate's own autocast leaves shards out."""
-        if self.is_fsdp_enabled and self.args.bf16:
-            return torch.autocast(self.args.device.type, torch.bfloat16)
-        return super().compute_loss_context_manager()
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss = self._recorded(model)(inputs, num_items_in_batch)
