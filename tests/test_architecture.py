@@ -209,4 +209,5 @@ def test_no_symbol_of_a_newer_instruction_set_can_replace_a_baseline_one(isa, tm
     symbols = subprocess.run(["nm", "-C", str(found)], capture_output=True, text=True, check=True).stdout
     kinds = {fields[2]: fields[1] for line in symbols.splitlines() if len(fields := line.split(maxsplit=2)) == 3}
     assert any("linear" in name for name in kinds), "the table of kernels must be there"
-    assert [name for name, kind in kinds.items() if kind in "WVu"] == []
+    own = {name: kind for name, kind in kinds.items() if not name.startswith("DW.ref.")}  # an address, no code
+    assert [name for name, kind in own.items() if kind in "WVu"] == []
