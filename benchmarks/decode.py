@@ -332,17 +332,22 @@ def megabytes_a_token(folder: Path, name: str) -> float | None:
     return (path / "model.fastff" if path.is_dir() else path).stat().st_size / 1e6
 
 
+def in_turns(workers: Sequence[Worker], rounds: int, method: str, *arguments: int) -> dict[str, list[float]]:
+    """Milliseconds that every engine takes for the same, after one round that is not timed."""
+    taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for turn, worker in itertools.product(range(rounds + 1), workers):
+        seconds = worker.ask(method, *arguments)
+        if turn > 0:
+            taken[worker.name].append(1e3 * seconds)
+    return taken
+
+
 def start(folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
     """What opening a model takes, and the first token of a prompt."""
     from fastff.timing import quartiles
 
     workers = [Worker(name, folder, threads, "START") for name in START]
-    taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    for turn, worker in itertools.product(range(rounds + 1), workers):
-        seconds = worker.ask("first_token", PROMPT)
-        if turn > 0:
-            taken[worker.name].append(1e3 * seconds)
-    cells = []
+    taken, cells = in_turns(workers, rounds, "first_token", PROMPT), []
     for worker in workers:
         q1, median, q3 = quartiles(taken[worker.name])
         first = {"first_token_ms": median, "q1": q1, "q3": q3}

@@ -14,7 +14,7 @@ import decode
 
 HIDDEN, HEADS, LAYERS, VOCABULARY, POSITIONS = 12288, 96, 2, 1024, 64
 TREE = {"kind": "fff", "depth": 15}
-CONTEXT, BLOCK = 16, 1024  # tokens before those that are timed; random rows
+CONTEXT, TOKENS, BLOCK = 16, 8, 1024  # tokens before those that are timed, these; random rows
 
 
 def random_rows(rows: int, features: int) -> Tensor:
@@ -83,12 +83,8 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     from fastff.timing import quartiles
 
     workers = [decode.Worker(name, folder, threads, "WIDE") for name in decode.WIDE]
-    taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    for turn in range(rounds + 1):
-        for worker in workers:
-            seconds = worker.ask("decode", CONTEXT, 8)
-            if turn > 0:
-                taken[worker.name].append(1e3 * seconds / 8)
+    turns = decode.in_turns(workers, rounds, "decode", CONTEXT, TOKENS)
+    taken = {name: [ms / TOKENS for ms in samples] for name, samples in turns.items()}
     cells = {name: dict(zip(("q1", "ms", "q3"), quartiles(ms), strict=True)) for name, ms in taken.items()}
     for worker in workers:
         worker.close()

@@ -65,21 +65,21 @@ def similarities(encode: Encode, first: Sequence[str], second: Sequence[str]) ->
     return both, (both[: len(first)] * both[len(first) :]).sum(1)
 
 
+def cell(task: str, want: Tensor, got: Tensor, metric: str, scores: Sequence[float]) -> dict[str, Any]:
+    """Of a task: embeddings of its sentences in fp32 and in int8, and the metric of both, 0 to 1."""
+    cosine = (want * got).sum(1)
+    nearness = {"cosine_mean": float(cosine.mean()), "cosine_least": float(cosine.min())}
+    fp32, int8 = (100 * float(score) for score in scores)
+    return {"task": task, **nearness, "metric": metric, "fp32": fp32, "int8": int8}
+
+
 def pairs_cell(name: str, data: Path, limit: int, fp32: Encode, int8: Encode) -> dict[str, Any]:
     path, label = PAIRS[name]
     rows = read(data / path, limit)
     first, second, labels = ([row[key] for row in rows] for key in ("sentence1", "sentence2", label))
     (want, want_pairs), (got, got_pairs) = (similarities(e, first, second) for e in (fp32, int8))
-    cosine = (want * got).sum(1)
-    return {
-        "task": name,
-        "examples": len(rows),
-        "cosine_mean": float(cosine.mean()),
-        "cosine_least": float(cosine.min()),
-        "metric": "Spearman's correlation",
-        "fp32": 100 * float(spearmanr(want_pairs, labels)[0]),
-        "int8": 100 * float(spearmanr(got_pairs, labels)[0]),
-    }
+    correlations = [spearmanr(found, labels)[0] for found in (want_pairs, got_pairs)]
+    return {"examples": len(rows), **cell(name, want, got, "Spearman's correlation", correlations)}
 
 
 def sentiment_cell(data: Path, limit: int, training: int, fp32: Encode, int8: Encode) -> dict[str, Any]:
@@ -90,19 +90,8 @@ def sentiment_cell(data: Path, limit: int, training: int, fp32: Encode, int8: En
         fp32([row["sentence"] for row in train]).numpy(), [row["label"] for row in train]
     )
     want, got = fp32(texts), int8(texts)
-    cosine = (want * got).sum(1)
-    accuracies = [
-        100 * float((torch.tensor(classifier.predict(e.numpy())) == labels).double().mean()) for e in (want, got)
-    ]
-    return {
-        "task": "SST-2",
-        "examples": len(dev),
-        "cosine_mean": float(cosine.mean()),
-        "cosine_least": float(cosine.min()),
-        "metric": "accuracy",
-        "fp32": accuracies[0],
-        "int8": accuracies[1],
-    }
+    accuracies = [classifier.score(e.numpy(), labels) for e in (want, got)]
+    return {"examples": len(dev), **cell("SST-2", want, got, "accuracy", accuracies)}
 
 
 def main() -> None:
@@ -119,8 +108,8 @@ def main() -> None:
         fp32, int8 = encoder(sentence_transformer(folder)), encoder(engine(folder, Path(made) / "engine"))
         cells = [pairs_cell(name, asked.data, asked.limit, fp32, int8) for name in PAIRS]
         cells.append(sentiment_cell(asked.data, asked.limit, asked.training, fp32, int8))
-    for cell in cells:
-        values = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in cell.items()}
+    for found in cells:
+        values = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in found.items()}
         print(" ".join(f"{name} {value}" for name, value in values.items()), flush=True)
     if asked.out is not None:
         write_json(asked.out, {"machine": {**machine(), "commit": commit()}, "cells": cells})

@@ -86,16 +86,6 @@ class TiledRows {
   int64_t steps_ = 0;
 };
 
-// Memory on its way to the second-level cache, so much at every step of a panel.
-struct FetchedAhead {
-  const char *at = nullptr, *end = nullptr;
-  int64_t step_bytes = 0;
-
-  void step() {
-    for (const char* stop = std::min(at + step_bytes, end); at < stop; at += kLineBytes) __builtin_prefetch(at, 0, 2);
-  }
-};
-
 // product[j][r] of sixteen rows of x with the sixteen rows of weights of a panel.
 inline void panel_products(const char* w, const char* x, int64_t steps, float (*product)[kTileRows], FetchedAhead& ahead) {
   alignas(kLineBytes) int32_t sums[4][kTileRows][kTileRows];

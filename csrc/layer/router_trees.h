@@ -242,10 +242,8 @@ class Trees {
       make_groups();
       for (int64_t t = tree, n; t < tree_end; t += n) {
         n = std::min(few, tree_end - t);
-        FetchedAhead ahead;
-        ahead.at = view_.panel(router_, t + n);
-        ahead.end = view_.panel(router_, std::min(t + n + few, tree_end));
-        ahead.step_bytes = round_up_lines((ahead.end - ahead.at) / (stride_ / kTileRows * n * of.panels() * x.steps()) + 1);
+        const char *next = view_.panel(router_, t + n), *next_end = view_.panel(router_, std::min(t + n + few, tree_end));
+        FetchedAhead ahead(next, next_end - next, stride_ / kTileRows * n * of.panels() * x.steps());
         for (int64_t row = 0; row < count_; row += kTileRows)
           for (int64_t i = 0; i < n; ++i) {
             score_ = scratch_.score.data() + i * tree_scores;
@@ -258,7 +256,6 @@ class Trees {
       }
     }
   }
-  static int64_t round_up_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 
   // The scores of sixteen rows on the first levels of a tree, and the nodes that they reach, counted from the first of
   // their level. One vector is the rows' scores at a node.

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "isa/tiles.h"
 #include "layer/activations.h"
 #include "layer/scratch.h"
 #include "model/experts.h"
@@ -24,11 +25,7 @@ constexpr int kMostBlocks = 3;            // whose sums are in tiles at once
 constexpr int kColumnTiles = 4;
 
 // Six tiles of sums and one of rows, of `rows` each, and one of weights.
-struct alignas(64) ExpertTiles {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {};
-
+struct ExpertTiles : TileShapes {
   ExpertTiles(int64_t tile_rows, int64_t depth) {
     std::fill(rows, rows + 7, static_cast<uint8_t>(tile_rows));
     row_bytes[6] = static_cast<uint16_t>(depth);
@@ -39,31 +36,13 @@ struct alignas(64) ExpertTiles {
 // Unless they are already for so many rows.
 inline void shape_tiles(int64_t rows, int64_t depth, int64_t& shaped) {
   if (rows == shaped) return;
-  const ExpertTiles tiles(rows, depth);
-  _tile_loadconfig(&tiles);
+  shape_tiles(ExpertTiles(rows, depth));
   shaped = rows;
 }
 
-// Lines of memory fetched a few at a time.
-class Ahead {
- public:
-  void begin(const int8_t* from, int64_t bytes, int64_t steps) {
-    at_ = from;
-    end_ = from + bytes;
-    each_ = (bytes / kLine + steps - 1) / std::max<int64_t>(1, steps);
-  }
-  void step() {
-    for (int64_t i = 0; i < each_ && at_ < end_; ++i, at_ += kLine) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const int8_t *at_ = nullptr, *end_ = nullptr;
-  int64_t each_ = 0;
-};
-
 // sums[rows][blocks][2][16] of rows of x with B blocks of gates and values, `apart` bytes from one to the next.
 template <int B>
-inline void block_sums(const int8_t* x, int64_t stride, const int8_t* w, int64_t apart, int64_t tiles, Ahead& ahead,
+inline void block_sums(const int8_t* x, int64_t stride, const int8_t* w, int64_t apart, int64_t tiles, FetchedAhead& ahead,
                        int32_t* sums, int64_t sums_stride) {
   _tile_zero(0);
   _tile_zero(1);
@@ -126,7 +105,7 @@ class ExpertNeurons {
   void group(const ExpertGroup& group, const ExpertGroup* next) {
     const int64_t parts = (group.end - group.begin + kTileRows - 1) / kTileRows;
     const int64_t chunks = (s_.blocks() + kMostBlocks - 1) / kMostBlocks;
-    if (next) ahead_.begin(c_.in + next->leaf * s_.in_bytes(), s_.in_bytes(), parts * chunks * s_.hidden / kTileInputs);
+    if (next) ahead_ = {c_.in + next->leaf * s_.in_bytes(), s_.in_bytes(), parts * chunks * s_.hidden / kTileInputs};
     for (int64_t at = group.begin; at < group.end; at += kTileRows) {
       const int64_t n = std::min(kTileRows, group.end - at);
       gather(at, n);
@@ -184,7 +163,7 @@ class ExpertNeurons {
   int8_t* x_;
   int32_t* sums_;
   float* values_;
-  Ahead ahead_;
+  FetchedAhead ahead_;
 };
 
 void expert_neurons(const ExpertCall& call, int64_t begin, int64_t end) {
@@ -205,8 +184,8 @@ class ExpertOutputs {
       const ExpertGroup& group = c_.groups[g];
       const int64_t parts = (group.end - group.begin + kTileRows - 1) / kTileRows;
       if (g + 1 < c_.group_count)
-        ahead_.begin(c_.out + c_.groups[g + 1].leaf * s_.out_bytes() + begin * tile_bytes_, (end - begin) * tile_bytes_,
-                     parts * (end - begin + kColumnTiles - 1) / kColumnTiles);
+        ahead_ = {c_.out + c_.groups[g + 1].leaf * s_.out_bytes() + begin * tile_bytes_, (end - begin) * tile_bytes_,
+                  parts * (end - begin + kColumnTiles - 1) / kColumnTiles};
       for (int64_t at = group.begin; at < group.end; at += kTileRows) rows(group.leaf, at, std::min(kTileRows, group.end - at), begin, end);
     }
   }
@@ -267,7 +246,7 @@ class ExpertOutputs {
   const ExpertShape& s_;
   const int64_t tile_bytes_;
   int64_t shaped_ = 0;
-  Ahead ahead_;
+  FetchedAhead ahead_;
 };
 
 void expert_outputs(const ExpertCall& call, int64_t begin, int64_t end) {

@@ -1,30 +1,15 @@
 #include "model/grouped_leaves.h"
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 
 #include "base/checks.h"
 #include "base/errors.h"
 #include "base/huge_pages.h"
 #include "base/threads.h"
+#include "layer/visits_sort.h"
 
 namespace fastff {
-
-// Of rows and their leaves: the slots of all rows in the order of leaves, those of a leaf in the order of rows.
-struct GroupedLeaves::Visits {
-  int64_t per_row = 0;
-  std::vector<int64_t> leaf;   // [rows][per_row], ascending in a row
-  std::vector<float> gate;     // likewise
-  std::vector<int32_t> order;  // slots
-
-  int64_t leaf_at(int64_t place) const { return leaf[order[place]]; }
-  int64_t end_of(int64_t place) const {
-    int64_t end = place + 1;
-    while (end < static_cast<int64_t>(order.size()) && leaf_at(end) == leaf_at(place)) ++end;
-    return end;
-  }
-};
 
 namespace {
 
@@ -33,7 +18,9 @@ constexpr int64_t kGrainRows = 16;  // that are worth another thread
 // What one thread needs; kept from call to call.
 struct Workspace {
   QuantisedRows x, some, hidden;
-  std::vector<float> neurons, given;
+  std::vector<float> neurons, given, gate;
+  std::vector<int64_t> leaf;
+  SortedVisits visits;
 
   static Workspace& local() {
     static thread_local Workspace workspace;
@@ -93,36 +80,33 @@ void GroupedLeaves::run(const float* x, int64_t rows, float* y, int threads) con
 }
 
 void GroupedLeaves::run_rows(const float* x, int64_t rows, float* y) const {
-  static thread_local Visits visits;
-  const int64_t slots = rows * leaves_of_a_row_;
-  visits.per_row = leaves_of_a_row_;
-  visits.leaf.resize(slots);
-  visits.gate.resize(slots);
-  visits.order.resize(slots);
-  if (fastff_router_infer_f32(router_.get(), x, rows, visits.leaf.data(), visits.gate.data(), 1) != FASTFF_OK)
+  Workspace& w = Workspace::local();
+  w.leaf.resize(rows * leaves_of_a_row_);
+  w.gate.resize(w.leaf.size());
+  if (fastff_router_infer_f32(router_.get(), x, rows, w.leaf.data(), w.gate.data(), 1) != FASTFF_OK)
     throw std::runtime_error(last_error());
-  std::iota(visits.order.begin(), visits.order.end(), 0);
-  if (rows > 1)
-    std::stable_sort(visits.order.begin(), visits.order.end(),
-                     [&](int32_t a, int32_t b) { return visits.leaf[a] < visits.leaf[b]; });
-  QuantisedRows& numbers = Workspace::local().x;
-  quantise_rows(x, shape_.in_features, rows, shape_.in_features, nullptr, 16, 1, numbers, true);
+  const Visits visits = w.visits.sort(w.leaf.data(), rows, leaves_of_a_row_, shape_.leaves);
+  quantise_rows(x, shape_.in_features, rows, shape_.in_features, nullptr, 16, 1, w.x, true);
   std::fill_n(y, rows * shape_.out_features, 0.0f);
-  for (int64_t at = 0; at < slots; at = visits.end_of(at)) run_leaf(visits.leaf_at(at), numbers, visits, at, y);
+  for (int64_t at = 0, end; at < visits.items(); at = end) {
+    end = visits.group_end(at, visits.items());
+    run_leaf(visits.leaf[at], w.x, visits, at, end, w.gate.data(), y);
+  }
 }
 
-// Adds what a leaf gives to the rows of its visits, which begin at `begin`.
-void GroupedLeaves::run_leaf(int64_t leaf, const QuantisedRows& x, const Visits& visits, int64_t begin, float* y) const {
+// Adds what a leaf gives to the rows of its visits [begin, end). gates: of all items.
+void GroupedLeaves::run_leaf(int64_t leaf, const QuantisedRows& x, const Visits& visits, int64_t begin, int64_t end,
+                             const float* gates, float* y) const {
   Workspace& w = Workspace::local();
-  const int64_t rows = visits.end_of(begin) - begin, out = shape_.out_features;
-  const auto row_of = [&](int64_t r) { return visits.order[begin + r] / visits.per_row; };
+  const int64_t rows = end - begin, out = shape_.out_features;
+  const auto row_of = [&](int64_t r) { return visits.row(begin + r); };
   if (x.rows > 1) gather(x, rows, row_of, w.some);
   float *neurons = Workspace::room(w.neurons, rows * width_), *given = Workspace::room(w.given, rows * out);
   const float* bias = b_in_.empty() ? nullptr : b_in_.data() + leaf * (b_in_.size() / shape_.leaves);
   multiply(part(in_, leaf, width_), x.rows > 1 ? w.some : x, {bias, shape_.activation, false}, {neurons, nullptr, width_},
            1);
   for (int64_t r = 0; r < rows; ++r) {
-    const float gate = visits.gate[visits.order[begin + r]];
+    const float gate = gates[visits.item[begin + r]];
     for (int64_t i = 0; i < width_; ++i) neurons[r * width_ + i] *= gate;
   }
   quantise_rows(neurons, width_, rows, width_, nullptr, 16, 1, w.hidden, true);
@@ -130,7 +114,7 @@ void GroupedLeaves::run_leaf(int64_t leaf, const QuantisedRows& x, const Visits&
   down.out_features = out;
   multiply(down, w.hidden, {}, {given, nullptr, out}, 1);
   for (int64_t r = 0; r < rows; ++r) {
-    const float gate = visits.gate[visits.order[begin + r]];
+    const float gate = gates[visits.item[begin + r]];
     float* to = y + row_of(r) * out;
     for (int64_t i = 0; i < out; ++i) to[i] += given[r * out + i];
     if (b_out_.data())

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fastff.h"
+#include "layer/visits.h"
 #include "model/linear.h"
 #include "model/weights_file.h"
 
@@ -29,10 +30,8 @@ class GroupedLeaves {
   static int64_t filled(const fastff_leaves& shape);
 
  private:
-  struct Visits;
-
   void run_rows(const float* x, int64_t rows, float* y) const;
-  void run_leaf(int64_t leaf, const QuantisedRows& x, const Visits& visits, int64_t begin, float* y) const;
+  void run_leaf(int64_t leaf, const QuantisedRows& x, const Visits& visits, int64_t begin, int64_t end, const float* gates, float* y) const;
   PackedMatrix part(const PackedMatrix& stack, int64_t leaf, int64_t outputs) const;
 
   const std::unique_ptr<fastff_packed_router, FreeRouter> router_;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "isa/tiles.h"
 #include "layer/scratch.h"
 #include "model/linear_groups_impl.h"
 
@@ -18,10 +19,11 @@ constexpr int64_t kGroupTilesFromByteRows = 24;  // fewer are faster by dot prod
 constexpr int64_t kGroupBytes = kGroup * kPanel;  // of a panel's numbers in 8 bits
 
 // Four tiles of sums, two of 16 rows of a group's numbers, two of weights: 8 steps of 16 lanes.
-struct alignas(64) GroupTileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, kGroup, kGroup, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, kGroupSteps, kGroupSteps};
+struct GroupTileShapes : TileShapes {
+  GroupTileShapes() {
+    row_bytes[4] = row_bytes[5] = kGroup;
+    rows[6] = rows[7] = kGroupSteps;
+  }
 };
 
 // sums[32][32] of 32 rows of bytes with two times 16 lanes of a group, whose weights begin at w and `apart` bytes later.

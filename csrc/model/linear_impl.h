@@ -204,10 +204,8 @@ template <MatrixForm form, int planes>
 void panels_by_groups(const Product& o, int64_t begin, int64_t end) {
 #ifdef __AMX_INT8__
   if (o.x.rows * planes >= kGroupTilesFromByteRows) {
-    const GroupTileShapes shapes;
-    _tile_loadconfig(&shapes);
+    const Tiles tiles{GroupTileShapes()};
     for (int64_t p = begin; p < end; ++p) panel_by_group_tiles<form, planes>(o, p);
-    _tile_release();
     return;
   }
 #endif

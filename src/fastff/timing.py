@@ -58,11 +58,13 @@ def interleaved(
     device: torch.device | str = "cpu",
     *,
     patience: float = math.inf,
+    warming: int = 0,
 ) -> dict[str, Timing]:
     """Time several calls round by round, so that whatever slows the machine meets all of them.
 
     Every call runs once before the first round. Rounds go on for `seconds` in total, and for LEAST_ROUNDS at least, or,
-    for calls so slow that these take longer than `patience` seconds, for one.
+    for calls so slow that these take longer than `patience` seconds, for one. warming: untimed runs of a call before
+    each timed one, so that the caches hold again what other calls have put out of them.
     """
     for call in calls.values():
         seconds_of(call, device)
@@ -70,6 +72,8 @@ def interleaved(
     begin, rounds = time.perf_counter(), 0
     while (spent := time.perf_counter() - begin) < seconds or rounds < (LEAST_ROUNDS if spent < patience else 1):
         for name, call in calls.items():
+            for _ in range(warming):
+                call()
             samples[name].append(1e6 * seconds_of(call, device))
         rounds += 1
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}

@@ -53,7 +53,8 @@ class CausalModel:
 
         Other options are a TypeError. Raises FastffError for prompts that cannot be, or do not fit the positions.
         """
-        prompts = _prompts(inputs if input_ids is None else input_ids, attention_mask)
+        given = _given(inputs if input_ids is None else input_ids)
+        prompts = _prompts(given, attention_mask)
         length = max(map(len, prompts))
         wanted = max_length - length if max_new_tokens is None else max_new_tokens
         if wanted < 1:
@@ -61,8 +62,6 @@ class CausalModel:
         if streamer is not None and len(prompts) > 1:
             raise FastffError(f"a streamer takes one prompt, not {len(prompts)}")
         drawn = temperature if do_sample else 0.0
-        given = inputs if input_ids is None else input_ids
-        assert given is not None, "prompts were read from it"
         stop = sorted(self.engine.stop)
         padding = pad_token_id if pad_token_id is not None else stop[0] if stop else 0
         if streamer is not None:
@@ -90,11 +89,16 @@ class CausalModel:
         return made
 
 
-def _prompts(given: Tensor | None, mask: Tensor | None) -> list[list[int]]:
-    """Without padding. Raises FastffError for what is not a batch of prompts."""
+def _given(given: Tensor | None) -> Tensor:
+    """Raises FastffError for what is not a batch of prompts."""
     if given is None or given.dim() != 2 or given.numel() == 0 or given.is_floating_point():
         seen = None if given is None else f"{tuple(given.shape)} {given.dtype}"
         raise FastffError(f"input_ids {seen} are not whole numbers (batch, length) of at least one token")
+    return given
+
+
+def _prompts(given: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Without padding. Raises FastffError for a mask that leaves no prompts."""
     if mask is None:
         mask = torch.ones_like(given)
     if mask.shape != given.shape:

@@ -104,11 +104,12 @@ def grouped_tensors(layer: ConditionalFeedforward, prefix: str, form: MatrixForm
     def rows_in(of: Tensor) -> Tensor:
         """(leaves, rows of a leaf, ...) to (all rows, ...): all gates, then all values, filled up."""
         parts = of.detach().float().split(config.leaf_width, 1)
-        return torch.cat([_filled(part, width, 1).flatten(0, 1) for part in parts])
+        end = (*(0, 0) * (of.dim() - 2), 0, width - config.leaf_width)
+        return torch.cat([pad(part, end).flatten(0, 1) for part in parts])
 
     def rows_out() -> Tensor:
         turned = layer.w_out.detach().float().transpose(1, 2)
-        return _filled(_filled(turned, hidden, 1), width, 2).flatten(0, 1)
+        return pad(turned, (0, width - config.leaf_width, 0, hidden - config.out_features)).flatten(0, 1)
 
     shape = (config.leaves * width, config.in_features)
     yield f"{prefix}w_in", StoredTensor(shape, lambda: rows_in(layer.w_in), form, gated)
@@ -118,10 +119,3 @@ def grouped_tensors(layer: ConditionalFeedforward, prefix: str, form: MatrixForm
         yield f"{prefix}b_in", StoredTensor((config.leaves * width * (1 + gated),), lambda: rows_in(b_in))
     if b_out is not None:
         yield f"{prefix}b_out", StoredTensor(tuple(b_out.shape), lambda: b_out)
-
-
-def _filled(tensor: Tensor, size: int, dim: int) -> Tensor:
-    """With zeros at the end of a dimension."""
-    shape = list(tensor.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

@@ -224,17 +224,18 @@ class _Reader:
     def matrix(self, names: tuple[str, ...]) -> Tensor:
         """(outputs, in_features), the outputs of several one after another."""
         parts = [self.get(f"{name}.weight") for name in names]
-        transposed = self._transposed and names[0].split(".")[-1].startswith("c_")
-        return torch.cat([part.t() if transposed else part for part in parts])
+        return torch.cat([part.t() if self._transposed else part for part in parts])
 
     def stored(
         self, names: tuple[str, ...], shape: tuple[int, int], *, gated: bool = False, head: bool = False
     ) -> StoredTensor:
-        """The matrix of `matrix`, to be written: as blocks where the weights have some that need no more bits."""
+        """The matrix of `matrix`, to be written: as blocks where the weights have some that need no more bits. head: of
+        embeddings or the prediction of words, which no family stores transposed."""
         kept = self._kept(names)
+        if kept is None and head:
+            return StoredTensor(shape, partial(self.get, f"{names[0]}.weight"), HEAD)
         if kept is None:
-            form = HEAD if head else BODY[self._bits]
-            return StoredTensor(shape, partial(self.matrix, names), form, gated)
+            return StoredTensor(shape, partial(self.matrix, names), BODY[self._bits], gated)
         return StoredTensor(shape, partial(self._blocks, names), kept, gated, blocks=True)
 
     def _kept(self, names: tuple[str, ...]) -> MatrixForm | None:

@@ -10,7 +10,6 @@ that its arithmetic says, in a straight line over the logarithm between the dens
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from fastff.models import UltraFastBertForCausalLM, build_feedforward
 from fastff.report.axis import Axis, si
 from fastff.report.chart import Panel, Series, chart
 from fastff.report.markdown import markdown_table
-from fastff.timing import LEAST_ROUNDS, Timing, seconds_of
+from fastff.timing import Timing, interleaved
 from fastff.train.compare import TREE, WIDE, compare, kind_of, loss_at, losses_of
 from fastff.train.presets import Preset, configuration, cost_of, feedforward_of, layer_name, preset_of
 
@@ -93,19 +92,22 @@ def measure(preset: Preset, layers: dict[str, str], asked: FrontierSettings, say
         engines = {
             layer: _engine(preset, given, Path(folder) / str(n)) for n, (layer, given) in enumerate(layers.items())
         }
-        decode = _timed({name: _decoder(engine, asked) for name, engine in engines.items()}, asked.seconds)
+        calls = {name: _decoder(engine, asked) for name, engine in engines.items()}
+        decode = interleaved(calls, asked.seconds, warming=WARMING)
         say(f"decoding is timed, {len(layers)} layers")
-        prefill = _timed({name: _reader(engine, asked) for name, engine in engines.items()}, asked.seconds)
+        calls = {name: _reader(engine, asked) for name, engine in engines.items()}
+        prefill = interleaved(calls, asked.seconds, warming=WARMING)
     return [
         {
             "layer": layer,
-            "kind": cost_of(given, preset).kind,
-            "flops": cost_of(given, preset).flops,
+            "kind": cost.kind,
+            "flops": cost.flops,
             "decode_us": _quartiles(decode[layer], asked.tokens),
             "prefill_us": _quartiles(prefill[layer], asked.prompt),
             "stored": stored_weights(given, preset.hidden) * preset.layers,
         }
         for layer, given in layers.items()
+        for cost in [cost_of(given, preset)]
     ]
 
 
@@ -147,19 +149,6 @@ def _reader(engine: Engine, asked: FrontierSettings) -> Callable[[], object]:
         session.feed(prompt)
 
     return call
-
-
-def _timed(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
-    """Calls timed in turns for so many seconds; in its turn a model first runs alone until the caches hold it again."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() - begin < seconds:
-        for name, call in calls.items():
-            for _ in range(WARMING):
-                call()
-            samples[name].append(1e6 * seconds_of(call))
-        rounds += 1
-    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
 def _quartiles(timing: Timing, tokens: int) -> list[float]:
