@@ -146,8 +146,8 @@ def tile_isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _old_objects_are_not_garbage() -> None:
-    """Full collections, which Accelerate, the compiler and the benchmark ask for, take a second over a million objects of
-    the imported packages: they pass over what was there before a file's tests."""
+    """Full collections, which Accelerate, the compiler and the benchmark ask for, take a second over the objects of
+    imported packages: they pass over what was there before a file's tests."""
     gc.collect()
     gc.freeze()
 
