@@ -27,7 +27,8 @@ from fastff.convert import conversion, convert
 from fastff.convert.capture import capture
 from fastff.convert.dense_model import load_dense
 from fastff.convert.distil import chunks_of, unexplained
-from fastff.convert.initialise import best_split, dense_forward, features, hidden_of, initialise, prune, solve_outputs
+from fastff.convert.initialise import best_split, features, initialise, prune, solve_outputs
+from fastff.convert.neurons import dense_forward, hidden_of
 from fastff.convert.quality import accuracy, perplexity, read_table
 from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, fit_tree, flops
 from fastff.errors import CheckpointError
@@ -272,18 +273,23 @@ def test_convert_writes_a_directory_that_loads(model_type, tokenizer, text, tmp_
         table = tmp_path / "pairs.tsv"
         rows = [f"{WORDS[k]} {WORDS[k + 1]}\t{WORDS[k % 7]} {WORDS[3]}\t{k % 5}" for k in range(20)]
         table.write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
-        settings = replace(settings, tables=(table,))
+        settings = replace(settings, tables=(table,), beside=model)
         (Path(model) / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
         (Path(model) / "2_Dense").mkdir()
         (Path(model) / "2_Dense" / "model.safetensors").write_bytes(b"weights")
         (Path(model) / "sentence_bert_config.json").write_text('{"max_seq_length": 256}')
     seen = []
     record = convert(settings, progress=lambda what, done, of, _: seen.append((what, done, of)))
-    taught = {f"{what} {variant}" for what in ("layers", "distil") for variant in ("tree", "narrow", "pruned", "none")}
+    taught = {
+        f"{what} {variant}" for what in ("layers", "distil") for variant in ("chosen", "narrow", "pruned", "none")
+    }
     assert {what for what, _, _ in seen} == {"timing", "capture", "probe"} | taught
-    assert set(record["variants"]) == {"tree", "narrow", "pruned", "none"}
-    assert 0 < record["variants"]["tree"]["active"] <= 0.3
-    assert record["variants"]["tree"]["after"] is not None
+    assert set(record["variants"]) == {"chosen", "narrow", "pruned", "none"}
+    assert 0 < record["variants"]["chosen"]["active"] <= 0.3
+    assert {option["kind"] for option in record["layers"][0]["options"]} >= {"dense", "narrow", "pruned", "none"}
+    if model_type == "bert":
+        assert record["beside"]["scores"] == pytest.approx([record["dense"]["quality"]])
+    assert record["variants"]["chosen"]["after"] is not None
     auto = AutoModelForCausalLM if model_type == "gpt2" else AutoModel
     loaded = auto.from_pretrained(settings.out)
     blocks = loaded.transformer.h if model_type == "gpt2" else loaded.encoder.layer
@@ -311,7 +317,9 @@ def test_a_classifier_is_converted_and_its_accuracy_measured(tokenizer, text, tm
     found = [record["dense"]["quality"], *(variant["after"] for variant in record["variants"].values())]
     assert all(0 <= percent <= 100 and abs(percent * 30 / 100 - round(percent * 30 / 100)) < 1e-9 for percent in found)
     loaded = AutoModelForSequenceClassification.from_pretrained(settings.out).eval()
-    assert accuracy(loaded, tokenizer, read_table(table)) == pytest.approx(record["variants"]["tree"]["after"])
+    assert accuracy(loaded, tokenizer, read_table(table)) == pytest.approx(
+        record["variants"][record["written"]]["after"]
+    )
     assert "AutoModelForSequenceClassification" in (settings.out / "README.md").read_text()
 
 
@@ -324,7 +332,7 @@ def test_a_decoder_is_converted_and_its_perplexity_measured(model_type, tokenize
     loaded = AutoModelForCausalLM.from_pretrained(settings.out).eval()
     every = tokenise(tokenizer, text, tmp_path / "text", max_length=16, max_tokens=10**6, whole_blocks=True)
     held_out = every.slice(len(every) - int(conversion.HELD_OUT * len(every)), len(every))
-    assert perplexity(loaded, held_out) == pytest.approx(record["variants"]["tree"]["after"], rel=1e-4)
+    assert perplexity(loaded, held_out) == pytest.approx(record["variants"][record["written"]]["after"], rel=1e-4)
     assert perplexity(tiny(model_type), held_out) == pytest.approx(record["dense"]["quality"], rel=1e-4)
 
 
@@ -335,7 +343,7 @@ settings = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
 choose_layers.TREES, choose_layers.DEPTHS = (2,), (3,)
 distill_context.distil.__kwdefaults__["checkpoint_every"] = 2
 def progress(what, done, of, _):
-    if (what, done) == ("distil tree", 5):
+    if (what, done) == ("distil chosen", 5):
         os.kill(os.getpid(), signal.SIGKILL)
 convert(settings, progress=progress)
 """
@@ -356,7 +364,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tokenizer, text, tmp_path
     plan = (tmp_path / "out" / "work" / "plan.json").read_bytes()
     steps = []
     convert(settings, progress=lambda what, done, *_: steps.append((what, done)))
-    assert steps == [("distil tree", 5), ("distil tree", 6)]
+    assert steps == [("distil chosen", 5), ("distil chosen", 6)]
     whole = tmp_path / "whole" / "work"
     whole.mkdir(parents=True)
     (whole / "plan.json").write_bytes(plan)  # times differ from run to run, and with them the choice
@@ -373,8 +381,8 @@ def test_bad_models_are_refused_with_the_reason(tokenizer, text, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         convert(settings_for(tmp_path, model, text))
     other = tmp_path / "other"
-    AutoConfig.for_model("distilbert").save_pretrained(other)
-    with pytest.raises(CheckpointError, match=r"model type 'distilbert' is not one of bert, .*gpt2"):
+    AutoConfig.for_model("flaubert").save_pretrained(other)
+    with pytest.raises(CheckpointError, match=r"model type 'flaubert' is not one of bert, .*gpt2"):
         convert(settings_for(tmp_path, str(other), text))
 
 

@@ -176,7 +176,7 @@ def test_a_speedup_budget_leaves_the_harmful_layer_dense(tokenizer, text, tmp_pa
         candidates, "latency_profile", lambda *_: LatencyProfile(model_us=(100.0,), dense_us=((30.0,), (30.0,)))
     )
     monkeypatch.setattr(candidates.Timer, "__call__", lambda *_: (10.0,))
-    monkeypatch.setattr(candidates.Trials, "try_out", lambda _, block, __: (0.5, 1.0 + block))
+    monkeypatch.setattr(candidates.Trials, "try_out", lambda _, block, __, **___: (0.5, 1.0 + block))
     model = saved(tmp_path / "model", tokenizer)
     changes = {"active": None, "speedup": 1.25, "baselines": (), "keep_slow": False}
     record = convert(settings_for(tmp_path, model, text, **changes))
@@ -191,7 +191,7 @@ def test_trees_slower_than_the_layer_are_refused_before_any_work(tokenizer, text
     )
     monkeypatch.setattr(candidates.Timer, "__call__", lambda *_: (40.0,))
     model = saved(tmp_path / "model", tokenizer)
-    with pytest.raises(ValueError, match=r"no layer is faster as a tree at active 30.0%"):
+    with pytest.raises(ValueError, match=r"no candidate is faster than the dense layer at active 30.0%"):
         convert(settings_for(tmp_path, model, text, keep_slow=False))
 
 
@@ -206,7 +206,7 @@ def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkey
     record = convert(settings_for(tmp_path, model, text, baselines=(), tables=(table,), max_loss=0.01))
     assert [layer["description"] is None for layer in record["layers"]] == [False, True]
     assert "more than the allowed loss" in record["layers"][1]["reason"]
-    assert record["variants"]["tree"]["after"] == 79.5
+    assert record["variants"]["chosen"]["after"] == 79.5
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert torch.equal(dense_layers_of(loaded, 1), dense_layers(tiny())[1].w_in)
 
@@ -236,9 +236,9 @@ def test_a_curve_has_every_share_with_its_baselines(tokenizer, text, tmp_path):
     model = saved(tmp_path / "model", tokenizer, "gpt2")
     record = convert(settings_for(tmp_path, model, text, curve=(0.5,), steps=2, layer_steps=1))
     (point,) = record["curve"]
-    assert set(point["variants"]) == {"tree", "narrow", "pruned"}
+    assert set(point["variants"]) == {"chosen", "narrow", "pruned"}
     assert point["asked"] == 0.5
-    assert 0 < point["variants"]["tree"]["active"] <= 0.5
+    assert 0 < point["variants"]["chosen"]["active"] <= 0.5
     for variant in (*record["variants"].values(), *point["variants"].values()):
         assert len(variant["latency_ms"]) == len(variant["feedforward_ms"]) == 1
         assert variant["after"] > 1

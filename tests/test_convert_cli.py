@@ -19,7 +19,7 @@ RECORD = {
     "metric": "perplexity",
     "dense": {"quality": 20.0, "further": {"SICK/test": 30.0}, "latency_ms": [10.0], "feedforward_ms": [6.0]},
     "variants": {
-        "tree": {
+        "chosen": {
             "active": 0.08,
             "after": 21.0,
             "further": {"SICK/test": 31.0},
@@ -27,6 +27,8 @@ RECORD = {
             "feedforward_ms": [1.0],
         }
     },
+    "written": "chosen",
+    "runner_up": None,
     "ceilings": [2.5],
     "seconds": 12.0,
 }

@@ -72,11 +72,11 @@ def test_a_converted_model_of_the_version_before_computes_the_same():
 def test_a_conversion_that_the_version_before_began_goes_on(interrupted):
     done = []
     record = convert(interrupted_settings(), progress=lambda what, done_, *_: done.append((what, done_)))
-    assert [step for what, step in done if what == "distil tree"] == [5, 6]
-    assert not [what for what, _ in done if what in ("probe", "capture", "timing", "layers tree")]
+    assert [step for what, step in done if what == "distil chosen"] == [5, 6]
+    assert not [what for what, _ in done if what in ("probe", "capture", "timing", "layers chosen")]
     assert record["continued"]
-    assert set(record["variants"]) == {"tree", "narrow"}
-    assert record["variants"]["tree"]["unexplained"][0] > 0
+    assert set(record["variants"]) == {"chosen", "narrow"}
+    assert record["variants"]["chosen"]["unexplained"][0] > 0
     assert converted_blocks(AutoModel.from_pretrained("out"))
     assert not interrupted.exists()
 

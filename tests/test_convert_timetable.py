@@ -82,15 +82,13 @@ def test_the_batches_that_are_timed_are_as_long_as_all_in_the_mean():
     assert np.mean(longest) == pytest.approx(lengths.mean(), rel=0.15)
 
 
-def test_a_step_of_many_logits_is_cut_into_pieces(monkeypatch):
+def test_a_step_of_many_logits_is_cut_into_pieces():
     examples, which = examples_of([8] * 30), np.arange(3, 23)
-    monkeypatch.setattr(distil, "LOGITS", 8 * 100 * 6)
-    found = distil.pieces(examples, which, "causal", 100)
+    found = distil.pieces(examples, which, "causal", 100, most=8 * 100 * 6)
     assert [len(piece) for piece in found] == [5, 5, 5, 5]
     assert np.array_equal(np.concatenate(found), which)
-    monkeypatch.setattr(distil, "LOGITS", 1)
-    assert len(distil.pieces(examples, which, "masked", 100)) == 20
-    assert len(distil.pieces(examples, which, "embedding", 100)) == 1
+    assert len(distil.pieces(examples, which, "masked", 100, most=1)) == 20
+    assert len(distil.pieces(examples, which, "embedding", 100, most=1)) == 1
 
 
 def test_pieces_teach_what_the_whole_step_teaches(monkeypatch):
@@ -142,8 +140,8 @@ def test_a_budget_that_is_too_small_is_mended_by_more_seconds(tokenizer, text, t
     assert len([line for line in said if line.startswith("about ")]) == 1
     assert record["continued"]
     assert record["timetable"]["steps"] == 12
-    assert ("distil tree", 12) in taken
-    assert record["variants"]["tree"]["steps"] == record["variants"]["none"]["steps"] == 12
+    assert ("distil chosen", 12) in taken
+    assert record["variants"]["chosen"]["steps"] == record["variants"]["none"]["steps"] == 12
     assert record["settings"]["batch"] == BATCH["embedding"]
     assert record["settings"]["max_length"] == 512  # positions of the model
     assert "interrupted" in (tmp_path / "out" / "report" / "index.html").read_text()
@@ -209,7 +207,7 @@ def test_a_slow_phase_says_within_a_minute_how_long_it_will_take(monkeypatch):
 def test_what_a_limit_leaves_no_time_for_is_refused_after_the_first_candidate(tokenizer, text, tmp_path, monkeypatch):
     tried = []
 
-    def try_out(trials, block, description):
+    def try_out(trials, block, description, pruned=False):
         tried.append(block)
         trials.trained_s = 1e6
         return 0.5, 1.0
@@ -220,7 +218,7 @@ def test_what_a_limit_leaves_no_time_for_is_refused_after_the_first_candidate(to
     with pytest.raises(ValueError, match=r"seconds 3600 are too few: 400\d{4} are needed for the layers of 2 models"):
         convert(settings, say=said.append)
     assert tried == [1]
-    assert said[0].startswith("trying 7 candidates takes about ")
+    assert said[0].startswith("trying 20 candidates takes about ")
     assert (tmp_path / "out" / "work" / "input-000.f16").is_file()  # with more seconds it goes on from here
 
 
@@ -235,13 +233,13 @@ def test_the_layers_of_a_first_student_are_given_up_when_they_cannot_end_in_time
 
     monkeypatch.setattr(candidates.Trials, "trained_s", 0.0, raising=False)
     monkeypatch.setattr(conversion, "TimeLimit", Slow)
-    monkeypatch.setattr(candidates.Trials, "try_out", lambda *_: (0.5, 1.0))
+    monkeypatch.setattr(candidates.Trials, "try_out", lambda *_, **__: (0.5, 1.0))
     monkeypatch.setattr(conversion, "probe", cheap_probe)
     taught = []
     settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=(), seconds=3600.0)
     with pytest.raises(ValueError, match="are needed for the layers of 1 models alone"):
         convert(settings, progress=lambda what, done, *_: taught.append((what, done)))
-    assert [done for what, done in taught if what == "layers tree"] == [1]
+    assert [done for what, done in taught if what == "layers chosen"] == [1]
 
 
 def cheap_probe(trials, found, shares, progress, _out_of_time):

@@ -12,6 +12,7 @@ import torch
 
 from encoder_cases import exported as exported_encoder
 from engine_cases import conditional_model, exported, held, random_model
+from fastff.convert.dense_model import load_dense
 from fastff.engine import decoders, native_export
 from fastff.engine.decoders import BODY
 from fastff.engine.encoder_heads import HEAD_FILE, read_head
@@ -118,6 +119,18 @@ def test_blocks_of_gguf_are_kept(kind, bits, tmp_path):
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0]
     assert (Engine(tmp_path / "out").logits(ids) - want).abs().max() < 6e-3 * want.std()
+
+
+def test_a_conversion_reads_gguf_files_too(tmp_path):
+    model = llama_gguf(tmp_path / "llama.bin")
+    dense, _, kind = load_dense(str(tmp_path / "llama.bin"), gguf=True)
+    ids = torch.arange(5).unsqueeze(0)
+    with torch.no_grad():
+        assert (dense(ids).logits - model.eval()(ids).logits).abs().max() < 1e-4
+    assert kind == "causal"
+    llama_gguf(tmp_path / "other.gguf", **{"general.architecture": "rwkv"})
+    with pytest.raises(CheckpointError, match="architecture 'rwkv', expected llama"):
+        load_dense(str(tmp_path / "other.gguf"))
 
 
 def test_a_gguf_model_is_the_model_it_was_made_from(tmp_path):

@@ -29,7 +29,6 @@ from fastff.convert.conversion import _read_plan, _read_timetable
 from fastff.convert.conversion_record import Plan
 from fastff.convert.quality import read_table
 from fastff.convert.time_budget import Timetable
-from fastff.demo.store import DemoError, Store
 from fastff.errors import CheckpointError, TrainingError
 from fastff.routers import FlatRouter, ProductKeyRouter, TreeRouter
 from fastff.text.examples import _open as open_examples
@@ -38,6 +37,7 @@ from fastff.text.tokenizer import SPECIALS, Vocabulary, load_tokenizer, train_to
 from fastff.text.tokens import Tokens
 from fastff.train import saving
 from fuzzing import damage, error_of, mutations
+from train_tiny.store import RunError, Store
 
 MUTATIONS = 2000
 WORDS = ["one two three, four five six.", "seven eight nine ten", "eleven twelve"]
@@ -51,7 +51,7 @@ def fuzz(path: Path, load: Callable[[], Any], seed: int, count: int = MUTATIONS)
         error = error_of(load)
         if error is not None:
             refused += 1
-            assert isinstance(error, (CheckpointError, TrainingError, DemoError)), f"mutation {number}: {error!r}"
+            assert isinstance(error, (CheckpointError, TrainingError, RunError)), f"mutation {number}: {error!r}"
             assert str(path) in str(error) or str(path.parent) in str(error), f"mutation {number}: {error}"
     return refused
 

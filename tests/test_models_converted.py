@@ -18,16 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    SiglipTextModel,
 )
 
+from fastff.convert.neurons import dense_forward
 from fastff.errors import CheckpointError
 from fastff.models import ConvertedConfig, ConvertedFeedforward, make_converted
 from fastff.models.families import FAMILIES, family_of
+from fastff.models.int8_files import INT8_FILE, write_int8
 
 TREE = {"kind": "fff", "depth": 2, "trees": 2, "leaf_width": 3, "gate": "boundary", "bias": True}
 CASES = [
@@ -41,23 +45,54 @@ CASES = [
     ("mistral", AutoModel),
     ("qwen2", AutoModelForCausalLM),
     ("ultrafastbert", AutoModelForCausalLM),
+    ("qwen3", AutoModelForCausalLM),
+    ("gemma3_text", AutoModelForCausalLM),
+    ("distilbert", AutoModelForMaskedLM),
+    ("electra", AutoModel),
+    ("mpnet", AutoModelForMaskedLM),
+    ("deberta-v2", AutoModelForSequenceClassification),
+    ("clip_text_model", AutoModel),
+    ("siglip_text_model", SiglipTextModel),
+    ("vit", AutoModelForImageClassification),
+    ("deit", AutoModel),
+    ("dinov2", AutoModel),
+    ("clip_vision_model", AutoModel),
+    ("siglip_vision_model", AutoModel),
 ]
+PICTURES = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model")
 
 
-def tiny(model_type, auto):
+def tiny(model_type, auto, **options):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if model_type == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-    if model_type in ("llama", "mistral", "qwen2"):
+    if model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"):
         sizes["num_key_value_heads"] = 2
+    if model_type in ("qwen3", "gemma3_text"):
+        sizes["head_dim"] = 8
+    if model_type == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    if model_type in PICTURES:
+        options |= {"image_size": 16, "patch_size": 8}
+    else:
+        options["vocab_size"] = 100
     if model_type == "ultrafastbert":
         del sizes["intermediate_size"]
         sizes |= {"is_decoder": True, "feedforward": {"kind": "dense", "intermediate_size": 64, "activation": "swiglu"}}
     if model_type == "modernbert":
         special |= {"cls_token_id": 1, "sep_token_id": 2}
     torch.manual_seed(0)
-    return auto.from_config(AutoConfig.for_model(model_type, vocab_size=100, **sizes, **special)).eval()
+    config = AutoConfig.for_model(model_type, **sizes, **special, **options)
+    return (auto.from_config if hasattr(auto, "from_config") else auto)(config).eval()
+
+
+def inputs_of(model_type):
+    generator = torch.Generator().manual_seed(1)
+    if model_type in PICTURES:
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    ids = torch.randint(3, 100, (2, 7), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def converted(model_type="bert", auto=AutoModel, descriptions=(TREE, None)):
@@ -70,23 +105,67 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize(("model_type", "auto"), CASES)
 def test_what_is_saved_loads_and_computes_the_same(model_type, auto, tmp_path):
-    model = converted(model_type, auto)
-    ids = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
+    model, inputs = converted(model_type, auto), inputs_of(model_type)
     with torch.no_grad():
-        want = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        want = model(**inputs, output_hidden_states=True)
     model.save_pretrained(tmp_path)
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), ConvertedConfig)
-    loaded = auto.from_pretrained(tmp_path).eval()
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, ConvertedConfig)
+    if auto is SiglipTextModel:  # which no Auto class knows
+        loaded = type(model).from_pretrained(tmp_path, config=config.base_config()).eval()
+    else:
+        loaded = auto.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        got = loaded(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        got = loaded(**inputs, output_hidden_states=True)
     assert torch.equal(got[0], want[0])
     assert len(got.hidden_states) == 3
     family = family_of(model_type)
     first, second = (isinstance(family.slot_of(block), ConvertedFeedforward) for block in family.blocks_of(loaded))
     assert (first, second) == (True, False)
     if auto is AutoModelForCausalLM and model_type != "ultrafastbert":
-        assert loaded.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (2, 9)
+        assert loaded.generate(**inputs, max_new_tokens=2).shape == (2, 9)
+
+
+@pytest.mark.parametrize(("model_type", "auto"), [case for case in CASES if case[1] is not AutoModelForCausalLM])
+def test_the_weights_read_from_a_block_compute_what_it_computes(model_type, auto):
+    model = tiny(model_type, auto)
+    family = family_of(model_type)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    for block in family.blocks_of(model):
+        want = family.dense_of(block)(x)
+        assert (dense_forward(family.read(block, model.config), x) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_a_gated_block_of_dinov2_is_read_too():
+    model = tiny("dinov2", AutoModel, use_swiglu_ffn=True)
+    block, x = model.encoder.layer[0], torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    dense = family_of("dinov2").read(block, model.config)
+    assert dense.v_in is not None
+    assert (dense_forward(dense, x) - block.mlp(x)).abs().max() < 1e-6
+
+
+def test_8_bit_files_hold_a_quarter_and_load_as_any_other(tmp_path):
+    model = converted("llama", AutoModelForCausalLM)
+    write_int8(model, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = inputs_of("llama")["input_ids"]
+    with torch.no_grad():
+        want, got = model(ids).logits, loaded(ids).logits
+    assert 0 < (got - want).abs().max() < 0.05 * want.abs().max()
+    for name, tensor in model.state_dict().items():
+        step = tensor.abs().amax(-1, keepdim=True) / 127
+        assert ((loaded.state_dict()[name] - tensor).abs() <= 0.51 * step).all() or tensor.dim() < 2
+    with pytest.raises(CheckpointError, match="load without device_map"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    stored = load_file(tmp_path / INT8_FILE)
+    del stored["model.norm.weight"]
+    save_file(stored, tmp_path / INT8_FILE)
+    with pytest.raises(CheckpointError, match=r"missing tensor model\.norm\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / INT8_FILE).write_bytes(b"none")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_arguments_of_from_pretrained_reach_the_original_configuration(tmp_path):
@@ -185,7 +264,7 @@ def test_a_missing_tensor_of_a_new_layer_is_an_error(tmp_path):
     ("change", "message"),
     [
         ({"feedforwards": [TREE]}, "1 feedforward descriptions for 2 blocks"),
-        ({"base": {"model_type": "distilbert"}}, "model type 'distilbert' is not one of bert"),
+        ({"base": {"model_type": "flaubert"}}, "model type 'flaubert' is not one of bert"),
         ({"feedforwards": [{"kind": "nothing"}, None]}, "kind 'nothing'"),
         ({"feedforwards": None}, "needs 'base' and 'feedforwards'"),
     ],
@@ -200,9 +279,9 @@ def test_a_bad_configuration_says_what_is_wrong(change, message, tmp_path):
 
 def test_activations_without_a_kernel_are_refused():
     model = tiny("bert", AutoModel)
-    model.config.hidden_act = "quick_gelu"
+    model.config.hidden_act = "mish"
     family = family_of("bert")
-    with pytest.raises(CheckpointError, match="activation 'quick_gelu' is not one of gelu"):
+    with pytest.raises(CheckpointError, match="activation 'mish' is not one of gelu"):
         family.read(family.blocks_of(model)[0], model.config)
 
 

@@ -8,7 +8,7 @@ DIR    is written: model/ and weights.xz, tokens.xz and lengths.xz (sentences to
        model) and the tables that are evaluated
 
 The sentences are those of the training parts of TRAINED and of Wikipedia. None of them is, but for case, spaces and
-punctuation, a sentence of a table that is evaluated.
+punctuation, a sentence of a table that is evaluated, the rows of RETRIEVAL among them (retrieval.parquet in DIR).
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fastff.convert.quality import read_table
 from fastff.text.examples import tokenise
 
-TRAINED = (
-    *("glue/MNLI/train_subset", "glue/QNLI/train_subset", "glue/QQP/train_subset", "glue/SST-2/train"),
-    *("glue/MRPC/train", "glue/RTE/train", "glue/CoLA/train", "extra/SNLI/train_subset", "extra/AG_News/train_subset"),
-    *("extra/SUBJ/train", "extra/TREC/train"),
-)
+# Sentences to learn from, all under terms by which a model made with them may be given away: MNLI (OANC and others,
+# free use), SNLI and QNLI (CC BY-SA 4.0), Wikipedia (CC BY-SA 3.0).
+TRAINED = ("glue/MNLI/train_subset", "extra/SNLI/train_subset", "glue/QNLI/train_subset")
+RETRIEVAL = ("glue/QNLI/train_subset", 3000)  # its last rows are kept aside: questions and the sentences that answer
 EVALUATED = ("glue/STS-B/dev", "glue/STS-B/test", "extra/SICK/test", "glue/SST-2/dev")
 CARRIED = (*EVALUATED, "glue/SST-2/train")
-WIKIPEDIA = ("wiki-train-00", "wiki-train-01")  # sentences for embeddings
+WIKIPEDIA = ("wiki-train-00", "wiki-train-01", "wiki-train-02")  # sentences for embeddings
+WIKIPEDIA_TIMES = 3  # as many sentences of it as of the tables
 CAUSAL = ("wiki-train-02",)  # documents for a causal model
 MAX_LENGTH = 64
 COLUMNS = ("sentence", "sentence1", "sentence2")
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 2, "lc": 0, "lp": 0, "pb": 0}]
 
 
 def key(sentence: str) -> str:
@@ -56,6 +58,12 @@ def rows_of(data: Path, names: Iterable[str]) -> Iterator[str]:
             yield from (" ".join(sentence.split()) for sentence in table[column])
 
 
+def retrieval(data: Path) -> dict[str, list[Any]]:
+    """The rows kept aside: sentence1 a question, sentence2 a sentence, label 0 where it answers the question."""
+    name, count = RETRIEVAL
+    return {column: values[-count:] for column, values in read_table(data / f"{name}.parquet").items()}
+
+
 def wikipedia(data: Path) -> Iterator[str]:
     for name in WIKIPEDIA:
         with lzma.open(data / f"text/{name}.txt.xz", "rt", encoding="utf-8") as lines:
@@ -66,8 +74,9 @@ def wikipedia(data: Path) -> Iterator[str]:
 
 
 def sentences(data: Path, seed: int = 0) -> list[str]:
-    """Distinct sentences in random order: all of the tables, and as many again from Wikipedia."""
-    seen = {key(sentence) for sentence in rows_of(data, EVALUATED)}
+    """Distinct sentences in random order: all of the tables, and WIKIPEDIA_TIMES as many from Wikipedia."""
+    aside = retrieval(data)
+    seen = {key(sentence) for sentence in (*rows_of(data, EVALUATED), *aside["sentence1"], *aside["sentence2"])}
     kept: list[list[str]] = []
     for source in (rows_of(data, TRAINED), wikipedia(data)):
         new: list[str] = []
@@ -79,7 +88,7 @@ def sentences(data: Path, seed: int = 0) -> list[str]:
         kept.append(new)
     draw = random.Random(seed)
     tables, others = kept
-    both = tables + draw.sample(others, min(len(others), len(tables)))
+    both = tables + draw.sample(others, min(len(others), WIKIPEDIA_TIMES * len(tables)))
     draw.shuffle(both)
     return both
 
@@ -114,6 +123,7 @@ def prepare(model: Path, data: Path, out: Path, tokens: int) -> None:
     for name in [f"{table}.parquet" for table in CARRIED] + [f"text/{shard}.txt.xz" for shard in CAUSAL]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(data / name, out / name)
+    pq.write_table(pa.table(retrieval(data)), out / "retrieval.parquet")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{size / 2**20:.1f} MiB in {out}")
 

@@ -10,40 +10,42 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import queue
 import shutil
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from carry import MAX_LENGTH, restore
+from safetensors.torch import save
+from together import by_dense_products, together
 from transformers import AutoModel, AutoTokenizer
 
 import fastff.models  # noqa: F401
 from fastff.convert.capture import capture
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.distil import Recipe, distil
-from fastff.convert.initialise import contribution
-from fastff.convert.quality import read_table, similarity
-from fastff.convert.student import build_student, dense_layers, describe_narrow, describe_tree, flops
+from fastff.convert.neurons import contribution
+from fastff.convert.quality import embed, read_table, similarity
+from fastff.convert.student import build_student, dense_layers, describe_experts, describe_narrow, describe_tree, flops
 from fastff.models.families import family_of
+from fastff.report.progress import Progress, silent
 from fastff.text.examples import tokenise
 from tables import minilm_table
 
 TABLES = {"sts-b dev": "glue/STS-B/dev", "sts-b test": "glue/STS-B/test", "sick test": "extra/SICK/test"}
-TIMED_STEPS = 20
+COLUMNS = ("sentence1", "sentence2", "label")
+SETTINGS = ("seconds", "rows", "layer_steps", "batch", "lr", "lr_others", "lr_routers")
+PIECE = 15 * 2**20
 EVALUATION_S = 40.0  # kept of the time for evaluation at the end, and for steps that take longer than those timed
-FRACTIONS = (0.25, 0.1, 0.05, 0.02)
+FRACTIONS = (0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A student: `options` of a tree, {"neurons": n} of a narrow layer, or none; and what its recipe has of its own."""
+    """A student: `options` of trees, of experts ("leaves"), {"neurons": n} of a narrow layer, or none; and what its
+    recipe has of its own."""
 
     name: str
     options: dict[str, Any]
@@ -55,10 +57,17 @@ def _trees(trees: int, depth: int, leaf_width: int, shared: int = 0) -> dict[str
     return {"trees": trees, "depth": depth, "leaf_width": leaf_width, "shared": shared}
 
 
-# The main comparison, at 10 % and 3 % of the work: trees beside a shared part against a narrow layer, and no layer.
+def _experts(leaves: int, leaf_width: int, chosen: int, shared: int) -> dict[str, Any]:
+    return {"leaves": leaves, "leaf_width": leaf_width, "chosen": chosen, "shared": shared}
+
+
+# The main comparison, at 10 % and 3 % of the work: experts, trees beside a shared part, a narrow layer, and no layer.
 # Then, one seed: a narrower gate, which explained 4 % more of one layer's effect when that was taught alone; dense
 # layers that are faded out; an average of the weights.
 VARIANTS = [
+    Variant("experts-46x32-top2", _experts(46, 32, 2, 64)),
+    Variant("experts-44x32-top1", _experts(44, 32, 1, 96)),
+    Variant("experts-22x64-top1", _experts(22, 64, 1, 76)),
     Variant("narrow-152", {"neurons": 152}),
     Variant("2x5-leaf15-shared112", _trees(2, 5, 15, 112)),
     Variant("narrow-46", {"neurons": 46}),
@@ -74,7 +83,20 @@ def describe(dense: Any, options: dict[str, Any]) -> dict[str, Any]:
     if "trees" in options:
         shape = {name: value for name, value in options.items() if name != "tau"}
         return describe_tree(dense, **shape) | {name: options[name] for name in ("tau",) if name in options}
+    if "leaves" in options:
+        return describe_experts(dense, **options)
     return describe_narrow(dense, options["neurons"]) if options else {"kind": "none"}
+
+
+def hits(model: Any, tokenizer: Any, table: dict[str, list[Any]], best: int = 10) -> float:
+    """Percent of the answered questions whose sentence is among the nearest `best` of all the table's sentences."""
+    sentences = sorted(set(table["sentence2"]))
+    pairs = [(q, s) for q, s, label in zip(*(table[c] for c in COLUMNS), strict=True) if label == 0]
+    asked, stored = embed(model, tokenizer, [q for q, _ in pairs]), embed(model, tokenizer, sentences)
+    place = {sentence: k for k, sentence in enumerate(sentences)}
+    nearest = (asked @ stored.t()).topk(best).indices
+    right = torch.tensor([place[s] for _, s in pairs]).unsqueeze(1)
+    return 100 * float((nearest == right).any(1).float().mean())
 
 
 def scores(model: Any, tokenizer: Any, args: Any) -> dict[str, float]:
@@ -82,6 +104,8 @@ def scores(model: Any, tokenizer: Any, args: Any) -> dict[str, float]:
     for name, file in list(TABLES.items())[: 1 if args.dev_only else None]:
         table = read_table(folder / f"{file}.parquet")
         out[name] = similarity(model, tokenizer, table, "relatedness" if "relatedness" in table else "label")
+    if not args.dev_only:
+        out["retrieval"] = hits(model, tokenizer, read_table(folder / "retrieval.parquet"))
     return out
 
 
@@ -111,80 +135,63 @@ def setup(args: Any) -> tuple[Any, Any, Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     unused: Any = None  # the text is not read: its tokens are there
     examples = tokenise(tokenizer, unused, work, max_length=MAX_LENGTH, max_tokens=0, whole_blocks=False)
-    captured = capture(teacher, examples, work, rows=args.rows, batch=args.batch, progress=lambda *_: None)
+    captured = capture(teacher, examples, work, rows=args.rows, batch=args.batch, progress=silent)
     return teacher, tokenizer, examples, captured
 
 
-@dataclass(frozen=True)
-class Turnout:
-    """What the processes of a run share: two meetings of all, the slowest one's seconds a step, the finished rows."""
+class Student:
+    """One variant in its process: built from captured rows, then distilled."""
 
-    meeting: Any
-    slowest: Any
-    results: Any
-    deadline: float  # time.time() by which the joint distillation ends
+    def __init__(self, args: Any, variant: Variant, seed: int) -> None:
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        self.args, self.variant, self.seed = args, variant, seed
+        self.teacher, self.tokenizer, self.examples, captured = setup(args)
+        dense = dense_layers(self.teacher)
+        descriptions = [describe(d, variant.options) for d in dense]
+        self.student, errors = build_student(self.teacher, descriptions, captured, steps=args.layer_steps, seed=seed)
+        by_dense_products(self.student)
+        self.row: dict[str, Any] = {
+            "variant": variant.name,
+            "seed": seed,
+            "description": descriptions[0],
+            "active": sum(map(flops, dense, descriptions)) / sum(d.flops_per_row for d in dense),
+            "unexplained": errors,
+            "before": scores(self.student, self.tokenizer, args),
+            "layers_s": time.perf_counter() - began,
+        }
+        print(f"{variant.name} {seed} built {self.row['layers_s']:.0f}s {self.row['before']}", flush=True)
+        self.state = {k: v.clone() for k, v in self.student.state_dict().items()}
+
+    def recipe(self, steps: int) -> Recipe:
+        options = {name: getattr(self.args, name) for name in ("lr", "lr_others", "lr_routers")}
+        return Recipe(steps, self.args.batch, seed=self.seed, **(options | self.variant.recipe))
+
+    def take_steps(self, steps: int, progress: Progress) -> None:
+        recipe = self.recipe(steps)
+        distil(self.student, self.teacher, self.examples, recipe, kind="embedding", progress=progress)
+
+    def finish(self, steps: int) -> dict[str, Any]:
+        self.student.load_state_dict(self.state)
+        distil(self.student, self.teacher, self.examples, self.recipe(steps), kind="embedding")
+        after = scores(self.student, self.tokenizer, self.args)
+        print(f"{self.variant.name} {self.seed} after {steps} steps {after}", flush=True)
+        if self.args.keep is not None and self.seed == 0:
+            keep(self.student, self.args.keep / self.variant.name)
+        return {**self.row, "recipe": self.variant.recipe, "after": after}
 
 
-def run_variant(args: Any, variant: Variant, seed: int, shared: Turnout) -> None:
-    """One process: build, agree with all others on a number of steps that fits the time, distil, evaluate."""
-    built = attempt(lambda: build(args, variant, seed))
-    shared.meeting.wait()  # a variant that failed meets the others too, or they would wait for it
-    if built is not None and attempt(lambda: time_steps(args, built, shared.slowest)) is None:
-        built = None
-    shared.meeting.wait()
-    if built is None:
-        raise SystemExit(f"{variant.name} {seed} failed")
-    student, teacher, tokenizer, examples, state, row = built
-    seconds = min(args.seconds, shared.deadline - time.time())
-    options = {"lr": args.lr, "lr_others": args.lr_others, **variant.recipe}
-    recipe = Recipe(max(10, int(seconds / shared.slowest.value)), args.batch, seed=seed, **options)
-    student.load_state_dict(state)
-    start = time.perf_counter()
-    distil(student, teacher, examples, recipe, kind="embedding")
-    row |= {"steps": recipe.steps, "distil_s": time.perf_counter() - start, "recipe": variant.recipe}
-    shared.results.put(row | {"after": scores(student, tokenizer, args)})
-
-
-def build(args: Any, variant: Variant, seed: int) -> tuple[Any, ...]:
-    """The student taught layer by layer, what it needs to go on, its weights, its figures."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    teacher, tokenizer, examples, captured = setup(args)
-    dense = dense_layers(teacher)
-    descriptions = [describe(d, variant.options) for d in dense]
-    student, errors = build_student(teacher, descriptions, captured, steps=args.layer_steps, seed=seed)
-    row: dict[str, Any] = {
-        "variant": variant.name,
-        "seed": seed,
-        "description": descriptions[0],
-        "active": sum(map(flops, dense, descriptions)) / sum(d.flops_per_row for d in dense),
-        "unexplained": errors,
-        "before": scores(student, tokenizer, args),
-        "layers_s": time.perf_counter() - began,
+def keep(student: Any, folder: Path) -> None:
+    """Write what was taught, in half precision, in files of PIECE bytes: embeddings are the dense model's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taught = {
+        name: value.half() for name, value in student.state_dict().items() if not name.endswith("_embeddings.weight")
     }
-    print(f"{variant.name} {seed} built {row['layers_s']:.0f}s {row['before']['sts-b dev']:.2f}", flush=True)
-    state = {k: v.clone() for k, v in student.state_dict().items()}
-    return student, teacher, tokenizer, examples, state, row
-
-
-def time_steps(args: Any, built: tuple[Any, ...], slowest: Any) -> bool:
-    """Take a few steps, at the same time as all others; keep the longest time of one."""
-    student, teacher, _, examples, *_ = built
-    start = time.perf_counter()
-    distil(student, teacher, examples, Recipe(steps=TIMED_STEPS, batch=args.batch), kind="embedding")
-    with slowest.get_lock():
-        slowest.value = max(slowest.value, (time.perf_counter() - start) / TIMED_STEPS)
-    return True
-
-
-def attempt(work: Callable[[], Any]) -> Any:
-    """What `work` returns; None, and its error on the terminal, if it fails."""
-    try:
-        return work()
-    except Exception:
-        traceback.print_exc()
-        return None
+    whole = save({name: value.contiguous().cpu() for name, value in taught.items()})
+    for k, start in enumerate(range(0, len(whole), PIECE)):
+        (folder / f"taught-{k}").write_bytes(whole[start : start + PIECE])
+    descriptions = student.config.fastff_feedforwards
+    (folder / "feedforwards.json").write_text(json.dumps(descriptions) + "\n")
 
 
 def run(args: Any) -> None:
@@ -198,7 +205,7 @@ def run(args: Any) -> None:
         "oracle": {f: oracle(teacher, tokenizer, args.dir, f) for f in (() if args.dev_only else FRACTIONS)},
         "examples": len(examples),
         "tokens": examples.tokens,
-        "settings": {k: getattr(args, k) for k in ("seconds", "rows", "layer_steps", "batch", "lr", "lr_others")},
+        "settings": {k: getattr(args, k) for k in SETTINGS},
     }
     print(json.dumps(reference), f"{time.perf_counter() - began:.0f}s", flush=True)
     jobs = [
@@ -207,26 +214,13 @@ def run(args: Any) -> None:
         if not args.variants or variant.name in args.variants
         for s in variant.seeds[: args.seeds]
     ]
-    context = mp.get_context("spawn")
-    shared = Turnout(
-        context.Barrier(len(jobs)),
-        context.Value("d", 0.0),
-        context.Queue(),
-        time.time() + args.limit - (time.perf_counter() - began) - EVALUATION_S,
-    )
-    workers = [context.Process(target=run_variant, args=(args, *job, shared), daemon=True) for job in jobs]
-    for worker in workers:
-        worker.start()
-    rows: list[dict[str, Any]] = []
-    while len(rows) < len(jobs):
-        try:
-            rows.append(shared.results.get(timeout=2))
-        except queue.Empty:
-            if not any(worker.is_alive() for worker in workers):
-                break
-            continue
+
+    def finished(rows: list[dict[str, Any]]) -> None:
         record = {**reference, "device": _device(), "seconds": time.perf_counter() - began, "variants": rows}
         (args.out / "minilm.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    deadline = time.time() + args.limit - (time.perf_counter() - began) - EVALUATION_S
+    rows = together([(args, *job) for job in jobs], Student, seconds=args.seconds, deadline=deadline, finished=finished)
     shutil.rmtree(args.out / "work")
     print(f"{rows[0]['steps']} steps, {time.perf_counter() - began:.0f} s, dense {reference['dense']}")
     print(minilm_table(reference["dense"], rows))
@@ -250,6 +244,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH["embedding"])
     parser.add_argument("--lr", type=float, default=ConversionSettings.lr)
     parser.add_argument("--lr-others", type=float, default=ConversionSettings.lr_others)
+    parser.add_argument("--lr-routers", type=float, default=Recipe.lr_routers)
+    parser.add_argument("--keep", type=Path, help="folder for what each first seed was taught")
     parser.add_argument("--variants", nargs="*", help="names of variants, all by default")
     parser.add_argument("--dev-only", action="store_true", help="evaluate on STS-B dev alone, without the oracle")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many of each variant")

@@ -25,6 +25,22 @@ def minilm() -> str:
     return minilm_table(records[0]["dense"], [row for record in records for row in record["variants"]])
 
 
+def decoder() -> str:
+    """SmolLM2 at half and at a quarter of the feedforward work; in brackets the change against dense."""
+    head = ["feedforward", "active, %", "tokens, million", "unexplained alone, %", "perplexity, alone", "perplexity"]
+    lines = []
+    for share in ("50", "25"):
+        record = read(f"decoder-{share}.json")
+        if not lines:
+            lines.append(["dense (original)", "100", "", "", "", f"{record['dense']:.2f}"])
+        for row in sorted(record["variants"], key=lambda row: float(row["after"])):
+            change = 100 * (row["after"] / record["dense"] - 1)
+            cells = [row["variant"], f"{100 * row['active']:.1f}", f"{row['tokens'] / 1e6:.1f}"]
+            cells += [f"{100 * statistics.mean(row['unexplained']):.0f}", f"{row['before']:.1f}"]
+            lines.append([*cells, f"{row['after']:.2f} ({change:+.0f} %)"])
+    return markdown_table(head, lines)
+
+
 def minilm_of(name: str) -> str:
     """One other run of the embedding model."""
     record = read(name)
@@ -163,6 +179,8 @@ def _command_times(variant: Row, dense: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "convert-decoder": decoder,
+    "convert-experts": lambda: minilm_of("minilm-experts.json"),
     "convert-minilm": minilm,
     "convert-minilm-cpu": lambda: minilm_of("minilm-cpu.json"),
     "convert-minilm-earlier": lambda: minilm_of("minilm-earlier.json"),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from itertools import count, zip_longest
 from typing import Any
 
 import torch
 
 from fastff.convert.capture import Captured
 from fastff.convert.choose_layers import (
+    PLAIN,
+    Candidate,
     LatencyProfile,
     Option,
-    Shape,
+    Plain,
     refuse,
     shapes_of,
     shares_of,
@@ -23,8 +25,9 @@ from fastff.convert.choose_layers import (
 )
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import end_loss, normaliser, teach_layer, use_masked_training
-from fastff.convert.latency import latency_profile, layer_us, place_name, place_of
-from fastff.convert.student import dense_layers, describe_tree, flops, stored_neurons
+from fastff.convert.engine_latency import ENGINES, EngineTimes
+from fastff.convert.latency import WHOLE, latency_profile, layer_us, place_of, timed_on
+from fastff.convert.student import dense_layers, flops, stored_neurons
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
@@ -34,6 +37,7 @@ from fastff.text.examples import Examples
 STEPS = 20  # of a candidate alone
 STEP_ROWS, PASSES = 2048, 4  # of such a step, and how many times the dense layer's work it is, about
 SPLIT_FLOPS = 400  # of a row, a dimension and a level: products with a vector, slower than those with a matrix
+LEADING = 2  # kinds of layers that are tried in every block
 HELD_OUT_EXAMPLES = 128  # that its loss_increase is measured on, or
 HELD_OUT_FLOATS = 2**27  # as many as the teacher's outputs on them may take
 
@@ -43,7 +47,7 @@ class Survey:
     """What is known before any text is read: times of the dense model, and the shapes worth trying."""
 
     profile: LatencyProfile
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Candidate, ...]
 
 
 class Timer:
@@ -53,8 +57,13 @@ class Timer:
         self.width, self.settings = model.config.hidden_size, settings
         self.device = place_of(model, settings.time_on)
         self._known: dict[str, tuple[float, ...]] = {}
+        self.engine: EngineTimes | None = None
+        if settings.time_on in ENGINES:
+            self.engine = EngineTimes(model, settings.time_on, settings.shapes, WHOLE * settings.timing_s)
 
     def __call__(self, description: dict[str, Any]) -> tuple[float, ...]:
+        if self.engine is not None:
+            return self.engine.layer(description)
         key = str(description)
         if key not in self._known:
             layer = ConvertedFeedforward(description, self.width).to(self.device).eval()
@@ -66,26 +75,34 @@ class Timer:
 def survey(teacher: Any, settings: ConversionSettings, progress: Progress = silent) -> Survey:
     """Time the model and every shape. Raises ValueError, naming the best reachable, for a budget out of reach."""
     dense = dense_layers(teacher)
-    shapes = shapes_of(settings, dense[0])
-    if not shapes:
+    shapes = shapes_of(settings, dense[0]) + [p for p in map(Plain, PLAIN) if p.fit(dense[0], settings.share)]
+    if all(shape.kind == "none" for shape in shapes):
         least = least_share(dense[0], settings)
         raise ValueError(f"active {settings.share:.2%} is below {least:.2%}, the least for this layer")
-    place = place_of(teacher, settings.time_on)
-    timed = teacher if teacher.device.type == place.type else copy.deepcopy(teacher).to(place)
-    profile, timer = latency_profile(timed, settings.shapes, settings.timing_s), Timer(teacher, settings)
+    place, timer = place_of(teacher, settings.time_on), Timer(teacher, settings)
+    if timer.engine is not None:
+        profile = timer.engine.profile()
+    else:
+        timed = teacher if teacher.device.type == place.type else copy.deepcopy(teacher).to(place)
+        profile = latency_profile(timed, settings.shapes, settings.timing_s)
     slowness, stored = [], []
     for k, shape in enumerate(shapes):
         description = shape.fit(dense[0], settings.share)
         assert description is not None
-        slowness.append(max(new / old for new, old in zip(timer(description), profile.dense_us[0], strict=True)))
+        slowness.append(
+            max(new / max(old, 1e-9) for new, old in zip(timer(description), profile.dense_us[0], strict=True))
+        )
         stored.append(stored_neurons(description))
         progress("timing", k + 1, len(shapes))
-    kept = [shapes[k] for k in shortlist(shapes, slowness, stored)]
+    kept = worth_trying(shapes, slowness, stored)
     if settings.speedup is None:
-        if min(slowness) >= 1 and not settings.keep_slow:
+        paying = [slow for shape, slow in zip(shapes, slowness, strict=True) if shape.kind != "none"]
+        if min(paying) >= 1 and not settings.keep_slow:
+            where = timed_on(teacher, settings.time_on)
+            hint = ", or time it on the CPU that the model will run on" if place.type == "cuda" else ""
             raise ValueError(
-                f"no layer is faster as a tree at active {settings.share:.1%} on {place_name(place)}: ask for less"
-                + (", or time it on the CPU if the model will run on one" if place.type == "cuda" else "")
+                f"no candidate is faster than the dense layer at active {settings.share:.1%} on {where}: ask for less"
+                + hint
             )
         return Survey(profile, tuple(kept))
     fastest = {shape: _fastest(shape, dense, profile, timer, settings) for shape in kept}
@@ -95,14 +112,24 @@ def survey(teacher: Any, settings: ConversionSettings, progress: Progress = sile
     return Survey(profile, tuple(able))
 
 
+def worth_trying(shapes: Sequence[Candidate], slowness: Sequence[float], stored: Sequence[int]) -> list[Candidate]:
+    """The shapes whose error is measured: the shortlist of each kind, the kinds in turn, so that a limit of time leaves
+    none of them out."""
+    lists = []
+    for kind in dict.fromkeys(shape.kind for shape in shapes):
+        mine = [k for k, shape in enumerate(shapes) if shape.kind == kind]
+        some = shortlist([shapes[k] for k in mine], [slowness[k] for k in mine], [stored[k] for k in mine])
+        lists.append([shapes[mine[k]] for k in some])
+    return [shape for turn in zip_longest(*lists) for shape in turn if shape is not None]
+
+
 def least_share(dense: DenseWeights, settings: ConversionSettings) -> float:
-    """Share of the work of the smallest tree that can be made of a layer."""
-    least = describe_tree(dense, trees=1, depth=3, leaf_width=2, shared=settings.shared or 0)
-    return min(flops(dense, least), dense.flops_per_row) / dense.flops_per_row
+    """Share of the work of the smallest layer, of one neuron beside those that are to be shared."""
+    return (1 + (settings.shared or 0)) / dense.neurons
 
 
 def _fastest(
-    shape: Shape, dense: Sequence[DenseWeights], profile: LatencyProfile, timer: Timer, settings: ConversionSettings
+    shape: Candidate, dense: Sequence[DenseWeights], profile: LatencyProfile, timer: Timer, settings: ConversionSettings
 ) -> list[tuple[float, ...]]:
     """Least microseconds [block][shape] of the dense layer and a shape's candidates."""
     out = []
@@ -127,9 +154,9 @@ class Trials:
         with torch.no_grad():
             self.wanted = [teacher(**inputs, output_hidden_states=True) for inputs in self.batches]
 
-    def try_out(self, block: int, description: dict[str, Any]) -> tuple[float, float]:
+    def try_out(self, block: int, description: dict[str, Any], *, pruned: bool = False) -> tuple[float, float]:
         """`distil.unexplained` on rows kept aside, and the loss increase: `distil.end_loss` with this layer alone
-        replaced."""
+        replaced. pruned: neurons are left out and nothing is taught."""
         at = self.family.blocks_of(self.teacher)[block]
         module = ConvertedFeedforward(description, self.teacher.config.hidden_size).to(self.teacher.device)
         use_masked_training([module], self.teacher.device.type == "cuda")
@@ -163,7 +190,7 @@ class Trials:
         token_s = min(us / n for us, n in zip(found.profile.model_us, tokens, strict=True)) * 1e-6
         hidden, neurons = dense.w_in.shape[1], stored_neurons(description)
         rows = min(settings.probe_rows, len(self.captured[0]))
-        splits = description["trees"] * description["depth"] * (hidden + neurons) * SPLIT_FLOPS * rows
+        splits = description.get("trees", 0) * description.get("depth", 0) * (hidden + neurons) * SPLIT_FLOPS * rows
         regression = 2 * rows * neurons * (neurons + hidden) + 4 * neurons**3 / 3
         steps = min(STEPS, settings.layer_steps) * STEP_ROWS * PASSES
         held_out = sum(int(inputs["attention_mask"].sum()) for inputs in self.batches)
@@ -183,7 +210,31 @@ def _examples_kept(held_out: Examples, teacher: Any, kind: Kind) -> int:
 
 def trial_count(trials: Trials, found: Survey, shares: Sequence[float]) -> int:
     """Candidates that `probe` tries if no limit stops it."""
-    return len(found.shapes) + len(trials.dense) * len(shares)
+    kinds = {shape.kind for shape in found.shapes}
+    leading = min(LEADING, len(kinds - {"none"}))
+    return len(found.shapes) + len(trials.dense) * (len(shares) * leading + ("none" in kinds))
+
+
+@dataclass
+class Probed:
+    """What was measured: unexplained variance and loss increase by kind, share and block; and of each kind the shape
+    that left least unexplained on the middle block."""
+
+    shapes: dict[str, Candidate] = field(default_factory=dict)
+    measured: dict[tuple[str, float], dict[int, tuple[float, float]]] = field(default_factory=dict)
+
+    def options(
+        self, block: int, layer: DenseWeights, timer: Callable[[dict[str, Any]], tuple[float, ...]], found: Survey
+    ) -> list[Option]:
+        """Of one block, the dense layer first; figures of the nearest block where there are none of its own."""
+        options = [Option(None, 1.0, found.profile.dense_us[block])]
+        for (kind, share), figures in self.measured.items():
+            fitted = self.shapes[kind].fit(layer, share)
+            if fitted is not None and figures:
+                nearest = min(figures, key=lambda other: abs(other - block))
+                work = flops(layer, fitted) / layer.flops_per_row
+                options.append(Option(fitted, work, timer(fitted), *figures[nearest], measured_on=nearest, kind=kind))
+        return options
 
 
 def probe(
@@ -191,70 +242,65 @@ def probe(
 ) -> tuple[list[list[Option]], list[dict[str, Any]]]:
     """Options of every block, the dense layer first, and what was measured of each shape on the middle block.
 
-    The shape that leaves least unexplained there is used in all blocks, as wide as each of `shares` allows. Once
-    out_of_time(), no more is tried but one block: others then have the figures of the nearest that was tried."""
-    middle = len(trials.dense) // 2
+    Of every kind the shape that leaves least unexplained there is kept. The LEADING kinds by their loss increase are
+    tried in all blocks, as wide as each of `shares` allows, and so is no layer at all; the others keep the figures of
+    the middle block. Once out_of_time(), no more is tried but one block: others then have the figures of the nearest
+    that was tried."""
+    middle, share = len(trials.dense) // 2, trials.settings.share
     total, timer = trial_count(trials, found, shares), Timer(trials.teacher, trials.settings)
     done = count(1)
     tried: list[dict[str, Any]] = []
-    best: tuple[float, Shape] | None = None
+    best: dict[str, dict[str, Any]] = {}
+    probed = Probed()
     for shape in found.shapes:
-        if best is not None and out_of_time():
+        if best and out_of_time():
             break
-        description = shape.fit(trials.dense[middle], trials.settings.share)
+        description = shape.fit(trials.dense[middle], share)
         assert description is not None
-        unexplained, increase = trials.try_out(middle, description)
-        tried.append(
-            {
-                "description": description,
-                "times_us": timer(description),
-                "unexplained": unexplained,
-                "loss_increase": increase,
-            }
-        )
-        best = min(best or (unexplained, shape), (unexplained, shape), key=lambda pair: pair[0])
+        unexplained, increase = _try(trials, shape.kind, middle, description)
+        figures = {"kind": shape.kind, "description": description, "times_us": timer(description)}
+        tried.append(figures | {"unexplained": unexplained, "loss_increase": increase})
+        if shape.kind not in best or unexplained < best[shape.kind]["unexplained"]:
+            best[shape.kind], probed.shapes[shape.kind] = tried[-1], shape
         progress("probe", next(done), total)
-    assert best is not None
-    measured = _try_blocks(trials, best[1], shares, lambda: progress("probe", next(done), total), out_of_time)
-    return [_options(k, layer, best[1], measured, timer, found) for k, layer in enumerate(trials.dense)], tried
+    ranked = sorted((kind for kind in best if kind != "none"), key=lambda kind: best[kind]["loss_increase"])
+    everywhere = ranked[:LEADING]
+    _try_blocks(trials, probed, everywhere, shares, lambda: progress("probe", next(done), total), out_of_time)
+    for kind in ranked[LEADING:]:
+        probed.measured[kind, share] = {middle: (best[kind]["unexplained"], best[kind]["loss_increase"])}
+    return [probed.options(k, layer, timer, found) for k, layer in enumerate(trials.dense)], tried
+
+
+def _try(trials: Trials, kind: str, block: int, description: dict[str, Any]) -> tuple[float, float]:
+    if kind == "pruned":
+        return trials.try_out(block, description, pruned=True)
+    return trials.try_out(block, description)
 
 
 def _try_blocks(
     trials: Trials,
-    shape: Shape,
+    probed: Probed,
+    kinds: Sequence[str],
     shares: Sequence[float],
     progress: Callable[[], None],
     out_of_time: Callable[[], bool],
-) -> dict[float, dict[int, tuple[float, float]]]:
-    """Unexplained variance and loss increase by share and block; every share is tried on one block at least, and the
-    blocks of the share asked for come first, evenly spread."""
+) -> None:
+    """Every kind and share on one block at least; the blocks of the share asked for come first, evenly spread."""
     blocks = len(trials.dense)
     spread = sorted(range(blocks), key=lambda k: (f"{k:016b}"[::-1], k))
     nearest_first = sorted(shares, key=lambda share: abs(share - trials.settings.share))
-    order = [(share, spread[0]) for share in nearest_first]
-    order += [(share, k) for share in nearest_first for k in spread[1:]]
-    measured: dict[float, dict[int, tuple[float, float]]] = {share: {} for share in shares}
-    for share, block in order:
-        fitted, late = shape.fit(trials.dense[block], share), out_of_time()
-        if fitted is not None and not (measured[share] and late):
-            measured[share][block] = trials.try_out(block, fitted)
+    keys = [(kind, share) for share in nearest_first for kind in kinds]
+    if "none" in probed.shapes:
+        keys.append(("none", trials.settings.share))
+    order = [(key, spread[0]) for key in keys]
+    order += [(key, k) for share in nearest_first for k in spread[1:] for key in keys if key[1] == share]
+    # In the order of the shares that were given: choices between equals do not depend on which was tried first.
+    probed.measured = {key: {} for share in shares for key in keys if key[1] == share}
+    for key in keys:
+        probed.measured.setdefault(key, {})
+    for key, block in order:
+        kind, share = key
+        fitted, late = probed.shapes[kind].fit(trials.dense[block], share), out_of_time()
+        if fitted is not None and not (probed.measured[key] and late):
+            probed.measured[key][block] = _try(trials, kind, block, fitted)
         progress()
-    return measured
-
-
-def _options(
-    block: int,
-    layer: DenseWeights,
-    shape: Shape,
-    measured: dict[float, dict[int, tuple[float, float]]],
-    timer: Timer,
-    found: Survey,
-) -> list[Option]:
-    options = [Option(None, 1.0, found.profile.dense_us[block])]
-    for share, figures in measured.items():
-        fitted = shape.fit(layer, share)
-        if fitted is not None and figures:
-            nearest = min(figures, key=lambda other: abs(other - block))
-            work = flops(layer, fitted) / layer.flops_per_row
-            options.append(Option(fitted, work, timer(fitted), *figures[nearest], measured_on=nearest))
-    return options

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.student import fit_tree, stored_neurons
+from fastff.convert.student import describe_narrow, fit_experts, fit_tree, stored_neurons
 from fastff.models.families import DenseWeights
 
 TREES, DEPTHS = (8, 4, 2, 1), (3, 4, 5)
+LEAF_WIDTHS = (16, 32, 64)  # of experts
+PLAIN = ("narrow", "pruned", "none")
 PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: experiments/convert/README.md
 LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
 AROUND = (0.5, 1.0, 2.0)  # of the share asked for
 SLOWER = 1.3  # a richer shape may take so much longer than the fastest
-TRIED = 6  # shapes whose error is measured
+TRIED = 6  # shapes of a kind whose error is measured
 BINS = 4000  # of the budget, in the search
+
+
+class Candidate(Protocol):
+    """A shape that can be made for any layer and share of its work."""
+
+    @property
+    def kind(self) -> str:
+        """trees, experts, narrow, pruned or none."""
+        ...
+
+    @property
+    def part(self) -> float:
+        """Of its work, for shared neurons."""
+        ...
+
+    def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
+        """The widest such layer that spends at most `active` of the dense layer's work; None if there is none."""
+        ...
 
 
 @dataclass(frozen=True)
 class Shape:
     """Trees and depth of a candidate, and its shared neurons: a number, or a part of its work."""
 
+    kind: ClassVar[str] = "trees"
     trees: int
     depth: int
     shared: int = 0
@@ -37,9 +58,40 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Neurons of a leaf, and those that are shared: a number, or a part of the work."""
+
+    kind: ClassVar[str] = "experts"
+    leaf_width: int
+    shared: int = 0
+    part: float = 0.0
+
+    def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
+        """All neurons in leaves, but for a rest of less than one; as many leaves a row as the work allows."""
+        shared = self.shared + round(self.part * active * dense.neurons / 8) * 8
+        return fit_experts(dense, active, leaf_width=self.leaf_width, shared=shared)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A layer without leaves: narrow (its outputs solved and taught), pruned (neurons as they are), or none."""
+
+    kind: str
+    part: ClassVar[float] = 0.0
+
+    def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
+        """As many neurons as the work allows; none fits any work."""
+        if self.kind == "none":
+            return {"kind": "none"}
+        neurons = int(active * dense.neurons)
+        return None if neurons < 1 else describe_narrow(dense, neurons)
+
+
+@dataclass(frozen=True)
 class Option:
     """One way to make one block's feedforward. The first of a block is the dense layer itself, description None.
 
+    kind           dense, or that of its candidate
     share          of the dense layer's floating-point operations
     times_us       at each of the timed shapes
     unexplained    share of the variance of its effect after the norm (`distil.unexplained`)
@@ -53,6 +105,7 @@ class Option:
     unexplained: float = 0.0
     loss_increase: float = 0.0
     measured_on: int | None = None
+    kind: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -78,14 +131,15 @@ class LatencyProfile:
         )
 
 
-def shapes_of(settings: ConversionSettings, dense: DenseWeights) -> list[Shape]:
-    """The shapes that fit the budget: with the shared neurons asked for, or each of PARTS."""
-    parts = PARTS if settings.shared is None else (0.0,)
-    shapes = [Shape(t, d, settings.shared or 0, part) for part in parts for t in TREES for d in DEPTHS]
+def shapes_of(settings: ConversionSettings, dense: DenseWeights) -> list[Candidate]:
+    """The conditional shapes that fit the budget: with the shared neurons asked for, or each of PARTS."""
+    parts, shared = PARTS if settings.shared is None else (0.0,), settings.shared or 0
+    shapes: list[Candidate] = [Shape(t, d, shared, part) for part in parts for t in TREES for d in DEPTHS]
+    shapes += [Experts(width, shared, part) for part in parts for width in LEAF_WIDTHS]
     return [shape for shape in shapes if shape.fit(dense, settings.share) is not None]
 
 
-def shortlist(shapes: Sequence[Shape], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
+def shortlist(shapes: Sequence[Candidate], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
     """Indices of shapes worth trying: at most SLOWER times as slow as the fastest; of those, the ones that store most
     neurons, the parts of the work alternating, the largest first. slowness: relative time."""
     fast = [k for k, t in enumerate(slowness) if t <= SLOWER * min(slowness)]
@@ -115,7 +169,10 @@ def largest(settings: ConversionSettings, dense: Sequence[DenseWeights]) -> list
     """Of each block, the candidate that stores most neurons."""
     share = max(shares_of(settings) + list(settings.curve))
     fitted = [[d for s in shapes_of(settings, layer) if (d := s.fit(layer, share))] for layer in dense]
-    return [max(tried, key=stored_neurons) for tried in fitted]
+    return [
+        max(tried or [describe_narrow(layer, 1)], key=stored_neurons)
+        for layer, tried in zip(dense, fitted, strict=True)
+    ]
 
 
 def choose(settings: ConversionSettings, options: Sequence[Sequence[Option]], profile: LatencyProfile) -> list[int]:

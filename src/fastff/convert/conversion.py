@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from fastff.convert import conversion_report, earlier, resources
+from fastff.convert.beside import Beside
 from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
 from fastff.convert.capture import capture
 from fastff.convert.choose_layers import choose, largest, shares_of
-from fastff.convert.conversion_record import ITS_TEXT, Plan, Point, record_of
+from fastff.convert.conversion_record import ITS_TEXT, MAIN, Plan, Point, record_of
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.dense_model import load_dense
 from fastff.convert.distill_context import Descriptions, DistillContext, baseline
@@ -55,7 +56,8 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     limit, work = TimeLimit(settings.seconds), settings.out / "work"
     if settings.time_on == "cuda" and not torch.cuda.is_available():
         raise ValueError("time_on 'cuda': there is no GPU here")
-    teacher, tokenizer, kind = load_dense(settings.model)
+    teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
+    other = None if settings.beside is None else Beside.of(settings.beside, kind)
     positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
     longest = min(settings.max_length, positions, tokenizer.model_max_length)
     settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
@@ -82,8 +84,9 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     for point in points:
         point.teach(context, table.steps, dense["quality"])
     record = record_of(context, plan, points, dense)
+    record["beside"] = None if other is None else other.figures(settings, work)
     record |= {"timetable": asdict(table), "continued": continued, "seconds": limit.spent_s}
-    _write(settings, points[0].models["tree"], tokenizer, record)
+    _write(settings, points[0].models[record["written"]], tokenizer, record)
     del context, points  # their files are mapped
     shutil.rmtree(work)
     return record
@@ -181,9 +184,11 @@ def _points(context: DistillContext, plan: Plan, work: Path) -> list[Point]:
         points.append(Point(budget, work / f"curve-{share:g}", [], baselines))
     for point in points:
         chosen = choose(point.budget, plan.options, plan.profile)
-        point.trees = [block[k].description for block, k in zip(plan.options, chosen, strict=True)]
-        if not any(point.trees):
-            raise ValueError(f"every layer stays dense: no tree of active {point.budget.share:.1%} pays here")
+        taken = [block[k] for block, k in zip(plan.options, chosen, strict=True)]
+        point.chosen = [option.description for option in taken]
+        point.pruned = tuple(k for k, option in enumerate(taken) if option.kind == "pruned")
+        if not any(point.chosen):
+            raise ValueError(f"every layer stays dense: nothing of active {point.budget.share:.1%} pays here")
     return points
 
 
@@ -194,7 +199,7 @@ def _timetable(
     dense = dense_layers(context.teacher)
     students: list[Descriptions] = []
     for point in points:
-        students += [point.trees, *(baseline(name, dense, point.trees) for name in point.baselines)]
+        students += [point.chosen, *(baseline(name, dense, point.chosen) for name in point.baselines)]
     start = time.perf_counter()
 
     def progress(stage: str, done: float, total: float | None = None, note: str = "") -> None:
@@ -202,7 +207,9 @@ def _timetable(
         layer_s = (time.perf_counter() - start) / done
         limit.check((len(students) * (total or done) - done) * layer_s, f"the layers of {len(students)} models alone")
 
-    replace(context, progress=progress).build("tree", points[0].trees, points[0].folder / "tree")
+    replace(context, progress=progress).build(
+        "chosen", points[0].chosen, points[0].folder / MAIN, pruned=points[0].pruned
+    )
     build_s = time.perf_counter() - start
     return timetable(context, students, build_s=build_s, scores_s=scores_s, profile=plan.profile, limit=limit)
 
@@ -213,5 +220,6 @@ def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: d
         tokenizer.save_pretrained(settings.out)
     except OSError as error:
         raise FileError(f"cannot write {settings.out}: {error}; run the same command again to resume") from error
-    carry(settings.model, settings.out)
+    if not Path(settings.model).is_file():  # a GGUF file has nothing beside it
+        carry(settings.model, settings.out)
     conversion_report.write(settings.out, record)

@@ -10,14 +10,15 @@ from fastff.report.chart import Panel, Series, chart
 # Colour, mark and line of each kind of model.
 SERIES = {
     "dense": (6, "diamond", ""),
-    "tree": (1, "circle", "solid"),
+    "chosen": (1, "circle", "solid"),
     "narrow": (0, "square", "dashed"),
     "pruned": (2, "triangle", "dashdot"),
     "none": (5, "cross", ""),
 }
 LABELS = {
     "dense": "dense (original)",
-    "tree": "trees",
+    "chosen": "chosen layers",
+    "tree": "trees",  # of records from before other kinds of layers were tried
     "narrow": "narrow dense",
     "pruned": "pruned dense",
     "none": "no feedforward",

@@ -13,6 +13,7 @@ import torch
 from fastff.convert.choose_layers import LatencyProfile, Option
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distill_context import DistillContext, active_share, baseline
+from fastff.convert.engine_latency import ENGINES, EngineTimes
 from fastff.convert.latency import (
     WHOLE,
     best_selection_unexplained,
@@ -21,12 +22,16 @@ from fastff.convert.latency import (
     place_name,
     place_of,
     routing,
+    timed_on,
 )
 from fastff.convert.quality import METRIC, table_name
 from fastff.convert.student import dense_layers
 from fastff.io import restored
+from fastff.models.converted import make_converted
+from fastff.models.kinds import Kind
 
 ITS_TEXT = "text kept aside"
+MAIN = "tree"  # folder of the chosen layers' student, as versions called it that knew trees only
 
 
 @dataclass(frozen=True)
@@ -56,30 +61,45 @@ class Point:
 
     budget: ConversionSettings
     folder: Path
-    trees: list[dict[str, Any] | None]
+    chosen: list[dict[str, Any] | None]
     baselines: tuple[str, ...]
+    pruned: tuple[int, ...] = ()  # blocks of the chosen layers whose neurons stay as they are
     restored: list[int] = field(default_factory=list)
     models: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def teach(self, context: DistillContext, steps: int, before: float | None) -> None:
-        """Teach the trees, then the baselines of what is left of them. before: the dense model's quality."""
+        """Teach the chosen layers, then the baselines of what is left of them. before: the dense model's quality."""
         dense = dense_layers(context.teacher)
-        student, facts = context.teach("tree", self.trees, self.folder / "tree", steps)
+        student, facts = context.teach("chosen", self.chosen, self.folder / MAIN, steps, pruned=self.pruned)
         if self.budget.max_loss is not None and before is not None:
             student, facts, self.restored = context.keep_loss(student, facts, before)
-            self.trees = list(student.config.fastff_feedforwards)
-        self.models["tree"], self.variants["tree"] = student, {**facts, "active": active_share(dense, self.trees)}
+            self.chosen = list(student.config.fastff_feedforwards)
+        self.models["chosen"] = student
+        self.variants["chosen"] = {**facts, "active": active_share(dense, self.chosen)}
         for name in self.baselines:
-            descriptions = baseline(name, dense, self.trees)
+            descriptions = baseline(name, dense, self.chosen)
             self.models[name], facts = context.teach(name, descriptions, self.folder / name, steps)
             self.variants[name] = {**facts, "active": active_share(dense, descriptions)}
+
+    def ranking(self, kind: Kind) -> list[str]:
+        """The taught models, best first: by the metric, or where there is none by the loss on held-out text. All keep
+        the budget: baselines spend no more than the chosen layers."""
+
+        def loss(name: str) -> float:
+            quality = self.variants[name]["after"]
+            if quality is None:
+                return float(self.variants[name]["held_out_loss"])
+            return float(quality if kind == "causal" else -quality)
+
+        return sorted(self.variants, key=loss)  # of equals the first that was taught, the chosen layers
 
 
 def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dense: dict[str, Any]) -> dict[str, Any]:
     """Everything the report says but how long the run took; latencies are measured here, calls of all models
     alternating."""
-    settings, teacher, tree = context.settings, context.teacher, points[0].models["tree"]
+    settings, teacher = context.settings, context.teacher
+    written, *others = points[0].ranking(context.kind)
     record = {
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "kind": context.kind,
@@ -92,9 +112,11 @@ def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dens
         "layers": _layers(context, plan, points[0]),
         "tried": plan.tried,
         "ceilings": plan.profile.ceilings(),
-        "routing": routing(tree, context.held_out),
+        "written": written,
+        "runner_up": others[0] if others else None,
+        "routing": routing(points[0].models[written], context.held_out),
         "device": place_name(teacher.device),
-        "timed_on": place_name(place_of(teacher, settings.time_on)),
+        "timed_on": timed_on(teacher, settings.time_on),
         "gpu_bytes": gpu_bytes(teacher.device),
     }
     _time(context, points, dense)
@@ -109,12 +131,27 @@ def _time(context: DistillContext, points: Sequence[Point], dense: dict[str, Any
     for k, point in enumerate(points):
         models |= {f"{k} {name}": model.to(place) for name, model in point.models.items()}
         figures |= {f"{k} {name}": variant for name, variant in point.variants.items()}
+    if settings.time_on in ENGINES:
+        _time_in_engine(context, models, figures)
+        return
     for shape in settings.shapes:
         whole = model_us(models, shape, WHOLE * settings.timing_s)
         layers = feedforward_us(models, context.captured, shape, settings.timing_s)
         for name, at in figures.items():
             at.setdefault("latency_ms", []).append(whole[name] / 1e3)
             at.setdefault("feedforward_ms", []).append(layers[name] / 1e3)
+
+
+def _time_in_engine(context: DistillContext, models: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
+    """Whole models in the engine; of their feedforwards what they take more than a model without any."""
+    settings = context.settings
+    times = EngineTimes(context.teacher, str(settings.time_on), settings.shapes, WHOLE * settings.timing_s)
+    nothing = make_converted(context.teacher, [{"kind": "none"}] * len(context.captured))
+    found = times.of({**models, "without": nothing})
+    rest = found.pop("without")
+    for name, at in figures.items():
+        at["latency_ms"] = [us / 1e3 for us in found[name]]
+        at["feedforward_ms"] = [max(0.0, us - without) / 1e3 for us, without in zip(found[name], rest, strict=True)]
 
 
 def gpu_bytes(device: torch.device) -> dict[str, int] | None:
@@ -127,23 +164,31 @@ def gpu_bytes(device: torch.device) -> dict[str, int] | None:
 def _layers(context: DistillContext, plan: Plan, point: Point) -> list[dict[str, Any]]:
     """Per block: what stands there and why, and every option that was measured."""
     out = []
-    for k, (options, description) in enumerate(zip(plan.options, point.trees, strict=True)):
+    for k, (options, description) in enumerate(zip(plan.options, point.chosen, strict=True)):
         if description is not None:
             reason = "chosen"
         elif k in point.restored:
-            reason = "dense again: with the tree more than the allowed loss"
+            reason = "dense again: replaced, more than the allowed loss"
         elif len(options) > 1 and context.settings.speedup is not None:
-            reason = "dense: the speedup is reached without it, and its tree damages more than others"
+            reason = "dense: the speedup is reached without it, and replaced it damages more than others"
         else:
-            reason = "dense: every tree tried is slower here"
+            reason = "dense: every layer tried is slower here"
         out.append(
             {
                 "block": k,
                 "description": description,
                 "reason": reason,
                 "options": [asdict(option) for option in options],
-                "unexplained": point.variants["tree"]["unexplained"][k],
+                "runner_up": runner_up(options, description),
+                "unexplained": point.variants["chosen"]["unexplained"][k],
                 "best_selection_unexplained": best_selection_unexplained(context.teacher, k, context.captured[k]),
             }
         )
     return out
+
+
+def runner_up(options: Sequence[Option], description: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The least damaging option of another kind that is not dense and spends no more work than what stands there."""
+    mine = next((option for option in options if option.description == description), options[0])
+    others = [o for o in options if o.kind not in ("dense", mine.kind) and o.share <= mine.share * 1.02]
+    return asdict(min(others, key=lambda option: option.loss_increase)) if others else None

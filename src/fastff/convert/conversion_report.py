@@ -21,7 +21,7 @@ AUTO_NAMES = {
 }
 BASELINES = {
     "narrow": "Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
-    "operations as the trees.",
+    "operations as the chosen layers.",
     "pruned": "Pruned dense: the dense neurons that do most, as they were.",
     "none": "No feedforward: a constant.",
 }
@@ -34,9 +34,10 @@ def write(out: Path, record: dict[str, Any]) -> None:
     write_text(out / "README.md", card(record))
 
 
-def ratios(record: dict[str, Any], what: str = "latency_ms", name: str = "tree") -> list[float]:
-    """How many times faster than dense, at each timed shape: whole calls, or with "feedforward_ms" those layers."""
-    pairs = zip(record["dense"][what], record["variants"][name][what], strict=True)
+def ratios(record: dict[str, Any], what: str = "latency_ms", name: str | None = None) -> list[float]:
+    """How many times faster than dense a model (the one that was written) is, at each timed shape: whole calls, or with
+    "feedforward_ms" those layers."""
+    pairs = zip(record["dense"][what], record["variants"][name or record["written"]][what], strict=True)
     return [dense / max(new, 1e-9) for dense, new in pairs]
 
 
@@ -70,6 +71,10 @@ def quality_rows(record: dict[str, Any]) -> list[list[str]]:
             figures = [figure(variant["before"]), figure(variant["after"]), *map(figure, variant["further"].values())]
             figures.append(figure(variant["held_out_loss"], 4))
             rows.append([LABELS[name], f"{100 * variant['active']:.1f}", *figures, *_times(variant)])
+    beside = record.get("beside")
+    if beside is not None:
+        scores = [figure(score) for score in beside["scores"]] or [figure(None)] * len(metric_names(record))
+        rows.append([beside["model"], "", "", *scores, "", *(f"{ms:.1f}" for ms in beside["latency_ms"])])
     return rows
 
 
@@ -79,10 +84,16 @@ def _times(variant: dict[str, Any]) -> list[str]:
 
 
 def layer_name(description: Mapping[str, Any] | None) -> str:
-    """A layer in words: trees x depth, neurons of a leaf, shared neurons."""
+    """A layer in words: trees x depth or leaves chosen, neurons of a leaf, shared neurons."""
     if description is None:
         return "dense"
+    if description["kind"] == "none":
+        return "none"
+    if description["kind"] == "dense":
+        return f"{description['intermediate_size']} neurons"
     shared = f", {description['shared']} shared" if description.get("shared") else ""
+    if description["kind"] == "flat":
+        return f"{description['k']} of {description['leaves']} leaves of {description['leaf_width']}{shared}"
     return f"{description['trees']}x{description['depth']}, leaves of {description['leaf_width']}{shared}"
 
 
@@ -97,10 +108,11 @@ def layer_rows(record: dict[str, Any]) -> list[list[str]]:
             [
                 str(layer["block"]),
                 layer_name(layer["description"]),
-                layer["reason"],
+                layer["reason"] if mine is dense else f"{layer['reason']}: {mine['kind']}",
                 " / ".join(f"{us:.0f}" for us in dense["times_us"]),
                 "" if mine is dense else " / ".join(f"{us:.0f}" for us in mine["times_us"]),
                 "" if mine is dense else f"{mine['loss_increase']:.4f}",
+                _other(layer["runner_up"]),
                 "" if layer["unexplained"] is None else f"{100 * layer['unexplained']:.1f}",
                 *(f"{100 * value:.1f}" for value in layer["best_selection_unexplained"].values()),
             ]
@@ -108,10 +120,18 @@ def layer_rows(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _other(option: dict[str, Any] | None) -> str:
+    """What the runner-up of a block would have cost."""
+    if option is None:
+        return ""
+    return f"{option['kind']}: {option['loss_increase']:.4f}, {' / '.join(f'{us:.0f}' for us in option['times_us'])} us"
+
+
 def tried_rows(record: dict[str, Any]) -> list[list[str]]:
     """One row a shape that was tried on the middle block."""
     return [
         [
+            tried["kind"],
             layer_name(tried["description"]),
             " / ".join(f"{us:.0f}" for us in tried["times_us"]),
             f"{100 * tried['unexplained']:.1f}",
@@ -125,10 +145,19 @@ def page(record: dict[str, Any]) -> str:
     """The report as one HTML page."""
     best = [f"best {100 * float(f):.0f} % leave, %" for f in record["layers"][0]["best_selection_unexplained"]]
     at = " / ".join(shape_names(record))
-    layers = ["block", "layer", "why", f"dense, us, {at}", f"new, us, {at}", "loss increase alone", "unexplained, %"]
+    layers = [
+        "block",
+        "layer",
+        "why",
+        f"dense, us, {at}",
+        f"new, us, {at}",
+        "loss increase alone",
+        "runner-up",
+        "unexplained, %",
+    ]
     routing = [
-        (k, f"{tree['entropy_bits']:.2f} of {tree['depth']}", f"{tree['dead_leaves']} of {tree['leaves']}")
-        for k, tree in enumerate(record["routing"])
+        (k, f"{used['entropy_bits']:.2f} of {used['most_bits']:.2f}", f"{used['dead_leaves']} of {used['leaves']}")
+        for k, used in enumerate(record["routing"])
     ]
     return pages.render(
         "conversion.html",
@@ -139,9 +168,12 @@ def page(record: dict[str, Any]) -> str:
         baselines=" ".join(text for name, text in BASELINES.items() if name in record["variants"]),
         recipe=_recipe_sentence(record),
         timed_on=record["timed_on"],
-        layers={"head": [*layers, *best], "rows": layer_rows(record)},
-        tried={"head": ["layer", f"us, {at}", "unexplained, %", "loss increase alone"], "rows": tried_rows(record)},
-        routing={"head": ["tree layer", "leaf entropy, bits", "leaves never used"], "rows": routing},
+        layers={"head": [*layers, "unexplained, %", *best], "rows": layer_rows(record)},
+        tried={
+            "head": ["kind", "layer", f"us, {at}", "unexplained, %", "loss increase alone"],
+            "rows": tried_rows(record),
+        },
+        routing={"head": ["conditional layer", "leaf entropy, bits", "leaves never used"], "rows": routing},
     )
 
 
@@ -157,14 +189,14 @@ def _recipe_sentence(record: dict[str, Any]) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """The result in a few sentences."""
-    tree = record["variants"]["tree"]
+    written = record["variants"][record["written"]]
     layers = ratios(record, "feedforward_ms")
     times = [
         f"{name} tokens take {new:.1f} ms instead of {old:.1f} ms ({old / max(new, 1e-9):.2f}x; feedforwards "
         f"{own:.1f}x; without any {ceiling:.2f}x)"
         for name, new, old, own, ceiling in zip(
             shape_names(record),
-            tree["latency_ms"],
+            written["latency_ms"],
             record["dense"]["latency_ms"],
             layers,
             record["ceilings"],
@@ -172,26 +204,38 @@ def summary(record: dict[str, Any]) -> str:
         )
     ]
     kept = sum(layer["description"] is None for layer in record["layers"])
+    won = f"Written: {LABELS[record['written']]}{_next(record)}. "
     stayed = f" {kept} of {len(record['layers'])} layers are dense." if kept else ""
     scores = zip(
         metric_names(record),
         [record["dense"]["quality"], *record["dense"]["further"].values()],
-        [tree["after"], *tree["further"].values()],
+        [written["after"], *written["further"].values()],
         strict=True,
     )
     quality = "; ".join(f"{name}: {figure(old)} before, {figure(new)} after" for name, old, new in scores)
     part = "last part of the conversion, which was interrupted," if record["continued"] else "conversion"
     return (
-        f"The feedforward layers spend {100 * tree['active']:.1f} % of their floating-point operations.{stayed} Timed "
-        f"on {record['timed_on']}: {'; '.join(times)}. {quality}. The {part} took {duration(record['seconds'])} on "
-        f"{record['device']}."
+        f"{won}The feedforward layers spend {100 * written['active']:.1f} % of their floating-point operations."
+        f"{stayed} Timed on {record['timed_on']}: {'; '.join(times)}. {quality}. The {part} took "
+        f"{duration(record['seconds'])} on {record['device']}."
     )
+
+
+def _next(record: dict[str, Any]) -> str:
+    """What the runner-up would have been."""
+    name = record["runner_up"]
+    if name is None:
+        return ""
+    other, metric = record["variants"][name], metric_names(record)[0]
+    times = " / ".join(f"{ms:.1f}" for ms in other["latency_ms"])
+    score = "" if other["after"] is None else f"{metric} {figure(other['after'])}, "
+    return f"; the runner-up, {LABELS[name]}, has {score}held-out loss {other['held_out_loss']:.4f}, {times} ms"
 
 
 def card(record: dict[str, Any]) -> str:
     """Model card in Markdown."""
     lines = [
-        f"# {Path(record['settings']['model']).name}, conditional feedforward layers",
+        f"# {Path(record['settings']['model']).name}, converted feedforward layers",
         "",
         summary(record),
         "",

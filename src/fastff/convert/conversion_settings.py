@@ -15,7 +15,7 @@ from fastff.models.kinds import Kind
 
 DEFAULT_ACTIVE = 0.1
 BASELINES = ("narrow", "pruned", "none")
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "native", "openvino")
 # Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
 BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
 _HIDDEN = Parameter(parse=False)  # a field of the class that is no option
@@ -67,7 +67,7 @@ class ConversionSettings:
     """One conversion. Raises ValueError for values that cannot be."""
 
     model: str
-    """Directory or hub name of a dense Transformers model."""
+    """Directory or hub name of a dense Transformers model, or a GGUF file."""
     _: KW_ONLY
     text: Path
     """Unlabelled text, one example a line (.txt, .xz, .gz)."""
@@ -87,7 +87,8 @@ class ConversionSettings:
     """Neurons that every token uses beside the trees. Default: none, half or three quarters of the work, by
     measurement."""
     time_on: str | None = None
-    """Where models are timed: cpu or cuda. Default: where the conversion computes."""
+    """Where models are timed, and so chosen: cpu, cuda, or an engine, native or openvino. Default: where the conversion
+    computes."""
     tables: Annotated[tuple[Path, ...], Parameter(name="--table")] = ()
     """Evaluation table: sentence1, sentence2 and label for an embedding model, sentence and label for a classifier; for
     a causal model a text (default: a part of --text that is kept aside). May be repeated: the first decides."""
@@ -112,6 +113,9 @@ class ConversionSettings:
     # Of the joint distillation: see distil.Recipe.
     lr: Annotated[float, _HIDDEN] = Recipe.lr
     lr_others: Annotated[float, _HIDDEN] = Recipe.lr_others
+    lr_routers: Annotated[float, _HIDDEN] = Recipe.lr_routers
+    hidden_share: Annotated[float, _HIDDEN] = Recipe.hidden_share
+    bf16: Annotated[bool, _HIDDEN] = Recipe.bf16
     routing_lr_scale: Annotated[float, _HIDDEN] = Recipe.routing_lr_scale
     dense_fade: float = Recipe.dense_fade
     """Share of the steps in which dense layers fade out."""
@@ -120,8 +124,13 @@ class ConversionSettings:
     baselines: Annotated[tuple[str, ...], _list_of(str)] = BASELINES
     """Baselines distilled with the same recipe, any of narrow,pruned,none: dense layers of equal work, the dense layers
     pruned to it, no feedforward at all. Default: all three."""
+    beside: str | None = None
+    """Another model, directory or hub name, of the same kind and perhaps the same speed: its metric and times stand in
+    the report."""
+    gguf: bool = False
+    """MODEL is a GGUF file, whatever its name."""
     keep_slow: bool = False
-    """Convert layers that a tree makes slower here, too."""
+    """Convert layers that every candidate makes slower here, too."""
 
     def __post_init__(self) -> None:
         for share in (*self.curve, *(() if self.active is None else (self.active,))):
@@ -158,7 +167,7 @@ class ConversionSettings:
     @property
     def students(self) -> int:
         """Models that are distilled: the trees of every budget, and their baselines."""
-        return 1 + len(self.baselines) + len(self.curve) * len({*self.baselines, "tree"} - {"none"})
+        return 1 + len(self.baselines) + len(self.curve) * len({*self.baselines, "chosen"} - {"none"})
 
     @property
     def share(self) -> float:

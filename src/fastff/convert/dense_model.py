@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastff.engine.gguf import Gguf, GgufWeights, configuration
+from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
 from fastff.models.kinds import AUTO, Kind, kind_of
 
 
-def load_dense(model: str) -> tuple[Any, Any, Kind]:
-    """Model (float32, evaluation mode, on a GPU if there is one), tokenizer and kind.
+def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
+    """Model (float32, evaluation mode, on a GPU if there is one), tokenizer and kind; of a GGUF file if its name says
+    so, or gguf.
 
     Raises CheckpointError for an unknown model type, no weights, or missing tensors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if gguf or model.endswith(".gguf"):
+        dense, tokenizer = _of_gguf(Path(model))
+        return dense.to(device).eval(), tokenizer, "causal"
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -30,5 +38,25 @@ def load_dense(model: str) -> tuple[Any, Any, Kind]:
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors, {missing[0]} among them")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return dense.to(device).eval(), tokenizer, kind
+
+
+def _of_gguf(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file. Raises CheckpointError for a damaged file or an unknown architecture."""
+    file = Gguf(path)
+    config = configuration(file)
+    family_of(config.model_type)
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        missing, _ = dense.load_state_dict(dict(GgufWeights(file, config).items()), strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds tensors of another shape: {error}") from error
+    dense.tie_weights()
+    lacking = sorted(set(missing) - set(dense.all_tied_weights_keys))
+    if lacking:
+        raise CheckpointError(f"{path} lacks {len(lacking)} tensors, {lacking[0]} among them")
+    dense.config.architectures = [type(dense).__name__]
+    stop = file.fact("tokenizer.ggml.eos_token_id", int, -1)
+    if stop >= 0:
+        dense.generation_config.eos_token_id = stop
+    return dense, tokenizer_of(file)

@@ -19,18 +19,22 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fastff.convert import earlier
 from fastff.convert.capture import Captured
-from fastff.convert.initialise import dense_forward, initialise, prune
+from fastff.convert.initialise import initialise, prune
+from fastff.convert.neurons import dense_forward
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
+from fastff.routers import Router
 from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
 
 CHUNK_ROWS = 8192
 CLIP = 1.0
+ROUTER_SHARE = 0.05  # of a layer's learning rate, for its router
 WARMUP = 0.05  # of the steps
 LOGITS = 2**28  # at once, of a teacher or a student: a step of more is taken in pieces
+MOST_LOGITS, LOGITS_BYTES = 2**30, 24  # on a GPU, of whose memory a quarter is for them and copies
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -93,7 +97,9 @@ def teach_layer(
     kept = min(CHUNK_ROWS, count // 10)
     sample = captured.rows(slice(kept, min(kept + 2 * CHUNK_ROWS, count)), device)[0]
     initialise(module, dense, sample, chunks_of(captured, device, kept, count), seed=seed)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    new, _, routers = parameter_groups(module)
+    groups = [{"params": new, "lr": lr}, *([{"params": routers, "lr": lr * ROUTER_SHARE}] if routers else [])]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = cosine(optimiser, steps)
     module.train()
     for _ in range(steps):
@@ -129,30 +135,40 @@ def cosine(optimiser: torch.optim.Optimizer, steps: int, *, done: int = 0) -> to
     return schedule
 
 
-def distillation_loss(student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind) -> Tensor:
-    """Hidden states of every block, each dimension by its own variance, plus `end_loss`."""
+def distillation_loss(
+    student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind, *, hidden_states: bool = True
+) -> Tensor:
+    """`end_loss`, and with hidden_states, too, those of every block, each dimension by its own variance."""
+    wanted = hidden_states or kind == "embedding"
     with torch.no_grad():
-        target = teacher(**inputs, output_hidden_states=True)
-    got = student(**inputs, output_hidden_states=True)
-    mask = inputs["attention_mask"].bool()
+        target = teacher(**inputs, output_hidden_states=wanted)
+    got = student(**inputs, output_hidden_states=wanted)
+    end = end_loss(got, target, inputs["attention_mask"], kind)
+    return end + hidden_loss(got, target, inputs["attention_mask"]) if hidden_states else end
+
+
+def hidden_loss(got: Any, target: Any, mask: Tensor) -> Tensor:
+    """Mean over blocks of how far hidden states are, each dimension by its own variance; mask (examples, length)."""
+    mask = mask.bool()
     hidden = []
     for h, t in zip(got.hidden_states[1:], target.hidden_states[1:], strict=True):
-        h, t = h[mask], t[mask]
+        h, t = h[mask].float(), t[mask].float()
         hidden.append(((h - t).square() / t.var(0).clamp(min=1e-6)).mean())
-    return torch.stack(hidden).mean() + end_loss(got, target, inputs["attention_mask"], kind)
+    return torch.stack(hidden).mean()
 
 
 def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
     """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
     teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, seq_len)."""
     if kind == "embedding":
-        a = F.normalize(mean_pool(got.hidden_states[-1], mask), dim=-1)
-        b = F.normalize(mean_pool(target.hidden_states[-1], mask), dim=-1)
+        a = F.normalize(mean_pool(got.hidden_states[-1].float(), mask), dim=-1)
+        b = F.normalize(mean_pool(target.hidden_states[-1].float(), mask), dim=-1)
         return 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
     logits, wanted = got.logits, target.logits
     if kind != "classifier":
         logits, wanted = logits[mask.bool()], wanted[mask.bool()]
-    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
+    logits, wanted = F.log_softmax(logits.float(), -1), F.log_softmax(wanted.float(), -1)
+    return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,9 @@ class Recipe:
     """How all layers are trained together.
 
     lr, lr_others     learning rates of the new layers and of everything else; embeddings are frozen
+    lr_routers        of the routers of experts, which begin fitted: a step of `lr` would be as long as their rows
+    hidden_share      share of the steps in which a model whose output is words learns hidden states, too
+    bf16              whether a GPU computes in bfloat16
     routing_lr_scale  factor on `lr` for what decides: rows of w_in and b_in that belong to nodes
     dense_fade        share of the steps in which the dense layers' outputs are faded out: at first a block gives what
                       its dense layer gave, after that what its new layer gives
@@ -170,15 +189,22 @@ class Recipe:
     batch: int
     lr: float = 1e-3
     lr_others: float = 2e-4
+    lr_routers: float = 5e-5
+    hidden_share: float = 0.1
+    bf16: bool = True
     routing_lr_scale: float = 1.0
     dense_fade: float = 0.0
     average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dense_fade", "average"):
+        for name in ("dense_fade", "average", "hidden_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not in [0, 1)")
+
+    def learns_hidden_states(self, step: int, kind: Kind) -> bool:
+        """Whether a step's loss has the hidden states."""
+        return kind in ("embedding", "classifier") or step < self.hidden_share * self.steps
 
     def dense_share(self, step: int) -> float:
         """How much of the dense layers is left in a step."""
@@ -203,10 +229,12 @@ def distil(
 
     start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given. batches: indices
     of the examples of every step, if not in the order of the recipe's seed."""
-    new, others = parameter_groups(student)
+    new, others, routers = parameter_groups(student)
     groups = [{"params": new, "lr": recipe.lr}, {"params": others, "lr": recipe.lr_others}]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
-    trained = nn.ParameterList([*new, *others])
+    groups += [{"params": routers, "lr": recipe.lr_routers}] if routers else []
+    fused = student.device.type == "cuda"
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=fused)
+    trained = nn.ParameterList([*new, *others, *routers])
     average = averaged(trained, recipe.average) if recipe.average else None
     if state is not None:
         optimiser.load_state_dict(state["optimiser"])
@@ -221,7 +249,8 @@ def distil(
         for step in range(start, recipe.steps):
             fade.share = recipe.dense_share(step)
             optimiser.zero_grad(set_to_none=True)
-            _backward(student, teacher, examples, next(drawn), kind, fade)
+            with torch.autocast("cuda", torch.bfloat16, enabled=recipe.bf16 and student.device.type == "cuda"):
+                _backward(student, teacher, examples, next(drawn), kind, fade, recipe.learns_hidden_states(step, kind))
             nn.utils.clip_grad_norm_(trained, CLIP)
             if recipe.routing_lr_scale != 1.0:
                 routing.remember()
@@ -243,12 +272,20 @@ def distil(
 
 
 def _backward(
-    student: Any, teacher: Any, examples: Examples, which: np.ndarray[Any, Any], kind: Kind, fade: DenseFade
+    student: Any,
+    teacher: Any,
+    examples: Examples,
+    which: np.ndarray[Any, Any],
+    kind: Kind,
+    fade: DenseFade,
+    hidden_states: bool,
 ) -> None:
     """Gradients of a step's loss, piece by piece."""
-    for piece in pieces(examples, which, kind, student.config.vocab_size):
+    most = logits_at_once(student.device)
+    for piece in pieces(examples, which, kind, student.config.vocab_size, most):
         with fade:
-            loss = distillation_loss(student, teacher, examples.batch(piece, student.device), kind)
+            inputs = examples.batch(piece, student.device)
+            loss = distillation_loss(student, teacher, inputs, kind, hidden_states=hidden_states)
         (loss * (len(piece) / len(which))).backward()
 
 
@@ -301,12 +338,22 @@ class DenseFade:
         return mix
 
 
-def pieces(examples: Examples, which: np.ndarray[Any, Any], kind: Kind, vocabulary: int) -> list[np.ndarray[Any, Any]]:
-    """A step's examples, cut so that no piece has more than LOGITS values over the vocabulary."""
+def logits_at_once(device: torch.device) -> int:
+    """Values over the vocabulary that a piece of a step may have."""
+    if device.type != "cuda":
+        return LOGITS
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return max(LOGITS // 4, min(MOST_LOGITS, memory // 4 // LOGITS_BYTES))
+
+
+def pieces(
+    examples: Examples, which: np.ndarray[Any, Any], kind: Kind, vocabulary: int, most: int
+) -> list[np.ndarray[Any, Any]]:
+    """A step's examples, cut so that no piece has more than `most` values over the vocabulary."""
     if kind not in ("causal", "masked"):
         return [which]
     longest = int((examples.offsets[which + 1] - examples.offsets[which]).max())
-    count = -(-len(which) * longest * vocabulary // LOGITS)
+    count = -(-len(which) * longest * vocabulary // most)
     return np.array_split(which, min(count, len(which)))
 
 
@@ -322,14 +369,17 @@ def _fast_products(enabled: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def parameter_groups(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of the new layers, and the others; embeddings are frozen."""
-    inside = {id(p) for m in student.modules() if isinstance(m, ConvertedFeedforward) for p in m.parameters()}
+def parameter_groups(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the new layers, of everything else, and of the new layers' routers; embeddings are frozen."""
+    converted = [m for m in student.modules() if isinstance(m, ConvertedFeedforward)]
+    inside = {id(p) for m in converted for p in m.parameters()}
+    routing = {id(p) for m in converted for r in m.modules() if isinstance(r, Router) for p in r.parameters()}
     frozen = {id(p) for m in student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for parameter in student.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)
     trained = [p for p in student.parameters() if p.requires_grad]
-    return [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
+    new = [p for p in trained if id(p) in inside - routing]
+    return new, [p for p in trained if id(p) not in inside], [p for p in trained if id(p) in routing]
 
 
 def learn_without_dropout(student: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,11 @@ class DistillContext:
         """The further metrics of a model."""
         return {name: measure(model) for name, measure in self.further.items()}
 
-    def build(self, name: str, descriptions: Descriptions, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """A student with its layers trained alone, or the one that `folder` holds. Returns it and its figures."""
+    def build(
+        self, name: str, descriptions: Descriptions, folder: Path, *, pruned: Collection[int] = ()
+    ) -> tuple[Any, dict[str, Any]]:
+        """A student with its layers trained alone, or the one that `folder` holds; the pruned blocks, all of them in
+        the student of that name, only have neurons left out. Returns it and its figures."""
         built = folder / "built.pt"
         if built.exists():
             student = make_converted(self.teacher, descriptions)
@@ -66,16 +69,18 @@ class DistillContext:
             steps=self.settings.layer_steps,
             seed=self.settings.seed,
             progress=of_stage(self.progress, f"layers {name}"),
-            pruned=name == "pruned",
+            pruned=range(len(descriptions)) if name == "pruned" else pruned,
         )
         facts = {"unexplained": unexplained, "before": self.quality(student)}
         save(built, student, facts)
         return student, facts
 
-    def teach(self, name: str, descriptions: Descriptions, folder: Path, steps: int) -> tuple[Any, dict[str, Any]]:
+    def teach(
+        self, name: str, descriptions: Descriptions, folder: Path, steps: int, *, pruned: Collection[int] = ()
+    ) -> tuple[Any, dict[str, Any]]:
         """Build, distil in so many steps and evaluate one student, going on from what `folder` holds. Returns it and
         its figures."""
-        student, facts = self.build(name, descriptions, folder)
+        student, facts = self.build(name, descriptions, folder, pruned=pruned)
         saved = folder / "distil.pt"
         state = load(saved, student) if saved.exists() else {"step": 0}
         if "after" not in state:
@@ -138,13 +143,15 @@ class DistillContext:
         return student, facts, restored
 
 
-def baseline(name: str, dense: Sequence[DenseWeights], trees: Descriptions) -> list[dict[str, Any] | None]:
-    """Descriptions of a baseline: where a tree stands, a dense layer of equal work, or nothing for the name "none"."""
+def baseline(name: str, dense: Sequence[DenseWeights], chosen: Descriptions) -> list[dict[str, Any] | None]:
+    """Descriptions of a baseline: where a layer is replaced, a dense layer of equal work, or none for that name."""
     out: list[dict[str, Any] | None] = []
-    for layer, tree in zip(dense, trees, strict=True):
-        share = flops(layer, tree) / layer.flops_per_row
-        replaced = {"kind": "none"} if name == "none" else describe_narrow(layer, max(1, round(share * layer.neurons)))
-        out.append(None if tree is None else replaced)
+    for layer, description in zip(dense, chosen, strict=True):
+        share = flops(layer, description) / layer.flops_per_row
+        replaced = (
+            {"kind": "none"} if name == "none" else describe_narrow(layer, max(1, int(share * layer.neurons + 1e-6)))
+        )
+        out.append(None if description is None else replaced)
     return out
 
 

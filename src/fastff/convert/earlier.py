@@ -19,6 +19,7 @@ _RENAMED = {
     "mild": "dense_fade",
     "clock": "profile",
 }
+_NEW_SETTINGS = {"lr_routers": 5e-5, "hidden_share": 0.1, "bf16": True, "gguf": False, "beside": None}
 
 
 def renamed(content: Any) -> Any:
@@ -29,12 +30,32 @@ def renamed(content: Any) -> Any:
 
 
 def upgrade(work: Path) -> None:
-    """Write the JSON files of a folder anew if they have earlier names."""
-    for path in (work / "settings.json", work / "plan.json"):
+    """Write the JSON files of a folder anew if they have earlier names, or lack what is new."""
+    for path, complete in ((work / "settings.json", _settings), (work / "plan.json", _plan)):
         if path.is_file():
             content = read_json(path)
-            if renamed(content) != content:
-                write_json(path, renamed(content))
+            if complete(renamed(content)) != content:
+                write_json(path, complete(renamed(content)))
+
+
+def _settings(content: Any) -> Any:
+    """With the settings that did not exist, at their defaults."""
+    return {**_NEW_SETTINGS, **content} if isinstance(content, dict) and "text" in content else content
+
+
+def _plan(content: Any) -> Any:
+    """With the kinds of candidates: trees were the only ones."""
+    if not isinstance(content, dict) or not {"tried", "options"} <= set(content):
+        return content
+    try:
+        tried = [{"kind": "trees", **shape} for shape in content["tried"]]
+        options = [
+            [{"kind": "dense" if option["description"] is None else "trees", **option} for option in block]
+            for block in content["options"]
+        ]
+    except (TypeError, KeyError):
+        return content  # damaged: whoever reads it says so
+    return {**content, "tried": tried, "options": options}
 
 
 def average_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ three directions: the first principal component of the inputs, the line between 
 inputs that predicts which of the share's neurons are active. A leaf takes the neurons that do most on its rows. Before,
 a shared part takes the neurons that do most on all rows. At the end all output weights together are the ridge
 regression of the dense outputs on what the new layer computes.
+
+Leaves behind a flat router are groups of the dense neurons as they are (`experts`); a narrow layer has the strongest.
 """
 
 from __future__ import annotations
@@ -13,38 +15,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastff.conditional import ConditionalFeedforward
+from fastff.convert.experts import group_neurons
+from fastff.convert.neurons import contribution, dense_forward, hidden_of, neuron_biases, neuron_rows
 from fastff.layers import FFF
 from fastff.models.families import DenseWeights
-from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward
+from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, leaf_values
 from fastff.ops.reference import activate, descend, gates
+from fastff.routers import FlatRouter
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # (x, residual) pieces of the captured rows
-GELU_AS_SILU = 1.702  # gelu(z) is about silu(1.702 z) / 1.702
 RIDGE = 1e-4  # of the mean diagonal
 ROUTING_ROWS = 16384
-
-
-def hidden_of(dense: DenseWeights, x: Tensor) -> Tensor:
-    """Neuron values (rows, neurons) of the dense layer."""
-    value: Tensor = activate(F.linear(x, dense.w_in, dense.b_in), dense.activation)
-    if dense.v_in is not None:
-        value = value * F.linear(x, dense.v_in, dense.v_b)
-    return value
-
-
-def dense_forward(dense: DenseWeights, x: Tensor) -> Tensor:
-    """(rows, hidden) to (rows, hidden)."""
-    y: Tensor = hidden_of(dense, x) @ dense.w_out
-    return y if dense.b_out is None else y + dense.b_out
-
-
-def contribution(dense: DenseWeights, x: Tensor) -> Tensor:
-    """How much each neuron adds to each row: |value| times the norm of its output weights, (rows, neurons)."""
-    value: Tensor = hidden_of(dense, x).abs() * dense.w_out.norm(dim=1)
-    return value
 
 
 @torch.no_grad()
@@ -58,6 +42,8 @@ def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chu
         if module.shared is not None:
             _take_neurons(module.shared, dense, order[:always])
         _initialise_tree(module.layer, dense, x[:ROUTING_ROWS], order[always:].sort().values, seed)
+    elif isinstance(module.layer, ConditionalFeedforward):
+        _initialise_experts(module, module.layer, dense, x[:ROUTING_ROWS], seed)
     elif isinstance(module.layer, DenseFeedforward):
         _take_neurons(module.layer, dense, order[: module.layer.neurons])
     solve_outputs(module, dense, chunks)
@@ -77,34 +63,31 @@ def prune(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor) -> None:
     module.bias.copy_((dense_forward(dense, x) - hidden_of(dense, x)[:, kept] @ dense.w_out[kept]).mean(0))
 
 
+def _initialise_experts(
+    module: ConvertedFeedforward, layer: ConditionalFeedforward, dense: DenseWeights, x: Tensor, seed: int
+) -> None:
+    """Neurons of the dense layer, each in the shared part or in one leaf, and the router that finds their leaves."""
+    if not isinstance(layer.router, FlatRouter):
+        raise TypeError(f"leaves behind a {type(layer.router).__name__} cannot be initialised from a dense layer")
+    config, router = layer.config, layer.router
+    sizes = {"shared": 0 if module.shared is None else module.shared.neurons, "leaves": config.leaves}
+    groups = group_neurons(dense, x, **sizes, leaf_width=config.leaf_width, chosen=router.k, seed=seed)
+    router.weight.copy_(groups.router)
+    if module.shared is not None:
+        _take_neurons(module.shared, dense, groups.shared)
+    w, v = neuron_rows(dense, groups.leaves, config.activation)
+    layer.w_in.copy_(w if v is None else torch.cat((w, v), 1))
+    if layer.b_in is not None:
+        b, vb = neuron_biases(dense, groups.leaves, config.activation)
+        layer.b_in.copy_(b if vb is None else torch.cat((b, vb), 1))
+    layer.w_out.copy_(dense.w_out[groups.leaves])
+
+
 def _take_neurons(layer: DenseFeedforward, dense: DenseWeights, which: Tensor) -> None:
     w, v = neuron_rows(dense, which, layer.activation)
     layer.linear_in.weight.copy_(w if v is None else torch.cat((w, v)))
     b, vb = neuron_biases(dense, which, layer.activation)
     layer.linear_in.bias.copy_(b if vb is None else torch.cat((b, vb)))
-
-
-def neuron_rows(dense: DenseWeights, which: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
-    """Input rows of some neurons, and their second rows if gated, rescaled where `activation` only approximates."""
-    w = dense.w_in[which]
-    if dense.v_in is None:
-        return w, None
-    scale = _gate_scale(dense, activation)
-    return w * scale, dense.v_in[which] / scale
-
-
-def neuron_biases(dense: DenseWeights, which: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
-    """Biases alike, zero where the dense layer has none."""
-    b = dense.w_in.new_zeros(which.shape) if dense.b_in is None else dense.b_in[which]
-    if dense.v_in is None:
-        return b, None
-    scale = _gate_scale(dense, activation)
-    vb = dense.w_in.new_zeros(which.shape) if dense.v_b is None else dense.v_b[which]
-    return b * scale, vb / scale
-
-
-def _gate_scale(dense: DenseWeights, activation: str) -> float:
-    return GELU_AS_SILU if activation == "swiglu" and dense.activation.startswith("gelu") else 1.0
 
 
 def _initialise_tree(layer: FFF, dense: DenseWeights, x: Tensor, neurons: Tensor, seed: int) -> None:
@@ -212,10 +195,16 @@ def features(module: ConvertedFeedforward, x: Tensor) -> Tensor:
         return ones
     if isinstance(module.layer, DenseFeedforward):
         return torch.cat((module.layer.values(x), ones), 1)
-    if not isinstance(module.layer, FFF):
-        raise TypeError(f"a {type(module.layer).__name__} cannot be initialised from a dense layer, only trees")
     beside = () if module.shared is None else (module.shared.values(x),)
+    if isinstance(module.layer, ConditionalFeedforward):
+        return torch.cat((_chosen_values(module.layer, x), *beside, ones), 1)
     return torch.cat((_tree_values(module.layer, x), *beside, ones), 1)
+
+
+def _chosen_values(layer: ConditionalFeedforward, x: Tensor) -> Tensor:
+    """Of all leaves (rows, neurons), zeros where a row does not take a leaf."""
+    leaf, gate = layer.router.eval()(x)
+    return leaf_values(layer, x, x.new_zeros(len(x), layer.config.leaves).scatter(1, leaf.long(), gate))
 
 
 def _tree_values(layer: FFF, x: Tensor) -> Tensor:
@@ -253,7 +242,7 @@ def solve_outputs(module: ConvertedFeedforward, dense: DenseWeights, chunks: Chu
     system = gram.double() + damping.double() * torch.eye(gram.shape[0], device=gram.device, dtype=torch.float64)
     solution = torch.linalg.solve(system, cross.double()).to(cross.dtype)
     module.bias.copy_(solution[-1])
-    if isinstance(module.layer, FFF):
+    if isinstance(module.layer, FFF | ConditionalFeedforward):
         own = module.layer.config.neurons
         module.layer.w_out.copy_(solution[:own].view_as(module.layer.w_out))
         if module.shared is not None:

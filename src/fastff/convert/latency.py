@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastff.conditional import ConditionalFeedforward
 from fastff.convert.capture import Captured
 from fastff.convert.choose_layers import LatencyProfile
 from fastff.convert.distil import normaliser, unexplained
-from fastff.convert.initialise import contribution, hidden_of
+from fastff.convert.engine_latency import ENGINES
+from fastff.convert.neurons import contribution, hidden_of
 from fastff.convert.student import dense_layers
 from fastff.layers import FFF
 from fastff.models.families import DenseWeights, family_of
@@ -23,7 +26,7 @@ from fastff.timing import interleaved
 Shapes = Sequence[tuple[int, int]]  # (sequences, tokens a sequence) of timed calls
 WHOLE = 6  # times as long as a layer, whole models are timed
 PATIENCE = 20.0  # seconds; calls that take longer are measured once
-FRACTIONS = (0.25, 0.1, 0.05, 0.02)
+FRACTIONS = (0.5, 0.25, 0.1)
 ORACLE_ROWS = 2048
 
 
@@ -51,8 +54,16 @@ def _medians_us(calls: Mapping[str, Callable[[], object]], seconds: float, devic
 
 
 def place_of(model: Any, time_on: str | None) -> torch.device:
-    """Where a model is timed: where it is, or on the device that was named."""
+    """Where a model is timed: where it is, or on the device that was named; engines run on the CPU."""
+    if time_on in ENGINES:
+        return torch.device("cpu")
     return torch.device(model.device if time_on is None else time_on)
+
+
+def timed_on(model: Any, time_on: str | None) -> str:
+    """The name of that place, with the engine."""
+    place = place_name(place_of(model, time_on))
+    return f"{time_on} engine, {place}" if time_on in ENGINES else place
 
 
 def place_name(device: torch.device) -> str:
@@ -113,21 +124,24 @@ class _Oracle(nn.Module):
 
 
 @torch.no_grad()
-def best_selection_unexplained(model: Any, block: int, captured: Captured) -> dict[str, float]:
+def best_selection_unexplained(
+    model: Any, block: int, captured: Captured, fractions: Sequence[float] = FRACTIONS
+) -> dict[str, float]:
     """The ceiling of any selection: `distil.unexplained` of the best neurons of each row, by the fraction kept."""
     dense = dense_layers(model)[block]
     norm = normaliser(model, family_of(model.config.model_type).blocks_of(model)[block])
     rows = captured.rows(slice(0, ORACLE_ROWS), model.device)
     return {
         str(fraction): float(unexplained(norm, dense, _Oracle(dense, max(1, round(fraction * dense.neurons))), *rows))
-        for fraction in FRACTIONS
+        for fraction in fractions
     }
 
 
 @torch.no_grad()
 def routing(model: Any, examples: Examples, batches: int = 8) -> list[dict[str, Any]]:
-    """Per tree layer, over held-out text: mean entropy of the leaves in bits (of `depth`), and leaves never used."""
-    layers = [m for m in model.modules() if isinstance(m, FFF)]
+    """Per conditional layer, over held-out text: mean entropy of the leaves in bits (of `most_bits`), and leaves never
+    used."""
+    layers = [m for m in model.modules() if isinstance(m, FFF | ConditionalFeedforward)]
     for layer in layers:
         layer.track_usage()
         layer.reset_usage()
@@ -140,10 +154,10 @@ def routing(model: Any, examples: Examples, batches: int = 8) -> list[dict[str, 
         layer.track_usage(False)
         out.append(
             {
-                "depth": layer.config.depth,
+                "most_bits": math.log2(usage.counts.shape[1]),
                 "entropy_bits": float(usage.entropy_bits.mean()),
                 "dead_leaves": int(usage.dead_leaves.sum()),
-                "leaves": layer.config.trees * layer.config.leaves,
+                "leaves": usage.counts.numel(),
             }
         )
     return out

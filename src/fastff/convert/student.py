@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fastff.config import TreeConfig
 from fastff.convert.capture import Captured
 from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
-from fastff.models.feedforward import ConvertedFeedforward, split_shared
+from fastff.models.feedforward import ConvertedFeedforward
 from fastff.report.progress import Progress, silent
 
 
@@ -42,6 +41,23 @@ def describe_tree(dense: DenseWeights, *, trees: int, depth: int, leaf_width: in
     return description | ({"shared": shared, "shared_activation": _plain_activation(dense)} if shared else {})
 
 
+def describe_experts(
+    dense: DenseWeights, *, leaves: int, leaf_width: int, chosen: int, shared: int = 0
+) -> dict[str, Any]:
+    """Description of leaves of a dense layer's own neurons, of which each row takes the `chosen` best, beside `shared`
+    neurons for all rows."""
+    description = {
+        "kind": "flat",
+        "leaves": leaves,
+        "k": chosen,
+        "leaf_width": leaf_width,
+        "activation": dense.activation if dense.v_in is None else "swiglu",
+        "bias": dense.b_in is not None,
+        "balance_step": 0.0,
+    }
+    return description | ({"shared": shared, "shared_activation": _plain_activation(dense)} if shared else {})
+
+
 def describe_narrow(dense: DenseWeights, neurons: int) -> dict[str, Any]:
     """Description of the baseline: an ordinary layer of `neurons` neurons."""
     return {"kind": "dense", "intermediate_size": neurons, "activation": _plain_activation(dense), "bias": True}
@@ -63,6 +79,17 @@ def fit_tree(dense: DenseWeights, active: float, *, trees: int, depth: int, shar
     return describe_tree(dense, trees=trees, depth=depth, leaf_width=width, shared=shared)
 
 
+def fit_experts(dense: DenseWeights, active: float, *, leaf_width: int, shared: int = 0) -> dict[str, Any] | None:
+    """All neurons beside the shared ones in leaves of that width, of which a row takes as many as spend, with the
+    shared neurons and routing, at most `active` of the dense layer's work; None if that is no choice."""
+    pair = 2 if dense.v_in is None else 3  # rows of a neuron; a leaf is routed by one
+    leaves = (dense.neurons - shared) // leaf_width
+    chosen = int((active * dense.neurons - shared - leaves / pair) / leaf_width)
+    if not 0 < chosen < leaves:
+        return None
+    return describe_experts(dense, leaves=leaves, leaf_width=leaf_width, chosen=chosen, shared=shared)
+
+
 def flops(dense: DenseWeights, description: Mapping[str, Any] | None) -> int:
     """Floating-point operations of one row in the described layer, for a dense layer's widths; None: the layer."""
     hidden = dense.w_in.shape[1]
@@ -73,16 +100,15 @@ def flops(dense: DenseWeights, description: Mapping[str, Any] | None) -> int:
         return 0
     if description["kind"] == "dense":
         return each * int(description["intermediate_size"])
-    main, beside = split_shared(description)
-    options = {name: value for name, value in main.items() if name != "kind"}
-    trees = int(TreeConfig(in_features=hidden, out_features=hidden, **options).flops_per_row)
-    return trees + (0 if beside is None else each * int(beside["intermediate_size"]))
+    return ConvertedFeedforward(description, hidden, device="meta").flops_per_row
 
 
 def stored_neurons(description: Mapping[str, Any]) -> int:
-    """Neurons that a described tree layer stores in its leaves and its shared part."""
-    leaves = description["trees"] * 2 ** description["depth"] * description["leaf_width"]
-    return int(leaves + description.get("shared", 0))
+    """Neurons that a described layer stores, in its leaves and its shared part."""
+    if description["kind"] in ("dense", "none"):
+        return int(description.get("intermediate_size", 0))
+    leaves = description["leaves"] if "leaves" in description else description["trees"] * 2 ** description["depth"]
+    return int(leaves * description["leaf_width"] + description.get("shared", 0))
 
 
 def build_student(
@@ -93,9 +119,9 @@ def build_student(
     steps: int,
     seed: int = 0,
     progress: Progress = silent,
-    pruned: bool = False,
+    pruned: Collection[int] = (),
 ) -> tuple[Any, list[float | None]]:
-    """Copy the teacher, replace its layers, teach each on captured rows; or, if pruned, only leave neurons out.
+    """Copy the teacher, replace its layers, teach each on captured rows; in the pruned blocks only leave neurons out.
 
     Returns the student and, per block, the share of the dense layer's effect that is unexplained
     (`distil.unexplained`), None where the layer stayed dense."""
@@ -112,7 +138,7 @@ def build_student(
         norm = normaliser(teacher, block)
         for parameter in block.parameters():
             parameter.requires_grad_(False)
-        if pruned:
+        if k in pruned:
             errors.append(prune_layer(module, dense[k], norm, captured[k]))
         else:
             with torch.enable_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fastff.engine.facts import REMEDY, HeadFacts, HeadLayer, Pooling
 from fastff.errors import CheckpointError
 from fastff.io import read_json, read_tensors, write_tensors
-from fastff.models.kinds import Kind
 from fastff.ops.reference import activate
+
+if TYPE_CHECKING:  # a served export needs no Transformers
+    from fastff.models.kinds import Kind
 
 HEAD_FILE = "head.safetensors"
 _ACTIVATIONS = ("identity", "tanh", "relu", "gelu")

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -37,6 +38,7 @@ from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
+from fastff.models.int8_files import has_int8, read_int8
 from fastff.models.weight_files import check_dtypes, hub_options, naming, stored_dtypes
 from fastff.routers import Router
 
@@ -53,6 +55,7 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+_NOT_INT8 = {"device_map", "quantization_config", "state_dict"}  # arguments that 8-bit files do not load with
 _LOADER = "fastff_models"
 _LOADER_SOURCE = """# The classes of this model, for trust_remote_code=True; `import fastff.models` does the same.
 from fastff.models.converted import *
@@ -281,6 +284,8 @@ class _AutoConverted:
         base = config.base_config()
         wants_info = options.pop("output_loading_info", False)
         made = cls._class_of(base)
+        if has_int8(path):
+            return _from_int8(made, Path(path), base, options, wants_info)
         stored = stored_dtypes(path, hub_options(options))
         with naming(path, lambda: made._from_config(copy.deepcopy(base))):
             model, info = made.from_pretrained(path, *arguments, config=base, output_loading_info=True, **options)
@@ -294,6 +299,26 @@ class _AutoConverted:
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing, as in ConvertedConfig."""
+
+
+def _from_int8(made: Any, folder: Path, base: Any, options: dict[str, Any], wants_info: bool) -> Any:
+    """A model from 8-bit weights. Of from_pretrained's arguments the dtype is heard; some are refused."""
+    refused = sorted(_NOT_INT8 & {name for name, value in options.items() if value is not None})
+    if refused:
+        raise CheckpointError(f"{folder} holds 8-bit weights, which load without {', '.join(refused)}")
+    model = made._from_config(copy.deepcopy(base))
+    tensors = read_int8(folder)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds weights of another shape: {error}") from error
+    model.tie_weights()
+    wrong = sorted(set(missing) - set(model.all_tied_weights_keys))
+    if wrong:
+        raise CheckpointError(f"missing tensor {', '.join(wrong)} in {folder}")
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    model = model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
+    return (model, {"missing_keys": set(), "unexpected_keys": set(unexpected)}) if wants_info else model
 
 
 def _wrongly_missing(model: Any, missing: Collection[str], same_class: bool) -> list[str]:
@@ -339,6 +364,10 @@ class ConvertedForQuestionAnswering(_AutoConverted):
 
 class ConvertedForMultipleChoice(_AutoConverted):
     auto = AutoModelForMultipleChoice
+
+
+class ConvertedForImageClassification(_AutoConverted):
+    auto = AutoModelForImageClassification
 
 
 AUTO_CLASSES: dict[str, type[_AutoConverted]] = {c.auto.__name__: c for c in _AutoConverted.__subclasses__()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fastff.errors import CheckpointError
 from fastff.models.feedforward import GATED_ACTIVATIONS, DenseFeedforward
 
-# Names of activations in Transformers' configurations, and the layer's own. "quick_gelu" and others are not supported.
+# Names of activations in Transformers' configurations, and the layer's own. Others are not supported.
 ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -27,7 +27,9 @@ ACTIVATION_NAMES = {
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
+    "quick_gelu": "silu",  # of 1.702 times the scores, and divided by that
 }
+QUICK_GELU = 1.702
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Family:
     read      the dense weights of a block
     norm      the module that normalises feedforward plus residual where the residual is the slot's own input
               (post-norm), or None (pre-norm: the residual is another tensor and the next block normalises)
+    tail      a module behind the slot that computes the second half of the feedforward, None where the slot has all
     """
 
     blocks: str
     slot: str
     read: Callable[[nn.Module, Any], DenseWeights]
     norm: str | None = None
+    tail: str | None = None
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of a model (with or without a head), first to last."""
@@ -87,32 +91,37 @@ class Family:
     def replaced(self, block: nn.Module, layer: nn.Module) -> Iterator[None]:
         """Within the context, `layer` stands in the place of a block's feedforward."""
         slot = self.slot_of(block)
-        tail = None if self.norm is None else block.get_submodule("output.dense")
+        tail = None if self.tail is None else block.get_submodule(self.tail)
         self.put(block, layer)
         try:
             yield
         finally:
             setattr(block, self.slot, slot)
             if tail is not None:
-                block.get_submodule("output").dense = tail
+                self._set_tail(block, tail)
 
     def dense_of(self, block: nn.Module) -> nn.Module:
         """A block's dense feedforward as one module, (..., hidden) to (..., hidden)."""
         slot = self.slot_of(block)
-        return slot if self.norm is None else nn.Sequential(slot, block.get_submodule("output.dense"))
+        return slot if self.tail is None else nn.Sequential(slot, block.get_submodule(self.tail))
 
     def put(self, block: nn.Module, layer: nn.Module) -> None:
         """Replace a block's feedforward by `layer`, (..., hidden) to (..., hidden)."""
         setattr(block, self.slot, layer)
-        if self.norm is not None:
-            block.get_submodule("output").dense = nn.Identity()
+        if self.tail is not None:
+            self._set_tail(block, nn.Identity())
+
+    def _set_tail(self, block: nn.Module, module: nn.Module) -> None:
+        assert self.tail is not None
+        folder, _, name = self.tail.rpartition(".")
+        setattr(block.get_submodule(folder), name, module)
 
 
 def activation_name(config: Any) -> str:
     """The layer's name for the activation of a Transformers configuration. Raises CheckpointError for another one."""
-    for field in ("hidden_activation", "hidden_act", "activation_function"):
+    for field in ("hidden_activation", "hidden_act", "activation_function", "activation"):
         name = getattr(config, field, None)
-        if name is not None:
+        if isinstance(name, str):
             if name not in ACTIVATION_NAMES:
                 raise CheckpointError(f"activation {name!r} is not one of {', '.join(ACTIVATION_NAMES)}")
             return ACTIVATION_NAMES[name]
@@ -131,9 +140,23 @@ def _plain(module: Any) -> Any:
     return module
 
 
-def _read_bert(block: Any, config: Any) -> DenseWeights:
-    up, down = _plain(block.intermediate.dense), _plain(block.output.dense)
-    return DenseWeights(up.weight, up.bias, down.weight.t(), down.bias, activation_name(config))
+def _two(up: str, down: str) -> Callable[[Any, Any], DenseWeights]:
+    """Reads two projections by their names in a block."""
+
+    def read(block: Any, config: Any) -> DenseWeights:
+        first, second = _plain(block.get_submodule(up)), _plain(block.get_submodule(down))
+        w_in, b_in, w_out, activation = first.weight, first.bias, second.weight.t(), activation_name(config)
+        if "quick_gelu" in (getattr(config, "hidden_act", None), getattr(config, "hidden_activation", None)):
+            w_in, b_in, w_out = w_in * QUICK_GELU, None if b_in is None else b_in * QUICK_GELU, w_out / QUICK_GELU
+        return DenseWeights(w_in, b_in, w_out, second.bias, activation)
+
+    return read
+
+
+def _read_dinov2(block: Any, config: Any) -> DenseWeights:
+    if hasattr(block.mlp, "fc1"):
+        return _two("mlp.fc1", "mlp.fc2")(block, config)
+    return replace(_read_llama(block, config), activation="silu")  # whatever the configuration names
 
 
 def _read_gpt2(block: Any, config: Any) -> DenseWeights:
@@ -168,18 +191,41 @@ def _read_ours(block: Any, config: Any) -> DenseWeights:
     return DenseWeights(w_in, b_in, down.weight.t(), down.bias, activation, v_in=v_in, v_b=v_b)
 
 
-_BERT = Family(blocks="encoder.layer", slot="intermediate", read=_read_bert, norm="output.LayerNorm")
+_BERT = Family(
+    blocks="encoder.layer",
+    slot="intermediate",
+    read=_two("intermediate.dense", "output.dense"),
+    norm="output.LayerNorm",
+    tail="output.dense",
+)
 _LLAMA = Family(blocks="layers", slot="mlp", read=_read_llama)
+_VIT = Family(blocks="layers", slot="mlp", read=_two("mlp.fc1", "mlp.fc2"))
+_TOWER = Family(blocks="encoder.layers", slot="mlp", read=_two("mlp.fc1", "mlp.fc2"))
 
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "mpnet": _BERT,
+    "deberta-v2": _BERT,
+    "distilbert": Family(
+        blocks="transformer.layer", slot="ffn", read=_two("ffn.lin1", "ffn.lin2"), norm="output_layer_norm"
+    ),
     "modernbert": Family(blocks="layers", slot="mlp", read=_read_modernbert),
     "gpt2": Family(blocks="h", slot="mlp", read=_read_gpt2),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "vit": _VIT,
+    "deit": _VIT,
+    "dinov2": Family(blocks="encoder.layer", slot="mlp", read=_read_dinov2),
+    "clip_text_model": _TOWER,
+    "clip_vision_model": _TOWER,
+    "siglip_text_model": _TOWER,
+    "siglip_vision_model": _TOWER,
     "ultrafastbert": Family(blocks="layers", slot="feedforward", read=_read_ours),
 }
 

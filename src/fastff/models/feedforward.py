@@ -9,7 +9,8 @@ fff    conditional: `depth`, and optionally `trees`, `leaf_width`, `node_output`
 paths, flat, product_key  conditional, behind another router: `depth`, `trees` (default 1) and `paths`; `leaves` and
        `k`; `n` and `k`, with the meaning of `fastff.TreeRouter`, `FlatRouter`, `ProductKeyRouter`; for all of them
        `leaf_width`, and optionally `activation` (default "swiglu"), `bias`, `gate`, `balance_step`, `quantization` and
-       `reads`, how many features of a row, its first, the router reads (default all)
+       `reads`, how many features of a row, its first, the router reads (default all); `shared` and `shared_activation`
+       as above
 dense  `intermediate_size`, and optionally `activation` (default "gelu") and `bias` (default False)
 none   no feedforward at all: the baseline that shows what attention does alone
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastff.conditional import ConditionalFeedforward, parse_layer
@@ -37,13 +39,14 @@ DENSE_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", *GATED_ACTIVATIONS)
 Model = TypeVar("Model", bound=nn.Module)
 
 _NOT_DESCRIBED = ("self", "in_features", "out_features", "backend", "sparse_grad", "device", "dtype")
+_SHARED: dict[str, Any] = {"shared": None, "shared_activation": None}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "fff": {
         name: parameter.default
         for name, parameter in inspect.signature(FFF.__init__).parameters.items()
         if name not in _NOT_DESCRIBED
     }
-    | {"shared": None, "shared_activation": None},
+    | _SHARED,
     "dense": {"intermediate_size": inspect.Parameter.empty, "activation": "gelu", "bias": False},
     "none": {},
 }
@@ -54,7 +57,7 @@ _ROUTERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {  # and wha
 }
 _ROUTER_OPTIONS = {"gate": "normalised", "balance_step": BALANCE_STEP}
 _LEAF_OPTIONS = {"leaf_width": inspect.Parameter.empty, "activation": "swiglu", "bias": False}
-_MORE: dict[str, Any] = {"quantization": None, "reads": None}
+_MORE: dict[str, Any] = {"quantization": None, "reads": None, **_SHARED}
 _DEFAULTS |= {kind: sizes | _LEAF_OPTIONS | _ROUTER_OPTIONS | _MORE for kind, (_, sizes) in _ROUTERS.items()}
 
 
@@ -124,8 +127,10 @@ class DenseFeedforward(nn.Module):
 class ConvertedFeedforward(nn.Module):
     """What stands in a dense layer's place: the described layer plus an output bias, (..., hidden) to (..., hidden).
 
-    The description of a tree may add `shared`: neurons of an ordinary layer beside the trees, computed for every row;
-    their activation is `shared_activation` (default: the trees' own, geglu's kind where the leaves are gated).
+    The description of a conditional layer may add `shared`: neurons of an ordinary layer beside it, computed for every
+    row; their activation is `shared_activation` (default: the leaves' own, swiglu where they are gated).
+    masked_training: while training, conditional layers are computed by dense products and a mask: the same function
+    at dense cost, faster than conditional kernels for small layers on a GPU.
     """
 
     def __init__(
@@ -141,24 +146,28 @@ class ConvertedFeedforward(nn.Module):
             self.shared = DenseFeedforward(hidden_size, **beside, device=device)
             self.shared.linear_out.register_parameter("bias", None)  # there is one for the sum
         self.bias = nn.Parameter(torch.zeros(hidden_size, device=device))
+        self._masked = False
 
     def forward(self, x: Tensor) -> Tensor:
         # New memory for every sum: a hook may keep what a part gave, or give the same tensor again and again.
         if self.layer is None:
             return self.bias.expand_as(x).clone(memory_format=torch.contiguous_format)
-        y: Tensor = self.layer(x)
+        if self._masked and self.training and isinstance(self.layer, ConditionalFeedforward):
+            y = masked_leaves(self.layer, x)
+        else:
+            y = self.layer(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y + self.bias
 
     @property
     def masked_training(self) -> bool:
-        """Whether a tree is computed by dense products and a mask while training: the same function at dense cost,
-        faster than conditional kernels for small layers on a GPU."""
-        return isinstance(self.layer, FFF) and self.layer.masked_training
+        """Whether conditional layers are computed by dense products and a mask while training."""
+        return self._masked
 
     @masked_training.setter
     def masked_training(self, enabled: bool) -> None:
+        self._masked = enabled
         if isinstance(self.layer, FFF):
             self.layer.masked_training = enabled
 
@@ -178,10 +187,27 @@ class ConvertedFeedforward(nn.Module):
         return sum(part.flops_per_row for part in (self.layer, self.shared) if part is not None)
 
 
+def masked_leaves(layer: ConditionalFeedforward, x: Tensor) -> Tensor:
+    """What the layer gives for x (..., in_features), by products over all leaves: gates are zero where a row does not
+    take a leaf."""
+    leaf, gate = layer.router(x)
+    gates = torch.zeros(*leaf.shape[:-1], layer.config.leaves, device=x.device, dtype=gate.dtype)
+    gates = gates.scatter(-1, leaf.long(), gate)
+    y: Tensor = F.linear(leaf_values(layer, x, gates), layer.w_out.flatten(0, 1).t())
+    return y if layer.b_out is None else y + F.linear(gates.to(x.dtype), layer.b_out.t())
+
+
+def leaf_values(layer: ConditionalFeedforward, x: Tensor, gates: Tensor) -> Tensor:
+    """Neurons of all leaves (..., leaves x leaf_width) for x (..., in_features), times the gates (..., leaves)."""
+    scores = F.linear(x, layer.w_in.flatten(0, 1), None if layer.b_in is None else layer.b_in.flatten())
+    value = activate(scores.unflatten(-1, layer.w_in.shape[:2]), layer.config.activation)
+    return (value * gates.to(value.dtype).unsqueeze(-1)).flatten(-2)
+
+
 def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The description without `shared`, and the options of the shared part, None where there is none.
 
-    Raises ValueError for a number of neurons that is not an integer of at least 0, or beside another kind than a tree.
+    Raises ValueError for a number of neurons that is not an integer of at least 0, or beside a kind without leaves.
     """
     if not isinstance(description, Mapping):
         raise ValueError(f"feedforward {description!r} is not a dict with 'kind' and options")
@@ -189,8 +215,9 @@ def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     neurons = description.get("shared") or 0
     if neurons == 0 and not isinstance(description.get("shared"), bool):
         return main, None
-    if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1 or description.get("kind") != "fff":
-        raise ValueError(f"shared {neurons!r} is not a number of neurons beside trees: {dict(description)}")
+    known = description.get("kind") in ("fff", *_ROUTERS)
+    if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1 or not known:
+        raise ValueError(f"shared {neurons!r} is not a number of neurons beside leaves: {dict(description)}")
     activation = description.get("shared_activation") or main.get("activation", "gelu")
     return main, {"intermediate_size": neurons, "activation": activation, "bias": True}
 
@@ -204,9 +231,9 @@ def build_feedforward(
     """
     options = complete(description)
     kind = options.pop("kind")
+    if options.get("shared") is not None:
+        return ConvertedFeedforward({"kind": kind, **options}, hidden_size, device=device)
     if kind == "fff":
-        if options["shared"] is not None:
-            return ConvertedFeedforward({"kind": kind, **options}, hidden_size, device=device)
         own = {name: value for name, value in options.items() if name not in ("shared", "shared_activation")}
         return FFF(hidden_size, **own, device=device)
     if kind == "dense":

@@ -209,16 +209,18 @@ def _kind(description: Mapping[str, Any]) -> str:
 def layer_name(description: Mapping[str, Any], hidden: int) -> str:
     """A short name of a description, such as `21x4-gate` or `dense-swiglu 341`."""
     options = dict(complete(description))
-    match options.pop("kind"):
+    kind, beside = options.pop("kind"), f"+{options['shared']}" if options.get("shared") else ""
+    match kind:
         case "none":
             return "none"
         case "dense":
             return f"dense-{options['activation']} {options['intermediate_size']}"
-    if "shared" not in options:  # behind another router than a greedy tree
-        layer = build_feedforward(description, hidden, device="meta")
-        return str(layer.config.name)  # type: ignore[union-attr]
+        case "fff":
+            pass
+        case _:  # behind another router than a greedy tree
+            layer = build_feedforward({"kind": kind, **options, "shared": None}, hidden, device="meta")
+            return str(layer.config.name) + beside  # type: ignore[union-attr]
     own = {key: value for key, value in options.items() if key in TreeConfig.__dataclass_fields__}
-    beside = f"+{options['shared']}" if options["shared"] else ""
     return TreeConfig(in_features=hidden, out_features=hidden, **own).name + beside
 
 

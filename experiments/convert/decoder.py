@@ -1,0 +1,314 @@
+"""Convert a Llama-like decoder in several ways, each distilled with the same recipe and tokens, and compare them.
+
+python experiments/convert/decoder.py tokens GGUF DATA OUT.npy wiki-train-00 ...        shards of DATA/text as tokens
+python experiments/convert/decoder.py layers GGUF TRAIN.npy,.. WORK OUT.json    blocks alone, in many shapes
+python experiments/convert/decoder.py run GGUF TRAIN.npy,.. HELD.npy WORK OUT.json --variants experts-50 narrow-50 ...
+
+Every variant has a process; all share one GPU and take equally many steps. Perplexity is that of HELD, whose articles
+are in no TRAIN. Run again for a second seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from together import by_dense_products, together
+from transformers import AutoModelForCausalLM
+
+import fastff.models  # noqa: F401
+from fastff.convert.capture import capture
+from fastff.convert.distil import Recipe, distil, normaliser, teach_layer
+from fastff.convert.experts import group_neurons, kept_share
+from fastff.convert.latency import best_selection_unexplained
+from fastff.convert.student import build_student, dense_layers, describe_experts, describe_narrow, describe_tree, flops
+from fastff.engine.gguf import Gguf, GgufWeights, configuration
+from fastff.engine.gguf_tokenizer import tokenizer_of
+from fastff.models.families import family_of
+from fastff.models.feedforward import ConvertedFeedforward
+from fastff.report.progress import Progress, silent
+from fastff.text.examples import Examples
+
+LENGTH = 256
+EVALUATION_S = 12.0
+EXPERTS = {  # name: shared, leaves, leaf_width, chosen; at a share of the work, routing included, of 1536 neurons
+    "experts-50-a": (256, 80, 16, 30),
+    "experts-50-b": (512, 64, 16, 14),
+    "experts-50-c": (640, 56, 16, 6),
+    "experts-50-d": (512, 32, 32, 7),
+    "experts-50-e": (384, 288, 4, 72),
+    "experts-50-f": (512, 16, 64, 3),
+    "experts-25-a": (128, 88, 16, 14),
+    "experts-25-b": (256, 80, 16, 6),
+    "experts-25-c": (320, 38, 32, 1),
+    "experts-25-d": (192, 42, 32, 5),
+    "experts-25-e": (192, 21, 64, 2),
+}
+NARROW = {"50": 768, "25": 384}
+TREES = {
+    "trees-50": {"trees": 24, "depth": 4, "leaf_width": 17, "shared": 320},
+    "trees-25": {"trees": 24, "depth": 4, "leaf_width": 9, "shared": 128},
+}
+
+
+def tokens(gguf: Path, data: Path, out: Path, shards: Sequence[str]) -> None:
+    """All documents of some shards, one end-of-text token (0) after each, as uint16."""
+    backend, found = tokenizer_of(Gguf(gguf)).backend_tokenizer, []
+    for shard in shards:
+        text = lzma.decompress((data / f"text/{shard}.txt.xz").read_bytes()).decode()
+        documents = [document for document in text.split("\n\n") if len(document) > 50]
+        for start in range(0, len(documents), 512):
+            for encoded in backend.encode_batch(documents[start : start + 512], add_special_tokens=False):
+                found.append(np.array([*encoded.ids, 0], dtype=np.uint16))
+    np.save(out, np.concatenate(found))
+
+
+def load(gguf: Path, folder: Path | None = None) -> Any:
+    """The model of a GGUF file, or the copy of it that `folder` holds."""
+    if folder is None or not (folder / "config.json").exists():
+        file = Gguf(gguf)
+        config = configuration(file)
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(dict(GgufWeights(file, config).items()), strict=False)
+        model.tie_weights()
+        if folder is not None:
+            model.save_pretrained(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def blocks(paths: str, most: int | None = None) -> Examples:
+    ids = np.concatenate([np.load(path) for path in paths.split(",")])
+    count = min(len(ids) // LENGTH, most or len(ids))
+    return Examples(ids[: count * LENGTH], np.arange(0, count * LENGTH + 1, LENGTH), 0)
+
+
+@torch.no_grad()
+def evaluate(model: Any, held: Examples) -> float:
+    """Perplexity, in the precision of training."""
+    total, count = 0.0, 0
+    for which in held.in_order(16):
+        ids = held.batch(which, model.device)["input_ids"]
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = model(input_ids=ids).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        count += ids[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def sizes_of(variant: str) -> dict[str, int]:
+    return dict(zip(("shared", "leaves", "leaf_width", "chosen"), EXPERTS[variant], strict=True))
+
+
+def describe(dense: Any, variant: str) -> dict[str, Any]:
+    if variant in EXPERTS:
+        return describe_experts(dense, **sizes_of(variant))
+    if variant in TREES:
+        return describe_tree(dense, **TREES[variant])
+    return describe_narrow(dense, NARROW[variant.split("-")[1]])
+
+
+class Student:
+    """One variant in its process: built from captured rows, then distilled."""
+
+    def __init__(self, args: argparse.Namespace, variant: str, seed: int, lr: float) -> None:
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        self.args, self.seed, self.lr = args, seed, lr
+        self.teacher = load(args.gguf, args.work / "model")
+        self.examples, self.held = blocks(args.train), blocks(args.held, args.held_blocks)
+        captured = captured_of(args, self.teacher)
+        dense = dense_layers(self.teacher)
+        descriptions = [describe(layer, variant) for layer in dense]
+        self.student, errors = build_student(
+            self.teacher,
+            descriptions,
+            captured,
+            steps=args.layer_steps,
+            seed=seed,
+            pruned=range(len(dense)) if variant.startswith("pruned") else (),
+        )
+        by_dense_products(self.student)
+        self.row: dict[str, Any] = {
+            "variant": variant,
+            "seed": seed,
+            "lr": lr,
+            "description": descriptions[0],
+            "active": sum(map(flops, dense, descriptions)) / sum(layer.flops_per_row for layer in dense),
+            "unexplained": errors,
+            "layers_s": time.perf_counter() - began,
+        }
+        self.row["before"] = evaluate(self.student, self.held)
+        print(variant, seed, f"{self.row['layers_s']:.0f} s, {self.row['before']:.2f}", np.mean(errors), flush=True)
+        self.state = {name: value.clone() for name, value in self.student.state_dict().items()}
+
+    def recipe(self, steps: int) -> Recipe:
+        rates = {"lr": self.lr, "lr_others": self.args.lr_others, "lr_routers": self.args.lr_routers}
+        return Recipe(steps, self.args.batch, seed=self.seed, **rates)
+
+    def take_steps(self, steps: int, progress: Progress) -> None:
+        recipe = self.recipe(steps)
+        distil(self.student, self.teacher, self.examples, recipe, kind="causal", progress=progress)
+
+    def finish(self, steps: int) -> dict[str, Any]:
+        self.student.load_state_dict(self.state)
+        began = time.perf_counter()
+
+        def note(_: str, done: float, total: float | None = None, note: str = "") -> None:
+            assert total is not None
+            if done % max(1, total // 8) == 0 and done < total:
+                print(f"{self.row['variant']} {done}/{total} {time.perf_counter() - began:.0f} s", flush=True)
+
+        distil(self.student, self.teacher, self.examples, self.recipe(steps), kind="causal", progress=note)
+        after = evaluate(self.student, self.held)
+        print(self.row["variant"], self.seed, f"after {steps} steps: {after:.2f}", flush=True)
+        if self.args.keep is not None and self.row["variant"] in self.args.keep_variants and self.seed == 0:
+            self.student.half().save_pretrained(self.args.keep / self.row["variant"])
+        return {**self.row, "after": after, "tokens": steps * self.args.batch * LENGTH}
+
+
+def layers(args: argparse.Namespace) -> None:
+    """Some blocks' layers taught alone in every shape, a process a block; and what the best neurons would leave."""
+    began = time.time()
+    args.work.mkdir(parents=True, exist_ok=True)
+    captured_of(args, load(args.gguf, args.work / "model"))
+    print(f"captured {time.time() - began:.0f} s", flush=True)
+    with mp.get_context("spawn").Pool(len(args.blocks)) as pool:
+        rows = pool.starmap(one_block, [(args, block) for block in args.blocks])
+    record = {"device": device(), "seconds": time.time() - began, "steps": args.layer_steps, "blocks": rows}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name in rows[0]["variants"]:
+        figures = [row["variants"][name] for row in rows]
+        print(name, " ".join(f"{f['unexplained']:.3f}" for f in figures), figures[0], flush=True)
+    print([row["oracle"] for row in rows])
+
+
+def one_block(args: argparse.Namespace, block: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    teacher = load(args.gguf, args.work / "model")
+    captured = captured_of(args, teacher)[block]
+    layer = dense_layers(teacher)[block]
+    norm = normaliser(teacher, family_of("llama").blocks_of(teacher)[block])
+    x = captured.rows(slice(0, 12288), teacher.device)[0]
+    found: dict[str, Any] = {}
+    for variant in args.variants or [*EXPERTS, *TREES, "narrow-50", "narrow-25"]:
+        start = time.perf_counter()
+        description = describe(layer, variant)
+        module = ConvertedFeedforward(description, x.shape[1]).to(x.device)
+        module.masked_training = True
+        error = teach_layer(module, layer, norm, captured, steps=args.layer_steps)
+        found[variant] = {"active": flops(layer, description) / layer.flops_per_row, "unexplained": error}
+        if variant in EXPERTS:
+            sizes = sizes_of(variant)
+            found[variant] |= kept_share(layer, x[8192:], group_neurons(layer, x[:8192], **sizes), sizes["chosen"])
+        found[variant]["seconds"] = time.perf_counter() - start
+    return {"block": block, "oracle": best_selection_unexplained(teacher, block, captured), "variants": found}
+
+
+def captured_of(args: argparse.Namespace, teacher: Any) -> Any:
+    return capture(teacher, blocks(args.train), args.work, rows=args.rows, batch=32, progress=silent)
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def job_of(args: argparse.Namespace, words: str) -> tuple[Any, ...]:
+    """From NAME, NAME:SEED or NAME:SEED:LR."""
+    name, seed, lr, *_ = [*words.split(":"), "", ""]
+    return args, name, int(seed or 0), float(lr or args.lr)
+
+
+def run(args: argparse.Namespace) -> None:
+    began = time.time()
+    args.work.mkdir(parents=True, exist_ok=True)
+    teacher = load(args.gguf, args.work / "model")
+    examples, held = blocks(args.train), blocks(args.held, args.held_blocks)
+    captured_of(args, teacher)
+    reference: dict[str, Any] = {
+        "model": args.gguf.name,
+        "dense": evaluate(teacher, held),
+        "device": device(),
+        "torch": torch.__version__,
+        "tokens": examples.tokens,
+        "held_tokens": held.tokens,
+        "settings": {
+            name: getattr(args, name) for name in ("rows", "layer_steps", "batch", "lr", "lr_others", "lr_routers")
+        },
+    }
+    print(json.dumps(reference), f"{time.time() - began:.0f} s", flush=True)
+    del teacher
+
+    def finished(rows: list[dict[str, Any]]) -> None:
+        record = {**reference, "seconds": time.time() - began, "variants": rows}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    jobs = [job_of(args, job) for job in args.variants]
+    rows = together(jobs, Student, seconds=args.seconds, deadline=began + args.limit - EVALUATION_S, finished=finished)
+    for row in sorted(rows, key=lambda row: (row["variant"], row["seed"])):
+        print(
+            row["variant"],
+            row["seed"],
+            row["lr"],
+            f"{row['active']:.3f} {row['before']:.2f} -> {row['after']:.2f}",
+            flush=True,
+        )
+    if len(rows) < len(jobs):
+        raise SystemExit(f"{len(jobs) - len(rows)} of {len(jobs)} variants failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("tokens")
+    for name in ("gguf", "data", "out"):
+        made.add_argument(name, type=Path)
+    made.add_argument("shards", nargs="+")
+    ran = commands.add_parser("run")
+    ran.add_argument("gguf", type=Path)
+    ran.add_argument("train")
+    ran.add_argument("held")
+    ran.add_argument("work", type=Path)
+    ran.add_argument("out", type=Path)
+    ran.add_argument("--variants", nargs="+", required=True, help="NAME, NAME:SEED or NAME:SEED:LR")
+    ran.add_argument("--seconds", type=float, default=1500.0, help="of the joint distillation, all variants at once")
+    ran.add_argument("--limit", type=float, default=1e9, help="seconds of the whole command: fewer steps are taken")
+    alone = commands.add_parser("layers")
+    alone.add_argument("gguf", type=Path)
+    alone.add_argument("train")
+    alone.add_argument("work", type=Path)
+    alone.add_argument("out", type=Path)
+    alone.add_argument("--blocks", type=int, nargs="*", default=[2, 14, 27])
+    alone.add_argument("--variants", nargs="*")
+    for both in (ran, alone):
+        both.add_argument("--rows", type=int, default=40_960)
+        both.add_argument("--layer-steps", type=int, default=100)
+    ran.add_argument("--batch", type=int, default=32)
+    ran.add_argument("--held-blocks", type=int, default=400)
+    ran.add_argument("--lr", type=float, default=6e-4)
+    ran.add_argument("--lr-others", type=float, default=2e-4)
+    ran.add_argument("--lr-routers", type=float, default=Recipe.lr_routers)
+    ran.add_argument("--keep", type=Path, help="folder for the students of --keep-variants, in half precision")
+    ran.add_argument("--keep-variants", nargs="*", default=[])
+    args = parser.parse_args()
+    if args.command == "tokens":
+        tokens(args.gguf, args.data, args.out, args.shards)
+    elif args.command == "layers":
+        layers(args)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Another public model beside the converted one: its metric and its times, in the same report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastff.convert.conversion_settings import ConversionSettings
+from fastff.convert.dense_model import load_dense
+from fastff.convert.engine_latency import ENGINES, EngineTimes
+from fastff.convert.latency import WHOLE, model_us, place_of
+from fastff.convert.quality import measures_of
+from fastff.errors import CheckpointError
+from fastff.models.kinds import Kind
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A model that is not converted, loaded before the long work. Metrics are those of the tables that were given: a
+    perplexity is of its own tokens, and so none is told of text that is kept aside."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    kind: Kind
+
+    @classmethod
+    def of(cls, name: str, kind: Kind) -> Beside:
+        """Raises CheckpointError for a model that cannot be loaded or is of another kind."""
+        model, tokenizer, found = load_dense(name)
+        if found != kind:
+            raise CheckpointError(f"beside {name} is a model of the kind {found}, expected {kind}")
+        return cls(name, model, tokenizer, kind)
+
+    def figures(self, settings: ConversionSettings, work: Path) -> dict[str, Any]:
+        """Name, the metric on every table, and milliseconds at every shape."""
+        sizes = {"max_length": settings.max_length, "max_tokens": settings.max_tokens}
+        measures = measures_of(self.kind, self.tokenizer, settings.tables, work / "beside", **sizes)
+        scores = [measure(self.model) for measure in measures.values()]
+        seconds = WHOLE * settings.timing_s
+        if settings.time_on in ENGINES:
+            times = EngineTimes(self.model, str(settings.time_on), settings.shapes, seconds).whole(None)
+        else:
+            model = self.model.to(place_of(self.model, settings.time_on))
+            times = tuple(model_us({"": model}, shape, seconds)[""] for shape in settings.shapes)
+        return {"model": self.name, "scores": scores, "latency_ms": [us / 1e3 for us in times]}
