@@ -19,11 +19,13 @@ from fastff.errors import FastffError
 COMMANDS = (
     ("bench", "bench_command:bench", "Time conditional layers beside the fastest dense layers of this machine."),
     ("convert", "convert_command:convert", "Make a trained dense model conditional, and report what that changes."),
-    ("demo", "demo_command:demo", "Train a small model with trees beside its dense twin; write a report."),
+    ("demo", "demo_command:demo", "Search, generate, time a layer and show routes, beside dense twins."),
+    ("explore", "explore_command:explore", "Write a page that shows which leaves every token of a text takes."),
     ("export", "export_command:export", "Write a model for inference without PyTorch."),
     ("generate", "generate_command:generate", "Stream text from an exported model, with its tokens a second."),
     ("glue", "train_commands:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
     ("pretrain", "train_commands:pretrain", "Pretrain a language model on your text."),
+    ("serve", "serve_command:serve", "Serve a model over HTTP, as OpenAI's clients ask for it."),
     ("variants", "train_commands:variants", "List the feedforward layers of a preset and what a token costs in each."),
 )
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from fastff.cli.console import console
-from fastff.demo import Settings
+from fastff.demo import DemoSettings
 
 
-def demo(settings: Settings | None = None, *, restart: bool = False) -> int:
-    """Train a small UltraFastBERT, its dense twin and baselines on bundled novels; write a report.
+def demo(settings: DemoSettings | None = None) -> int:
+    """Search novels, generate text, time a layer and show routes, beside dense twins; write a page."""
+    from fastff.demo.demo_page import run_demo
 
-    Ctrl-C leaves a partial report. Run the same command again to resume.
-
-    Parameters
-    ----------
-    restart
-        Discard an earlier run in the same directory.
-    """
-    from fastff.demo.run import run_demo
-
-    return run_demo(settings or Settings(), console, restart=restart)
+    return run_demo(settings or DemoSettings(), console)

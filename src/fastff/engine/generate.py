@@ -121,26 +121,47 @@ class Engine:
 
 
 def pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """Text of tokens as soon as it is certain: a character may need several of them.
-
-    before: the tokens that these continue; what joins two words, or none, shows in their text together only.
-    """
-    context, pending = list(before[-1:]), list[int]()
+    """Text of tokens as soon as it is certain: a character may need several of them. before: as `TokenText`'s."""
+    text = TokenText(tokenizer, before)
     for token in tokens:
-        pending.append(token)
-        text = _continued(tokenizer, context, pending)
-        if text and not text.endswith("\ufffd"):
-            yield text
-            context, pending = pending, []
-    if pending:
-        yield _continued(tokenizer, context, pending)
+        if piece := text.add(token):
+            yield piece
+    if rest := text.rest():
+        yield rest
 
 
-def _continued(tokenizer: Any, context: list[int], pending: list[int]) -> str:
-    """What `pending` adds to the text of `context`."""
-    known: str = tokenizer.decode(context, clean_up_tokenization_spaces=False) if context else ""
-    text: str = tokenizer.decode(context + pending, clean_up_tokenization_spaces=False)
-    return text[len(known) :]
+class TokenText:
+    """The text of tokens that come one by one. Tokens are read beside the one before them: what joins two words, or
+    none, shows in their text together only.
+
+    before: the tokens that these continue
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(before[-1:])  # whose text is out
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """What is certain now; empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._before, self._pending = self._pending, []
+        return text
+
+    def rest(self) -> str:
+        """What is left at the end, complete or not."""
+        return self._text() if self._pending else ""
+
+    def _text(self) -> str:
+        before = len(self._decoded(self._before))
+        return self._decoded(self._before + self._pending)[before:]
+
+    def _decoded(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+        return text
 
 
 def load(folder: str | Path, *, map: bool = False) -> Engine:
