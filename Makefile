@@ -95,4 +95,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc 
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-report
+	rm -rf $(VENV) build dist demo-report train-tiny-report

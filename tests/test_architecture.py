@@ -149,7 +149,7 @@ def test_retired_names_stay_away():
     shims = {SOURCE / name for name in RULES["shims"].split()}
     pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("experiments/**/*.md")]
     scripts = [path for folder in ("benchmarks", "experiments", "tools") for path in (root / folder).rglob("*.py")]
-    retired = re.compile(rf"(?i)(?<![a-z-])({'|'.join(RULES['retired-names'].split())})(?![a-z])")
+    retired = re.compile(rf"(?i)(?<![a-z/-])({'|'.join(RULES['retired-names'].split())})(?![a-z])")
     found = [
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in {*FILES, *CORE, *scripts, *pages} - shims - {root / "CHANGELOG.md"}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 import shutil
 import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,9 @@ from fastff import models
 from fastff.engine import extension, openvino
 from fastff.errors import BackendUnavailable, CheckpointError, FileError
 from fastff.models.feedforward import build_feedforward
+from fastff.serve import encoder_backends
+from fastff.serve.batcher import Tokens
+from serve_cases import tokenizer
 
 ov = pytest.importorskip("openvino", reason="the export needs the package openvino")
 pytest.importorskip("nncf", reason="weights in int8 need the package nncf")
@@ -158,15 +164,23 @@ def test_bf16_is_openvinos_own_choice(saved, exported):
     assert relative(got, want.last_hidden_state) < 0.03
 
 
-def test_the_command_exports_a_classifier(tmp_path):
+def test_the_command_exports_a_classifier(tmp_path, monkeypatch, capsys):
     model = small_bert(BertForSequenceClassification, ("published", None), num_labels=3)
     model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
     done = invoke(["export", tmp_path / "model", "--to", "openvino", "--weights", "fp32", "--out", tmp_path / "ir"])
     assert done.exit_code == 0, done.output
     ids, mask, want = padded(model, [9, 4])
     got = openvino.read(tmp_path / "ir")(input_ids=ids.numpy(), attention_mask=mask.numpy())
     assert relative(got, want.logits) < 0.03
     assert json.loads((tmp_path / "ir" / openvino.RECORD).read_text())["output"] == "logits"
+    served = encoder_backends.open_openvino(tmp_path / "ir", threads=1)
+    batch = [Tokens(row[on.bool()].tolist()) for row, on in zip(ids, mask, strict=True)]
+    assert relative(served.compute(batch), want.logits) < 0.03
+    monkeypatch.setattr(sys, "argv", ["openvino_runtime", str(tmp_path / "ir"), "w1 w2"])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "openvino_runtime.py"), run_name="__main__")
+    assert "4 tokens, output (1, 3)" in capsys.readouterr().out
+    assert (served.kind, served.labels) == ("classifier", ["LABEL_0", "LABEL_1", "LABEL_2"])
 
 
 def test_what_cannot_be_exported_is_said(saved, tmp_path, monkeypatch):

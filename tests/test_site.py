@@ -53,7 +53,7 @@ def test_every_command_is_in_the_reference():
     from fastff.cli.reference_page import command_reference
 
     text = command_reference()
-    for name in ("bench", "convert", "demo", "glue", "pretrain"):
+    for name in ("bench", "convert", "demo", "explore", "export", "generate", "glue", "pretrain", "serve"):
         assert f"## fastff {name}" in text
     assert "`--active FLOAT`: Largest share" in text
 
@@ -64,3 +64,10 @@ def test_columns_of_docstrings_become_lists(monkeypatch):
     text = "A layer.\n\ndepth   decisions from root\n        to leaf\ntrees   how many\n\nRaises ShapeError."
     wanted = "A layer.\n\n- `depth`: decisions from root\n  to leaf\n- `trees`: how many\n\nRaises ShapeError."
     assert as_list(text) == wanted
+
+
+def test_pages_say_the_version_that_they_describe(pages):
+    import fastff
+
+    config = pages.on_config(type("Config", (), {})())
+    assert config.copyright == f"fastff {fastff.__version__}"

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def outside() -> Iterator[tuple[str, str]]:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             yield name, f"log/{name}"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Every page says which version of the package it describes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.copyright = f"{project['name']} {project['version']}"
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -37,7 +37,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/quality.md": training.QUALITY,
     "models/README.md": {"pair": training.pair_table},
-    "docs/convert.md": {name: convert.TABLES[name] for name in ("convert-minilm", "convert-latency")},
+    "docs/convert.md": {
+        name: convert.TABLES[name]
+        for name in ("convert-decoder", "convert-experts", "convert-minilm", "convert-latency")
+    },
     f"{INTEL.relative_to(ROOT)}/NOTES.md": {
         "goals-cpu": cpu.goals,
         "threads-cpu": cpu.threads,

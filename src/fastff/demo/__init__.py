@@ -1,5 +1,5 @@
-"""`fastff demo`: a few minutes on a CPU that show what the layer is worth, baselines included, and write a report."""
+"""`fastff demo`: a few minutes on a CPU that show what works, beside its dense twin, on one page."""
 
-from fastff.demo.settings import Settings
+from fastff.demo.demo_settings import DemoSettings
 
-__all__ = ["Settings"]
+__all__ = ["DemoSettings"]

@@ -1,4 +1,4 @@
-"""The stages of the demo, in order. Each is skipped when `results.json` already holds what it finds out."""
+"""The stages of a run, in order. Each is skipped when `results.json` already holds what it finds out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastff import bench
 from fastff.bench.cpu_report import best_of
 from fastff.bench.workloads import BERT, BERT_BASE, label
-from fastff.demo import settings as sizes
-from fastff.demo import training
-from fastff.demo.authors import bag_of_words, score
 from fastff.demo.data import Corpus, manifest
-from fastff.demo.demo_report import write_report
-from fastff.demo.explain import fill
-from fastff.demo.settings import Settings, Variant
-from fastff.demo.store import DemoError, Store
-from fastff.demo.summary import missing_parts, summarise
-from fastff.demo.terminal import print_summary
 from fastff.inspect import collect
 from fastff.machine import commit, machine
 from fastff.ops import available_backends
 from fastff.timing import seconds_of
 from fastff.train.interrupt import Stop
+from train_tiny import settings as sizes
+from train_tiny import training
+from train_tiny.authors import bag_of_words, score
+from train_tiny.explain import fill
+from train_tiny.report_page import write_report
+from train_tiny.settings import Settings, Variant
+from train_tiny.store import RunError, Store
+from train_tiny.summary import missing_parts, summarise
+from train_tiny.terminal import print_summary
 
 SPEED_ROWS = (1, 128, 1024)
 SPEED_PROVIDERS = ("torch eager", "torch.compile", "torch packed", "onnxruntime", "openvino", "fastff", "fastff C")
@@ -44,8 +44,8 @@ MIN_STEPS = 20
 QUICK_STEPS = {"start": 24, "pretrain": 24, "finetune": 12}
 
 
-def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> int:
-    """Run, or go on with, the demo; returns the exit code: 0 finished, 130 interrupted with a partial report, 1 failed.
+def run_stages(settings: Settings, console: Console, *, restart: bool = False) -> int:
+    """Run, or go on with, a run; returns the exit code: 0 finished, 130 interrupted with a partial report, 1 failed.
 
     Writes `results.json` and `index.html` into `settings.out`.
     """
@@ -54,7 +54,7 @@ def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> 
         with stop.watching():
             store = Store(settings.out, settings.identity, restart=restart)
             try:
-                Demo(settings, store, console, stop).run()
+                Run(settings, store, console, stop).run()
             except KeyboardInterrupt:
                 console.print("\ninterrupted: writing what there is", style="yellow")
                 conclude(store, console)
@@ -62,7 +62,7 @@ def run_demo(settings: Settings, console: Console, *, restart: bool = False) -> 
                 return stop.exit_status
             conclude(store, console)
             return 0
-    except DemoError as error:
+    except RunError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 1
 
@@ -78,7 +78,7 @@ def conclude(store: Store, console: Console) -> None:
     console.print(f"wrote {path} and {store.out / 'results.json'}")
 
 
-class Demo:
+class Run:
     """One run. Every method that measures finds its text in `corpus` and leaves its numbers in `store.results`."""
 
     def __init__(self, settings: Settings, store: Store, console: Console, stop: Stop) -> None:
@@ -293,7 +293,7 @@ class Demo:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         state = self.store.load_state(name)
         if state is None:
-            raise DemoError(f"{self.store.state / name}.pt is missing: `--restart` begins again")
+            raise RunError(f"{self.store.state / name}.pt is missing: `--restart` begins again")
         weights: dict[str, torch.Tensor] = state["model"]
         return weights
 

@@ -15,26 +15,26 @@ SCHEMA = 1
 REMEDY = "`--restart` begins again"
 
 
-class DemoError(FastffError):
-    """The demo cannot go on; the message says why and what to do."""
+class RunError(FastffError):
+    """The run cannot go on; the message says why and what to do."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, a crash or a full disk finds the old content or the new, never a part.
 
-    Raises DemoError when it cannot be written; the old file is then untouched.
+    Raises RunError when it cannot be written; the old file is then untouched.
     """
     try:
         write_bytes(path, content)
     except FileError as error:
-        raise DemoError(str(error)) from error
+        raise RunError(str(error)) from error
 
 
 class Store:
     """The folder of one run.
 
     results   what `results.json` holds; `save()` writes it
-    Raises DemoError for a folder that cannot be written, results that cannot be read or that belong to another run.
+    Raises RunError for a folder that cannot be written, results that cannot be read or that belong to another run.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
@@ -72,48 +72,48 @@ class Store:
         try:
             write_torch(self.state / f"{name}.pt", state)
         except FileError as error:
-            raise DemoError(str(error)) from error
+            raise RunError(str(error)) from error
 
     def load_state(self, name: str) -> dict[str, Any] | None:
-        """A saved state, None if there is none. Raises DemoError if it cannot be read."""
+        """A saved state, None if there is none. Raises RunError if it cannot be read."""
         path = self.state / f"{name}.pt"
         if not path.is_file():
             return None
         try:
             state: dict[str, Any] = read_torch(path, needs={}, remedy=REMEDY)
         except FileError as error:
-            raise DemoError(str(error)) from error
+            raise RunError(str(error)) from error
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             content: dict[str, Any] = read_json(path, needs={}, remedy=REMEDY)
             if content.get("schema") != SCHEMA:
-                raise DemoError(f"{path} is not of this version of the demo; {REMEDY}")
+                raise RunError(f"{path} is not of this version; {REMEDY}")
             with reading(path, REMEDY):
                 restored(dict, content.get("settings"), "settings")
                 restored(float, content.get("seconds_used", 0.0), "seconds_used")
         except FileError as error:
-            raise DemoError(str(error)) from error
+            raise RunError(str(error)) from error
         return content
 
     def _check(self, identity: dict[str, Any]) -> None:
         before = self.results["settings"]
         if before != identity:
-            raise DemoError(
+            raise RunError(
                 f"{self.out} holds a run with {_words(before)}, this one asks for {_words(identity)}: "
                 "`--restart` begins again, `--out` names another folder"
             )
 
     def _forget(self) -> None:
-        """Remove what a run of the demo wrote, and nothing else."""
+        """Remove what a run wrote, and nothing else."""
         try:
             if self.state.is_dir():
                 shutil.rmtree(self.state)
             for name in ("results.json", "index.html"):
                 (self.out / name).unlink(missing_ok=True)
         except OSError as error:
-            raise DemoError(f"cannot remove the earlier run in {self.out}: {error.strerror or error}") from error
+            raise RunError(f"cannot remove the earlier run in {self.out}: {error.strerror or error}") from error
 
 
 def _words(settings: dict[str, Any]) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastff.demo.settings import VARIANTS
-from fastff.demo.terminal import speed_pair
 from fastff.inspect.picture import STYLE, Box, draw_path, draw_scale, draw_tree
 from fastff.report import svg
 from fastff.report.axis import Axis
 from fastff.report.chart import Panel, Row, Series, Value, chart, rows_chart
+from train_tiny.settings import VARIANTS
+from train_tiny.terminal import speed_pair
 
 # Colour and dashes of each variant.
 LOOKS = {

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastff.demo import settings as sizes
 from fastff.demo.data import Corpus, Sentences, pad
-from fastff.demo.settings import Variant
-from fastff.demo.store import Store
 from fastff.layers import FFF
 from fastff.models import (
     DenseFeedforward,
@@ -27,6 +24,9 @@ from fastff.text.examples import batches_by_length
 from fastff.text.windows import IGNORED
 from fastff.train.interrupt import Stop
 from fastff.train.schedule import triangle
+from train_tiny import settings as sizes
+from train_tiny.settings import Variant
+from train_tiny.store import Store
 
 Batch = dict[str, Tensor]
 CHECKPOINT_SECONDS = 10.0

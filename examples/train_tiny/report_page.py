@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastff.demo import charts
-from fastff.demo.store import write_atomic
-from fastff.demo.summary import missing_parts
-from fastff.demo.terminal import gap_words, percent, speed_pair
 from fastff.report import pages
+from train_tiny import charts
+from train_tiny.store import write_atomic
+from train_tiny.summary import missing_parts
+from train_tiny.terminal import gap_words, percent, speed_pair
 
 Found = dict[str, Any]
 
 
 def write_report(out: Path, results: Found) -> Path:
-    """Write the page; returns its path. Parts that a run did not reach are left out and named. Raises DemoError."""
+    """Write the page; returns its path. Parts that a run did not reach are left out and named. Raises RunError."""
     path = out / "index.html"
     write_atomic(path, render(results).encode())
     return path
@@ -35,7 +35,8 @@ def render(results: Found) -> str:
     gaps = results.get("summary", {}).get("recovered_gap", {}).values()
     unclear = bool(gaps) and all(gap["value"] is None for gap in gaps)
     return pages.render(
-        "demo.html",
+        "report.html",
+        templates=Path(__file__).parent,
         missing=missing_parts(results),
         quality=_quality(results),
         nothing_to_recover=unclear,

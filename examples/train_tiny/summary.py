@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
-from fastff.demo.settings import DENSE, VARIANTS
 from fastff.train import compare
+from train_tiny.settings import DENSE, VARIANTS
 
 STAGES = {
     "speed": "layer speed",

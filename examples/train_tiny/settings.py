@@ -1,4 +1,4 @@
-"""What a run of the demo is: its sizes, the feedforwards it compares, and what may be chosen from outside."""
+"""What a run is: its sizes, the feedforwards it compares, and what may be chosen from outside."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ MASKED_SENTENCE = "The old man was standing by [MASK] window, and he said [MASK]
 class Settings:
     """What the user chooses. Raises ValueError for a time or seed that cannot be."""
 
-    out: Path = Path("demo-report")
+    out: Path = Path("train-tiny-report")
     """Directory of the report."""
     seconds: float = 270.0
     """Seconds that the whole run may take, at least 60."""
