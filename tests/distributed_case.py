@@ -1,8 +1,9 @@
-"""What each process of the test of several runs: twenty steps of pretraining, copies of the weights on each; two steps
-with the weights in shards, written as a sharded checkpoint; a router whose load both share.
+"""What processes of tests run. Each of several: twenty steps of pretraining, copies of the weights on each; two steps
+with the weights in shards, written as a sharded checkpoint; a router whose load both share. One alone: it is killed.
 """
 
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -77,3 +78,14 @@ def member(rank: int, processes: int, port: int, out: Path, text: Path) -> None:
     # On a busy machine a process that takes the group apart is aborted by torch's own threads, about one time in ten:
     # everything is written by now.
     os._exit(0)
+
+
+def killed_after(step: int, threads: int, out: Path, text: Path) -> None:
+    """Pretraining whose process the system kills after a step."""
+
+    def progress(stage: str, done: float, total: float | None = None, note: str = "") -> None:
+        if note.startswith(f"step {step},"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(threads)
+    pretrain(small(out, text), progress=progress)

@@ -1,4 +1,5 @@
-"""Two processes on the CPU do what one does: the loss curve, the leaf counts, a sharded checkpoint on one process."""
+"""Two processes on the CPU do what one does: the loss curve, the leaf counts, a sharded checkpoint on one process. A
+run goes on bit for bit after its process was killed."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed_case import make, make_router, member, two_steps
+from distributed_case import killed_after, make, make_router, member, two_steps
 from fastff.errors import TrainingError
+from fastff.train import saving
 from fastff.train.layer_training import LayerTraining
 from fastff.train.pretrain import pretrain
 from training_cases import small, write_text
@@ -23,15 +25,18 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+# A server that imports Transformers once forks the processes.
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["fastff.train.pretrain"])
+
+
 @pytest.fixture(scope="module")
 def two(text, tmp_path_factory):
     """The folder that two processes left."""
     out = tmp_path_factory.mktemp("two")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    start = multiprocessing.get_context("forkserver")  # imports Transformers once for both
-    start.set_forkserver_preload(["fastff.train.pretrain"])
-    group = [start.Process(target=member, args=(rank, 2, port, out, text)) for rank in range(2)]
+    group = [START.Process(target=member, args=(rank, 2, port, out, text)) for rank in range(2)]
     for process in group:
         process.start()
     for process in group:
@@ -90,3 +95,22 @@ def test_sharding_where_it_cannot_be(text, tmp_path):
         pretrain(small(tmp_path, text, fsdp=True))
     with pytest.raises(TrainingError, match="not made for fsdp"):
         small(tmp_path, text, fsdp=True, layer=LayerTraining(level_lr_scale=0.5))
+
+
+def test_a_killed_run_goes_on_bit_for_bit(text, tmp_path):
+    whole = pretrain(small(tmp_path / "whole", text))
+    out = tmp_path / "run"
+    process = START.Process(target=killed_after, args=(5, torch.get_num_threads(), out, text))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -9
+    assert saving.last_checkpoint(out).name == "checkpoint-3"
+    (out / saving.PARTIAL / "checkpoint-5").mkdir(parents=True)  # and it was saving when it died
+    resumed = pretrain(small(out, text))
+    assert resumed["curve"] == whole["curve"]
+    assert resumed["valid_loss"] == whole["valid_loss"]
+    ours, theirs = (
+        torch.load(folder / "checkpoint-8" / "optimizer.pt", weights_only=True) for folder in (out, tmp_path / "whole")
+    )
+    assert all(torch.equal(a["exp_avg"], theirs["state"][key]["exp_avg"]) for key, a in ours["state"].items())
+    assert not (out / saving.PARTIAL).exists()

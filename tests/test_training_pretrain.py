@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, replace
@@ -73,36 +72,6 @@ def test_it_learns(objective, text, tmp_path):
     assert record["valid_loss"] < record["curve"][0][1] - 0.3
     auto = AutoModelForCausalLM if objective == "causal" else AutoModelForMaskedLM
     auto.from_pretrained(tmp_path / "model")
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path}
-from fastff.train.pretrain import pretrain
-from training_cases import small
-import os, signal
-def progress(stage, done, total=None, note=""):
-    if note.startswith("step {step},"):
-        os.kill(os.getpid(), signal.SIGKILL)
-pretrain(small(Path({out!r}), Path({text!r})), progress=progress)
-"""
-
-
-def test_a_killed_run_goes_on_bit_for_bit(whole, text, tmp_path):
-    record, finished = whole
-    out = tmp_path / "run"
-    code = KILLED.format(path=[str(Path(__file__).parent)], step=5, out=str(out), text=str(text))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
-    assert saving.last_checkpoint(out).name == "checkpoint-3"
-    (out / saving.PARTIAL / "checkpoint-5").mkdir(parents=True)  # and it was saving when it died
-    resumed = pretrain(small(out, text))
-    assert resumed["curve"] == record["curve"]
-    assert resumed["valid_loss"] == record["valid_loss"]
-    ours, theirs = (torch.load(o / "checkpoint-8" / "optimizer.pt", weights_only=True) for o in (out, finished))
-    assert all(torch.equal(a["exp_avg"], theirs["state"][key]["exp_avg"]) for key, a in ours["state"].items())
-    assert not (out / saving.PARTIAL).exists()
 
 
 def test_pieces_make_the_same_run(whole, text, tmp_path):
