@@ -90,9 +90,15 @@ def damage(path: Path, count: int, *, seed: int) -> Iterator[int]:
     """Put each of `mutations` into a file in turn; the file is whole again afterwards."""
     whole = path.read_bytes()
     for number, damaged in enumerate(mutations(whole, count, seed=seed)):
-        path.write_bytes(damaged)
+        put(path, damaged)
         yield number
-    path.write_bytes(whole)
+    put(path, whole)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file anew: writing over one waits for the disk, on a file system that guards what it held."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 def error_of(call: Callable[[], Any]) -> Exception | None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import fastff
 from conftest import make_layer, make_rows
 from fastff.ops.library import ABI_VERSION, find_library
+from fuzzing import put
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "c"
@@ -299,7 +300,7 @@ def test_no_damaged_file_disturbs_it(saved, checked_program):
                     damaged[at:at] = damaged[at : at + generator.randint(1, 20)]
                 case _:
                     damaged[at] ^= 1 << generator.randrange(8)
-        path.write_bytes(damaged)
+        put(path, damaged)
         done = execute(checked_program, path, rows="1 2 3 4 5 6 7")
         assert done.returncode in (0, 1), done.stderr
         assert bool(done.stderr) == (done.returncode == 1)

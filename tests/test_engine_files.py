@@ -35,7 +35,7 @@ from fastff.errors import CheckpointError, FastffError
 from fastff.io import write_tensors
 from fastff.ops.native_encoder import NativeEncoder
 from fastff.ops.native_model import NativeModel, NativeSession
-from fuzzing import altered, damage, error_of
+from fuzzing import altered, damage, error_of, put
 
 MUTATIONS = 2000
 HALF = 2**-11  # relative error of a number in half precision
@@ -298,7 +298,7 @@ class TestModelFile:
         return (exported("llama")[2] / MODEL_FILE).read_bytes()
 
     def opened(self, path, raw):
-        path.write_bytes(raw)
+        put(path, raw)
         return NativeModel(path, map=False)
 
     def with_header(self, old, new):

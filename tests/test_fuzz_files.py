@@ -36,7 +36,7 @@ from fastff.text.reading import documents
 from fastff.text.tokenizer import SPECIALS, Vocabulary, load_tokenizer, train_tokenizer, wrap
 from fastff.text.tokens import Tokens
 from fastff.train import saving
-from fuzzing import damage, error_of, mutations
+from fuzzing import damage, error_of, mutations, put
 from train_tiny.store import RunError, Store
 
 MUTATIONS = 2000
@@ -87,7 +87,7 @@ def test_a_layer_with_any_value_of_its_description_replaced(kind, tmp_path):
             header = json.loads(whole[8 : 8 + size])
             header["__metadata__"][name] = value
             text = json.dumps(header).encode()
-            path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+            put(path, len(text).to_bytes(8, "little") + text + whole[8 + size :])
             error = error_of(lambda: fastff.load(path))
             assert error is None or (isinstance(error, CheckpointError) and str(path) in str(error)), (name, value)
 
@@ -308,7 +308,7 @@ def test_an_interrupted_gpu_benchmark(tmp_path, monkeypatch):
 
     def load():
         # Damage may make it another device's record, which a run replaces.
-        path.write_bytes(path.read_bytes() or whole)
+        put(path, path.read_bytes() or whole)
         gpu_run._resume(Gpu(), tmp_path, settings)
 
     assert fuzz(path, load, 17) > MUTATIONS // 4

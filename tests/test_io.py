@@ -18,7 +18,7 @@ import torch
 
 from fastff import io
 from fastff.errors import CheckpointError, FileError, TrainingError
-from fuzzing import error_of, mutations
+from fuzzing import error_of, mutations, put
 
 WRITERS = {
     "bytes": lambda path, k: io.write_bytes(path, b"x" * k),
@@ -115,7 +115,7 @@ def test_a_changed_file_gives_content_or_a_file_error(kind, tmp_path):
     path = tmp_path / "file"
     write(path)
     for damaged in mutations(path.read_bytes(), 400, seed=5):
-        path.write_bytes(damaged)
+        put(path, damaged)
         error = error_of(lambda: read(path))
         assert error is None or (isinstance(error, FileError) and str(path) in str(error)), damaged
 
