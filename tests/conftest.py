@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -28,6 +29,7 @@ SANITIZED = "libasan" in os.environ.get(
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     triton_interpreter.quicken()
 
+gc.disable()  # until the imports are over, of which little is garbage
 INTERPRETER_TEST = "test_the_kernels_under_the_interpreter"
 _interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
 
@@ -35,6 +37,8 @@ _interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin the kernels' tests in Triton's interpreter, a fifth of the suite's time, on another core than the rest; the
     test that reports them waits for them. Of several workers the one that gets that test begins them then."""
+    gc.freeze()
+    gc.enable()
     if "PYTEST_XDIST_WORKER" in os.environ or session.config.option.collectonly:
         return
     if any(item.name == INTERPRETER_TEST for item in session.items):
@@ -138,6 +142,14 @@ def tile_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_garbage() -> None:
+    """Full collections, which Accelerate, the compiler and the benchmark ask for, take a second over the objects of
+    imported packages: they pass over what was there before a file's tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
