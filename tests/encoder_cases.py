@@ -50,6 +50,9 @@ WIDE_EXPERTS = {
     "node_output": False,
     "activation": "swiglu",
 }
+# All leaves of a row are chosen: no route flips by what other layers round.
+GELU_EXPERTS = {"kind": "flat", "leaves": 3, "k": 3, "leaf_width": 40, "activation": "gelu", "bias": True}
+RELU_EXPERTS = {"kind": "flat", "leaves": 2, "k": 2, "leaf_width": 72, "activation": "relu", "bias": True}
 _BERT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 96,
@@ -96,6 +99,9 @@ MODELS = {
     "converted": lambda: fastff_models.make_converted(bert(), [{**TREES, "shared": 24}, None]),
     "converted-experts": lambda: fastff_models.make_converted(
         bert(hidden_size=128), [{**WIDE_EXPERTS, "shared": 24}, WIDE_EXPERTS]
+    ),
+    "converted-biased-experts": lambda: fastff_models.make_converted(
+        bert(hidden_size=128), [{**GELU_EXPERTS, "shared": 24, "shared_activation": "gelu"}, RELU_EXPERTS]
     ),
     "converted-none": lambda: fastff_models.make_converted(bert(), [FLAT, {"kind": "none"}]),
 }

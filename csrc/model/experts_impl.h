@@ -13,6 +13,7 @@
 #include "layer/activations.h"
 #include "layer/scratch.h"
 #include "model/experts.h"
+#include "model/fast_gelu.h"
 #include "model/linear_rows_impl.h"
 
 namespace fastff {
@@ -92,13 +93,25 @@ struct ExpertRoom {
   }
 };
 
+// What the i-th neuron of a block gives; x: what the 32 rows of w_in of the block give.
+struct GatedNeurons {
+  static constexpr int64_t kNeurons = 16;  // of a block
+  static float value(const float* x, int64_t i) { return Silu::value(x[i]) * x[16 + i]; }
+};
+template <class Activation>
+struct PlainNeurons {
+  static constexpr int64_t kNeurons = 32;
+  static float value(const float* x, int64_t i) { return Activation::value(x[i]); }
+};
+
+template <class Neurons>
 class ExpertNeurons {
  public:
   explicit ExpertNeurons(const ExpertCall& call) : c_(call), s_(call.shape) {
     ExpertRoom& room = ExpertRoom::local();
     stride_ = s_.hidden % 1024 ? s_.hidden : s_.hidden + kLine;  // else a tile's rows would lie in few sets of the cache
     x_ = room.x.at_least(kTileRows * stride_);
-    sums_ = room.sums.at_least(kTileRows * 2 * s_.neurons);
+    sums_ = room.sums.at_least(kTileRows * s_.in_rows());
     values_ = room.values.at_least(s_.neurons);
   }
 
@@ -111,7 +124,7 @@ class ExpertNeurons {
       gather(at, n);
       shape_tiles(n, kTileInputs, shaped_);
       products(c_.in + group.leaf * s_.in_bytes());
-      for (int64_t r = 0; r < n; ++r) finish(group.leaf, at + r, sums_ + r * 2 * s_.neurons);
+      for (int64_t r = 0; r < n; ++r) finish(group.leaf, at + r, sums_ + r * s_.in_rows());
     }
   }
 
@@ -121,9 +134,9 @@ class ExpertNeurons {
   }
 
   void products(const int8_t* w) {
-    const int64_t apart = 2 * kTileOutputs * s_.hidden, tiles = s_.hidden / kTileInputs, width = 2 * s_.neurons;
+    const int64_t apart = kBlockRows * s_.hidden, tiles = s_.hidden / kTileInputs, width = s_.in_rows();
     for (int64_t b = 0; b < s_.blocks(); b += kMostBlocks, w += kMostBlocks * apart) {
-      int32_t* sums = sums_ + b * 32;
+      int32_t* sums = sums_ + b * kBlockRows;
       switch (std::min<int64_t>(kMostBlocks, s_.blocks() - b)) {
         case 1: block_sums<1>(x_, stride_, w, apart, tiles, ahead_, sums, width); break;
         case 2: block_sums<2>(x_, stride_, w, apart, tiles, ahead_, sums, width); break;
@@ -135,14 +148,14 @@ class ExpertNeurons {
   // The factors of one item.
   void finish(int64_t leaf, int64_t position, const int32_t* sums) {
     const float of_x = c_.x.scale[c_.visits.row(position)], gate = c_.gate[c_.visits.item[position]];
-    const float *in = c_.scale_in + leaf * 2 * s_.neurons, *out = c_.scale_out + leaf * s_.neurons;
+    const float *in = c_.scale_in + leaf * s_.in_rows(), *bias = c_.b_in + leaf * s_.in_rows();
+    const float* out = c_.scale_out + leaf * s_.neurons;
     float* v = values_;
-    for (int64_t b = 0; b < s_.neurons; b += 16, sums += 32, in += 32)
-      for (int64_t i = 0; i < 16; ++i) {
-        const float a = static_cast<float>(sums[i]) * (of_x * in[i]);
-        const float value = static_cast<float>(sums[16 + i]) * (of_x * in[16 + i]);
-        v[b + i] = Silu::value(a) * value * (gate * out[b + i]);
-      }
+    for (int64_t b = 0; b < s_.neurons; b += Neurons::kNeurons, sums += kBlockRows, in += kBlockRows, bias += kBlockRows) {
+      alignas(64) float x[kBlockRows];
+      for (int64_t i = 0; i < kBlockRows; ++i) x[i] = static_cast<float>(sums[i]) * (of_x * in[i]) + bias[i];
+      for (int64_t i = 0; i < Neurons::kNeurons; ++i) v[b + i] = Neurons::value(x, i) * (gate * out[b + i]);
+    }
     const uint32_t bits = largest_bits(v, s_.neurons, Unsmoothed{});
     float largest;
     std::memcpy(&largest, &bits, sizeof bits);
@@ -166,10 +179,19 @@ class ExpertNeurons {
   FetchedAhead ahead_;
 };
 
-void expert_neurons(const ExpertCall& call, int64_t begin, int64_t end) {
-  ExpertNeurons neurons(call);
+template <class Neurons>
+void neurons_of_groups(const ExpertCall& call, int64_t begin, int64_t end) {
+  ExpertNeurons<Neurons> neurons(call);
   for (int64_t g = begin; g < end; ++g) neurons.group(call.groups[g], g + 1 < end ? call.groups + g + 1 : nullptr);
   _tile_release();
+}
+
+void expert_neurons(const ExpertCall& call, int64_t begin, int64_t end) {
+  switch (call.shape.activation) {
+    case FASTFF_SWIGLU: return neurons_of_groups<GatedNeurons>(call, begin, end);
+    case FASTFF_RELU: return neurons_of_groups<PlainNeurons<Relu>>(call, begin, end);
+    default: return neurons_of_groups<PlainNeurons<FastGelu>>(call, begin, end);
+  }
 }
 
 // ---- factors to y ----
@@ -198,11 +220,11 @@ class ExpertOutputs {
     int64_t tile = begin;
     for (; tile + kColumnTiles <= end; tile += kColumnTiles) {
       sum<kColumnTiles>(factors, w + tile * tile_bytes_, sums);
-      add<kColumnTiles>(at, n, tile, sums);
+      add<kColumnTiles>(leaf, at, n, tile, sums);
     }
     for (; tile < end; ++tile) {
       sum<1>(factors, w + tile * tile_bytes_, sums);
-      add<1>(at, n, tile, sums);
+      add<1>(leaf, at, n, tile, sums);
     }
   }
 
@@ -234,11 +256,17 @@ class ExpertOutputs {
   }
 
   template <int C>
-  void add(int64_t at, int64_t n, int64_t tile, const int32_t* sums) {
+  void add(int64_t leaf, int64_t at, int64_t n, int64_t tile, const int32_t* sums) {
+    const float* bias = c_.b_out ? c_.b_out + leaf * s_.hidden + tile * kTileOutputs : nullptr;
     for (int64_t r = 0; r < n; ++r, sums += C * kTileOutputs) {
       const float scale = c_.scale[at + r];
       float* y = c_.y + c_.visits.row(at + r) * s_.hidden + tile * kTileOutputs;
-      for (int64_t i = 0; i < C * kTileOutputs; ++i) y[i] += static_cast<float>(sums[i]) * scale;
+      if (!bias) {
+        for (int64_t i = 0; i < C * kTileOutputs; ++i) y[i] += static_cast<float>(sums[i]) * scale;
+        continue;
+      }
+      const float gate = c_.gate[c_.visits.item[at + r]];
+      for (int64_t i = 0; i < C * kTileOutputs; ++i) y[i] += static_cast<float>(sums[i]) * scale + gate * bias[i];
     }
   }
 
