@@ -191,7 +191,7 @@ def test_files_and_configurations_keep_the_paths(tmp_path):
 
 
 def test_compiled_and_exported_as_in_eager_mode():
-    layer, x = make(dtype=torch.float32), make_rows(9, 12, dtype=torch.float32)
+    layer, x = make(depth=2, dtype=torch.float32), make_rows(9, 12, dtype=torch.float32)
     with torch.no_grad():
         want = layer(x)
         compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 READERS = 16
+SEEN = 4  # results between two writes: enough that readers meet all weights, while others read in the next write
 
 
 def check_whole(layer: nn.Module, x: Tensor, whole: list[Tensor], writes: Iterable[Callable[[], object]]) -> None:
@@ -37,7 +38,7 @@ def check_whole(layer: nn.Module, x: Tensor, whole: list[Tensor], writes: Iterab
                 for write in writes:
                     write()
                     before = results()
-                    while results() < before + READERS and not any(reader.done() for reader in readers):
+                    while results() < before + SEEN and not any(reader.done() for reader in readers):
                         time.sleep(0)
             finally:
                 done.set()
