@@ -13,7 +13,7 @@ demo: setup
 
 # Two processes of one thread each: with more, each waits for the other's threads.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests of the C++ core against a build of it that stops at the first error of memory or undefined behaviour. Leaks of
 # the interpreter would drown the core's, so they are not looked for here.

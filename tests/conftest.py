@@ -34,6 +34,14 @@ INTERPRETER_TEST = "test_the_kernels_under_the_interpreter"
 _interpreter = pytest.StashKey[tuple["subprocess.Popen[bytes]", IO[bytes]]]()
 
 
+LONG = ("test_triton.py", "test_openvino", "test_convert", "test_training", "test_models_converted", "test_train_tiny")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest begin first, so that of several workers none waits for another's at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONG))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin the kernels' tests in Triton's interpreter, a fifth of the suite's time, on another core than the rest; the
     test that reports them waits for them. Of several workers the one that gets that test begins them then."""
