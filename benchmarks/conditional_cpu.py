@@ -1,6 +1,7 @@
 """Conditional layers on the CPU beside the fastest dense int8 layer: fp32, bf16 and int8, few rows and many.
 
 python benchmarks/conditional_cpu.py --out benchmarks/results/<machine> [--layer 36x5-leaf4,...] [--rows 1,128]
+python benchmarks/conditional_cpu.py --out benchmarks/results/<machine> --training --layer 36x5-leaf4 --rows 4096
 
 Each layer is the C function on packed weights, called through ctypes. The dense layers are SwiGLU of OpenVINO and ONNX
 Runtime in int8: one of 2,048 neurons, which is BERT-base's feedforward in size, and one that stores as many weights as
@@ -8,7 +9,8 @@ the conditional layer. Every output is checked against float64 before anything i
 turns in one process. A model has several layers, and so do those measured here: a sample goes through them untimed for
 20 ms at most, then as many whole times as fill 20 ms. All are sampled until each has had its timed seconds, and at
 least five times. Microseconds a row are medians, low and high the quarters. Cells already in the file are replaced,
-others stay.
+others stay. With --training: forward and backward of the layer in fp32, to x and all weights, beside the same of
+PyTorch for a dense SwiGLU layer that stores as many weights.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from torch import Tensor
 import fastff
 from fastff.bench import onnx_models
 from fastff.bench.cpu_providers import ERROR_LIMITS, PROVIDERS, onnxruntime_calls, openvino_calls
-from fastff.bench.timed_layers import DenseLayer, expected, make_layer
+from fastff.bench.timed_layers import DenseLayer, expected, make_layer, train_step
 from fastff.bench.workloads import DenseConfig
 from fastff.conditional import ConditionalFeedforward
 from fastff.io import write_json
@@ -52,6 +55,7 @@ MODELS = {"openvino int8": onnx_models.static_int8, "onnxruntime int8": onnx_mod
 VISITED = {1: 16, 8: 16}  # layers in turn, by rows of a call; 12 of others
 POOL_ROWS = 4096  # different rows that the calls go through
 LEAST_SAMPLES = 5
+CHECKED_ROWS = 64  # of a training step's gradient
 SAMPLE_SECONDS, REST_SECONDS = 0.02, 0.005  # after a rest, threads of other pools have stopped spinning
 
 
@@ -155,6 +159,27 @@ def conditional_contestant(name: str, precision: str, x: Tensor) -> Contestant:
     return Contestant(name, precision, calls, error)
 
 
+def training_contestants(name: str, x: Tensor) -> list[Contestant]:
+    """Forward and backward in fp32: the layer in its native kernels, and PyTorch's dense layer of as many weights."""
+    torch.manual_seed(0)
+    conditional = build_feedforward(LAYERS[name][0], WIDTH)
+    assert isinstance(conditional, ConditionalFeedforward | fastff.FFF)
+    neurons, few = LAYERS[name][2], x[:CHECKED_ROWS]
+    found = []
+    for of, layer in (
+        (name, conditional),
+        (f"dense-{neurons}", make_layer(DenseConfig(WIDTH, neurons, "swiglu"), 0, seed=0)),
+    ):
+        exact = deepcopy(layer).double()
+        if isinstance(exact, ConditionalFeedforward | fastff.FFF):
+            exact.backend = "eager" if isinstance(exact, ConditionalFeedforward) else "reference"
+        step = train_step(layer, list(layer.parameters()))
+        wanted = train_step(exact, list(exact.parameters()))(few.double())
+        error = relative_error(step(few), wanted, of, "fp32")
+        found.append(Contestant(of, "fp32 training", [step], error))
+    return found
+
+
 def relative_error(got: Tensor, exact: Tensor, name: str, precision: str) -> float:
     error = float((got.double() - exact).norm() / exact.norm())
     if not error <= ERROR_LIMITS[precision]:
@@ -162,13 +187,15 @@ def relative_error(got: Tensor, exact: Tensor, name: str, precision: str) -> flo
     return error
 
 
-def measure(contestants: list[Contestant], rows: int, threads: int, seconds: float) -> list[Cell]:
+def measure(
+    contestants: list[Contestant], rows: int, threads: int, seconds: float, training: bool = False
+) -> list[Cell]:
     """All in turn, until each has had so many timed seconds in at least LEAST_SAMPLES samples."""
     x = torch.randn(max(POOL_ROWS, rows), WIDTH)
     plain = [x[at : at + rows] for at in range(0, len(x), rows)]
     pools = {"torch": plain, "numpy": [part.numpy() for part in plain]}
     left = dict.fromkeys(contestants, seconds)
-    with torch.inference_mode():
+    with torch.inference_mode(not training):
         for contestant in contestants:  # the first sample finds memory to be had and caches to be filled
             contestant.sample(pools[contestant.pool], rows)
             contestant.us.clear()
@@ -195,18 +222,23 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="timed seconds of a cell, where five samples take no longer"
     )
+    parser.add_argument("--training", action="store_true", help="forward and backward in fp32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = options.out / "conditional_cpu.json"
     kept = [Cell(**cell) for cell in json.loads(path.read_text())["cells"]] if path.exists() else []
     names = options.layer.split(",")
-    models = {n: dense_models(n) for n in dict.fromkeys((SMALL, *(LAYERS[name][2] for name in names)))}
+    neurons = () if options.training else dict.fromkeys((SMALL, *(LAYERS[name][2] for name in names)))
+    models = {n: dense_models(n) for n in neurons}
     for rows in map(int, options.rows.split(",")):
         torch.manual_seed(1)
         x = torch.randn(rows, WIDTH)
-        contestants = [c for neurons, made in models.items() for c in dense_contestants(neurons, made, x)]
-        contestants += [conditional_contestant(name, p, x) for name in names for p in LAYERS[name][1]]
-        cells = measure(contestants, rows, options.threads, options.seconds)
+        if options.training:
+            contestants = [c for name in names for c in training_contestants(name, x)]
+        else:
+            contestants = [c for neurons, made in models.items() for c in dense_contestants(neurons, made, x)]
+            contestants += [conditional_contestant(name, p, x) for name in names for p in LAYERS[name][1]]
+        cells = measure(contestants, rows, options.threads, options.seconds, options.training)
         for cell in cells:
             print(f"{cell.layer:14} {cell.precision:17} {rows:5} rows {cell.us:8.2f} us a row "
                   f"({cell.low_us:.2f}-{cell.high_us:.2f}), error {cell.error:.0e}", flush=True)  # fmt: skip

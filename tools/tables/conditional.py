@@ -12,6 +12,7 @@ from fastff.report.numbers import three_digits, times_faster
 SMALL = 2048  # neurons of the dense layer that every layer is compared with
 ALIKE = {"36x5-leaf4": 4980, "8x4-leaf16": 2048, "96x32-top3": 3104, "256x12-paths8": 3104, "1x11": 2730}
 ROWS = (1, 8, 32, 128, 1024)
+TRAINING = "fp32 training"
 
 Cell = dict[str, Any]
 
@@ -25,7 +26,7 @@ def layers() -> str:
     rows = []
     for threads in (1, 2):
         for layer, precision in dict.fromkeys((c["layer"], c["precision"]) for c in run["cells"]):
-            if layer in ALIKE:
+            if layer in ALIKE and precision != TRAINING:
                 measured = [_cell(cells, layer, precision, threads, n) for n in ROWS]
                 rows.append((f"{layer} {precision}", threads, *measured))
         for neurons in sorted({SMALL, *ALIKE.values()}):
@@ -36,7 +37,22 @@ def layers() -> str:
     head = ["layer", "threads", *(f"{n} row{'s' * (n > 1)}" for n in ROWS)]
     machine = run["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "onnxruntime", "openvino"))
-    return f"{markdown_table(head, rows)}\n\n{machine['cpu']}; {versions}."
+    return f"{markdown_table(head, rows)}\n\n{_training(cells)}{machine['cpu']}; {versions}."
+
+
+def _training(cells: dict[tuple[Any, ...], Cell]) -> str:
+    """A sentence for each layer whose forward and backward were measured."""
+    text = ""
+    for (layer, precision, threads, rows), cell in cells.items():
+        if layer not in ALIKE or precision != TRAINING:
+            continue
+        dense = cells[f"dense-{ALIKE[layer]}", TRAINING, threads, rows]["us"]
+        text += (
+            f"Forward and backward in fp32, {rows:,} rows, {'one thread' if threads == 1 else f'{threads} threads'}: "
+            f"{layer} {three_digits(cell['us'])} us a row, PyTorch's dense SwiGLU layer of {ALIKE[layer]:,} neurons "
+            f"{three_digits(dense)}: {times_faster(dense / cell['us'])}.\n\n"
+        )
+    return text
 
 
 def _cell(cells: dict[tuple[Any, ...], Cell], layer: str, precision: str, threads: int, rows: int) -> str:
