@@ -16,6 +16,12 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    MPNetModel,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -76,6 +82,17 @@ def distilbert(cls=DistilBertModel):
     return cls(DistilBertConfig(vocab_size=VOCABULARY, **sizes))
 
 
+def mpnet(cls=MPNetModel):
+    return cls(MPNetConfig(**{**_BERT, "max_position_embeddings": 102}))
+
+
+def modernbert(cls=ModernBertModel, **changes):
+    """Three layers: all tokens, a window, all; other angles in the window."""
+    sizes = {**_BERT, "num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 20}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
+    return cls(ModernBertConfig(**{**sizes, **ids, **changes}))
+
+
 def ours(feedforward, cls=UltraFastBertModel, **changes):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 100}
     return cls(UltraFastBertConfig(vocab_size=VOCABULARY, head_dim=24, feedforward=feedforward, **sizes, **changes))
@@ -86,6 +103,8 @@ MODELS = {
     "bert-of-wide-heads": lambda: bert(hidden_size=192, num_attention_heads=2),
     "roberta": roberta,
     "distilbert": distilbert,
+    "mpnet": mpnet,
+    "modernbert": modernbert,
     "ours-dense": lambda: ours({"kind": "dense", "intermediate_size": 40, "bias": True}),
     "ours-swiglu": lambda: ours(
         {"kind": "dense", "intermediate_size": 40, "activation": "swiglu"}, attention_bias=True
@@ -109,6 +128,8 @@ HEADS = {
     "bert": lambda: bert(BertForSequenceClassification, num_labels=3),
     "roberta": lambda: roberta(RobertaForSequenceClassification),
     "distilbert": lambda: distilbert(DistilBertForSequenceClassification),
+    "mpnet": lambda: mpnet(MPNetForSequenceClassification),
+    "modernbert": lambda: modernbert(ModernBertForSequenceClassification, num_labels=3, classifier_pooling="mean"),
     "ours": lambda: ours({"kind": "none"}, UltraFastBertForSequenceClassification, num_labels=4),
     "masked": lambda: bert(BertForMaskedLM),
 }

@@ -12,6 +12,9 @@ struct BidirectionalCall {
   const uint16_t* qkv;
   int64_t row_stride, tokens, heads, head_dim;
   float scale;  // of scores, above zero
+  int64_t window;     // positions before and after a query that it attends to; 0: all
+  const float* bias;  // [heads][2 * positions - 1], added to scaled scores: of the key's position minus the query's, from
+  int64_t positions;  // 1 - positions on; or null
   float* out;   // [tokens][heads * head_dim]
 };
 

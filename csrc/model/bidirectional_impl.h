@@ -212,11 +212,12 @@ inline float largest_of(const float* x, int64_t n) {
   return lanes[0];
 }
 
-// exp((scores - largest) * scale) of `tokens` scores, as bfloat16, zeros up to `filled`, a multiple of 16; returns 1 / their
-// sum. scale: above zero.
-inline float soften(float* scores, int64_t tokens, int64_t filled, float scale, uint16_t* to) {
+// exp((scores - largest) * scale) of scores [begin, end), as bfloat16, zeros for the others up to `filled`, a multiple of
+// 16; returns 1 / their sum. scale: above zero.
+inline float soften(float* scores, int64_t begin, int64_t end, int64_t filled, float scale, uint16_t* to) {
   using V = Vec<float>;
-  for (int64_t i = tokens; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < begin; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  for (int64_t i = end; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   const float factor = scale * 1.44269504f, largest = largest_of(scores, filled);
   for (int64_t i = 0; i < filled; ++i) scores[i] = power_of_two((scores[i] - largest) * factor);
   auto total = V::zero();
@@ -227,6 +228,13 @@ inline float soften(float* scores, int64_t tokens, int64_t filled, float scale, 
 
 inline void times_into(const float* __restrict x, float factor, int64_t n, float* __restrict to) {
   for (int64_t i = 0; i < n; ++i) to[i] = x[i] * factor;
+}
+
+// Adds what belongs to the keys' distances from a query to its scores [begin, end), which are not scaled yet.
+inline void add_bias(const BidirectionalCall& call, int64_t head, int64_t query, int64_t begin, int64_t end, float* scores) {
+  const float* bias = call.bias + head * (2 * call.positions - 1) + call.positions - 1 + begin - query;
+  const float inverse = 1 / call.scale;
+  for (int64_t i = begin; i < end; ++i) scores[i] += *bias++ * inverse;
 }
 
 void attend_head(const BidirectionalCall& call, int64_t head) {
@@ -247,8 +255,12 @@ void attend_head(const BidirectionalCall& call, int64_t head) {
     copy_rows(call, query, first, filled, queries);
     times_tiles(queries, filled, keys, positions / kHeadTile, filled / 2, scores, positions);
     float inverse[kHeadTile];
-    for (int64_t r = 0; r < n; ++r)
-      inverse[r] = soften(scores + r * positions, call.tokens, positions, call.scale, weights + r * positions);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t at = first + r, begin = call.window > 0 ? std::max<int64_t>(0, at - call.window) : 0;
+      const int64_t end = call.window > 0 ? std::min(call.tokens, at + call.window + 1) : call.tokens;
+      if (call.bias) add_bias(call, head, at, begin, end, scores + r * positions);
+      inverse[r] = soften(scores + r * positions, begin, end, positions, call.scale, weights + r * positions);
+    }
     std::memset(weights + n * positions, 0, (kHeadTile - n) * positions * sizeof *weights);
     times_tiles(weights, positions, values, columns / kHeadTile, positions / 2, sums, columns);
     for (int64_t r = 0; r < n; ++r) times_into(sums + r * columns, inverse[r], d, call.out + (first + r) * width + head * d);

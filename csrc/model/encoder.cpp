@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/bf16.h"
 #include "base/checks.h"
 #include "base/threads.h"
 #include "model/bidirectional.h"
@@ -24,7 +25,7 @@ constexpr int64_t kGrainRows = 32;   // whose norms are worth another thread
 // What one thread needs between products; kept from call to call.
 struct Workspace {
   std::vector<uint16_t> qkv;  // bfloat16
-  std::vector<float> context, normed, neurons, conditional;
+  std::vector<float> wide, context, normed, neurons, conditional;
   QuantisedRows numbers;
 
   static Workspace& local() {
@@ -55,7 +56,26 @@ void product(const Dense& dense, const float* x, int64_t rows, int bits, const E
   multiply(dense.matrix, numbers, epilogue, y, threads);
 }
 
+inline void add_to(const float* __restrict x, int64_t n, float* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += x[i];
+}
+
 }  // namespace
+
+// Queries and keys by their positions, and all as bfloat16.
+void Encoder::rotate(const EncoderLayer& layer, const Group& group, float* qkv, uint16_t* narrow) const {
+  const int64_t hidden = shape_.hidden, head_dim = hidden / shape_.heads, half = head_dim / 2;
+  const int64_t table = layer.window > 0 ? shape_.positions * half : 0;
+  const auto kernel = row_kernels().rotate;
+  int64_t row = 0;
+  for (int64_t s = 0; s < group.sequences; ++s)
+    for (int64_t i = 0; i < group.lengths[s]; ++i, ++row) {
+      float* of_row = qkv + row * 3 * hidden;
+      const float *cosine = cosines_.data() + table + i * half, *sine = sines_.data() + table + i * half;
+      for (int64_t at = 0; at < 2 * hidden; at += head_dim) kernel(of_row + at, cosine, sine, half);
+      for (int64_t c = 0; c < 3 * hidden; ++c) narrow[row * 3 * hidden + c] = to_bf16(of_row[c]);
+    }
+}
 
 void Encoder::embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const {
   const int64_t hidden = shape_.hidden;
@@ -63,12 +83,12 @@ void Encoder::embed(const int32_t* ids, const int32_t* types, const Group& group
   for (int64_t s = 0; s < group.sequences; ++s)
     for (int64_t i = 0; i < group.lengths[s]; ++i, ++row) {
       const float* word = embedding_ + ids[group.begin + row] * hidden;
-      const float* position = positions_ + (shape_.first_position + i) * hidden;
       float* to = x + row * hidden;
-      for (int64_t c = 0; c < hidden; ++c) to[c] = word[c] + position[c];
+      std::copy_n(word, hidden, to);
+      if (positions_) add_to(positions_ + (shape_.first_position + i) * hidden, hidden, to);
       if (!types_) continue;
       const float* type = types_ + (types ? types[group.begin + row] : 0) * hidden;
-      for (int64_t c = 0; c < hidden; ++c) to[c] += type[c];
+      add_to(type, hidden, to);
     }
   norm_rows(embedding_norm_, x, group.rows, x, threads);
 }
@@ -78,12 +98,15 @@ void Encoder::attention(const EncoderLayer& layer, const Group& group, const flo
   Workspace& w = Workspace::local();
   uint16_t* qkv = Workspace::room(w.qkv, group.rows * 3 * hidden);
   float* context = Workspace::room(w.context, group.rows * hidden);
-  product(layer.qkv, x, group.rows, shape_.activation_bits, layer.qkv.epilogue(), {nullptr, qkv, 3 * hidden}, threads);
+  float* wide = shape_.rotary ? Workspace::room(w.wide, group.rows * 3 * hidden) : nullptr;
+  product(layer.qkv, x, group.rows, shape_.activation_bits, layer.qkv.epilogue(),
+          {wide, wide ? nullptr : qkv, 3 * hidden}, threads);
+  if (wide) rotate(layer, group, wide, qkv);
   std::vector<BidirectionalCall> calls;
   const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
   for (int64_t s = 0, row = 0; s < group.sequences; row += group.lengths[s++])
     calls.push_back({qkv + row * 3 * hidden, 3 * hidden, group.lengths[s], heads, head_dim, scale,
-                     context + row * hidden});
+                     layer.window, bias_, shape_.positions, context + row * hidden});
   const auto attend = bidirectional_kernels().attend;
   parallel(group.sequences * heads, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end;) {
@@ -125,6 +148,7 @@ void Encoder::attend(const EncoderLayer& layer, const Group& group, float* x, in
     norm_rows(layer.attention_norm, x, group.rows, x, threads);
     return;
   }
+  if (layer.attention_norm.features == 0) return attention(layer, group, x, x, threads);
   float* normed = Workspace::room(Workspace::local().normed, group.rows * shape_.hidden);
   norm_rows(layer.attention_norm, x, group.rows, normed, threads);
   attention(layer, group, normed, x, threads);

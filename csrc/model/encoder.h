@@ -22,11 +22,14 @@ struct EncoderShape {
   int64_t first_position;   // row of the positions' table that the first token takes
   int64_t types;            // segments; 0 for none
   int activation_bits;      // 8 or 16, to which a row is rounded before a product, except attention's output: 8
+  bool rotary;              // heads are rotated by position, and no position is added to the embeddings
+  bool distances;           // a bias of the distance from query to key is added to scores
   bool pre_norm;            // norms before attention and feedforward and a last one, else after each
 };
 
 struct EncoderLayer {
-  Norm attention_norm, feedforward_norm;
+  Norm attention_norm, feedforward_norm;  // the first is without features where rows are taken as they are
+  int64_t window = 0;                     // positions before and after a token that it attends to; 0: all
   Dense qkv, out;
   Feedforward feedforward;
 };
@@ -44,6 +47,7 @@ class Encoder {
  private:
   struct Group;  // sequences that pass the layers together
 
+  void rotate(const EncoderLayer& layer, const Group& group, float* qkv, uint16_t* narrow) const;
   void embed(const int32_t* ids, const int32_t* types, const Group& group, float* x, int threads) const;
   void attend(const EncoderLayer& layer, const Group& group, float* x, int threads) const;
   void feed(const EncoderLayer& layer, float* x, int64_t rows, int threads) const;
@@ -54,7 +58,9 @@ class Encoder {
 
   EncoderShape shape_;
   const float* embedding_;  // [vocab_size][hidden]
-  const float* positions_;  // [first_position + positions][hidden]
+  const float* positions_ = nullptr;   // [first_position + positions][hidden]
+  const float* bias_ = nullptr;        // [heads][2 * positions - 1], of distances
+  std::vector<float> cosines_, sines_;  // [2][positions][head_dim / 2], of layers without and with a window
   const float* types_ = nullptr;
   Norm embedding_norm_, norm_;
   std::vector<EncoderLayer> layers_;

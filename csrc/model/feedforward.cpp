@@ -136,7 +136,10 @@ Feedforward load_feedforward(const WeightsFile& file, const Json& settings, cons
   Feedforward made;
   made.activation = static_cast<int32_t>(settings.integer("activation", FASTFF_GELU, FASTFF_ABS));
   if (const int64_t neurons = settings.integer("neurons", 0, kMostInputs)) {
-    made.up = load_dense(file, prefix + "up", neurons, hidden, made.activation == FASTFF_SWIGLU);
+    const bool gated = made.activation == FASTFF_SWIGLU || (settings.find("gated") && settings.flag("gated"));
+    if (gated && made.activation != FASTFF_SWIGLU && made.activation != FASTFF_GELU)
+      refuse(prefix + "up has gates of activation " + std::to_string(made.activation) + ", expected SwiGLU or GELU");
+    made.up = load_dense(file, prefix + "up", neurons, hidden, gated);
     made.down = load_dense(file, prefix + "down", hidden, neurons);
   }
   if (const Json* trees = settings.find("trees")) made.trees.reset(load_trees(file, *trees, conditional, hidden));

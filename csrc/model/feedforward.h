@@ -35,7 +35,7 @@ struct Feedforward {
   void run_conditional(const float* x, int64_t rows, float* y, int threads) const;
 };
 
-// settings: {"neurons", "activation", and of a conditional one "trees", "routed" or
+// settings: {"neurons", "activation", "gated" where that does not say it, and of a conditional one "trees", "routed" or
 // "grouped"}. prefix: of the tensors' names. Throws
 // std::invalid_argument for tensors that are missing or do not fit.
 // bits: 0, or to which a caller rounds rows who has them for experts too; with 8 one rounding serves `up` and the experts.

@@ -21,13 +21,20 @@ if TYPE_CHECKING:  # a served export needs no Transformers
 
 HEAD_FILE = "head.safetensors"
 _ACTIVATIONS = ("identity", "tanh", "relu", "gelu")
-_POOLINGS: dict[str, Pooling] = {"zero_index": "first", "masked_avg": "mean", "avg": "mean"}
+_POOLINGS: dict[str, Pooling] = {
+    "cls": "first",
+    "mean": "mean",
+    "zero_index": "first",
+    "masked_avg": "mean",
+    "avg": "mean",
+}
 
 # Layers of a head by model type: the module's path and the activation after it. A norm has none.
 _CLASSIFIERS: dict[str, tuple[tuple[str, str], ...]] = {
     "bert": (("base_model.pooler.dense", "tanh"), ("classifier", "identity")),
     "roberta": (("classifier.dense", "tanh"), ("classifier.out_proj", "identity")),
     "distilbert": (("pre_classifier", "relu"), ("classifier", "identity")),
+    "modernbert": (("head.dense", "gelu"), ("head.norm", "identity"), ("classifier", "identity")),
     "ultrafastbert": (("pooler.dense", "tanh"), ("classifier", "identity")),
 }
 _MASKED: dict[str, tuple[tuple[str, str], ...]] = {
@@ -42,9 +49,10 @@ _MASKED: dict[str, tuple[tuple[str, str], ...]] = {
         ("vocab_layer_norm", "identity"),
         ("vocab_projector", "identity"),
     ),
+    "modernbert": (("head.dense", "gelu"), ("head.norm", "identity"), ("decoder", "identity")),
     "ultrafastbert": (("decoder", "identity"),),
 }
-_SAME_AS = {"xlm-roberta": "roberta"}
+_SAME_AS = {"xlm-roberta": "roberta", "mpnet": "roberta"}
 
 
 def pool(hidden: Tensor, lengths: list[int], pooling: Pooling) -> Tensor:
@@ -90,9 +98,13 @@ def write_head(model: Any, kind: Kind, folder: Path) -> HeadFacts | None:
         epsilon = module.eps if isinstance(module, nn.LayerNorm) else None
         layers.append(HeadLayer(activation, epsilon))
     write_tensors(folder / HEAD_FILE, tensors)
-    pooling = _POOLINGS.get(getattr(model.config, "pooler", ""), "first") if kind == "classifier" else None
+    pooling = _POOLINGS.get(_pooler(model.config), "first") if kind == "classifier" else None
     labels = [str(label) for _, label in sorted((model.config.id2label or {}).items())]
     return HeadFacts(pooling, layers, labels if kind == "classifier" else [])
+
+
+def _pooler(config: Any) -> str:
+    return str(getattr(config, "classifier_pooling", None) or getattr(config, "pooler", ""))
 
 
 def _below(model: Any, path: str) -> nn.Module:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastff.engine.smoothing import channel_maxima
 from fastff.engine.stored_modules import (
@@ -28,6 +29,7 @@ class Names:
 
     feedforward  of a block: a module of fastff's where it stands there, else `up` and `down` are the projections
     types        embeddings of segments, None where there are none
+    positions    None: heads are rotated, where `rotary` is set, or the model scales a table of its own
     norm         the last one, of models that normalise before attention and feedforward; None: they normalise after
     """
 
@@ -44,6 +46,8 @@ class Names:
     types: str | None = None
     embedding_norm: str = "embeddings.LayerNorm"
     norm: str | None = None
+    rotary: bool = False
+    distances: str | None = None  # an embedding of buckets of distances, added to scores
 
 
 _BERT = Names(
@@ -78,7 +82,39 @@ _OURS = Names(
     embedding_norm="embeddings.norm",
     norm="final_norm",
 )
-NAMES = {"bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "distilbert": _DISTILBERT, "ultrafastbert": _OURS}
+_MPNET = replace(
+    _BERT,
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    out="attention.attn.o",
+    attention_norm="attention.LayerNorm",
+    types=None,
+    distances="encoder.relative_attention_bias",
+)
+_MODERNBERT = Names(
+    blocks="layers",
+    qkv=("attn.Wqkv",),
+    out="attn.Wo",
+    attention_norm="attn_norm",
+    feedforward_norm="mlp_norm",
+    feedforward="mlp",
+    up="mlp.Wi",
+    down="mlp.Wo",
+    words="embeddings.tok_embeddings",
+    positions=None,
+    embedding_norm="embeddings.norm",
+    norm="final_norm",
+    rotary=True,
+)
+NAMES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "distilbert": _DISTILBERT,
+    "mpnet": _MPNET,
+    "modernbert": _MODERNBERT,
+    "ultrafastbert": _OURS,
+}
+_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")  # whose table's rows up to the padding's are not for tokens
 
 
 @dataclass(frozen=True)
@@ -127,41 +163,77 @@ def describe(model: Any, *, activation_bits: int = 8) -> Described:
 def _embeddings(base: Any, config: Any, names: Names, tensors: Tensors) -> dict[str, Any]:
     words = base.get_submodule(names.words).weight
     first = 0
-    if names.positions is None:
+    positions = None
+    if names.rotary:
+        tensors["frequencies"] = stored(_frequencies(base, config))
+    elif names.positions is None:
         positions = base.embeddings.position_scale.detach() * base.embeddings.position_table
     else:
         positions = base.get_submodule(names.positions).weight
-        if config.model_type in ("roberta", "xlm-roberta"):  # rows up to the padding's are not for tokens
+        if config.model_type in _AFTER_PADDING:
             first = config.pad_token_id + 1
     types = None if names.types is None else base.get_submodule(names.types).weight
     for name, table in (("embedding", words), ("positions", positions), ("types", types)):
         if table is not None:
             tensors[name] = stored(table)
     tensors |= norm_tensors("embedding_norm", base.get_submodule(names.embedding_norm))
+    count = config.max_position_embeddings if positions is None else len(positions) - first
+    if names.distances is not None:
+        tensors["distances"] = stored(_distance_biases(base, names.distances, count))
     return {
         "vocab_size": len(words),
         "hidden": words.shape[1],
-        "positions": len(positions) - first,
+        "positions": count,
+        "rotary": names.rotary,
+        "distances": names.distances is not None,
+        **_windows(config, names),
         "first_position": first,
         "types": 0 if types is None else len(types),
     }
 
 
+def _frequencies(base: Any, config: Any) -> Tensor:
+    """Radians a position (2, head_dim / 2) of layers that see all tokens, then of those with a window."""
+    kinds = ("full_attention", "sliding_attention")
+    other = next((kind for kind in kinds if config.rope_parameters[kind]["rope_type"] != "default"), None)
+    if other is not None:
+        raise CheckpointError(f"rotation of type {config.rope_parameters[other]['rope_type']!r}, expected 'default'")
+    found = [base.rotary_emb.compute_default_rope_parameters(config, layer_type=kind)[0] for kind in kinds]
+    return torch.stack(found).float()
+
+
+def _windows(config: Any, names: Names) -> dict[str, Any]:
+    """Of each layer how many tokens before and after one it attends to, 0 for all."""
+    if not names.rotary:
+        return {}
+    return {"windows": [0 if kind == "full_attention" else config.sliding_window for kind in config.layer_types]}
+
+
+def _distance_biases(base: Any, path: str, positions: int) -> Tensor:
+    """(heads, 2 * positions - 1): of the key's position minus the query's, from 1 - positions on."""
+    encoder, table = base.get_submodule(path.rpartition(".")[0]), base.get_submodule(path).weight
+    buckets = encoder.relative_position_bucket(torch.arange(1 - positions, positions), num_buckets=len(table))
+    biases: Tensor = table.detach()[buckets].T.contiguous()
+    return biases
+
+
 def _block(block: nn.Module, config: Any, names: Names, to: str, maxima: Maxima, tensors: Tensors) -> dict[str, Any]:
     """Adds a block's tensors; returns the description of its feedforward (`csrc/model/encoder_load.cpp`)."""
     norm = block.get_submodule(names.attention_norm)
-    tensors |= norm_tensors(f"{to}attention_norm", norm)
+    if not isinstance(norm, nn.Identity):
+        tensors |= norm_tensors(f"{to}attention_norm", norm)
     tensors |= dense_tensors(f"{to}qkv", *(block.get_submodule(name) for name in names.qkv), maxima=maxima)
     tensors |= dense_tensors(f"{to}out", block.get_submodule(names.out))
     found = getattr(block, names.feedforward)
     if found is not None:
         last = block.get_submodule(names.feedforward_norm)
-        if last.eps != norm.eps:
-            raise CheckpointError(f"norms with epsilon {norm.eps} and {last.eps}: the engine has one")
+        if last.eps != (epsilon := getattr(norm, "eps", last.eps)):
+            raise CheckpointError(f"norms with epsilon {epsilon} and {last.eps}: the engine has one")
         tensors |= norm_tensors(f"{to}feedforward_norm", last)
     if found is None or isinstance(found, Feedforward):
         return feedforward(found, to, maxima, tensors)
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
+    kinds = (getattr(config, name, None) for name in ("hidden_act", "hidden_activation", "activation"))
+    activation = next((kind for kind in kinds if kind is not None), None)
     if activation not in ACTIVATION_NAMES:
         raise CheckpointError(f"activation {activation!r} is not one of {', '.join(ACTIVATION_NAMES)}")
     up, down = block.get_submodule(names.up), block.get_submodule(names.down)

@@ -26,11 +26,13 @@ Feedforward = FFF | ConditionalFeedforward | ConvertedFeedforward | DenseFeedfor
 def projections(
     up: Any, down: Any, activation: str, to: str, maxima: Maxima, tensors: Tensors, *, form: MatrixForm = "int8"
 ) -> dict[str, Any]:
-    if activation in GATED_ACTIVATIONS and activation != "swiglu":
-        raise CheckpointError(f"gates of kind {activation!r} are not among the engine's: expected 'swiglu'")
-    tensors |= dense_tensors(f"{to}up", up, gated=activation == "swiglu", maxima=maxima, form=form)
+    """Adds two linear layers around an activation, the first of twice as many rows where it has gates."""
+    gated = up.out_features == 2 * down.in_features
+    if (gated or activation in GATED_ACTIVATIONS) and activation not in ("swiglu", "gelu"):
+        raise CheckpointError(f"gates of kind {activation!r} are not among the engine's: expected 'swiglu' or 'gelu'")
+    tensors |= dense_tensors(f"{to}up", up, gated=gated, maxima=maxima, form=form)
     tensors |= dense_tensors(f"{to}down", down, form=form)
-    return {"neurons": down.in_features, "activation": ACTIVATIONS.index(activation)}
+    return {"neurons": down.in_features, "activation": ACTIVATIONS.index(activation), "gated": gated}
 
 
 def feedforward(
