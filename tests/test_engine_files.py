@@ -340,7 +340,7 @@ class TestModelFile:
             (b'"feedforwards"', b'"feedforward_"', "lacks 'feedforwards'"),
             (b'"layers.1.attention_norm.weight"', b'"layers.9.attention_norm.weight"', "layers.1.att.* is missing"),
             (b'"gated":true', b'"gated":null', "not true or false"),
-            (b'"type":"int8"', b'"type":"int2"', "int2, expected int8, int8-groups, int4"),
+            (b'"type":"int8"', b'"type":"int2"', "int2, expected int8, int8-groups, int8-groups64, int4"),
             (b'{"model"', b'{{"model', "not JSON"),
             (b'"tensors"', b'"tensor_"', "lacks 'tensors'"),
         ],

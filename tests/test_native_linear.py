@@ -122,19 +122,22 @@ def grouped_weights(matrix, rows):
     return matrix.multiply(torch.eye(matrix.in_features), bits=16).T.double()[:rows]
 
 
-@pytest.mark.parametrize(("form", "most"), [("int8-groups", 0.006), ("int4", 0.09), ("int4-least", 0.09)])
+@pytest.mark.parametrize(
+    ("form", "most"), [("int8-groups", 0.006), ("int8-groups64", 0.007), ("int4", 0.09), ("int4-least", 0.09)]
+)
 def test_weights_in_groups_are_near_those_given(form, most):
+    group = 64 if form == "int8-groups64" else 32
     weights = make_rows(130, 300, seed=3, dtype=torch.float32)
-    weights[:, 32:64] *= 100  # a group of its own has a scale of its own
-    weights[:, 64:96] = 0
+    weights[:, group : 2 * group] *= 100  # a group of its own has a scale of its own
+    weights[:, 2 * group : 3 * group] = 0
     kept = grouped_weights(PackedMatrix(weights, form=form), 130)
-    assert not kept[:, 64:96].any()
-    for part in (slice(0, 32), slice(32, 64), slice(96, 300)):
+    assert not kept[:, 2 * group : 3 * group].any()
+    for part in (slice(0, group), slice(group, 2 * group), slice(3 * group, 300)):
         assert (kept[:, part] - weights[:, part]).norm() / weights[:, part].norm() < most
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("form", ["int8-groups", "int4", "int4-least"])
+@pytest.mark.parametrize("form", ["int8-groups", "int8-groups64", "int4", "int4-least"])
 def test_products_with_groups(form, gated, tile_isa, threads):
     """Those of the weights that are held, alone and in a batch to the bit, whichever kernel takes the rows."""
     for out_features, in_features in ((1, 1), (66, 96), (130, 300)):

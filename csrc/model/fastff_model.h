@@ -22,7 +22,8 @@ enum fastff_matrix_form {
   FASTFF_ROWS_8 = 0,        /* 8 bits, one fp32 scale to an output row */
   FASTFF_GROUPS_8 = 1,      /* 8 bits, a scale in half precision to every 32 inputs of an output row: GGUF's Q8_0 */
   FASTFF_GROUPS_4 = 2,      /* 4 bits likewise: Q4_0 */
-  FASTFF_GROUPS_4_LEAST = 3 /* 4 bits with a minimum beside the scale: Q4_1 */
+  FASTFF_GROUPS_4_LEAST = 3, /* 4 bits with a minimum beside the scale: Q4_1 */
+  FASTFF_LONG_GROUPS_8 = 4   /* 8 bits, a scale in half precision to every 64 inputs */
 };
 
 typedef struct fastff_matrix {
@@ -38,7 +39,7 @@ FASTFF_API int64_t fastff_matrix_bytes(const fastff_matrix* matrix);
 /* weights: [out_features][in_features]; of a gated matrix all gates, then all values. */
 FASTFF_API int32_t fastff_matrix_pack_f32(const fastff_matrix* matrix, const float* weights, void* packed);
 
-/* The same from GGUF's blocks of the matrix's form, [rows of weights][in_features / 32], whose numbers and scales are kept.
+/* The same from GGUF's blocks of the matrix's form, which is one of those with 32 inputs to a scale, [rows of weights][in_features / 32], whose numbers and scales are kept.
  * in_features is a multiple of 32. */
 FASTFF_API int32_t fastff_matrix_pack_blocks(const fastff_matrix* matrix, const void* blocks, void* packed);
 

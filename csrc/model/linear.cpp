@@ -32,7 +32,7 @@ void QuantisedRows::resize(int64_t new_rows, int64_t new_features, int bits, boo
   bytes = reinterpret_cast<int8_t*>(round_up(reinterpret_cast<intptr_t>(room.data()), kLine));
   if (static_cast<int64_t>(scale.size()) < rows) scale.resize(rows), offset.resize(rows);
   grouped = with_groups;
-  if (grouped && static_cast<int64_t>(group_sums.size()) < rows * groups()) group_sums.resize(rows * groups());
+  if (grouped && static_cast<int64_t>(group_sums.size()) < round_up(rows, kTileRows) * groups()) group_sums.resize(round_up(rows, kTileRows) * groups());
 }
 
 void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t features, const float* factors, int bits,

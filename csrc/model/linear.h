@@ -5,8 +5,9 @@
 // with weights of zero. One layout serves all kernels: four lines of a step feed dot products of four bytes, and 16 steps at
 // a stride of 256 bytes are a tile of AMX.
 //
-// The other forms have a scale to every group of 32 inputs of an output row, in half precision, as GGUF's Q8_0, Q4_0 and Q4_1
-// have it, and so hold such weights as they are. A panel is then its groups one after another: the numbers, [8][64][4]
+// The other forms have a scale to every group of inputs of an output row, in half precision: of 32, as GGUF's Q8_0, Q4_0 and
+// Q4_1 have it, so that they hold such weights as they are, or of 64 (kLongGroups8), as many as a tile of AMX multiplies at
+// once. A panel is then its groups one after another: the numbers, [8 or 16][64][4]
 // unsigned bytes (the weight + 128), or of 4 bits [4][64][4] bytes whose lower halves are the numbers (the weight + 8) of one
 // step, the upper halves those of the next; then 64 scales, and of kGroups4Least 64 minima: a weight is number * scale +
 // minimum. in_features is filled up to whole groups.
@@ -26,11 +27,16 @@ namespace fastff {
 
 constexpr int64_t kPanel = 64;         // output rows of a panel
 constexpr int64_t kInputs = 64;        // in_features are filled up to a multiple of this
-constexpr int64_t kGroup = 32;         // inputs that share a scale
+constexpr int64_t kGroup = 32;         // inputs that share a scale, in all forms but kLongGroups8
 constexpr int64_t kMostInputs = 131072;  // sums of 8-bit products fit 32 bits
 
 // The order is that of enum fastff_matrix_form.
-enum class MatrixForm : int { kRows8, kGroups8, kGroups4, kGroups4Least };
+enum class MatrixForm : int { kRows8, kGroups8, kGroups4, kGroups4Least, kLongGroups8 };
+
+constexpr int64_t group_inputs(MatrixForm form) { return form == MatrixForm::kLongGroups8 ? 2 * kGroup : kGroup; }
+constexpr bool in_bytes(MatrixForm form) {
+  return form == MatrixForm::kRows8 || form == MatrixForm::kGroups8 || form == MatrixForm::kLongGroups8;
+}
 
 // A packed matrix in memory of another owner. A gated one holds pairs of output rows: a panel 32 gates, then their values.
 struct PackedMatrix {
@@ -42,9 +48,10 @@ struct PackedMatrix {
 
   bool grouped() const { return form != MatrixForm::kRows8; }
   int64_t rows() const { return out_features * (gated ? 2 : 1); }  // of the weights
-  int64_t groups() const { return (in_features + kGroup - 1) / kGroup; }
+  int64_t group_inputs() const { return fastff::group_inputs(form); }
+  int64_t groups() const { return (in_features + group_inputs() - 1) / group_inputs(); }
   int64_t group_bytes() const {
-    const int64_t numbers = kGroup * kPanel / (form == MatrixForm::kGroups8 ? 1 : 2);
+    const int64_t numbers = group_inputs() * kPanel / (in_bytes(form) ? 1 : 2);
     return numbers + kPanel * static_cast<int64_t>(sizeof(Half)) * (form == MatrixForm::kGroups4Least ? 2 : 1);
   }
   int64_t panel_outputs() const { return gated ? kPanel / 2 : kPanel; }
@@ -84,8 +91,8 @@ struct QuantisedRows {
   std::vector<int32_t> offset;    // [rows], 128 times the sum of its numbers: what the bytes' offset adds to every sum
 
   bool grouped = false;               // whether these are there:
-  std::vector<int32_t> group_sums;    // [rows][groups], of a group's numbers
-  int64_t groups() const { return (features + kGroup - 1) / kGroup; }
+  std::vector<int32_t> group_sums;    // [rows][groups], of the numbers of 32 inputs; room for 32 rows at least
+  int64_t groups() const { return (features + kInputs - 1) / kInputs * (kInputs / kGroup); }
 
   void resize(int64_t new_rows, int64_t new_features, int bits, bool with_groups);
 };
@@ -98,7 +105,7 @@ void quantise_rows(const float* x, int64_t x_stride, int64_t rows, int64_t featu
 // What becomes of a product before it is stored.
 struct Epilogue {
   const float* bias = nullptr;        // of pack_bias, or null
-  int activation = FASTFF_IDENTITY;   // FASTFF_SWIGLU for a gated matrix
+  int activation = FASTFF_IDENTITY;   // FASTFF_SWIGLU or FASTFF_GELU, of the gates, for a gated matrix
   bool add = false;                   // to what y holds in fp32: the residual
 };
 

@@ -13,7 +13,7 @@ namespace {
 
 PackedMatrix checked(const fastff_matrix* matrix, const void* packed) {
   need(matrix != nullptr, "matrix is NULL");
-  need_in("form", matrix->form, FASTFF_ROWS_8, FASTFF_GROUPS_4_LEAST);
+  need_in("form", matrix->form, FASTFF_ROWS_8, FASTFF_LONG_GROUPS_8);
   const PackedMatrix shape{static_cast<const uint8_t*>(packed), matrix->out_features, matrix->in_features,
                            matrix->gated != 0, static_cast<MatrixForm>(matrix->form)};
   check_matrix(shape);

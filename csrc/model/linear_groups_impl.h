@@ -1,4 +1,4 @@
-// Products with weights in groups of 32 inputs, for the instruction set whose Words<int8_t> and Groups the including file
+// Products with weights in groups of inputs, for the instruction set whose Words<int8_t> and Groups the including file
 // has defined.
 //
 // A row's result adds its groups in ascending order, so that its bits depend neither on the rows beside it nor on which
@@ -14,13 +14,13 @@
 namespace fastff {
 namespace {
 
-constexpr int64_t kGroupSteps = kGroup / 4;  // of four inputs
-constexpr int kMostGroupRows = 3;            // whose sums stay in registers
+constexpr int kMostGroupRows = 3;  // whose sums stay in registers
 
 // Where the parts of a group of a panel are: numbers, then scales of all lanes, then, with a minimum, those.
 template <MatrixForm form>
 struct GroupPlace {
-  static constexpr int64_t numbers = form == MatrixForm::kGroups8 ? kGroupSteps * kStepBytes : kGroupSteps * kStepBytes / 2;
+  static constexpr int64_t steps = group_inputs(form) / 4;  // of four inputs
+  static constexpr int64_t numbers = steps * kStepBytes / (in_bytes(form) ? 1 : 2);
   static constexpr int64_t halves = kPanel * static_cast<int64_t>(sizeof(Half));
   static constexpr int64_t bytes = numbers + (form == MatrixForm::kGroups4Least ? 2 : 1) * halves;
 };
@@ -29,7 +29,7 @@ struct GroupPlace {
 struct GroupRows {
   const int8_t* bytes;
   int64_t stride;         // from one row of bytes to the next
-  const int32_t* sums;    // [rows][sums_stride]: of each group's numbers
+  const int32_t* sums;    // [rows][sums_stride]: of the numbers of every 32 inputs
   int64_t sums_stride;
 };
 
@@ -38,7 +38,8 @@ template <MatrixForm form, int planes, int R, int L>
 class GroupSums {
   using B = Words<int8_t>;
   using G = Groups;
-  static constexpr bool kLeast = form == MatrixForm::kGroups4Least, kBytes = form == MatrixForm::kGroups8;
+  using Place = GroupPlace<form>;
+  static constexpr bool kLeast = form == MatrixForm::kGroups4Least, kBytes = in_bytes(form);
 
  public:
   explicit GroupSums(const GroupRows& x) : x_(x) {
@@ -46,12 +47,23 @@ class GroupSums {
     for (int i = 0; i < R * L * B::parts; ++i) total_[i / (L * B::parts)][i / B::parts % L][i % B::parts] = G::zero();
   }
 
-  // w: the group's first line of these lanes; scales: of these lanes.
-  inline __attribute__((always_inline)) void add(int64_t g, const char* w, const Half* scales) {
+  // w: the group's first line of these lanes; scales: of these lanes. fetched: whether as much as a panel's group is
+  // fetched from `ahead` bytes further.
+  template <bool fetched>
+  inline __attribute__((always_inline)) void add(int64_t g, const char* w, const Half* scales, int64_t ahead) {
     typename B::Acc acc[R][planes][L][B::parts];
     begin(g, acc);
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < kGroupSteps; k += kBytes ? 1 : 2, w += kStepBytes) steps(g * kGroupSteps + k, w, acc);
+    for (int64_t k = 0; k < Place::steps; k += kBytes ? 1 : 2, w += kStepBytes) {
+      if constexpr (fetched) {
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) __builtin_prefetch(w + ahead + l * 64, 0, 2);
+      }
+      steps(g * Place::steps + k, w, acc);
+    }
+    if constexpr (fetched)
+#pragma GCC unroll 4
+      for (int l = 0; l < kScaleLines; ++l) __builtin_prefetch(reinterpret_cast<const char*>(scales) + ahead + l * 64, 0, 2);
 #pragma GCC unroll 3
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -76,7 +88,12 @@ class GroupSums {
   using Accs = typename B::Acc[R][planes][L][B::parts];
   using Lines = typename B::Line[L][B::parts];
 
-  int32_t of_x(int r, int64_t g) const { return x_.sums[r * x_.sums_stride + g]; }
+  static constexpr int kScaleLines = (Place::bytes - Place::numbers) / 64;
+
+  int32_t of_x(int r, int64_t g) const {
+    const int32_t* sums = x_.sums + r * x_.sums_stride;
+    return group_inputs(form) == kGroup ? sums[g] : sums[2 * g] + sums[2 * g + 1];
+  }
 
   // Weights are stored above their value, unless there is a minimum: sums begin at what that adds to them.
   inline __attribute__((always_inline)) void begin(int64_t g, Accs& acc) const {
@@ -138,11 +155,10 @@ inline void group_panel(const uint8_t* panel, const GroupRows& x, int64_t groups
     GroupSums<form, planes, R, kLines> sums(x);
     const uint8_t* group = panel;
     for (int64_t g = 0; g < groups; ++g, group += Place::bytes) {
-      if (ahead > 0 && line == 0)
-#pragma GCC unroll 40
-        for (int64_t at = 0; at < Place::bytes; at += 64) __builtin_prefetch(group + ahead + at, 0, 2);
-      sums.add(g, reinterpret_cast<const char*>(group) + line * 64,
-               reinterpret_cast<const Half*>(group + Place::numbers) + line * 16);
+      const char* w = reinterpret_cast<const char*>(group) + line * 64;
+      const Half* scales = reinterpret_cast<const Half*>(group + Place::numbers) + line * 16;
+      if (ahead > 0 && line == 0) sums.template add<true>(g, w, scales, ahead);
+      else sums.template add<false>(g, w, scales, 0);
     }
     sums.store(y + line * 16);
   }

@@ -23,7 +23,6 @@ namespace {
 // ---- from sums to y ----
 
 constexpr int64_t kFinishedRows = 32;  // whose sums are finished together at most
-constexpr int64_t kLineLanes = 16;
 
 // A product: all but which part of it.
 struct Product {
@@ -101,7 +100,8 @@ inline void finish_values(const Product& o, const PanelHalf& half, int64_t first
   const int64_t numbers = rows * kBlockLanes;
   const float* out = changed;
   if (o.matrix.gated) {
-    map_value<Silu>(v, changed, numbers);
+    if (o.epilogue.activation == FASTFF_GELU) map_value<FastGelu>(v, changed, numbers);
+    else map_value<Silu>(v, changed, numbers);
     for (int64_t at = 0; at < numbers; at += kBlockLanes)
       for (int64_t i = 0; i < kLineLanes; ++i) changed[at + i] *= v[at + kLineLanes + i];
   } else if (o.epilogue.activation == FASTFF_GELU) {
@@ -155,11 +155,16 @@ void panel_by_dots(const Product& o, int64_t number) {
 
 // Sums v[rows][2][16] of rows from first_row on with half a panel in groups: times the rows' scales, plus bias, finished.
 inline void finish_groups(const Product& o, const PanelHalf& half, int64_t first_row, int64_t rows, float* v) {
-  float* to = v;
-  for (int64_t r = 0; r < rows; ++r)
-    for (const int64_t lane : half.lanes)
-      for (int64_t i = 0; i < kLineLanes; ++i, ++to)
-        *to = *to * o.x.scale[first_row + r] + (o.epilogue.bias ? o.epilogue.bias[half.panel * kPanel + lane + i] : 0.0f);
+  alignas(64) float bias[kPanel] = {};
+  if (o.epilogue.bias) std::memcpy(bias, o.epilogue.bias + half.panel * kPanel, sizeof bias);
+  float* __restrict to = v;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float scale = o.x.scale[first_row + r];
+    for (const int64_t lane : half.lanes) {
+      for (int64_t i = 0; i < kLineLanes; ++i) to[i] = to[i] * scale + bias[lane + i];
+      to += kLineLanes;
+    }
+  }
   finish_values(o, half, first_row, rows, v);
 }
 
@@ -184,17 +189,16 @@ void panel_by_groups(const Product& o, int64_t number) {
 
 #ifdef __AMX_INT8__
 template <MatrixForm form, int planes>
-void panel_by_group_tiles(const Product& o, int64_t number) {
-  static thread_local Buffer<uint8_t> room;
-  constexpr int64_t kRows = kGroupTileByteRows / planes;
-  alignas(64) float v[kRows * kBlockLanes];
-  const uint8_t* bytes = panel_bytes_of<form>(o.panel(number), o.matrix.groups(), room);
-  for (int64_t h = 0; h < kPanel / kBlockLanes; ++h) {
-    const PanelHalf half = half_of(o.matrix, number, h);
-    for (int64_t r = 0; r < o.x.rows; r += kRows) {
-      const int64_t rows = std::min(kRows, o.x.rows - r);
-      group_tile_block<form, planes>(o.panel(number), bytes, half.lanes, group_rows(o.x, r), rows, o.matrix.groups(), v);
-      finish_groups(o, half, r, rows, v);
+void panels_by_group_tiles(const Product& o, int64_t begin, int64_t end) {
+  static thread_local WidePanel<form> wide;
+  alignas(64) float v[kPanel / kBlockLanes][kGroupTileRows * kBlockLanes];
+  const Tiles tiles{GroupTileShapes(group_inputs(form))};
+  for (int64_t p = begin; p < end; ++p) {
+    wide.read(o.panel(p), o.matrix.groups());
+    for (int64_t r = 0; r < o.x.rows; r += kGroupTileRows) {
+      const int64_t n = std::min(kGroupTileRows, o.x.rows - r);
+      group_tile_block<form, planes>(wide, group_rows(o.x, r), o.matrix.groups(), o.matrix.gated, v[0]);
+      for (int64_t h = 0; h < kPanel / kBlockLanes; ++h) finish_groups(o, half_of(o.matrix, p, h), r, n, v[h]);
     }
   }
 }
@@ -203,11 +207,7 @@ void panel_by_group_tiles(const Product& o, int64_t number) {
 template <MatrixForm form, int planes>
 void panels_by_groups(const Product& o, int64_t begin, int64_t end) {
 #ifdef __AMX_INT8__
-  if (o.x.rows * planes >= kGroupTilesFromByteRows) {
-    const Tiles tiles{GroupTileShapes()};
-    for (int64_t p = begin; p < end; ++p) panel_by_group_tiles<form, planes>(o, p);
-    return;
-  }
+  if (o.x.rows >= kGroupTilesFromRows) return panels_by_group_tiles<form, planes>(o, begin, end);
 #endif
   for (int64_t p = begin; p < end; ++p) panel_by_groups<form, planes>(o, p);
 }
@@ -277,6 +277,7 @@ void multiply_linear(const PackedMatrix& matrix, const QuantisedRows& x, const E
     case MatrixForm::kGroups8: return panels_in_form<MatrixForm::kGroups8>(product, begin, end);
     case MatrixForm::kGroups4: return panels_in_form<MatrixForm::kGroups4>(product, begin, end);
     case MatrixForm::kGroups4Least: return panels_in_form<MatrixForm::kGroups4Least>(product, begin, end);
+    case MatrixForm::kLongGroups8: return panels_in_form<MatrixForm::kLongGroups8>(product, begin, end);
     case MatrixForm::kRows8: break;
   }
 #ifdef __AMX_INT8__

@@ -42,9 +42,11 @@ void pack_rows(const PackedMatrix& shape, const float* weights, uint8_t* to) {
 
 // ---- a scale a group ----
 
+constexpr int64_t kMostGroup = 2 * kGroup;
+
 // A group of one output row: numbers as they are stored, above their value unless there is a minimum.
 struct Group {
-  uint8_t number[kGroup];
+  uint8_t number[kMostGroup];
   Half scale, least;
 };
 
@@ -54,25 +56,25 @@ float finite_half(Half value, const char* what) {
   return wide;
 }
 
-float largest_of(const float* w) {
+float largest_of(const float* w, int64_t n) {
   float largest = 0;
-  for (int64_t i = 0; i < kGroup; ++i) largest = std::fabs(w[i]) > std::fabs(largest) ? w[i] : largest;
+  for (int64_t i = 0; i < n; ++i) largest = std::fabs(w[i]) > std::fabs(largest) ? w[i] : largest;
   return largest;
 }
 
 // Numbers from -most_negative to most_positive, stored above zero.
-void round_group(const float* w, float scale, int most_negative, int most_positive, Group& to) {
+void round_group(const float* w, int64_t n, float scale, int most_negative, int most_positive, Group& to) {
   const float inverse = scale != 0 ? 1 / scale : 0;
-  for (int64_t i = 0; i < kGroup; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const auto number = static_cast<int>(std::lrint(w[i] * inverse));
     to.number[i] = static_cast<uint8_t>(std::clamp(number, -most_negative, most_positive) + most_negative);
   }
 }
 
-Group round8(const float* w) {
+Group round8(const float* w, int64_t n) {
   Group group{};
-  group.scale = to_half(std::fabs(largest_of(w)) / 127);
-  round_group(w, finite_half(group.scale, "the scale"), 128, 127, group);
+  group.scale = to_half(std::fabs(largest_of(w, n)) / 127);
+  round_group(w, n, finite_half(group.scale, "the scale"), 128, 127, group);
   return group;
 }
 
@@ -99,13 +101,13 @@ float fitted(const float* w, const Group& group) {
 
 // Of scales around the one that makes the largest weight -8, each fitted to its numbers, the one of least squared error.
 Group round4(const float* w) {
-  const float largest = largest_of(w);
+  const float largest = largest_of(w, kGroup);
   Group best{};
   double least_error = -1;
   for (int i = 0; i < 13; ++i) {
     Group group{};
     group.scale = to_half(largest / (-8.6f + 0.25f * static_cast<float>(i)));
-    round_group(w, finite_half(group.scale, "the scale"), 8, 7, group);
+    round_group(w, kGroup, finite_half(group.scale, "the scale"), 8, 7, group);
     group.scale = to_half(fitted(w, group));
     const double error = squared_error(w, group);
     if (least_error >= 0 && error >= least_error) continue;
@@ -129,7 +131,7 @@ Group round4_least(const float* w) {
 }
 
 Group rounded_group(MatrixForm form, const float* w) {
-  if (form == MatrixForm::kGroups8) return round8(w);
+  if (in_bytes(form)) return round8(w, group_inputs(form));
   return form == MatrixForm::kGroups4 ? round4(w) : round4_least(w);
 }
 
@@ -157,17 +159,17 @@ Group read_block(MatrixForm form, const uint8_t* block) {
 
 // Where number i of a lane is in a group of a panel: a byte, and of 4 bits the lower or the upper half.
 int64_t place_of(MatrixForm form, int64_t lane, int64_t i) {
-  const int64_t step = i / 4, line = form == MatrixForm::kGroups8 ? step : step / 2;
+  const int64_t step = i / 4, line = in_bytes(form) ? step : step / 2;
   return (line * kPanel + lane) * 4 + i % 4;
 }
-int shift_of(MatrixForm form, int64_t i) { return form != MatrixForm::kGroups8 && i / 4 % 2 ? 4 : 0; }
+int shift_of(MatrixForm form, int64_t i) { return !in_bytes(form) && i / 4 % 2 ? 4 : 0; }
 
 Half* scales_of(const PackedMatrix& shape, uint8_t* group) {
   return reinterpret_cast<Half*>(group + shape.group_bytes()) - kPanel * (shape.form == MatrixForm::kGroups4Least ? 2 : 1);
 }
 
 void place_group(const PackedMatrix& shape, const Group& group, int64_t lane, uint8_t* to) {
-  for (int64_t i = 0; i < kGroup; ++i)
+  for (int64_t i = 0; i < shape.group_inputs(); ++i)
     to[place_of(shape.form, lane, i)] |= static_cast<uint8_t>(group.number[i] << shift_of(shape.form, i));
   Half* scales = scales_of(shape, to);
   scales[lane] = group.scale;
@@ -192,8 +194,9 @@ void pack_groups(const PackedMatrix& shape, uint8_t* to, const F& group) {
 void pack_matrix(const PackedMatrix& shape, const float* weights, uint8_t* to) {
   if (!shape.grouped()) return pack_rows(shape, weights, to);
   pack_groups(shape, to, [&](int64_t row, int64_t g) {
-    float w[kGroup] = {};
-    std::copy_n(weights + row * shape.in_features + g * kGroup, std::min(kGroup, shape.in_features - g * kGroup), w);
+    float w[kMostGroup] = {};
+    const int64_t first = g * shape.group_inputs();
+    std::copy_n(weights + row * shape.in_features + first, std::min(shape.group_inputs(), shape.in_features - first), w);
     return rounded_group(shape.form, w);
   });
 }
@@ -204,6 +207,7 @@ int64_t block_bytes(MatrixForm form) {
 }
 
 void pack_blocks(const PackedMatrix& shape, const uint8_t* blocks, uint8_t* to) {
+  if (shape.form == MatrixForm::kLongGroups8) refuse("groups of 64 inputs have no blocks");
   if (shape.in_features % kGroup)
     refuse("in_features " + std::to_string(shape.in_features) + " of blocks is no multiple of 32");
   pack_groups(shape, to, [&](int64_t row, int64_t g) {
@@ -229,11 +233,12 @@ void unpack_row(const PackedMatrix& matrix, int64_t output, float* to) {
       to[i] = scale * static_cast<float>(panel[(i / 4 * kPanel + lane) * 4 + i % 4] - 128);
     return;
   }
-  const bool bytes = matrix.form == MatrixForm::kGroups8, least = matrix.form == MatrixForm::kGroups4Least;
+  const bool bytes = in_bytes(matrix.form), least = matrix.form == MatrixForm::kGroups4Least;
   for (int64_t i = 0; i < matrix.in_features; ++i) {
-    const uint8_t* group = panel + i / kGroup * matrix.group_bytes();
+    const int64_t in_group = i % matrix.group_inputs();
+    const uint8_t* group = panel + i / matrix.group_inputs() * matrix.group_bytes();
     const Half* scales = scales_of(matrix, const_cast<uint8_t*>(group));
-    int number = group[place_of(matrix.form, lane, i % kGroup)] >> shift_of(matrix.form, i) & (bytes ? 255 : 15);
+    int number = group[place_of(matrix.form, lane, in_group)] >> shift_of(matrix.form, i) & (bytes ? 255 : 15);
     if (!least) number -= bytes ? 128 : 8;
     to[i] = to_float(scales[lane]) * static_cast<float>(number) + (least ? to_float(scales[kPanel + lane]) : 0.0f);
   }

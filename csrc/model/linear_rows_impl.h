@@ -47,16 +47,26 @@ inline float number_range(int64_t features, int planes) {
   return planes == 1 ? 127.0f : static_cast<float>(std::min<int64_t>(32000, 2147483647 / (127 * features) - 1));
 }
 
-// Of every group of a row's numbers the sum.
+// Of every 32 of a row's numbers the sum: products with ones, 64 at a time.
 inline void sum_groups(int64_t row, QuantisedRows& to) {
-  const int8_t* upper = to.bytes + row * to.planes * to.stride;
+  using B = Words<int8_t>;
+  constexpr int kWords = kGroup / 4;
+  constexpr uint32_t kOnes = 0x01010101;
+  const auto ones = B::word(reinterpret_cast<const char*>(&kOnes));
+  const char* bytes = reinterpret_cast<const char*>(to.bytes + row * to.planes * to.stride);
   int32_t* sums = to.group_sums.data() + row * to.groups();
-  for (int64_t g = 0; g < to.groups(); ++g, upper += kGroup) {
-    int32_t high = 0, low = 0;
-    for (int64_t i = 0; i < kGroup; ++i) high += upper[i];
-    if (to.planes == 2)
-      for (int64_t i = 0; i < kGroup; ++i) low += upper[to.stride + i];
-    sums[g] = to.planes == 2 ? high * 256 + low : high;
+  for (int64_t g = 0; g < to.groups(); g += 2, bytes += 64) {
+    alignas(64) int32_t lanes[2 * kWords];
+    for (int p = 0; p < B::parts; ++p) {
+      auto acc = B::dot(B::zero(), ones, B::load(bytes, p));
+      if (to.planes == 2) acc = B::join(acc, B::dot(B::zero(), ones, B::load(bytes + to.stride, p)));
+      B::store(lanes, acc, p);
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      int32_t sum = 0;
+      for (int i = 0; i < kWords; ++i) sum += lanes[half * kWords + i];
+      sums[g + half] = sum;
+    }
   }
 }
 

@@ -11,6 +11,7 @@ namespace fastff {
 namespace {
 
 constexpr int64_t kStepBytes = kPanel * 4;  // of a panel: four inputs of all its rows
+constexpr int64_t kLineLanes = 16;          // of a line of 64 bytes
 constexpr int64_t kBlockLanes = 32;         // of a panel, whose sums are finished together
 constexpr int kMostByteRows = 6;            // whose sums stay in registers
 

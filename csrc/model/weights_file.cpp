@@ -58,10 +58,10 @@ int64_t product(const std::vector<int64_t>& shape) {
 }
 
 MatrixForm form_of(const std::string& name, const std::string& type) {
-  static const char* const kTypes[] = {"int8", "int8-groups", "int4", "int4-least"};  // in the order of MatrixForm
-  for (int i = 0; i < 4; ++i)
+  static const char* const kTypes[] = {"int8", "int8-groups", "int4", "int4-least", "int8-groups64"};  // in the order of MatrixForm
+  for (int i = 0; i < 5; ++i)
     if (type == kTypes[i]) return static_cast<MatrixForm>(i);
-  refuse("tensor " + name + " is " + type + ", expected int8, int8-groups, int4 or int4-least");
+  refuse("tensor " + name + " is " + type + ", expected int8, int8-groups, int8-groups64, int4 or int4-least");
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 //   header          JSON: {"model": {...}, "tensors": {name: {"type", "shape", "offset", "gated"}}}
 //   tensors         at their offsets from the file's start, multiples of 64
 //
-// Types: "f32" and "bf16", row by row; "int8", "int8-groups", "int4" and "int4-least", a matrix in one of the layouts of
+// Types: "f32" and "bf16", row by row; "int8", "int8-groups", "int8-groups64", "int4" and "int4-least", a matrix in one of the layouts of
 // model/linear.h of shape [out_features, in_features], gated or not. Everything is checked against the file's size before it is used.
 #pragma once
 

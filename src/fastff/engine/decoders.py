@@ -21,7 +21,7 @@ from fastff.ops.native_linear import MatrixForm
 
 Weights = Mapping[str, Tensor]  # by Transformers' names
 Bits = Literal["int8", "int4"]  # of weights
-BODY: dict[Bits, MatrixForm] = {"int8": "int8-groups", "int4": "int4"}  # of a block's matrices
+BODY: dict[Bits, MatrixForm] = {"int8": "int8-groups64", "int4": "int4"}  # of a block's matrices
 HEAD: MatrixForm = "int8"  # of embeddings and the prediction of words, which lose most by 4 bits
 _KEPT: dict[str, MatrixForm] = {"Q8_0": "int8-groups", "Q4_0": "int4", "Q4_1": "int4-least"}  # types of GGUF
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,20 @@ Prompt = str | Sequence[int]
 class Engine:
     """A decoder from a directory that `fastff export --to native` wrote.
 
-    It never changes: any number of threads may use it, each call with a session of its own. `tokenizer` is None where
-    the model came without one; then prompts are token ids.
+    It never changes: any number of threads may use it, each call with a session of its own.
     """
 
     def __init__(self, folder: Path, *, map: bool = False) -> None:
         facts = read_facts(folder, DecoderFacts)
         self.model = NativeModel(folder / MODEL_FILE, map=map)
         self.stop = frozenset(facts.stop)
-        self.tokenizer: Any = _tokenizer(folder)
+        self._folder = folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Made at its first use, since that takes longer than to open the model. None where it came without one: then
+        prompts are token ids."""
+        return _tokenizer(self._folder)
 
     @property
     def vocab_size(self) -> int:

@@ -19,8 +19,8 @@ from fastff.ops.library import call, get_num_threads, library, pointer
 __all__ = ["FORMS", "MatrixForm", "PackedMatrix", "packed_bytes"]
 
 # How weights are rounded, in the order of enum fastff_matrix_form: 8 bits with one scale an output row; with a scale to
-# every 32 inputs of it in 8 bits, in 4, and in 4 with a minimum beside it.
-MatrixForm = Literal["int8", "int8-groups", "int4", "int4-least"]
+# every 32 inputs of it in 8 bits, in 4, and in 4 with a minimum beside it; with a scale to every 64 in 8 bits.
+MatrixForm = Literal["int8", "int8-groups", "int4", "int4-least", "int8-groups64"]
 FORMS: tuple[MatrixForm, ...] = get_args(MatrixForm)
 
 ALIGNMENT = 64  # bytes, of packed weights
