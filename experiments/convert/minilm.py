@@ -12,7 +12,9 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,11 @@ def describe(dense: Any, options: dict[str, Any]) -> dict[str, Any]:
     return describe_narrow(dense, options["neurons"]) if options else {"kind": "none"}
 
 
-def hits(model: Any, tokenizer: Any, table: dict[str, list[Any]], best: int = 10) -> float:
+def hits(encode: Callable[[list[str]], torch.Tensor], table: dict[str, list[Any]], best: int = 10) -> float:
     """Percent of the answered questions whose sentence is among the nearest `best` of all the table's sentences."""
     sentences = sorted(set(table["sentence2"]))
     pairs = [(q, s) for q, s, label in zip(*(table[c] for c in COLUMNS), strict=True) if label == 0]
-    asked, stored = embed(model, tokenizer, [q for q, _ in pairs]), embed(model, tokenizer, sentences)
+    asked, stored = encode([q for q, _ in pairs]), encode(sentences)
     place = {sentence: k for k, sentence in enumerate(sentences)}
     nearest = (asked @ stored.t()).topk(best).indices
     right = torch.tensor([place[s] for _, s in pairs]).unsqueeze(1)
@@ -105,7 +107,7 @@ def scores(model: Any, tokenizer: Any, args: Any) -> dict[str, float]:
         table = read_table(folder / f"{file}.parquet")
         out[name] = similarity(model, tokenizer, table, "relatedness" if "relatedness" in table else "label")
     if not args.dev_only:
-        out["retrieval"] = hits(model, tokenizer, read_table(folder / "retrieval.parquet"))
+        out["retrieval"] = hits(partial(embed, model, tokenizer), read_table(folder / "retrieval.parquet"))
     return out
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from tools.tables import conditional, cpu, decode, encoder, gpu, rules, training
+from tools.tables import conditional, cpu, decode, encoder, gpu, rules, shipped, training
 from tools.tables.places import INTEL, ROOT
 
 from fastff.report.markdown import replace_marked
@@ -37,6 +37,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/quality.md": training.QUALITY,
     "models/README.md": {"pair": training.pair_table},
+    f"{shipped.CARD}/README.md": {"shipped-quality": shipped.quality, "shipped-speed": shipped.speed},
     "docs/convert.md": {
         name: convert.TABLES[name]
         for name in ("convert-decoder", "convert-experts", "convert-minilm", "convert-latency")
