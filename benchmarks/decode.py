@@ -130,7 +130,7 @@ class Fastff:
         from fastff.engine import generate
 
         self._engine = generate.load(folder, map=map)
-        assert self._engine.tokenizer is not None  # which the other engines open, too
+        self._tokenizer = self._engine.tokenizer  # made now, as the other engines do
         self._session = self._engine.session(min(POSITIONS, self._engine.positions), threads=threads)
 
     def decode(self, context: int, tokens: int) -> float:
