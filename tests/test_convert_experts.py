@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import make_rows
-from convert_cases import random_dense
-from fastff.convert.distil import Recipe, parameter_groups
+from convert_cases import random_dense, tiny
+from fastff.convert import distil
+from fastff.convert.distil import Recipe, all_of_one_length, parameter_groups, recording
 from fastff.convert.experts import balanced, central, fit_router, group_neurons, kept_share, mass_of
 from fastff.convert.initialise import features, initialise
 from fastff.convert.neurons import contribution, dense_forward
-from fastff.convert.student import describe_experts, describe_narrow, flops, stored_neurons
+from fastff.convert.student import dense_layers, describe_experts, describe_narrow, flops, stored_neurons
 from fastff.models import ConvertedFeedforward
+from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights
+from fastff.text.examples import Examples
 
 GROUPS, WIDTH = 6, 8
 
@@ -125,3 +131,45 @@ def test_routers_learn_at_a_rate_of_their_own_and_hidden_states_are_a_warm_up_fo
     recipe = Recipe(steps=20, batch=1, hidden_share=0.1)
     assert [recipe.learns_hidden_states(step, "causal") for step in (0, 1, 2)] == [True, True, False]
     assert recipe.learns_hidden_states(19, "embedding")
+
+
+def decoder_and_blocks():
+    teacher = tiny("llama").requires_grad_(False)
+    torch.manual_seed(1)
+    student = make_converted(teacher, [describe_narrow(layer, 32) for layer in dense_layers(teacher)])
+    ids = np.random.default_rng(0).integers(0, 62, 25 * 8).astype(np.uint32)
+    return student, teacher, Examples(ids, np.arange(0, 25 * 8 + 1, 8), 0)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_recorded_steps_teach_what_plain_ones_do(works, monkeypatch):
+    """Passes of 25 blocks have a batch of one, which is another work; "recorded" work is run again as it is."""
+    recorded = []
+
+    def record(work):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        recorded.append(work)
+        return work
+
+    monkeypatch.setattr(distil, "recording", lambda *_: record)
+    taught = []
+    for asked in (False, True):
+        student, teacher, blocks = decoder_and_blocks()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            distil.distil(student, teacher, blocks, Recipe(20, 4, hidden_share=0.4), kind="causal", recorded=asked)
+        said = [str(one.message) for one in seen if "not recorded" in str(one.message)]
+        taught.append(student.state_dict())
+    refusal = "steps are not recorded as a CUDA graph: operation not permitted when stream is capturing"
+    assert said == ([] if works else [refusal])
+    assert len(recorded) >= 2 * works, "once for each loss, and again after a smaller batch"
+    for name, value in taught[0].items():
+        torch.testing.assert_close(taught[1][name], value, rtol=0, atol=1e-6)
+
+
+def test_only_steps_that_are_all_alike_are_recorded():
+    _, teacher, blocks = decoder_and_blocks()
+    assert all_of_one_length(blocks)
+    assert not all_of_one_length(Examples(blocks.ids, np.array([0, 8, 15, 23]), 0))
+    assert recording(teacher, blocks, Recipe(4, 2), "causal") is None, "there is no GPU here to record"

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from together import by_dense_products, together
+from together import together
 from transformers import AutoModelForCausalLM
 
 import fastff.models  # noqa: F401
 from fastff.convert.capture import capture
-from fastff.convert.distil import Recipe, distil, normaliser, teach_layer
+from fastff.convert.distil import Recipe, distil, learn_without_dropout, normaliser, teach_layer
 from fastff.convert.experts import group_neurons, kept_share
 from fastff.convert.latency import best_selection_unexplained
 from fastff.convert.student import build_student, dense_layers, describe_experts, describe_narrow, describe_tree, flops
@@ -94,9 +94,26 @@ def blocks(paths: str, most: int | None = None) -> Examples:
     return Examples(ids[: count * LENGTH], np.arange(0, count * LENGTH + 1, LENGTH), 0)
 
 
+def compile_blocks(model: Any) -> None:
+    """All blocks run one compiled code: without a cache of keys, whose place in it would tell them apart, and with one
+    mask, which Transformers would make another way while a CUDA graph is recorded."""
+    model.config.use_cache = False
+    model.register_forward_pre_hook(_causal_mask, with_kwargs=True)
+    for block in family_of("llama").blocks_of(model):
+        block.compile(dynamic=False)
+
+
+def _causal_mask(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rows, length = inputs["input_ids"].shape
+    mask = torch.ones(length, length, dtype=torch.bool, device=inputs["input_ids"].device).tril()
+    return args, {**inputs, "attention_mask": mask.expand(rows, 1, length, length)}
+
+
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def evaluate(model: Any, held: Examples) -> float:
-    """Perplexity, in the precision of training."""
+    """Perplexity, in the precision and by the products of training."""
+    learn_without_dropout(model)
     total, count = 0.0, 0
     for which in held.in_order(16):
         ids = held.batch(which, model.device)["input_ids"]
@@ -139,7 +156,10 @@ class Student:
             seed=seed,
             pruned=range(len(dense)) if variant.startswith("pruned") else (),
         )
-        by_dense_products(self.student)
+        self.compiled = args.compiled
+        if self.compiled:
+            for model in (self.student, self.teacher):
+                compile_blocks(model)
         self.row: dict[str, Any] = {
             "variant": variant,
             "seed": seed,
@@ -155,11 +175,24 @@ class Student:
 
     def recipe(self, steps: int) -> Recipe:
         rates = {"lr": self.lr, "lr_others": self.args.lr_others, "lr_routers": self.args.lr_routers}
-        return Recipe(steps, self.args.batch, seed=self.seed, **rates)
+        return Recipe(steps, self.args.batch, seed=self.seed, hidden_share=self.args.hidden_share, **rates)
+
+    def distil(self, steps: int, progress: Progress) -> None:
+        plain = self.args.plain
+        recipe = self.recipe(steps)
+        distil(self.student, self.teacher, self.examples, recipe, kind="causal", progress=progress, recorded=not plain)
 
     def take_steps(self, steps: int, progress: Progress) -> None:
-        recipe = self.recipe(steps)
-        distil(self.student, self.teacher, self.examples, recipe, kind="causal", progress=progress)
+        try:
+            self.distil(steps, progress)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            print(f"{self.row['variant']}: goes on without the compiler: {error!r:.300}", flush=True)
+            self.compiled = False
+            torch.compiler.set_stance("force_eager")
+            self.student.load_state_dict(self.state)
+            self.distil(steps, progress)
 
     def finish(self, steps: int) -> dict[str, Any]:
         self.student.load_state_dict(self.state)
@@ -170,12 +203,12 @@ class Student:
             if done % max(1, total // 8) == 0 and done < total:
                 print(f"{self.row['variant']} {done}/{total} {time.perf_counter() - began:.0f} s", flush=True)
 
-        distil(self.student, self.teacher, self.examples, self.recipe(steps), kind="causal", progress=note)
+        self.distil(steps, note)
         after = evaluate(self.student, self.held)
         print(self.row["variant"], self.seed, f"after {steps} steps: {after:.2f}", flush=True)
         if self.args.keep is not None and self.row["variant"] in self.args.keep_variants and self.seed == 0:
             self.student.half().save_pretrained(self.args.keep / self.row["variant"])
-        return {**self.row, "after": after, "tokens": steps * self.args.batch * LENGTH}
+        return {**self.row, "compiled": self.compiled, "after": after, "tokens": steps * self.args.batch * LENGTH}
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -244,7 +277,11 @@ def run(args: argparse.Namespace) -> None:
         "tokens": examples.tokens,
         "held_tokens": held.tokens,
         "settings": {
-            name: getattr(args, name) for name in ("rows", "layer_steps", "batch", "lr", "lr_others", "lr_routers")
+            name: getattr(args, name)
+            for name in (
+                *("rows", "layer_steps", "batch", "lr", "lr_others", "lr_routers"),
+                *("hidden_share", "compiled", "plain"),
+            )
         },
     }
     print(json.dumps(reference), f"{time.time() - began:.0f} s", flush=True)
@@ -299,6 +336,9 @@ def main() -> None:
     ran.add_argument("--lr", type=float, default=6e-4)
     ran.add_argument("--lr-others", type=float, default=2e-4)
     ran.add_argument("--lr-routers", type=float, default=Recipe.lr_routers)
+    ran.add_argument("--hidden-share", type=float, default=Recipe.hidden_share)
+    ran.add_argument("--compiled", action="store_true", help="compile blocks; needs --hidden-share 0")
+    ran.add_argument("--plain", action="store_true", help="record no CUDA graph")
     ran.add_argument("--keep", type=Path, help="folder for the students of --keep-variants, in half precision")
     ran.add_argument("--keep-variants", nargs="*", default=[])
     args = parser.parse_args()

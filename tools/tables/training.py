@@ -212,6 +212,8 @@ LONG = plan_tables(
     "small-300m", **{f"300m-{group}": group for group in ("causal", "masked", "masked-1e-3", "masked-5e-4")}
 )
 ROUTERS = plan_tables("routers-300m", **{"routers-300m": "causal"})
+RANKED = plan_tables("routers-50m", **{"routers-50m": "causal", "routers-50m-annealing": "annealing"})
+ANNEALED = plan_tables("1x11-300m", **{"1x11-300m": "causal", "1x11-300m-annealing": "annealing"})
 MINI = plan_tables("mini-300m", **{"mini-300m": "causal"})
 LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
@@ -257,6 +259,8 @@ STUDIES: dict[str, dict[str, Table]] = {
         "glue-375": partial(glue, "small-300m", "glue-375"),
     },
     "routers-300m": without(ROUTERS, "left-out", "routing"),
+    "routers-50m": without(RANKED, "left-out", "routing"),
+    "1x11-300m": without(ANNEALED, "left-out", "routing"),
     "mini-300m": without(MINI, "left-out", "routing"),
     "frontier": {"frontier": frontier_table},
     "masked-524m": {

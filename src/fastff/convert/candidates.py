@@ -24,7 +24,8 @@ from fastff.convert.choose_layers import (
     shortlist,
 )
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.distil import end_loss, normaliser, teach_layer, use_masked_training
+from fastff.convert.distil import normaliser, teach_layer, use_masked_training
+from fastff.convert.distil_loss import end_loss
 from fastff.convert.engine_latency import ENGINES, EngineTimes
 from fastff.convert.latency import WHOLE, latency_profile, layer_us, place_of, timed_on
 from fastff.convert.student import dense_layers, flops, stored_neurons
@@ -155,7 +156,7 @@ class Trials:
             self.wanted = [teacher(**inputs, output_hidden_states=True) for inputs in self.batches]
 
     def try_out(self, block: int, description: dict[str, Any], *, pruned: bool = False) -> tuple[float, float]:
-        """`distil.unexplained` on rows kept aside, and the loss increase: `distil.end_loss` with this layer alone
+        """`distil.unexplained` on rows kept aside, and the loss increase: `distil_loss.end_loss` with this layer alone
         replaced. pruned: neurons are left out and nothing is taught."""
         at = self.family.blocks_of(self.teacher)[block]
         module = ConvertedFeedforward(description, self.teacher.config.hidden_size).to(self.teacher.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fastff.convert import earlier
 from fastff.convert.capture import Captured
+from fastff.convert.distil_loss import distillation_loss
 from fastff.convert.initialise import initialise, prune
 from fastff.convert.neurons import dense_forward
 from fastff.models.families import DenseWeights, family_of
@@ -26,8 +28,10 @@ from fastff.models.feedforward import ConvertedFeedforward
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
 from fastff.routers import Router
+from fastff.text.batches import Batch
 from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
+from fastff.train.recorded import Record, RecordedStep, on_gpu
 
 CHUNK_ROWS = 8192
 CLIP = 1.0
@@ -35,12 +39,6 @@ ROUTER_SHARE = 0.05  # of a layer's learning rate, for its router
 WARMUP = 0.05  # of the steps
 LOGITS = 2**28  # at once, of a teacher or a student: a step of more is taken in pieces
 MOST_LOGITS, LOGITS_BYTES = 2**30, 24  # on a GPU, of whose memory a quarter is for them and copies
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len)."""
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
 
 def normaliser(model: Any, block: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -135,42 +133,6 @@ def cosine(optimiser: torch.optim.Optimizer, steps: int, *, done: int = 0) -> to
     return schedule
 
 
-def distillation_loss(
-    student: Any, teacher: Any, inputs: dict[str, Tensor], kind: Kind, *, hidden_states: bool = True
-) -> Tensor:
-    """`end_loss`, and with hidden_states, too, those of every block, each dimension by its own variance."""
-    wanted = hidden_states or kind == "embedding"
-    with torch.no_grad():
-        target = teacher(**inputs, output_hidden_states=wanted)
-    got = student(**inputs, output_hidden_states=wanted)
-    end = end_loss(got, target, inputs["attention_mask"], kind)
-    return end + hidden_loss(got, target, inputs["attention_mask"]) if hidden_states else end
-
-
-def hidden_loss(got: Any, target: Any, mask: Tensor) -> Tensor:
-    """Mean over blocks of how far hidden states are, each dimension by its own variance; mask (examples, length)."""
-    mask = mask.bool()
-    hidden = []
-    for h, t in zip(got.hidden_states[1:], target.hidden_states[1:], strict=True):
-        h, t = h[mask].float(), t[mask].float()
-        hidden.append(((h - t).square() / t.var(0).clamp(min=1e-6)).mean())
-    return torch.stack(hidden).mean()
-
-
-def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind) -> Tensor:
-    """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
-    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, seq_len)."""
-    if kind == "embedding":
-        a = F.normalize(mean_pool(got.hidden_states[-1].float(), mask), dim=-1)
-        b = F.normalize(mean_pool(target.hidden_states[-1].float(), mask), dim=-1)
-        return 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
-    logits, wanted = got.logits, target.logits
-    if kind != "classifier":
-        logits, wanted = logits[mask.bool()], wanted[mask.bool()]
-    logits, wanted = F.log_softmax(logits.float(), -1), F.log_softmax(wanted.float(), -1)
-    return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How all layers are trained together.
@@ -224,11 +186,13 @@ def distil(
     checkpoint: Callable[[int, dict[str, Any]], None] = lambda *_: None,
     checkpoint_every: int = 200,
     batches: Iterator[np.ndarray[Any, Any]] | None = None,
+    recorded: bool = True,
 ) -> None:
     """Train the whole student but its embeddings to give what the teacher gives, on unlabelled text.
 
     start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given. batches: indices
-    of the examples of every step, if not in the order of the recipe's seed."""
+    of the examples of every step, if not in the order of the recipe's seed. recorded: whether a GPU records a decoder's
+    step as a CUDA graph, where it can."""
     new, others, routers = parameter_groups(student)
     groups = [{"params": new, "lr": recipe.lr}, {"params": others, "lr": recipe.lr_others}]
     groups += [{"params": routers, "lr": recipe.lr_routers}] if routers else []
@@ -244,13 +208,14 @@ def distil(
     drawn = batches or islice(examples.shuffled(recipe.batch, recipe.seed), start, None)
     learn_without_dropout(student)
     teacher.eval()
-    fade, routing = DenseFade(student, teacher), RoutingRows(student)
+    record = recording(teacher, examples, recipe, kind) if recorded else None
+    backward = Backward(student, teacher, examples, recipe, kind, record)
+    routing = RoutingRows(student)
     with _fast_products(student.device.type == "cuda"):
         for step in range(start, recipe.steps):
-            fade.share = recipe.dense_share(step)
+            backward.fade.share = recipe.dense_share(step)
             optimiser.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", torch.bfloat16, enabled=recipe.bf16 and student.device.type == "cuda"):
-                _backward(student, teacher, examples, next(drawn), kind, fade, recipe.learns_hidden_states(step, kind))
+            backward(next(drawn), hidden_states=recipe.learns_hidden_states(step, kind))
             nn.utils.clip_grad_norm_(trained, CLIP)
             if recipe.routing_lr_scale != 1.0:
                 routing.remember()
@@ -271,22 +236,84 @@ def distil(
     student.eval()
 
 
-def _backward(
-    student: Any,
-    teacher: Any,
-    examples: Examples,
-    which: np.ndarray[Any, Any],
-    kind: Kind,
-    fade: DenseFade,
-    hidden_states: bool,
-) -> None:
-    """Gradients of a step's loss, piece by piece."""
-    most = logits_at_once(student.device)
-    for piece in pieces(examples, which, kind, student.config.vocab_size, most):
-        with fade:
-            inputs = examples.batch(piece, student.device)
-            loss = distillation_loss(student, teacher, inputs, kind, hidden_states=hidden_states)
-        (loss * (len(piece) / len(which))).backward()
+class Backward:
+    """Gradients of a step's loss, piece by piece.
+
+    record: of a decoder's blocks, all of one length, makes a CUDA graph, since a step is thousands of small kernels;
+    anew when the loss changes."""
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        examples: Examples,
+        recipe: Recipe,
+        kind: Kind,
+        record: Record | None = None,
+    ) -> None:
+        self.fade = DenseFade(student, teacher)
+        self._student, self._teacher, self._examples = student, teacher, examples
+        self._recipe, self._kind, self._record = recipe, kind, record
+        self._hidden_states = False
+        self._recorded: RecordedStep | None = None
+        self._rows = 0  # of what is recorded
+        self._whole = all_of_one_length(examples)
+
+    def __call__(self, which: np.ndarray[Any, Any], *, hidden_states: bool) -> None:
+        """Add to the gradients of the student's parameters."""
+        if hidden_states is not self._hidden_states:
+            self._hidden_states, self._recorded = hidden_states, None
+        device = self._student.device
+        cut = pieces(self._examples, which, self._kind, self._student.config.vocab_size, logits_at_once(device))
+        for piece in cut:
+            share = torch.tensor(len(piece) / len(which))
+            inputs, share = self._examples.batch(piece, device), share.to(device, non_blocking=True)
+            if self._record is None or len(cut) > 1:
+                self._run(inputs, share)
+            else:
+                self._replay(inputs, share, self._record)
+
+    def _replay(self, inputs: Batch, share: Tensor, record: Record) -> None:
+        """`_run` of a whole step, recorded if it can be."""
+        rows = len(inputs["input_ids"])
+        if self._recorded is None or rows != self._rows:
+            self._recorded = None  # gives its memory back before other work needs as much
+            self._recorded, self._rows = RecordedStep(self._run, self._student.parameters(), rows, record), rows
+        try:
+            self._recorded(inputs, share)
+        except RuntimeError as error:  # a model whose work cannot be recorded, or too little memory for it
+            self._record = self._recorded = None
+            warnings.warn(f"steps are not recorded as a CUDA graph: {error!s:.200}", stacklevel=2)
+            self._student.zero_grad(set_to_none=True)
+            self._run(inputs, share)
+
+    def _run(self, inputs: Batch, share: Tensor | None) -> Tensor:
+        bf16 = self._recipe.bf16 and self._student.device.type == "cuda"
+        with self.fade, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = distillation_loss(
+                self._student,
+                self._teacher,
+                inputs,
+                self._kind,
+                hidden_states=self._hidden_states,
+                padded=not self._whole,
+            )
+        loss = loss if share is None else loss * share
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def recording(teacher: Any, examples: Examples, recipe: Recipe, kind: Kind) -> Record | None:
+    """What records the steps of a distillation; None without a GPU or where no step is like another."""
+    same = kind == "causal" and all_of_one_length(examples) and recipe.dense_fade == 0
+    known = teacher.device.type == "cuda" and getattr(teacher, "_can_compile_fullgraph", False)
+    return on_gpu if same and known else None
+
+
+def all_of_one_length(examples: Examples) -> bool:
+    """Whether no batch of them is padded."""
+    lengths = np.diff(examples.offsets)
+    return len(lengths) > 0 and bool((lengths == lengths[0]).all())
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:

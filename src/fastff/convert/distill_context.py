@@ -12,7 +12,8 @@ import torch
 from fastff.convert import earlier
 from fastff.convert.capture import Captured
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.distil import distil, distillation_loss, use_masked_training
+from fastff.convert.distil import distil, use_masked_training
+from fastff.convert.distil_loss import distillation_loss
 from fastff.convert.student import build_student, describe_narrow, flops
 from fastff.errors import FileError
 from fastff.io import read_torch, write_torch

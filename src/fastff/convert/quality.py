@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from fastff.convert.distil import mean_pool
+from fastff.convert.distil_loss import mean_pool
 from fastff.errors import CheckpointError
 from fastff.io import reading
 from fastff.models.kinds import Kind

@@ -1,0 +1,67 @@
+"""What a student's output is worth beside its teacher's: the losses of the joint distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastff.models.kinds import Kind
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len)."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+
+
+def distillation_loss(
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, Tensor],
+    kind: Kind,
+    *,
+    hidden_states: bool = True,
+    padded: bool = True,
+) -> Tensor:
+    """`end_loss`, and with hidden_states, too, those of every block, each dimension by its own variance.
+
+    padded=False: no example is, so a GPU need not count how many tokens are real."""
+    wanted = hidden_states or kind == "embedding"
+    with torch.no_grad():
+        target = teacher(**inputs, output_hidden_states=wanted)
+    got = student(**inputs, output_hidden_states=wanted)
+    mask = inputs["attention_mask"]
+    end = end_loss(got, target, mask, kind, padded=padded)
+    return end + hidden_loss(got, target, mask if padded else None) if hidden_states else end
+
+
+def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Of values (examples, length, ...) the rows that mask (examples, length) keeps, or all, without one."""
+    return values.flatten(0, 1) if mask is None else values[mask.bool()]
+
+
+def hidden_loss(got: Any, target: Any, mask: Tensor | None) -> Tensor:
+    """Mean over blocks of how far hidden states are, each dimension by its own variance; mask (examples, length)."""
+    hidden = []
+    for h, t in zip(got.hidden_states[1:], target.hidden_states[1:], strict=True):
+        h, t = real_tokens(h, mask).float(), real_tokens(t, mask).float()
+        hidden.append(((h - t).square() / t.var(0).clamp(min=1e-6)).mean())
+    return torch.stack(hidden).mean()
+
+
+def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind, *, padded: bool = True) -> Tensor:
+    """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
+    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, seq_len)."""
+    if kind == "embedding":
+        a = F.normalize(mean_pool(got.hidden_states[-1].float(), mask), dim=-1)
+        b = F.normalize(mean_pool(target.hidden_states[-1].float(), mask), dim=-1)
+        return 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
+    logits, wanted = got.logits, target.logits
+    if kind != "classifier":
+        real = mask if padded else None
+        logits, wanted = real_tokens(logits, real), real_tokens(wanted, real)
+    logits, wanted = F.log_softmax(logits.float(), -1), F.log_softmax(wanted.float(), -1)
+    return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
