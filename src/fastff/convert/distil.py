@@ -299,7 +299,7 @@ class Backward:
                 padded=not self._whole,
             )
         loss = loss if share is None else loss * share
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
 
