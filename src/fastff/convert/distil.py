@@ -230,9 +230,7 @@ def distil(
                 means = None if average is None else average.state_dict()
                 checkpoint(step + 1, {"optimiser": optimiser.state_dict(), "average": means})
     if average is not None:
-        with torch.no_grad():
-            for parameter, mean in zip(trained, average.parameters(), strict=True):
-                parameter.copy_(mean)
+        keep(average, trained)
     student.eval()
 
 
@@ -327,6 +325,13 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(module, avg_fn=mean)
     average.update_parameters(module)
     return average
+
+
+@torch.no_grad()
+def keep(average: AveragedModel, trained: nn.ParameterList) -> None:
+    """Make the parameters what their average is."""
+    for parameter, mean in zip(trained, average.parameters(), strict=True):
+        parameter.copy_(mean)
 
 
 class DenseFade:
