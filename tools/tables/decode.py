@@ -1,4 +1,4 @@
-"""Table of decoding: tokens a second of every engine, beside llama.cpp and OpenVINO."""
+"""Tables of decoding: every engine beside llama.cpp and OpenVINO, what opening takes, what rounding costs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from tools.tables.places import INTEL, read
 
 from fastff.report.markdown import markdown_table
 
-FASTEST_OTHER = "llama.cpp Q4_0"
+FASTEST_OTHER, OWN_DENSE = "llama.cpp Q4_0", "fastff int8"
 
 
 def engines() -> str:
     """Every context and number of threads: tokens a second and, in brackets, over the fastest engine of others."""
     return _speeds("decode.json", FASTEST_OTHER)
+
+
+def layers() -> str:
+    """Conditional and narrow feedforwards: tokens a second and, in brackets, over our own dense int8."""
+    return _speeds("decode-layers.json", OWN_DENSE)
 
 
 def _speeds(file: str, yardstick: str) -> str:
@@ -29,3 +34,42 @@ def _speeds(file: str, yardstick: str) -> str:
     reads = ", ".join(f"{median:.1f}" for _, median, _ in run["stream_gb_per_second"])
     machine = f"{run['machine']['cpu']}; openvino {run['machine']['openvino']}."
     return f"{markdown_table(['engine', *heads], rows)}\n\n{machine} One core reads {reads} GB/s beside these runs."
+
+
+def start() -> str:
+    """What opening a model takes, and the first token of a prompt."""
+    run: dict[str, Any] = read(INTEL / "decode-start.json")
+    cells = run["start"]
+    rows = [
+        (
+            cell["engine"],
+            f"{cell['open_s']:.2f}",
+            f"{cell['own_mb']:.0f} + {cell['files_mb']:.0f}",
+            f"{cell['first_token_ms']:.0f}",
+        )
+        for cell in cells
+    ]
+    first = f"first token of {cells[0]['prompt']}, ms"
+    return markdown_table(["engine", "opened in, s", "memory, MB (own + shared pages)", first], rows)
+
+
+def quality() -> str:
+    """Perplexity and greedy agreement of every engine."""
+    cells: list[dict[str, Any]] = read(INTEL / "decode-quality.json")["quality"]
+    rows = [
+        (
+            cell["engine"],
+            f"{cell['perplexity']:.2f} ({cell['perplexity_change_percent']:+.2f} %)",
+            f"{100 * cell['greedy_agreement']:.1f} %",
+        )
+        for cell in cells
+    ]
+    heads = ["engine", f"perplexity of {cells[0]['tokens']} tokens", f"of {cells[0]['greedy_tokens']} greedy tokens"]
+    return markdown_table(heads, rows)
+
+
+def wide() -> str:
+    """The decoder of GPT-3's width."""
+    run: dict[str, Any] = read(INTEL / "decode-wide.json")["wide"]
+    rows = [(name, f"{cell['ms']:.1f}", f"{1e3 / cell['ms']:.1f}") for name, cell in run["cells"].items()]
+    return markdown_table(["model", "ms a token", "tokens a second"], rows)
