@@ -56,8 +56,9 @@ class Engine(Protocol):
     def decode(self, context: int, tokens: int) -> float:
         """Seconds for so many tokens after a context of so many."""
 
-    def first_token(self, prompt: int) -> float:
-        """Seconds from a prompt of so many tokens to the next one."""
+    def first_token(self, prompt: int, number: int) -> float:
+        """Seconds from a prompt of so many tokens to the next one. Prompts of other numbers have nothing in common, since
+        engines may keep what they computed of one."""
 
 
 # ---- files ----
@@ -121,8 +122,8 @@ def write_variant(out: Path, layer: str, bits: Any) -> None:
 # ---- engines ----
 
 
-def prompt_of(length: int) -> list[int]:
-    return [1000 + i % 500 for i in range(length)]
+def prompt_of(length: int, number: int = 0) -> list[int]:
+    return [1000 + (i + 37 * number) % 500 for i in range(length)]
 
 
 class Fastff:
@@ -144,12 +145,12 @@ class Fastff:
         session.rewind(context)
         return seconds
 
-    def first_token(self, prompt: int) -> float:
+    def first_token(self, prompt: int, number: int) -> float:
         from fastff.engine.generate import Sampling
         from fastff.timing import seconds_of
 
         self._session.rewind(0)
-        return seconds_of(lambda: (self._session.feed(prompt_of(prompt)), self._session.sample(Sampling())))
+        return seconds_of(lambda: (self._session.feed(prompt_of(prompt, number)), self._session.sample(Sampling())))
 
 
 class LlamaCpp:
@@ -167,11 +168,11 @@ class LlamaCpp:
         model.n_tokens = context
         return seconds_of(lambda: [model.eval([2000 + i]) for i in range(tokens)])
 
-    def first_token(self, prompt: int) -> float:
+    def first_token(self, prompt: int, number: int) -> float:
         from fastff.timing import seconds_of
 
         self._model.reset()
-        return seconds_of(lambda: (self._model.eval(prompt_of(prompt)), self._model.sample(temp=0.0)))
+        return seconds_of(lambda: (self._model.eval(prompt_of(prompt, number)), self._model.sample(temp=0.0)))
 
 
 class OpenVino:
@@ -180,19 +181,19 @@ class OpenVino:
 
         self._pipeline = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=threads)
 
-    def _metrics(self, context: int, tokens: int) -> Any:
+    def _metrics(self, context: int, tokens: int, number: int = 0) -> Any:
         import numpy as np
         import openvino as ov
 
-        prompt = ov.Tensor(np.array([prompt_of(context)], dtype=np.int64))
+        prompt = ov.Tensor(np.array([prompt_of(context, number)], dtype=np.int64))
         return self._pipeline.generate(prompt, max_new_tokens=tokens, do_sample=False, ignore_eos=True).perf_metrics
 
     def decode(self, context: int, tokens: int) -> float:
         mean = self._metrics(context, tokens + 1).get_tpot().mean  # of all but the first token
         return float(mean) / 1e3 * tokens
 
-    def first_token(self, prompt: int) -> float:
-        return float(self._metrics(prompt, 1).get_ttft().mean) / 1e3
+    def first_token(self, prompt: int, number: int) -> float:
+        return float(self._metrics(prompt, 1, number).get_ttft().mean) / 1e3
 
 
 ENGINES: dict[str, tuple[Callable[[Path, int], Engine], str]] = {
@@ -333,22 +334,25 @@ def megabytes_a_token(folder: Path, name: str) -> float | None:
     return (path / "model.fastff" if path.is_dir() else path).stat().st_size / 1e6
 
 
-def in_turns(workers: Sequence[Worker], rounds: int, method: str, *arguments: int) -> dict[str, list[float]]:
-    """Milliseconds that every engine takes for the same, after one round that is not timed."""
+def in_turns(
+    workers: Sequence[Worker], rounds: int, method: str, *arguments: int, numbered: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds that every engine takes for the same, after one round that is not timed. numbered: the round's number
+    is the last argument."""
     taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
     for turn, worker in itertools.product(range(rounds + 1), workers):
-        seconds = worker.ask(method, *arguments)
+        seconds = worker.ask(method, *arguments, *([turn] if numbered else []))
         if turn > 0:
             taken[worker.name].append(1e3 * seconds)
     return taken
 
 
-def start(folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """What opening a model takes, and the first token of a prompt."""
+def start(folder: Path, names: Sequence[str], threads: int, rounds: int) -> list[dict[str, Any]]:
+    """What opening a model takes, and the first token of a prompt. names: those of START are taken, and the mapped one."""
     from fastff.timing import quartiles
 
-    workers = [Worker(name, folder, threads, "START") for name in START]
-    taken, cells = in_turns(workers, rounds, "first_token", PROMPT), []
+    workers = [Worker(name, folder, threads, "START") for name in START if name in (*names, MAPPED)]
+    taken, cells = in_turns(workers, rounds, "first_token", PROMPT, numbered=True), []
     for worker in workers:
         q1, median, q3 = quartiles(taken[worker.name])
         first = {"first_token_ms": median, "q1": q1, "q3": q3}
@@ -382,7 +386,7 @@ def main() -> None:
     if asked.quality:
         result: dict[str, Any] = {"quality": decode_quality.quality(asked.models)}
     elif asked.start:
-        result = {"start": start(asked.models, asked.threads[0], asked.rounds)}
+        result = {"start": start(asked.models, asked.engines, asked.threads[0], asked.rounds)}
     elif asked.wide:
         result = {"wide": decode_wide.measure(asked.models, asked.threads[0], asked.rounds)}
     else:
