@@ -57,7 +57,7 @@ class Engine(Protocol):
         """Seconds for so many tokens after a context of so many."""
 
     def first_token(self, prompt: int, number: int) -> float:
-        """Seconds from a prompt of so many tokens to the next one. Prompts of other numbers have nothing in common, since
+        """Seconds from a prompt of so many tokens to the next one. Prompts of other numbers begin otherwise, since
         engines may keep what they computed of one."""
 
 
@@ -337,8 +337,8 @@ def megabytes_a_token(folder: Path, name: str) -> float | None:
 def in_turns(
     workers: Sequence[Worker], rounds: int, method: str, *arguments: int, numbered: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds that every engine takes for the same, after one round that is not timed. numbered: the round's number
-    is the last argument."""
+    """Milliseconds that every engine takes for the same, after one round that is not timed. numbered: the last argument
+    is the round's number."""
     taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
     for turn, worker in itertools.product(range(rounds + 1), workers):
         seconds = worker.ask(method, *arguments, *([turn] if numbered else []))
@@ -348,7 +348,8 @@ def in_turns(
 
 
 def start(folder: Path, names: Sequence[str], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """What opening a model takes, and the first token of a prompt. names: those of START are taken, and the mapped one."""
+    """What opening a model takes, and the first token of a prompt: engines of START with these names, and the mapped
+    one."""
     from fastff.timing import quartiles
 
     workers = [Worker(name, folder, threads, "START") for name in START if name in (*names, MAPPED)]

@@ -21,9 +21,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "encoder": encoder.engines,
         "encoder-dense": encoder.dense_engines,
         "encoder-engines": encoder.whole_engines,
-        "encoder-experts": encoder.experts,
-        "encoder-lengths": encoder.lengths,
-        "encoder-minilm": encoder.minilm,
         "layer-cpu": cpu.published_layer,
         "recommended-cpu": cpu.recommended_layers,
         "layers-cpu": cpu.other_layers,
@@ -31,11 +28,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/engine.md": {
         "decode": decode.engines,
-        "decode-layers": decode.layers,
         "decode-start": decode.start,
         "decode-quality": decode.quality,
-        "decode-wide": decode.wide,
-        "embeddings": encoder.embeddings,
     },
     "docs/benchmarks-gpu.md": {
         "layer-gpu": gpu.layers,

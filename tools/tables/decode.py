@@ -8,17 +8,12 @@ from tools.tables.places import INTEL, read
 
 from fastff.report.markdown import markdown_table
 
-FASTEST_OTHER, OWN_DENSE = "llama.cpp Q4_0", "fastff int8"
+FASTEST_OTHER = "llama.cpp Q4_0"
 
 
 def engines() -> str:
     """Every context and number of threads: tokens a second and, in brackets, over the fastest engine of others."""
     return _speeds("decode.json", FASTEST_OTHER)
-
-
-def layers() -> str:
-    """Conditional and narrow feedforwards: tokens a second and, in brackets, over our own dense int8."""
-    return _speeds("decode-layers.json", OWN_DENSE)
 
 
 def _speeds(file: str, yardstick: str) -> str:
@@ -66,10 +61,3 @@ def quality() -> str:
     ]
     heads = ["engine", f"perplexity of {cells[0]['tokens']} tokens", f"of {cells[0]['greedy_tokens']} greedy tokens"]
     return markdown_table(heads, rows)
-
-
-def wide() -> str:
-    """The decoder of GPT-3's width."""
-    run: dict[str, Any] = read(INTEL / "decode-wide.json")["wide"]
-    rows = [(name, f"{cell['ms']:.1f}", f"{1e3 / cell['ms']:.1f}") for name, cell in run["cells"].items()]
-    return markdown_table(["model", "ms a token", "tokens a second"], rows)

@@ -81,16 +81,6 @@ def experts() -> str:
     return _by_shape("encoder-experts.json")
 
 
-def lengths() -> str:
-    """One sequence of several lengths; see `_by_shape`."""
-    return _by_shape("encoder-lengths.json")
-
-
-def minilm() -> str:
-    """An encoder of the size of all-MiniLM-L6-v2; see `_by_shape`."""
-    return _by_shape("encoder-minilm.json")
-
-
 def embeddings() -> str:
     """What 8 bits cost a sentence model."""
     run: dict[str, Any] = read(INTEL / "embeddings.json")
