@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable
 
 from experiments.convert import tables as convert
-from tools.tables import conditional, cpu, decode, encoder, gpu, rules, shipped, training
+from tools.tables import conditional, cpu, decode, encoder, gpu, readme, rules, serving, shipped, training
 from tools.tables.places import INTEL, ROOT
 
 from fastff.report.markdown import replace_marked
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"speed-and-quality": encoder.speed_and_quality},
+    "README.md": {"speed-and-quality": encoder.speed_and_quality, "gains": readme.gains},
     "CONTRIBUTING.md": {"imports": rules.imports},
     "docs/benchmarks-cpu.md": {
         "encoder": encoder.engines,
@@ -39,6 +39,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/quality.md": training.QUALITY,
     "models/README.md": {"pair": training.pair_table},
+    "docs/serving.md": {"serving": serving.serving},
     f"{shipped.CARD}/README.md": {"shipped-quality": shipped.quality, "shipped-speed": shipped.speed},
     "docs/convert.md": {
         name: convert.TABLES[name]
