@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a round of a server")
     parser.add_argument("--soak", type=int, default=0, help="requests, instead of the comparison")
+    parser.add_argument("--overhead", action="store_true", help="what HTTP adds, instead of the comparison")
     parser.add_argument("--decoder", type=Path, help="measure its first token, instead of the comparison")
     parser.add_argument("--out", type=Path, required=True, help="results; those of other parts are kept")
     options = parser.parse_args()
@@ -353,6 +354,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         if options.soak:
             servers[0].pause(False)
             return {"soak": soak(servers[0], options.native, options.soak)}
+        if options.overhead:
+            servers[0].pause(False)
+            return {"overhead": overhead(servers[0], options.native)}
         cosines = {}
         for server in servers:
             server.pause(False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,10 @@ def _search(found: Showcase, settings: DemoSettings, models: Shipped, work: Path
     chosen = {"converted": models.embedding, "dense": dense}
     pairs = search.sentences(settings.sentences)
     texts = [text for _, text in pairs]
-    results = {name: search.searched(in_engine(path, work), texts) for name, path in chosen.items() if path is not None}
-    if not results:
+    exports = {name: in_engine(path, work) for name, path in chosen.items() if path is not None}
+    if not exports:
         return
+    results = search.searched(exports, texts)
     shown = results.get("converted") or results["dense"]
     agreed = search.agreement(results["converted"], results["dense"]) if len(results) == 2 else None
     found.search = {
@@ -96,10 +99,8 @@ def _generation(found: Showcase, settings: DemoSettings, models: Shipped, work: 
         return
     if models.dense is None:
         found.missing.append(f"its dense twin: {settings.models} holds none of {models.causal.name}")
-    texts = {}
-    for name, path in (("conditional", models.causal), ("dense", models.dense)):
-        if path is not None:
-            texts[name] = _generated(in_engine(path, work), settings.tokens)
+    chosen = {"conditional": models.causal, "dense": models.dense}
+    texts = _generated({n: in_engine(path, work) for n, path in chosen.items() if path is not None}, settings.tokens)
     found.generation = {"prompt": PROMPT, "texts": texts}
     for name, (_, rate) in texts.items():
         found.rows.append(
@@ -107,17 +108,30 @@ def _generation(found: Showcase, settings: DemoSettings, models: Shipped, work: 
         )
 
 
-def _generated(model: Path, tokens: int) -> tuple[str, float]:
-    """Text, and tokens a second after the first; the likeliest tokens, so that another run writes the same."""
-    engine = load(model)
-    ids = engine.encode_prompt(PROMPT)
-    list(engine.generate_ids(ids, max_new_tokens=4))
-    times, made = [], []
-    for token in engine.generate_ids(ids, max_new_tokens=tokens):
-        times.append(time.perf_counter())
-        made.append(token)
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    return "".join(pieces(engine.tokenizer, iter(made))), rate
+def _generated(models: Mapping[str, Path], tokens: int) -> dict[str, tuple[str, float]]:
+    """Texts, and tokens a second: of the median step, models taking turns token by token, so that other work meets all.
+
+    The likeliest tokens, so that another run writes the same.
+    """
+    engines = {name: load(path) for name, path in models.items()}
+    streams = {
+        name: engine.generate_ids(engine.encode_prompt(PROMPT), max_new_tokens=tokens)
+        for name, engine in engines.items()
+    }
+    made: dict[str, list[int]] = {name: [] for name in models}
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(tokens):
+        for name, stream in streams.items():
+            start = time.perf_counter()
+            made[name] += islice(stream, 1)
+            steps[name].append(time.perf_counter() - start)
+    return {
+        name: (
+            "".join(pieces(engine.tokenizer, iter(made[name]))),
+            1 / statistics.median(steps[name][: max(1, len(made[name]))]),
+        )
+        for name, engine in engines.items()
+    }
 
 
 @torch.inference_mode()
