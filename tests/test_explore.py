@@ -121,6 +121,7 @@ def shown(browser, tmp_path):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
         page.on("request", lambda asked: asked.url.startswith("file:") or wrong.append(asked.url))
+        page.set_default_timeout(180_000)  # a busy machine is slow to draw
         page.goto(f"file://{path}")
         return page
 
