@@ -45,13 +45,17 @@ def interrupted(tmp_path_factory):
     """A quick run stopped while it pretrains: its folder, exit code and output."""
     out = tmp_path_factory.mktemp("demo") / "report"
     process = start_demo(out)
-    end = time.monotonic() + 600
-    while not (out / "state" / "start.pt").is_file():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "the shared start was not trained within ten minutes"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=300)
+    with process:
+        try:
+            end = time.monotonic() + 600
+            while not (out / "state" / "start.pt").is_file():
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < end, "the shared start was not trained within ten minutes"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            text, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
     results = json.loads((out / "results.json").read_text())
     return out, process.returncode, text, results, (out / "index.html").read_text()
 
