@@ -257,7 +257,7 @@ def test_out_of_time_the_nearest_block_stands_for_those_that_were_not_tried():
         def __init__(self, blocks):
             self.dense = [dense] * blocks
 
-        def try_out(self, block, description):
+        def try_out(self, block, description, *, pruned):
             tried.append(block)
             return 0.1 * block, float(block)
 

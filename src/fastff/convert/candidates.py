@@ -258,7 +258,7 @@ def probe(
             break
         description = shape.fit(trials.dense[middle], share)
         assert description is not None
-        unexplained, increase = _try(trials, shape.kind, middle, description)
+        unexplained, increase = trials.try_out(middle, description, pruned=shape.kind == "pruned")
         figures = {"kind": shape.kind, "description": description, "times_us": timer(description)}
         tried.append(figures | {"unexplained": unexplained, "loss_increase": increase})
         if shape.kind not in best or unexplained < best[shape.kind]["unexplained"]:
@@ -270,12 +270,6 @@ def probe(
     for kind in ranked[LEADING:]:
         probed.measured[kind, share] = {middle: (best[kind]["unexplained"], best[kind]["loss_increase"])}
     return [probed.options(k, layer, timer, found) for k, layer in enumerate(trials.dense)], tried
-
-
-def _try(trials: Trials, kind: str, block: int, description: dict[str, Any]) -> tuple[float, float]:
-    if kind == "pruned":
-        return trials.try_out(block, description, pruned=True)
-    return trials.try_out(block, description)
 
 
 def _try_blocks(
@@ -303,5 +297,5 @@ def _try_blocks(
         kind, share = key
         fitted, late = probed.shapes[kind].fit(trials.dense[block], share), out_of_time()
         if fitted is not None and not (probed.measured[key] and late):
-            probed.measured[key][block] = _try(trials, kind, block, fitted)
+            probed.measured[key][block] = trials.try_out(block, fitted, pruned=kind == "pruned")
         progress()

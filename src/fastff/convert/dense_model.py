@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.errors import CheckpointError
+from fastff.models.converted import load_tensors
 from fastff.models.families import family_of
 from fastff.models.kinds import AUTO, Kind, kind_of
 
@@ -47,12 +48,7 @@ def _of_gguf(path: Path) -> tuple[Any, Any]:
     config = configuration(file)
     family_of(config.model_type)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    try:
-        missing, _ = dense.load_state_dict(dict(GgufWeights(file, config).items()), strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} holds tensors of another shape: {error}") from error
-    dense.tie_weights()
-    lacking = sorted(set(missing) - set(dense.all_tied_weights_keys))
+    lacking, _ = load_tensors(dense, dict(GgufWeights(file, config).items()), path)
     if lacking:
         raise CheckpointError(f"{path} lacks {len(lacking)} tensors, {lacking[0]} among them")
     dense.config.architectures = [type(dense).__name__]

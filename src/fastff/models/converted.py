@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -307,18 +307,23 @@ def _from_int8(made: Any, folder: Path, base: Any, options: dict[str, Any], want
     if refused:
         raise CheckpointError(f"{folder} holds 8-bit weights, which load without {', '.join(refused)}")
     model = made._from_config(copy.deepcopy(base))
-    tensors = read_int8(folder)
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} holds weights of another shape: {error}") from error
-    model.tie_weights()
-    wrong = sorted(set(missing) - set(model.all_tied_weights_keys))
+    wrong, unexpected = load_tensors(model, read_int8(folder), folder)
     if wrong:
         raise CheckpointError(f"missing tensor {', '.join(wrong)} in {folder}")
     dtype = options.get("dtype") or options.get("torch_dtype")
     model = model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
     return (model, {"missing_keys": set(), "unexpected_keys": set(unexpected)}) if wants_info else model
+
+
+def load_tensors(model: Any, tensors: Mapping[str, Tensor], source: Path) -> tuple[list[str], list[str]]:
+    """Put tensors into a model of Transformers. Returns the names that it lacks still, those tied to others apart, and
+    those that it has no place for. Raises CheckpointError for shapes that are not its own; source: named in it."""
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} holds tensors of another shape: {error}") from error
+    model.tie_weights()
+    return sorted(set(missing) - set(model.all_tied_weights_keys)), list(unexpected)
 
 
 def _wrongly_missing(model: Any, missing: Collection[str], same_class: bool) -> list[str]:

@@ -7,7 +7,6 @@ short ones do not wait for its end.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastff.serve.loop_thread import LoopThread
 from fastff.serve.refusals import Refused, busy
 
 Rows = NDArray[np.float32]
@@ -63,8 +63,9 @@ class Part(NamedTuple):
     inputs: int
 
 
-class Batcher:
-    """compute: rows (inputs, outputs) of a batch, called by one thread, that of this object.
+class Batcher(LoopThread):
+    """compute: rows (inputs, outputs) of a batch, called by one thread, that of this object, which ends when nothing
+    waits any more.
 
     batch_tokens: of a batch, unless one input is longer. queue_tokens: that may wait. observe: told of the inputs and
     tokens of every batch.
@@ -78,33 +79,17 @@ class Batcher:
         queue_tokens: int,
         observe: Callable[[int, int], object] = lambda inputs, tokens: None,
     ) -> None:
+        super().__init__("fastff-batches")
         self._compute, self._observe = compute, observe
         self._batch_tokens, self._queue_tokens = batch_tokens, queue_tokens
         self._waiting: deque[Work] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
         self.queued_tokens = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="fastff-batches", daemon=True)
-
-    def start(self) -> None:
-        """Begin, in the event loop that calls `submit`."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-
-    def close(self) -> None:
-        """Finish what waits, then end."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
 
     def submit(self, inputs: Sequence[Tokens]) -> asyncio.Future[Rows]:
         """The rows (inputs, outputs), later; cancelling the future takes what is not computed out of the queue.
 
         Raises Refused (429) where the queue has no room for all of the inputs.
         """
-        assert self._loop is not None, "the batcher was not started"
         work = Work(inputs, self._loop.create_future(), missing=len(inputs))
         tokens = work.tokens()
         with self._changed:
@@ -119,7 +104,6 @@ class Batcher:
         return work.future
 
     def _work(self) -> None:
-        assert self._loop is not None
         while batch := self._next_batch():
             parts, inputs = batch
             rows: Rows | None = None

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from fastff.engine.generate import TokenText
 from fastff.serve import request_schema as schema
 from fastff.serve.decoder_backends import DecoderModel, Sampling
+from fastff.serve.guard import while_connected
 from fastff.serve.refusals import Refused, invalid, too_large
 from fastff.serve.streams import Finish, Stream
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from fastff.serve.service import Service
 
 _COMPLETION_TOKENS = 16  # as OpenAI's completions where max_tokens is not given
-_LOOK_SECONDS = 0.25
 
 
 class StopTexts:
@@ -89,7 +89,7 @@ class GenerationRoutes:
         if answer.asked.stream:
             return StreamingResponse(answer.events(made[0]), media_type="text/event-stream")
         try:
-            content = await _while_connected(request, answer.whole(made))
+            content = await while_connected(request, answer.whole(made))
         finally:
             for stream in made:
                 stream.close()
@@ -205,16 +205,3 @@ class Answer:
 def _usage(streams: Sequence[Stream]) -> dict[str, int]:
     prompt, made = sum(len(s.prompt) for s in streams), sum(s.made for s in streams)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-
-
-async def _while_connected(request: Request, work: Any) -> Any:
-    """The result of a coroutine, which is ended when its client goes. Raises ClientDisconnect then."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=_LOOK_SECONDS)
-            if not task.done() and await request.is_disconnected():
-                raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()

@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,8 @@ from fastff.serve.refusals import Refused, too_large
 
 OPEN_PATHS = ("/health",)  # without a key
 _OVERSIZE_SECONDS = 1.0  # in which what is too much is read and dropped, so that the client sees the answer
+_LOOK_SECONDS = 0.25  # how often a waiting request looks whether its client is still there
+Result = TypeVar("Result")
 logger = logging.getLogger("fastff.serve")
 
 
@@ -89,3 +92,16 @@ async def read_body(request: Request, *, most: int, seconds: float) -> bytes:
     except TimeoutError:
         pass
     raise too_large(f"the body has {size} bytes or more, at most {most} are read", code="body_too_large")
+
+
+async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled when its client goes. Raises ClientDisconnect then."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=_LOOK_SECONDS)
+            if not task.done() and await request.is_disconnected():
+                raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 import fastff
@@ -21,7 +21,7 @@ from fastff.serve.decoder_backends import DecoderModel
 from fastff.serve.encoder_backends import EncoderModel
 from fastff.serve.encoder_routes import EncoderRoutes
 from fastff.serve.generation_routes import GenerationRoutes
-from fastff.serve.guard import Guard, read_body
+from fastff.serve.guard import Guard, read_body, while_connected
 from fastff.serve.metrics import Metrics
 from fastff.serve.refusals import Refused, too_large
 from fastff.serve.serve_settings import ServeSettings
@@ -29,7 +29,6 @@ from fastff.serve.served_model import Model
 from fastff.serve.streams import Streams
 
 Parsed = TypeVar("Parsed", bound=schema.Request)
-_LOOK_SECONDS = 0.25  # how often a waiting request looks whether its client is still there
 _LONG_TEXT = 20_000  # characters above which texts are cut into tokens beside the event loop
 
 
@@ -87,13 +86,7 @@ class Service:
         if tokens > self.settings.max_request_tokens:
             most = self.settings.max_request_tokens
             raise too_large(f"the request has {tokens} tokens, at most {most} are read", code="too_many_tokens")
-        future = self.batcher.submit(inputs)
-        while not future.done():
-            await asyncio.wait([future], timeout=_LOOK_SECONDS)
-            if not future.done() and await request.is_disconnected():
-                future.cancel()
-                raise ClientDisconnect
-        return future.result()
+        return await while_connected(request, self.batcher.submit(inputs))
 
     def info(self) -> dict[str, Any]:
         model, limits = self.model, self.settings

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
 from fastff.serve.decoder_backends import Sampling, Session
+from fastff.serve.loop_thread import LoopThread
 from fastff.serve.refusals import Refused, busy
 
 Finish = Literal["stop", "length"]
@@ -63,8 +63,8 @@ class Stream:
             yield item
 
 
-class Streams:
-    """open: a session of a capacity. at_once: streams in turns; queued: further ones that wait."""
+class Streams(LoopThread):
+    """open: a session of a capacity. at_once: streams in turns; queued: further ones that wait. Closing ends all."""
 
     def __init__(
         self,
@@ -75,34 +75,18 @@ class Streams:
         queued: int,
         observe: Callable[[], object] = lambda: None,
     ) -> None:
+        super().__init__("fastff-streams")
         self._open, self._stop, self._observe = open, stop, observe
         self._at_once, self._queued = at_once, queued
         self._waiting: deque[Stream] = deque()
         self._active: list[Stream] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._work, name="fastff-streams", daemon=True)
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def start(self) -> None:
-        """Begin, in the event loop that calls `submit`."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-
-    def close(self) -> None:
-        """End all streams and the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
     def submit(self, requests: Sequence[tuple[Sequence[int], Sampling, int]]) -> list[Stream]:
         """Streams of prompts, each with its sampling and most new tokens. Raises Refused (429) without room for all."""
-        assert self._loop is not None, "the streams were not started"
         made = [Stream(ids, sampling, most, self._loop, self._wake) for ids, sampling, most in requests]
         with self._changed:
             free = self._at_once - len(self._active) + self._queued - len(self._waiting)
