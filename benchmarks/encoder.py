@@ -20,7 +20,6 @@ compared with PyTorch's fp32 before it is timed; engines then take turns in one 
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -30,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastff
 from fastff import models
 from fastff.engine import openvino
 from fastff.engine.encoders import describe
+from fastff.engine.extension import extended_core
 from fastff.engine.native_file import write_model
 from fastff.io import read_json, write_json
 from fastff.machine import commit, machine
@@ -207,12 +206,8 @@ def _read_onnx(path: Path, threads: int) -> Run:
 
 
 def _read_openvino(path: Path, threads: int, hint: str) -> Run:
-    import openvino as ov
-
-    core = ov.Core()
-    core.add_extension(fastff.openvino_extension())
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": hint}
-    compiled = core.compile_model(path, "CPU", options)
+    compiled = extended_core().compile_model(path, "CPU", options)
     return lambda ids: compiled(ids.numpy())[0]
 
 
@@ -300,7 +295,6 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=[""], help="those whose names start so")
     parser.add_argument("--seconds", type=float, default=40.0, help="of timing a shape, all engines together")
     asked = parser.parse_args()
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
     if asked.build:
         return build(asked)
     cells = [cell for threads in asked.threads for cell in measured(asked, threads)]

@@ -89,7 +89,7 @@ def compiled(module, weights):
     """What OpenVINO computes in a module's place, for any number of rows."""
     example = torch.randn(1, 4, 32)
     model = openvino.convert(module, (example,), ["x"], weights=weights, samples=[{"x": example.numpy()}])
-    return ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return extension.extended_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 OF_WEIGHTS = {"fp32": tuple(LAYERS), "int8": ("published", "flat")}
@@ -260,6 +260,28 @@ def test_a_router_of_ones_own_is_refused():
     layer = fastff.ConditionalFeedforward(8, router=Mine(), leaves=4, leaf_width=2)
     with pytest.raises(Exception, match="router Mine cannot be exported"):
         openvino.convert(layer, (torch.randn(1, 2, 8),), ["x"], weights="fp32")
+
+
+MODELS_IN_TURN = """
+import gc, os, signal, sys
+from fastff.engine import openvino
+first, second = openvino.read(sys.argv[1]), openvino.read(sys.argv[1])
+del first
+gc.collect()
+del second
+gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_is_heard_after_models_that_are_gone(exported):
+    """OpenVINO's own stack for signals must not be among what went."""
+    command = [sys.executable, "-c", MODELS_IN_TURN, exported("fp32")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_the_extension_runs_no_pool_of_its_own():

@@ -28,6 +28,7 @@ from fastff.convert.quality import read_table
 from fastff.demo.search import sentences
 from fastff.engine.encode import EncoderEngine
 from fastff.engine.export import export
+from fastff.engine.extension import openvino_core
 from fastff.io import read_json, write_json
 from fastff.machine import commit, machine
 from fastff.models.converted import make_converted
@@ -50,11 +51,9 @@ def native(model: Path, work: Path) -> Run:
 
 
 def openvino(model: Path, work: Path) -> Run:
-    import openvino as ov
-
     export(model, work, to="openvino", weights="int8", texts=[text for _, text in sentences(64)])
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "bf16"}
-    compiled = ov.Core().compile_model(work / "openvino_model.xml", "CPU", options)
+    compiled = openvino_core().compile_model(work / "openvino_model.xml", "CPU", options)
 
     def run(rows: Rows) -> Any:
         ids = np.array(rows)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from fastff.bench import onnx_models
 from fastff.bench.timed_layers import DenseLayer, activate, dense, train_step
 from fastff.bench.workloads import DenseConfig, Subject, weights_of
 from fastff.config import Quantization
+from fastff.engine.extension import openvino_core
 from fastff.ops import reference
 from fastff.ops.library import library
 from fastff.ops.packed import PackedLayer
@@ -192,10 +192,7 @@ def openvino_calls(model: Callable[[DenseLayer], bytes]) -> Make:
     """OpenVINO likewise."""
 
     def make(layers: Sequence[DenseLayer], rows: int) -> list[Call]:
-        os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-        import openvino as ov
-
-        core = ov.Core()
+        core = openvino_core()
         options = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,

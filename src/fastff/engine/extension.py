@@ -6,12 +6,14 @@ against the headers in OpenVINO's own wheel, once for each OpenVINO and each bui
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import fastff
 from fastff.errors import BackendUnavailable
@@ -36,6 +38,29 @@ def openvino_version() -> str:
         fitting = f"{'.'.join(map(str, OLDEST))} up to, not including, {'.'.join(map(str, NEXT))}"
         raise BackendUnavailable(f"OpenVINO {version} does not fit this fastff: expected {fitting}")
     return version
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The ov::Core of this process, which is never destroyed.
+
+    OpenVINO's plugin for CPUs gives the thread that loads it a stack for signals and takes it back when its core is
+    destroyed. Of two cores the second gives back the first one's, which may be gone: the next Ctrl-C then ends the
+    process with a segmentation fault. Raises ImportError without OpenVINO.
+    """
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
+    import openvino as ov
+
+    return ov.Core()
+
+
+@functools.cache
+def extended_core() -> Any:
+    """The same core, told of fastff's operations. Raises BackendUnavailable, as openvino_extension."""
+    extension = openvino_extension()
+    core = openvino_core()
+    core.add_extension(extension)
+    return core
 
 
 def openvino_extension() -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fastff
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS, GATES
-from fastff.engine.extension import NAME, openvino_extension, openvino_version
+from fastff.engine.extension import NAME, extended_core, openvino_extension, openvino_version
 from fastff.engine.facts import OPENVINO_FILE
 from fastff.errors import CheckpointError
 from fastff.io import read_json, replacing_folder, write_json
@@ -240,15 +240,11 @@ def read(folder: str | Path, **properties: Any) -> Callable[..., Any]:
 
     Raises FileError or CheckpointError for a directory that is none, BackendUnavailable for OpenVINO.
     """
-    import openvino as ov
-
     folder = Path(folder)
     record = read_json(folder / RECORD, needs={"inputs": list, "output": str}, remedy="export the model again")
     if not (folder / MODEL).is_file():
         raise CheckpointError(f"{folder} has {RECORD}, but no {MODEL}: export the model again")
-    core = ov.Core()
-    core.add_extension(openvino_extension())
-    compiled = core.compile_model(folder / MODEL, "CPU", properties)
+    compiled = extended_core().compile_model(folder / MODEL, "CPU", properties)
     names = record["inputs"]
 
     def run(**tensors: Any) -> Any:
