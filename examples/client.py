@@ -23,7 +23,8 @@ def main() -> None:
     client = OpenAI(base_url=f"{options.url}/v1", api_key=options.key)
     model = client.models.list().data[0].id
     if client.get("/../info", cast_to=dict)["kind"] == "causal":
-        stream = client.completions.create(model=model, prompt=options.text[0], max_tokens=64, stream=True)
+        asked = {"prompt": options.text[0], "max_tokens": 64, "temperature": 0}  # the likeliest token each time
+        stream = client.completions.create(model=model, stream=True, **asked)
         for event in stream:
             print(event.choices[0].text, end="", flush=True)
         print()

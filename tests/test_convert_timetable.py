@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +219,7 @@ def test_what_a_limit_leaves_no_time_for_is_refused_after_the_first_candidate(to
     with pytest.raises(ValueError, match=r"seconds 3600 are too few: 400\d{4} are needed for the layers of 2 models"):
         convert(settings, say=said.append)
     assert tried == [1]
-    assert said[0].startswith("trying 20 candidates takes about ")
+    assert re.match(r"trying \d+ candidates takes about ", said[0])  # those that were measured slower are left out
     assert (tmp_path / "out" / "work" / "input-000.f16").is_file()  # with more seconds it goes on from here
 
 

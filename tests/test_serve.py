@@ -8,6 +8,7 @@ import contextlib
 import functools
 import http.client
 import json
+import logging
 import os
 import random
 import signal
@@ -422,6 +423,20 @@ def test_stop_texts(stops, pieces, want):
     for piece in pieces:
         found.append(text.add(piece) if not text.found else "")
     assert found == want
+
+
+def test_logs_of_the_process_stay_open(exports):
+    closed = []
+
+    class Log(logging.StreamHandler):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    log = Log()
+    with serving(exports("embedding")):
+        assert closed == []
+    log.close()
 
 
 def test_directories_that_are_no_model(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -87,6 +88,7 @@ def serve(settings: ServeSettings, *, say: Callable[[str], object]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # to which uvicorn hands a signal on when it has stopped
     sys.setswitchinterval(_SWITCH_SECONDS)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     server = make_server(model, settings)
     say(f"opened {settings.model} ({model.kind}) with {model.backend} on {model.threads} threads")
     server.run()
@@ -105,6 +107,7 @@ def make_server(model: Any, settings: ServeSettings) -> uvicorn.Server:
         http=connection,
         ws="none",
         access_log=False,
+        log_config=None,  # uvicorn's own would close the handlers of whatever else runs in this process
         log_level="info",
         server_header=False,
         proxy_headers=False,
