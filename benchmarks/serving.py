@@ -25,6 +25,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class Served:
     def __init__(self, label: str, command: list[str], path: str, name: str) -> None:
         self.label, self.path, self.name, self.port = label, path, name, free_port()
         words = [word.format(port=self.port) for word in command]
-        self.log = Path(f"/tmp/serving-{label}.log").open("wb")  # noqa: SIM115
+        self.log = tempfile.NamedTemporaryFile(prefix=f"serving-{label}-", suffix=".log", delete=False)  # noqa: SIM115
         self.process = subprocess.Popen(words, stdout=self.log, stderr=subprocess.STDOUT)
         self.started = time.perf_counter()
         self.ready_seconds = self._wait()
@@ -203,7 +204,8 @@ def soak(server: Served, native: Path, requests: int) -> dict[str, Any]:
     texts = [sentences(1 + seed % 8, seed) for seed in range(256)]
     want = [engine.encode(one, normalize_embeddings=True) for one in texts]
     left, lock = iter(range(requests)), threading.Lock()
-    wrong, lost, memory = [0], [0], []
+    outcomes: list[str] = []
+    memory = []
 
     def client(number: int) -> None:
         draw = random.Random(number)
@@ -220,9 +222,9 @@ def soak(server: Served, native: Path, requests: int) -> dict[str, Any]:
             chosen = draw.randrange(len(texts))
             try:
                 found = np.array(ask(connection, server.path, body_of(texts[chosen], server.name)))
-                wrong[0] += bool(np.abs(found - want[chosen]).max() > 1e-6)
+                outcomes.append("wrong" if np.abs(found - want[chosen]).max() > 1e-6 else "right")
             except Exception:
-                lost[0] += 1
+                outcomes.append("lost")
                 connection = server.connection()
         connection.close()
 
@@ -236,8 +238,9 @@ def soak(server: Served, native: Path, requests: int) -> dict[str, Any]:
     return {
         "requests": requests,
         "seconds": time.perf_counter() - began,
-        "wrong": wrong[0],
-        "lost": lost[0],
+        "right": outcomes.count("right"),
+        "wrong": outcomes.count("wrong"),
+        "lost": outcomes.count("lost"),
         "memory_mib": [round(size / 2**20, 1) for size in memory],
     }
 

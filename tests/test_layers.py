@@ -265,8 +265,12 @@ def test_a_forked_child_can_use_the_layer():
         want = layer(x)
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)  # as torch's own workers do: its pool does not survive a fork
-            os._exit(0 if torch.equal(layer(x), want) else 1)
+            code = 2  # of an exception, which must not go on with the other tests
+            try:
+                torch.set_num_threads(1)  # as torch's own workers do: its pool does not survive a fork
+                code = 0 if torch.equal(layer(x), want) else 1
+            finally:
+                os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
