@@ -3,7 +3,7 @@
     pip install 'fastff[models]' accelerate
     python examples/finetune.py converted train.tsv --out tuned     # lines of LABEL<tab>TEXT
 
-Conditional layers learn best at a smaller rate than the rest of a model that is already trained; here a tenth.
+Conditional layers may have a learning rate of their own; here a tenth of the others', which in our runs gained nothing.
 """
 
 from __future__ import annotations
