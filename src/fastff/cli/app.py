@@ -19,13 +19,13 @@ from fastff.errors import FastffError
 COMMANDS = (
     ("bench", "bench_command:bench", "Time conditional layers beside the fastest dense layers of this machine."),
     ("convert", "convert_command:convert", "Make a trained dense model conditional, and report what that changes."),
-    ("demo", "demo_command:demo", "Search, generate, time a layer and show routes, beside dense twins."),
+    ("demo", "demo_command:demo", "Show what works here: search, text, a layer's speed and routes, with dense twins."),
     ("explore", "explore_command:explore", "Write a page that shows which leaves every token of a text takes."),
     ("export", "export_command:export", "Write a model for inference without PyTorch."),
-    ("generate", "generate_command:generate", "Stream text from an exported model, with its tokens a second."),
+    ("generate", "generate_command:generate", "Stream text from an exported model, and say how fast it came."),
     ("glue", "train_commands:glue", "Fine-tune a model on GLUE and score it: median and spread over seeds."),
     ("pretrain", "train_commands:pretrain", "Pretrain a language model on your text."),
-    ("serve", "serve_command:serve", "Serve a model over HTTP, as OpenAI's clients ask for it."),
+    ("serve", "serve_command:serve", "Serve a model over HTTP to OpenAI's clients."),
     ("variants", "train_commands:variants", "List the feedforward layers of a preset and what a token costs in each."),
 )
 
@@ -34,10 +34,10 @@ STUDIES = (
     ("glue", "Fine-tune pretrained variants on GLUE and say how much of the dense scores each keeps."),
     ("redraw", "Make the tables and charts of records.json or glue.json again, without running anything."),
     ("gpu-speed", "Measure tokens a second of pretraining on one GPU and on several."),
-    ("frontier", "Held-out losses of studies beside the measured speed of their models."),
+    ("frontier", "Put held-out losses of studies beside the measured speed of their models."),
     ("warm-start", "Turn the feedforwards of a pretrained dense model into trees, or narrow layers."),
-    ("pack-tokens", "Pack tokenised text into a file, for a machine that has not the text."),
-    ("unpack-tokens", "Unpack tokenised text; it is then called train, and the held-out text valid."),
+    ("pack-tokens", "Pack tokenised text into a file, for a machine without the text."),
+    ("unpack-tokens", "Unpack tokenised text as train, and its held-out part as valid."),
 )
 
 

@@ -70,7 +70,7 @@ def warm_start(settings: study_settings.WarmStartSettings) -> int:
 
 
 def pack_tokens(settings: study_settings.PackSettings) -> int:
-    """Pack tokenised text into a file, about a byte a token, for a machine that has not the text."""
+    """Pack tokenised text into a file, about a byte a token, for a machine without the text."""
     from fastff.experiment import pack_tokens
 
     pack_tokens.pack(settings.data, settings.target, most=settings.most, say=_say)
@@ -78,7 +78,7 @@ def pack_tokens(settings: study_settings.PackSettings) -> int:
 
 
 def unpack_tokens(settings: study_settings.UnpackSettings) -> int:
-    """Unpack tokenised text; it is then called train, and the held-out text valid."""
+    """Unpack tokenised text as train, and its held-out part as valid."""
     from fastff.experiment import pack_tokens
 
     pack_tokens.unpack(settings.source, settings.data, say=_say)

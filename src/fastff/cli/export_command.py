@@ -27,14 +27,13 @@ def export(
     model
         Directory or hub name of a Transformers model, dense or conditional; for native also a GGUF file.
     to
-        Who reads it: native (fastff's own engine) or openvino (encoders and classifiers).
+        What runs it: native (fastff's own engine) or openvino (encoders and classifiers).
     out
         Directory to write; an earlier export there is replaced.
     weights
-        What weights are stored in, conditional layers' and the others': int8; for OpenVINO also fp32, for causal models
-        in the native engine int4.
+        Form of the weights: int8; also fp32 for OpenVINO, and int4 for causal models in the native engine.
     text
-        Text, one example a line, whose first lines calibrate int8 activations (OpenVINO).
+        Text, one example a line, whose first 64 lines calibrate int8 activations (OpenVINO).
     """
     from fastff.engine.export import export as run
     from fastff.text.reading import lines

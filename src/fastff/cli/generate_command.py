@@ -31,15 +31,15 @@ def generate(
     prompt
         Text to continue.
     max_new_tokens
-        Stop after so many tokens.
+        Most tokens to generate.
     temperature
         0 takes the likeliest token; above, tokens are drawn.
     top_k
-        Draw from the likeliest tokens only; 0 for all.
+        Draw from this many of the likeliest tokens; 0 for all.
     top_p
-        Draw from the likeliest tokens whose probabilities reach this.
+        Draw from the likeliest tokens whose probabilities add up to this; 1 for all.
     seed
-        Of the random numbers.
+        Seed of the random numbers.
     chat
         Put the prompt into the model's chat template.
     threads

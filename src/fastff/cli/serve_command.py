@@ -7,7 +7,7 @@ from fastff.serve import ServeSettings
 
 
 def serve(settings: ServeSettings) -> int:
-    """Serve a model over HTTP, as OpenAI's clients and text-embeddings-inference's ask for it.
+    """Serve a model over HTTP to clients of OpenAI and text-embeddings-inference.
 
     SIGTERM or Ctrl-C stops it when the requests that it accepted are answered.
     """

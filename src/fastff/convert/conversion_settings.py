@@ -84,7 +84,7 @@ class ConversionSettings:
     shapes: Annotated[tuple[tuple[int, int], ...], _list_of(shape)] = ((1, 128), (32, 128))
     """Calls that are timed: sequences x tokens, like 1x128,32x128 (the default)."""
     shared: int | None = None
-    """Neurons that every token uses beside the trees. Default: none, half or three quarters of the work, by
+    """Neurons that every token uses beside trees and experts. Default: none, half or three quarters of the work, by
     measurement."""
     time_on: str | None = None
     """Where models are timed, and so chosen: cpu, cuda, or an engine, native or openvino. Default: where the conversion
@@ -99,9 +99,9 @@ class ConversionSettings:
     steps: int = 1100
     """Steps of the joint distillation; fewer if --seconds asks for it."""
     seconds: float | None = None
-    """Seconds that the whole conversion may take, but for restoring layers: fewer candidates and steps if need be."""
+    """Time limit of the whole conversion in seconds, kept by fewer candidates and steps; --max-loss is not counted."""
     batch: int = 0
-    """Examples a step; 0: by the kind of model."""
+    """Examples a step; 0: 256, 128 or 32 by the kind of model."""
     max_length: int = 128
     """Tokens of an example; the rest is cut."""
     max_tokens: Annotated[int, _HIDDEN] = 20_000_000
@@ -118,19 +118,18 @@ class ConversionSettings:
     bf16: Annotated[bool, _HIDDEN] = Recipe.bf16
     routing_lr_scale: Annotated[float, _HIDDEN] = Recipe.routing_lr_scale
     dense_fade: float = Recipe.dense_fade
-    """Share of the steps in which dense layers fade out."""
+    """Share of the steps in which dense layers fade out; 0: they are replaced at once."""
     average: Annotated[float, _HIDDEN] = Recipe.average
     seed: Annotated[int, _HIDDEN] = Recipe.seed
     baselines: Annotated[tuple[str, ...], _list_of(str)] = BASELINES
     """Baselines distilled with the same recipe, any of narrow,pruned,none: dense layers of equal work, the dense layers
     pruned to it, no feedforward at all. Default: all three."""
     beside: str | None = None
-    """Another model, directory or hub name, of the same kind and perhaps the same speed: its metric and times stand in
-    the report."""
+    """Another model of the same kind, directory or hub name, whose metric and times the report shows, too."""
     gguf: bool = False
-    """MODEL is a GGUF file, whatever its name."""
+    """Read MODEL as a GGUF file, whatever its name."""
     keep_slow: bool = False
-    """Convert layers that every candidate makes slower here, too."""
+    """Also convert layers that every candidate makes slower here."""
 
     def __post_init__(self) -> None:
         for share in (*self.curve, *(() if self.active is None else (self.active,))):

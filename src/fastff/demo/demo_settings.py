@@ -16,13 +16,13 @@ class DemoSettings:
     out: Path = Path("demo-report")
     """Directory of the page."""
     models: Path = Path("models")
-    """Directory of the models that ship; parts whose model is not there are left out, and said to be."""
+    """Directory of the models that ship; parts whose model is missing are left out, which the page says."""
     sentences: int = 1500
-    """Sentences of the novels that are searched."""
+    """Sentences of the novels to search."""
     tokens: int = 96
     """Tokens that each model generates."""
     seconds: float = 4.0
-    """Timed seconds of each comparison."""
+    """Seconds to time each comparison."""
 
     def __post_init__(self) -> None:
         for name in ("sentences", "tokens", "seconds"):

@@ -26,7 +26,7 @@ class PlanSettings:
     out: Path
     """Folder of records.json and charts."""
     data: Path
-    """Folder of the tokens; without --text it holds some named train and valid."""
+    """Folder of tokens; without --text, of those named train and valid."""
     runs: Path
     """Folder of the runs."""
     steps: int
@@ -36,15 +36,15 @@ class PlanSettings:
     valid: tuple[str, ...] = ()
     """Held-out text, as of `fastff pretrain`; may be repeated."""
     seeds: int = 1
-    """Seeds; all variants of one run before those of the next."""
+    """Number of seeds; all variants run with one before the next begins."""
     first_seed: int = 0
-    """The first of them."""
+    """First seed."""
     seconds: float | None = None
     """Checkpoint and exit after N seconds; run the same command again to resume."""
     least: float = 0.0
-    """Begin no run with fewer seconds left."""
+    """Begin no run with fewer seconds left of --seconds."""
     at_once: int = 1
-    """Runs on each GPU."""
+    """Runs on each GPU at once."""
     only: tuple[str, ...] = ()
     """A variant to run; may be repeated; default: all, in the order of the plan."""
     option: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class GlueVariantsSettings:
     seeds: int = 3
     """Fine-tunings of each task."""
     at_once: int = 1
-    """Processes."""
+    """Processes at once."""
     seconds: float | None = None
     """Stop after N seconds; run the same command again to resume."""
     option: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class SpeedSettings:
     form: tuple[str, ...] = (PLAIN,)
     """plain, compiled, graph or compiled-graph; may be repeated. Graphs are for one GPU, and left out on several."""
     option: tuple[str, ...] = ()
-    """A word passed on to `fastff pretrain`; may be repeated."""
+    """A word to pass to `fastff pretrain`; may be repeated."""
 
     def __post_init__(self) -> None:
         for form in self.form:
@@ -135,11 +135,11 @@ class FrontierSettings:
     """Folders with records.json, all of models of one preset."""
     _: KW_ONLY
     out: Path
-    """Folder of speeds.json and frontier.svg; layers that are there are not timed again."""
+    """Folder of speeds.json and frontier.svg; layers already there are not timed again."""
     preset: str = "small"
     """Size of the models."""
     layer: tuple[str, ...] = ()
-    """A layer to time that no study has; may be repeated."""
+    """A further layer to time, which no study has; may be repeated."""
     gpu_speed: Path | None = None
     """Folder of `fastff experiment gpu-speed --form compiled-graph`: adds the speed of training on one GPU."""
     seconds: float = 20.0
@@ -160,9 +160,9 @@ class WarmStartSettings:
     """The conversion of a pretrained model to start from."""
 
     model: Path
-    """What `fastff pretrain` left of a dense run."""
+    """OUT/model of a dense run of `fastff pretrain`."""
     data: Path
-    """Its folder of tokens."""
+    """Folder of the tokens of that run."""
     out: Path
     """Folder of model.safetensors, for `fastff pretrain --init-from`."""
     _: KW_ONLY
@@ -187,7 +187,7 @@ class PackSettings:
     """Tar file to write."""
     _: KW_ONLY
     most: int | None = None
-    """Pack no more tokens of the text."""
+    """Most tokens of the text to pack."""
 
 
 @Parameter(name="*")

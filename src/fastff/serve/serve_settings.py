@@ -36,15 +36,15 @@ class ServeSettings:
     truncate: bool = False
     """Cut inputs that are too long, unless a request says otherwise; without it they are errors."""
     batch_tokens: int = 8192
-    """Tokens that pass the model in one batch; longer requests take several."""
+    """Tokens of one batch of the model; longer requests take several."""
     queue_tokens: int = 262_144
     """Tokens that may wait; a request that finds no room is answered with 429."""
     max_inputs: int = 2048
-    """Texts of one request."""
+    """Most texts of one request; more are answered with 413."""
     max_request_tokens: int = 262_144
-    """Tokens of one request."""
+    """Most tokens of one request; more are answered with 413."""
     max_body_bytes: int = 16 * 2**20
-    """Bytes of one request."""
+    """Most bytes of one request; more are answered with 413."""
     max_connections: int = 1024
     """Connections at once; others are answered with 503."""
     streams: int = 4
@@ -54,7 +54,7 @@ class ServeSettings:
     client_seconds: float = 30.0
     """Seconds that a client may take to send a request, or to go on reading an answer."""
     stop_seconds: float = 30.0
-    """Seconds after SIGTERM or Ctrl-C in which requests that were accepted are answered."""
+    """Seconds after SIGTERM or Ctrl-C in which accepted requests are still answered."""
     api_key: Annotated[str | None, Parameter(env_var="FASTFF_API_KEY")] = None
     """Key that clients must send as `Authorization: Bearer KEY`. Other users of this machine can read options: set
     FASTFF_API_KEY in the environment instead."""

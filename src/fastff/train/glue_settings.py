@@ -31,7 +31,7 @@ class GlueSettings:
     seeds: int = 5
     """Fine-tunings of each task."""
     epochs: int | None = None
-    """Passes; default: 5, CoLA 15."""
+    """Passes over each train split; default: 5, CoLA 15."""
     steps: int | None = None
     """Updates of every task, instead of epochs."""
     lr: float = 4e-5
@@ -43,7 +43,7 @@ class GlueSettings:
     dropout: float = 0.1
     """Dropout of the model's own parts."""
     limit: int | None = None
-    """Use the first rows only, for a trial; every note says so."""
+    """Use the first N rows only, for a trial; every note says so."""
     max_train_rows: int | None = None
     """Learn from N rows, drawn once, of a longer train split; every note says so."""
     precision: str = "fp32"

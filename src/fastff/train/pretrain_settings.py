@@ -56,7 +56,7 @@ class PretrainSettings:
     valid: tuple[str, ...] = ()
     """Held-out text; default: the last windows of the text."""
     valid_windows: int = 256
-    """Windows that are held out."""
+    """Windows to hold out."""
     column: str = "text"
     """Text column of tables."""
     batch: int | None = None
@@ -82,7 +82,7 @@ class PretrainSettings:
     data: Path | None = None
     """Folder of tokenizer and tokens, to share between runs; default: OUT/data."""
     max_tokens: int | None = None
-    """Read no more tokens of the text."""
+    """Most tokens to read of the text."""
     seed: int = 0
     """Seed of weights, order and masks."""
     precision: str = "fp32"
@@ -106,7 +106,7 @@ class PretrainSettings:
     fsdp: bool = False
     """On several GPUs: shard weights, gradients and optimizer (FSDP2) instead of copying them (DDP)."""
     graph: bool = False
-    """On one GPU, causal: record forward and backward as a CUDA graph; small models gain, where launches are slow."""
+    """On one GPU, causal: record forward and backward as a CUDA graph, which speeds up small models."""
     layer: Annotated[LayerTraining, Parameter(parse=False)] = field(default_factory=LayerTraining)
     """How conditional layers learn."""
 
