@@ -176,6 +176,7 @@ PACKED_SIZES = [
     (300, 6, 900, 3, 33, 400),  # so many that w_out lies in blocks of columns
     (200, 3, 12, 32, 128, 200),  # wide ones, leaf by leaf
     (90, 2, 5, 12, 64, 33),  # both kinds of groups in a leaf
+    (100, 3, 8, 61, 130, 50),  # as wide as a matrix tile takes
 ]
 # What y may differ, as a part of its norm: bfloat16 has 8 bits, and an int8 row errs by 1/254 of its largest weight.
 PACKED_ERROR = {"bf16": 1e-2, "int8": 3e-2}
@@ -197,7 +198,10 @@ def some_rows(made, rows):
 
 
 @every_pair(
-    sizes=PACKED_SIZES, activation=("swiglu", "gelu", "relu"), dot_isa=supported_isas(dots=True), threads=(1, 2)
+    sizes=PACKED_SIZES,
+    activation=("swiglu", "gelu", "relu"),
+    dot_isa=supported_isas(dots=True, tiles=True),
+    threads=(1, 2),
 )
 def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activation, dot_isa, threads):
     made = make(*sizes, activation=activation, bias=activation != "relu", dtype=torch.float32)
@@ -211,7 +215,7 @@ def test_packed_fp32_errs_at_most_twice_as_much_as_the_reference(sizes, activati
     sizes=PACKED_SIZES,
     quantization=("bf16", "int8"),
     activation=("swiglu", "silu"),
-    dot_isa=supported_isas(dots=True),
+    dot_isa=supported_isas(dots=True, tiles=True),
     threads=(1, 2),
 )
 def test_quantised_leaves_err_within_their_bound(sizes, quantization, activation, dot_isa, threads):
@@ -222,7 +226,7 @@ def test_quantised_leaves_err_within_their_bound(sizes, quantization, activation
     assert max_error(y, exact) > 0, "nothing was rounded"
 
 
-@every_pair(sizes=PACKED_SIZES, quantization=(None, "bf16", "int8"), dot_isa=supported_isas(dots=True))
+@every_pair(sizes=PACKED_SIZES, quantization=(None, "bf16", "int8"), dot_isa=supported_isas(dots=True, tiles=True))
 def test_a_packed_row_has_the_same_bits_in_any_company(sizes, quantization, dot_isa):
     made = make(*sizes, dtype=torch.float32)
     packed, rows = pack(made, quantization), sizes[0]
@@ -238,7 +242,7 @@ def test_a_packed_row_has_the_same_bits_in_any_company(sizes, quantization, dot_
     rows=(3, 200),
     poison=("x", "gate"),
     value=(float("nan"), float("inf")),
-    dot_isa=supported_isas(dots=True),
+    dot_isa=supported_isas(dots=True, tiles=True),
 )
 def test_a_packed_row_that_is_not_finite_disturbs_no_other(quantization, rows, poison, value, dot_isa):
     made = make(rows, 4, 7, 12, 48, 33, dtype=torch.float32)
@@ -251,7 +255,7 @@ def test_a_packed_row_that_is_not_finite_disturbs_no_other(quantization, rows, p
     assert not dirty[1].isfinite().any()
 
 
-@pytest.mark.usefixtures("dot_isa")
+@pytest.mark.usefixtures("tile_isa")
 @pytest.mark.parametrize("quantization", [None, "bf16", "int8"])
 @pytest.mark.parametrize(("rows", "k"), [(0, 3), (5, 0), (40, 0)])
 def test_packed_leaves_with_nothing_to_do(quantization, rows, k):
@@ -262,7 +266,7 @@ def test_packed_leaves_with_nothing_to_do(quantization, rows, k):
     assert (y == 0).all()
 
 
-@pytest.mark.usefixtures("dot_isa")
+@pytest.mark.usefixtures("tile_isa")
 @pytest.mark.parametrize("scale", [1e-35, 1e-12, 1e12, 1e30])
 def test_int8_leaves_follow_the_scale_of_their_inputs(scale):
     made = make(40, 3, 7, 4, 64, 48, activation="identity", bias=False, dtype=torch.float32)
@@ -437,7 +441,7 @@ def test_any_shape_is_computed_or_refused(
 def test_any_packed_leaves_are_computed_or_refused(sizes, out_features, weights, isa_index, thread_count, fault):
     rows, k, leaf_count, width, in_features = sizes
     made = make(rows, k, leaf_count, width, in_features, out_features, dtype=torch.float32)
-    names, before, bad_row = supported_isas(dots=True), native.isa(), rows // 2
+    names, before, bad_row = supported_isas(dots=True, tiles=True), native.isa(), rows // 2
     native.set_isa(names[isa_index % len(names)])
     try:
         packed = pack(made, weights)

@@ -4,6 +4,6 @@
 #include "isa/groups_avx512.h"
 #include "isa/words_avx512.h"
 
-#include "layer/router_kernels_impl.h"
+#include "layer/dot_families.h"
 #include "model/experts_impl.h"
 #include "model/families.h"

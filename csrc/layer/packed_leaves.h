@@ -98,10 +98,10 @@ struct LeafKernels {
 struct LeafTable {
   LeafKernels f32, bf16, int8;
 };
-FASTFF_DECLARE_DOT_TABLES(LeafTable, packed_leaves);
+FASTFF_DECLARE_TILE_TABLES(LeafTable, packed_leaves);
 
 inline const LeafKernels& leaf_kernels(int weights) {
-  const LeafTable& table = FASTFF_CHOSEN_DOT_TABLE(LeafTable, packed_leaves);
+  const LeafTable& table = FASTFF_CHOSEN_TILE_TABLE(LeafTable, packed_leaves);
   return weights == FASTFF_F32 ? table.f32 : weights == FASTFF_BF16 ? table.bf16 : table.int8;
 }
 

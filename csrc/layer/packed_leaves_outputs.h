@@ -1,13 +1,14 @@
 // From activations of packed leaves to y.
 //
 // Narrow leaves: row by row over blocks of columns whose weights of all leaves fit the second-level cache, so that y is
-// written once. Wide leaves: leaf by leaf over blocks of columns in which y fits it.
+// written once. Wide leaves: leaf by leaf over blocks of columns in which y fits it; in int8 by matrix tiles, if there are any.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "layer/packed_leaves_numbers.h"
+#include "layer/packed_leaves_tiles.h"
 
 namespace fastff {
 namespace {
@@ -37,7 +38,7 @@ class Outputs {
         word_bytes_(l_.neurons() * static_cast<int64_t>(sizeof(W))) {}
 
   void run(int64_t begin, int64_t end) {
-    if (by_leaf()) leaves(begin, end);
+    if (by_tiles() || by_leaf()) leaves(begin, end);
     else rows(begin, end);
     if (call_.b_out) biases(begin, end);
   }
@@ -48,6 +49,16 @@ class Outputs {
     const int64_t shared = call_.visits.items() / l_.leaves.leaves;  // by so many items
     constexpr int64_t kWide = sizeof(W) == 1 ? 4 : 2;  // more words of neurons than that pay for y, however many rows share
     return !call_.few && shared >= 2 && (l_.neuron_words > kWide || (l_.neuron_words >= 2 && shared < 8));
+  }
+
+  // Leaf by leaf in matrix tiles, where the instruction set has them.
+  bool by_tiles() const {
+#ifdef __AMX_INT8__
+    return sizeof(W) == 1 && !call_.few && l_.neuron_words >= kLeastTiledWords && l_.neuron_words <= kMostTiledWords &&
+           call_.visits.items() >= kLeastTiledShare * l_.leaves.leaves;
+#else
+    return false;
+#endif
   }
 
   // ---- row by row ----
@@ -171,6 +182,7 @@ class Outputs {
   void leaf_columns(int64_t from, int64_t to) {
     const Visits& visits = call_.visits;
     const int64_t bytes = (to - from) * step_bytes_;
+    const bool tiled = by_tiles();
     int64_t next = 0;  // the position whose leaf is fetched
     for (int64_t leaf = 0; leaf < std::max<int64_t>(1, kNextBytes / bytes) && next < visits.items(); ++leaf)
       next = visits.group_end(next, visits.items());
@@ -179,8 +191,9 @@ class Outputs {
       leaves_ahead_ = next < visits.items() ? visits.leaf[next] - visits.leaf[at] : 0;
       if (leaves_ahead_) next = visits.group_end(next, visits.items());
       while (at < stop) {
-        const int64_t n = distinct(at, stop);
-        add_items(at, n, from, to);
+        const int64_t n = tiled ? std::min(stop - at, kTiledItems) : distinct(at, stop);
+        if (tiled) add_tiled(at, n, from, to);
+        else add_items(at, n, from, to);
         at += n;
         leaves_ahead_ = 0;
       }
@@ -198,6 +211,33 @@ class Outputs {
     for (; step + C <= whole; step += C) add<N, C>(at, step);
     for (; step < to; ++step) add<N, 1>(at, step);
   }
+  // As add_items, of up to kTiledItems items of any rows.
+  void add_tiled([[maybe_unused]] int64_t at, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t from,
+                 [[maybe_unused]] int64_t to) {
+#ifdef __AMX_INT8__
+    const int64_t out = l_.leaves.out_features, whole = std::min(to, out / 16);
+    const char* w = call_.out + l_.out_at(call_.visits.leaf[at], from);
+    const char* h[kTiledItems];
+    float* y[kTiledItems];
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t place = call_.place[at + i], row = place / k_;
+      h[i] = call_.hs + row * call_.hs_bytes + place % k_ * word_bytes_;
+      y[i] = call_.y + row * out;
+    }
+    tiles_.take(n, l_.neuron_words, k_ * l_.neurons(), [&](int64_t i) { return h[i]; });
+    for (int64_t step = from; step < whole; w += 2 * step_bytes_, step += 2) {
+      const bool pair = step + 2 <= whole;
+      if (leaves_ahead_) fetch_all(w + leaves_ahead_ * l_.out_bytes, (pair ? 2 : 1) * step_bytes_);
+      tiles_.add(w, pair ? w + step_bytes_ : nullptr, [&](int64_t i) { return y[i] + 16 * step; });
+    }
+    if (whole == to) return;
+    const int64_t last = out - 16 * whole;
+    float room[kTiledItems][16] = {};
+    tiles_.add(call_.out + l_.out_at(call_.visits.leaf[at], whole), nullptr, [&](int64_t i) { return room[i]; });
+    for (int64_t i = 0; i < n; ++i) add_integers(y[i] + 16 * whole, room[i], last);
+#endif
+  }
+
   // How many items from here on are of different rows; a leaf may stand twice in a row, side by side.
   int64_t distinct(int64_t at, int64_t stop) const {
     int64_t n = 1;
@@ -253,6 +293,16 @@ class Outputs {
       }
   }
 
+  static void add_integers(float* to, const float* from, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t sum, more;
+      std::memcpy(&sum, to + i, sizeof sum);
+      std::memcpy(&more, from + i, sizeof more);
+      sum += more;
+      std::memcpy(to + i, &sum, sizeof sum);
+    }
+  }
+
   // ---- biases ----
 
   void biases(int64_t begin, int64_t end) {
@@ -273,6 +323,9 @@ class Outputs {
   int64_t leaves_ahead_ = 0;  // leaf by leaf: from the leaf in work to the one that is fetched
   const char* fetch_from_ = nullptr;  // row by row: the lines that are fetched of the leaf whose turn it is
   int64_t fetch_leaf_ = 0, fetch_at_ = 0, fetch_to_ = 0, fetch_lines_ = 0, fetch_now_ = 0;
+#ifdef __AMX_INT8__
+  TiledItems tiles_;
+#endif
 };
 
 template <class W>
