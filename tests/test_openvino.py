@@ -265,6 +265,7 @@ def test_a_router_of_ones_own_is_refused():
 MODELS_IN_TURN = """
 import gc, os, signal, sys
 from fastff.engine import openvino
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 first, second = openvino.read(sys.argv[1]), openvino.read(sys.argv[1])
 del first
 gc.collect()
