@@ -21,6 +21,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "encoder": encoder.engines,
         "encoder-dense": encoder.dense_engines,
         "encoder-engines": encoder.whole_engines,
+        "encoder-lengths": encoder.lengths,
         "layer-cpu": cpu.published_layer,
         "recommended-cpu": cpu.recommended_layers,
         "layers-cpu": cpu.other_layers,
@@ -28,8 +29,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/engine.md": {
         "decode": decode.engines,
+        "decode-layers": decode.layers,
         "decode-start": decode.start,
         "decode-quality": decode.quality,
+        "embeddings": encoder.embeddings,
     },
     "docs/benchmarks-gpu.md": {
         "layer-gpu": gpu.layers,

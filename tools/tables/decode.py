@@ -6,14 +6,39 @@ from typing import Any
 
 from tools.tables.places import INTEL, read
 
+from fastff.models.feedforward import complete
 from fastff.report.markdown import markdown_table
+from fastff.train.presets import feedforward_flops
 
-FASTEST_OTHER = "llama.cpp Q4_0"
+OWN, FASTEST_OTHER = "fastff int8", "llama.cpp Q4_0"
+WIDTH, NEURONS = 576, 1536  # of SmolLM2-135M
 
 
 def engines() -> str:
     """Every context and number of threads: tokens a second and, in brackets, over the fastest engine of others."""
     return _speeds("decode.json", FASTEST_OTHER)
+
+
+def layers() -> str:
+    """Conditional and narrow feedforwards: tokens a second, over our dense model in 8 bits and the fastest other engine."""
+    run: dict[str, Any] = read(INTEL / "decode-layers.json")
+    speed = {cell["engine"]: 1e3 / cell["ms"] for cell in run["cells"]}
+    rows = [
+        (name, _share(name), f"{rate:.0f}", f"{rate / speed[OWN]:.2f}x", f"{rate / speed[FASTEST_OTHER]:.2f}x")
+        for name, rate in speed.items()
+    ]
+    head = ["engine, feedforward", "work", "tokens/s", "over ours dense in int8", f"over {FASTEST_OTHER}"]
+    return markdown_table(head, rows)
+
+
+def _share(engine: str) -> str:
+    """Operations of a feedforward, routing included, over those of the model's own."""
+    layer = engine.partition(", ")[2]
+    kind, _, neurons = layer.partition("-")
+    dense = {"kind": "dense", "intermediate_size": NEURONS, "activation": "swiglu"}
+    described: Any = {**dense, "intermediate_size": int(neurons)} if kind == "narrow" else layer or dense
+    flops = 0 if layer == "none" else feedforward_flops(complete(described), WIDTH)
+    return f"{flops / feedforward_flops(dense, WIDTH):.0%}"
 
 
 def _speeds(file: str, yardstick: str) -> str:

@@ -76,9 +76,9 @@ def dense_engines() -> str:
     return _by_shape("encoder-dense.json")
 
 
-def experts() -> str:
-    """Conditional layers beside the dense model, other engines' and fastff's own; see `_by_shape`."""
-    return _by_shape("encoder-experts.json")
+def lengths() -> str:
+    """Short and long sequences; see `_by_shape`."""
+    return _by_shape("encoder-lengths.json")
 
 
 def embeddings() -> str:
