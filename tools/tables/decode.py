@@ -20,7 +20,7 @@ def engines() -> str:
 
 
 def layers() -> str:
-    """Conditional and narrow feedforwards: tokens a second, over our dense model in 8 bits and the fastest other engine."""
+    """Other feedforwards: tokens a second, over our dense model in 8 bits and over the fastest other engine."""
     run: dict[str, Any] = read(INTEL / "decode-layers.json")
     speed = {cell["engine"]: 1e3 / cell["ms"] for cell in run["cells"]}
     rows = [
