@@ -319,3 +319,8 @@ def test_quantized_layers_refuse_what_they_cannot_do():
         layer(x.requires_grad_())
     with pytest.raises(ValueError, match="quantization 'int4' is not None, 'bf16' or 'int8'"):
         layer.quantize("int4")
+    with torch.no_grad():
+        layer(x)
+        layer.w_in.untyped_storage().resize_(0)  # as sharding frees what it gathers again
+        with pytest.raises(fastff.FastffError, match="the weights have no memory"):
+            layer(x)

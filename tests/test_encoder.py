@@ -30,9 +30,10 @@ from encoder_cases import (
 from engine_cases import exported as exported_decoder
 from fastff.engine import encoder_heads, encoders, native_export, stored_modules
 from fastff.engine.encode import EncoderEngine, _batches
+from fastff.engine.facts import MODEL_FILE
 from fastff.engine.generate import Engine
 from fastff.engine.smoothing import smoothing
-from fastff.errors import CheckpointError, FastffError, ShapeError
+from fastff.errors import CheckpointError, FastffError, FileError, ShapeError
 from fastff.ops.native_encoder import NativeEncoder
 
 CONDITIONAL = [
@@ -81,6 +82,20 @@ def test_every_instruction_set_computes_the_same_model(name, tile_isa):
     ids = tokens(5, 40)
     for got, want in zip(engine.hidden_states(ids), wanted(model, ids), strict=True):
         assert relative(got, want) < (0.01 if name == "bert" else 0.02)
+
+
+def test_a_weight_that_is_not_a_number_is_seen(tile_isa, tmp_path):
+    """No export writes one, but a file may be damaged."""
+    raw = bytearray((exported("ours-experts")[1]._folder / MODEL_FILE).read_bytes())
+    header = json.loads(raw[24 : 24 + int.from_bytes(raw[8:16], "little")])
+    place = header["tensors"]["layers.0.conditional.w_in"]
+    leaves, rows, inputs = place["shape"]
+    for leaf in range(leaves):
+        at = place["offset"] + leaf * rows * inputs * 2
+        raw[at : at + 2] = b"\xc0\x7f"
+    path = tmp_path / "model"
+    path.write_bytes(raw)
+    assert NativeEncoder(path).run([5, 6, 7], [3], threads=1).isnan().all()
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +207,10 @@ def test_modules_of_sentence_transformers_say_how(tmp_path):
         pooling({"pooling_mode_max_tokens": True}, "Pooling")
     with pytest.raises(CheckpointError, match="module Dense"):
         pooling({"pooling_mode": "mean"}, "Pooling", "Dense")
+    for damaged in ('{"0": 1}', '[{"type": "a.Pooling"}]', '[{"type": "a.Pooling", "path": 1}]', "[3]"):
+        (tmp_path / "modules.json").write_text(damaged)
+        with pytest.raises(FileError, match=r"modules\.json is damaged"):
+            encoder_heads.sentence_pooling(tmp_path)
 
 
 def test_texts_are_cut_where_sentence_transformers_cuts_them(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +19,10 @@ from engine_cases import CONFIGS, FEEDFORWARDS, OURS, VOCABULARY, conditional_mo
 from fastff.engine import native_export
 from fastff.engine.causal_model import CausalModel
 from fastff.engine.decoders import describe
+from fastff.engine.facts import MODEL_FILE
 from fastff.engine.generate import Engine, Sampling, load, pieces
 from fastff.errors import CheckpointError, FastffError, FileError
+from fastff.ops.native_model import NativeModel, NativeSession
 from fastff.text.tokenizer import train_tokenizer, wrap
 
 
@@ -140,6 +144,8 @@ def test_an_engine_goes_to_another_process_and_is_copied():
     engine = exported("llama")[0]
     for again in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
         assert torch.equal(again.logits([1, 2, 3]), engine.logits([1, 2, 3]))
+    with pytest.raises(TypeError, match="NativeSession cannot be copied"):
+        copy.copy(engine.session())  # both would free it
 
 
 def test_a_cache_that_does_not_fit_memory_is_refused(tmp_path):
@@ -290,6 +296,19 @@ class TestSampling:
         kept = order[: int((sums < 0.3).sum()) + 1].tolist()
         assert set(drawn) == set(kept)
         assert self.draws(3, temperature=1.0, top_k=1)[0] == [int(logits.argmax())] * 3
+
+    def test_nothing_is_drawn_by_an_infinite_logit(self, tmp_path):
+        raw = bytearray((exported("llama")[2] / MODEL_FILE).read_bytes())
+        header = json.loads(raw[24 : 24 + int.from_bytes(raw[8:16], "little")])
+        scales = header["tensors"]["head"]["offset"] + 64 * 64  # of the first panel, behind its numbers
+        raw[scales : scales + 4 * 64] = struct.pack("<64f", *[float("inf")] * 64)
+        path = tmp_path / "model"
+        path.write_bytes(raw)
+        session = NativeSession(NativeModel(path), 4)
+        session.feed([100, 200])  # whose embeddings are of other panels
+        assert session.sample(Sampling()) < 64
+        with pytest.raises(FastffError, match="largest logit is infinite"):
+            session.sample(Sampling(temperature=1.0))
 
     @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
     def test_settings_out_of_range_are_refused(self, wrong):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import locale
+import os
 import random
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -283,6 +287,9 @@ def test_texts_begin_with_a_token_of_their_own_where_the_file_says_so(gguf_with,
         native_export.export_gguf(gguf_with(changes), tmp_path / "out")
         ids = Engine(tmp_path / "out").tokenizer.encode("ab")
         assert ids == [298] * starts + [WORDS.index("a"), WORDS.index("b")]
+    wrong = {f"{OF_TOKENS}bos_token_id": WORDS.index(":"), f"{OF_TOKENS}add_bos_token": True}
+    with pytest.raises(CheckpointError, match="begins texts with ':'"):
+        tokenizer_of(Gguf(gguf_with(wrong)))
 
 
 def test_words_that_the_vocabulary_holds_whole_are_not_merged(gguf_with):
@@ -360,6 +367,27 @@ class TestModelFile:
         for path in (tmp_path, tmp_path / "missing"):
             with pytest.raises(FastffError, match=str(path)):
                 NativeModel(path)
+        with pytest.raises(FastffError, match="cannot be read"):
+            NativeModel(tmp_path / os.fsdecode(b"missing\xff"))  # a name that is not UTF-8
+
+    def test_a_host_that_writes_numbers_with_commas(self, tmp_path, monkeypatch):
+        source, made = tmp_path / "commas", tmp_path / "xx_XX"
+        numeric = 'LC_NUMERIC\ndecimal_point ","\nthousands_sep ""\ngrouping -1\nEND LC_NUMERIC\n'
+        others = ("CTYPE", "COLLATE", "MONETARY", "MESSAGES", "TIME", "NAME", "ADDRESS", "TELEPHONE", "PAPER")
+        others = (*others, "MEASUREMENT", "IDENTIFICATION")
+        source.write_text(numeric + "".join(f'LC_{name}\ncopy "POSIX"\nEND LC_{name}\n' for name in others))
+        command = ["localedef", "-c", "-i", source, "-f", "ANSI_X3.4-1968", made]
+        if shutil.which("localedef") is not None:
+            subprocess.run(command, capture_output=True, check=False)
+        if not made.is_dir():
+            pytest.skip("no locale can be made here")
+        monkeypatch.setenv("LOCPATH", str(tmp_path))
+        locale.setlocale(locale.LC_NUMERIC, "xx_XX")
+        try:
+            assert locale.localeconv()["decimal_point"] == ","
+            run_decoder(exported("llama")[2] / MODEL_FILE)
+        finally:
+            locale.setlocale(locale.LC_NUMERIC, "C")
 
 
 def rewritten(path, whole, header):

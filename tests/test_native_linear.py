@@ -192,6 +192,10 @@ def test_what_cannot_be_is_refused():
     matrix = PackedMatrix(torch.zeros(3, 4))
     with pytest.raises(ShapeError, match=r"\(2, 5\)"):
         matrix.multiply(torch.zeros(2, 5))
+    x = torch.zeros(2, 4)
+    for wrong in ({"x": x.double()}, {"bias": torch.zeros(2)}, {"add_to": torch.zeros(1, 3)}):
+        with pytest.raises(ShapeError, match=r"is not \(.*\) of torch.float32"):
+            matrix.multiply(**{"x": x, **wrong})
     with pytest.raises(FastffError, match="bits"):
         matrix.multiply(torch.zeros(2, 4), bits=7)
     with pytest.raises(FastffError, match="gated"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -323,6 +325,29 @@ def test_a_row_has_the_same_bits_in_any_batch(name, kind, isa):
             part = packed.route(x[:rows].contiguous(), threads)
             assert torch.equal(part[0], whole[0][:rows])
             assert torch.equal(part[1].view(torch.int32), whole[1][:rows].view(torch.int32))
+
+
+@contextlib.contextmanager
+def memory_of_others():
+    """What malloc gives holds what others left there, not zeros."""
+    perturb, mallopt = -6, getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    mallopt(perturb, 1)
+    try:
+        yield
+    finally:
+        mallopt(perturb, 0)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_row_alone_reads_nothing_of_the_lanes_beside_it(kind):
+    """A beam of so many nodes is chosen row by row, and its lanes without a row are nobody's."""
+    case = Case(PATHS, in_features=24, depth=8, chosen=70)
+    packed, x = Packed(case, case.weights(torch.float32), kind), make_rows(16, 24, dtype=torch.float32)
+    leaf, gate = packed.route(x)
+    with ThreadPoolExecutor(1) as fresh, memory_of_others():  # a thread keeps its own memory, and this one has none yet
+        alone = fresh.submit(packed.route, x[:1].contiguous()).result()
+    assert torch.equal(alone[0], leaf[:1])
+    assert torch.equal(alone[1], gate[:1])
 
 
 @every_pair(name=("paths", "flat", "product-keys"), kind=("plain", *WEIGHTS), isa=ISAS)

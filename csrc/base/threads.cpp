@@ -7,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,7 +38,7 @@ class Pool {
     threads_.reserve(workers);
     try {
       while (static_cast<int>(threads_.size()) < workers) threads_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // std::system_error, or no memory for one more
     }
   }
   ~Pool() {
@@ -117,12 +116,13 @@ OwnPool*& own() {
 
 void run_on_own_pool(int64_t pieces, int threads, const std::function<void(int64_t)>& body) {
   OwnPool& mine = *own();
-  std::unique_lock<std::mutex> lock(mine.mutex, std::try_to_lock);
-  if (inside_pool || !lock.owns_lock()) {
+  std::unique_lock<std::mutex> lock(mine.mutex, std::defer_lock);
+  if (inside_pool || !lock.try_lock()) {  // inside, this thread may hold it already
     for (int64_t i = 0; i < pieces; ++i) body(i);
     return;
   }
   if (mine.workers < threads - 1) {
+    mine.workers = 0;  // until there is a pool again
     mine.pool.reset();
     mine.pool = std::make_unique<Pool>(threads - 1);
     mine.workers = threads - 1;

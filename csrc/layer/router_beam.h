@@ -182,7 +182,9 @@ class Beams : Chooser<T, W> {
     const int64_t first = tree_ * (router_.nodes() + router_.tree_leaves()) + first_of(level);
     if (view_.balance) values<true>(nodes, view_.balance + first);
     else values<false>(nodes, nullptr);
-    const unsigned in_doubt = nodes <= kMostRanked ? rank(nodes) : ~0u;
+    unsigned in_doubt = ~0u;
+    if (nodes <= kMostRanked) in_doubt = rank(nodes);
+    else std::fill_n(keep_, nodes * kLanes, 0);  // of lanes without a row, which nobody decides, too
     for (int64_t l = 0; l < in_use(); ++l)
       if (in_doubt >> l & 1) decide(l, level, first, nodes);
     compact(nodes);

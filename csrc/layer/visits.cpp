@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <numeric>
 
+#include "base/checks.h"
 #include "layer/visits_sort.h"
 
 namespace fastff {
 
 Visits SortedVisits::sort(const int64_t* leaf, int64_t rows, int64_t k, int64_t leaves) {
   const int64_t items = rows * k;
+  need_in("leaves chosen by all rows", items, 0, kMaxRows);
   bool ascending = true;
   for (int64_t i = 1; i < items; ++i) ascending &= leaf[i - 1] <= leaf[i];
   item_.resize(items);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "base/checks.h"
@@ -35,11 +36,15 @@ void group_visits(const Visits& visits, std::vector<ExpertGroup>& groups) {
     groups.push_back({visits.leaf[at], at, visits.group_end(at, visits.items())});
 }
 
-// A row of weights in 8 bits, one number `step(i)` bytes after `to` each; returns its scale.
+// A row of weights in 8 bits, one number `step(i)` bytes after `to` each; returns its scale, NaN for a row with NaN or an
+// infinity.
 template <class Value, class Step>
 float store_row(int64_t n, const Value& value, const Step& step, int8_t* to) {
   float largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(value(i)));
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(value(i))) return std::numeric_limits<float>::quiet_NaN();
+    largest = std::max(largest, std::fabs(value(i)));
+  }
   const float inverse = largest > 0 ? 127 / largest : 0;
   for (int64_t i = 0; i < n; ++i) to[step(i)] = static_cast<int8_t>(std::lrint(value(i) * inverse));
   return largest / 127;

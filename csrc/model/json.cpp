@@ -1,8 +1,11 @@
 #include "model/json.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
+#include <cstdio>
 #include <cstring>
+#include <locale>
+#include <sstream>
 
 #include "base/checks.h"
 
@@ -101,12 +104,12 @@ class JsonReader {
       value.number_ = truth;
       return;
     }
-    char* end = nullptr;
-    value.number_ = std::strtod(text_.c_str() + at_, &end);
-    const size_t length = end - (text_.c_str() + at_);
-    if (length == 0 || !std::isfinite(value.number_)) fail("no value");
+    const size_t end = std::min(text_.find_first_not_of("+-.0123456789eE", at_), text_.size());
+    std::istringstream digits(text_.substr(at_, end - at_));
+    digits.imbue(std::locale::classic());  // not the host's, whose numbers may have commas
+    if (!(digits >> value.number_) || digits.peek() != EOF || !std::isfinite(value.number_)) fail("no value");
     value.kind_ = Json::Kind::kNumber;
-    at_ += length;
+    at_ = end;
   }
 
   const std::string text_;

@@ -1,5 +1,6 @@
 // The C functions of dense products: checks of what a caller gives, then model/linear.h.
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "base/checks.h"
@@ -34,7 +35,7 @@ void check_call(const PackedMatrix& shape, const void* packed, const float* x, i
   need(rows == 0 || (x != nullptr && y != nullptr), "x or y is NULL");
   need_in("activation", activation, FASTFF_GELU, FASTFF_ABS);
   need((activation == FASTFF_SWIGLU) == shape.gated, "activation FASTFF_SWIGLU goes with a gated matrix, others do not");
-  need(bits == 8 || bits == 16, "bits is neither 8 nor 16");
+  if (bits != 8 && bits != 16) refuse("bits " + std::to_string(bits) + " is neither 8 nor 16");
   const Array y_array = array("y", y, rows * shape.out_features), x_array = array("x", x, rows * shape.in_features);
   const Array bias_array = array("bias", bias, bias ? shape.rows() : 0);
   need_aligned({x_array, y_array, bias_array});

@@ -1,5 +1,7 @@
 // The C functions of models and sessions: checks of what a caller gives, then model/decoder.h.
+#include <limits>
 #include <memory>
+#include <string>
 
 #include "base/checks.h"
 #include "base/errors.h"
@@ -45,9 +47,10 @@ class SessionUse {
 
 void check_sampling(const fastff_sampling* sampling) {
   need(sampling != nullptr, "sampling is NULL");
-  need(sampling->temperature >= 0 && sampling->temperature <= 1e6f, "temperature is not 0 to 1e6");
-  need(sampling->top_p > 0 && sampling->top_p <= 1, "top_p is not above 0 and at most 1");
-  need(sampling->top_k >= 0, "top_k is negative");
+  const float temperature = sampling->temperature, top_p = sampling->top_p;
+  if (!(temperature >= 0 && temperature <= 1e6f)) refuse("temperature " + std::to_string(temperature) + " is not 0 to 1e6");
+  if (!(top_p > 0 && top_p <= 1)) refuse("top_p " + std::to_string(top_p) + " is not above 0 and at most 1");
+  need_in("top_k", sampling->top_k, 0, std::numeric_limits<int64_t>::max());
 }
 
 }  // namespace

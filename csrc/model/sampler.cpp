@@ -32,6 +32,7 @@ double Random::next() {
 int64_t sample(const float* logits, int64_t count, const Sampling& sampling, Random& random, std::vector<int32_t>& room) {
   const int64_t best = largest(logits, count);
   if (sampling.temperature <= 0) return best;
+  need(std::isfinite(logits[best]), "the largest logit is infinite: it leaves nothing to draw by");
   room.resize(count);
   std::iota(room.begin(), room.end(), 0);
   const auto likelier = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };

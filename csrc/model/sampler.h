@@ -22,7 +22,7 @@ class Random {
   uint64_t state_;
 };
 
-// Throws std::invalid_argument for logits that hold NaN. room is scratch.
+// Throws std::invalid_argument for logits that hold NaN, or to be drawn by whose largest is infinite. room is scratch.
 int64_t sample(const float* logits, int64_t count, const Sampling& sampling, Random& random, std::vector<int32_t>& room);
 
 }  // namespace fastff

@@ -53,7 +53,10 @@ std::string written(const std::vector<int64_t>& shape) {
 
 int64_t product(const std::vector<int64_t>& shape) {
   int64_t all = 1;
-  for (int64_t n : shape) all *= n;
+  for (int64_t n : shape) {
+    if (n > 0 && all > kMaxSize / n) refuse("a tensor of " + written(shape) + " is larger than a file can be");
+    all *= n;
+  }
   return all;
 }
 
@@ -71,14 +74,11 @@ WeightsFile::WeightsFile(const std::string& path, bool map) {
   try {
     read_header();
   } catch (const std::invalid_argument& e) {
-    if (mapped_) munmap(mapped_, size_);
     refuse(path + ": " + e.what());
   }
 }
 
-WeightsFile::~WeightsFile() {
-  if (mapped_) munmap(mapped_, size_);
-}
+void WeightsFile::Unmap::operator()(void* pages) const { munmap(pages, bytes); }
 
 void WeightsFile::open(const std::string& path, bool map) {
   const OpenFile file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
@@ -88,13 +88,11 @@ void WeightsFile::open(const std::string& path, bool map) {
   size_ = facts.st_size;
   if (size_ < kPreamble) refuse(path + " is too short for a model: " + std::to_string(size_) + " bytes");
   if (map) {
-    mapped_ = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.descriptor, 0);
-    if (mapped_ == MAP_FAILED) {
-      mapped_ = nullptr;
-      refuse(path + " cannot be mapped: " + std::strerror(errno));
-    }
-    madvise(mapped_, size_, MADV_WILLNEED);
-    data_ = static_cast<const char*>(mapped_);
+    void* const pages = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.descriptor, 0);
+    if (pages == MAP_FAILED) refuse(path + " cannot be mapped: " + std::strerror(errno));
+    mapped_ = std::unique_ptr<void, Unmap>(pages, Unmap{size_});
+    madvise(pages, size_, MADV_WILLNEED);
+    data_ = static_cast<const char*>(pages);
   } else {
     copy_ = std::make_unique<HugeBuffer>(size_);
     read_all(file.descriptor, copy_->data(), size_, path);

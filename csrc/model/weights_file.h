@@ -40,7 +40,6 @@ class WeightsFile {
   // map: share the file's pages instead of a copy on huge pages. A mapped file must not be cut while it is in use. Throws
   // std::invalid_argument for a file that cannot be read or is not such a file.
   WeightsFile(const std::string& path, bool map);
-  ~WeightsFile();
   WeightsFile(const WeightsFile&) = delete;
   WeightsFile& operator=(const WeightsFile&) = delete;
 
@@ -60,9 +59,14 @@ class WeightsFile {
   const Json& tensor(const std::string& name, const std::vector<int64_t>& shape) const;
   const char* place(const std::string& name, const Json& tensor, int64_t bytes) const;
 
+  struct Unmap {
+    int64_t bytes;
+    void operator()(void* pages) const;
+  };
+
   int64_t size_ = 0;
   const char* data_ = nullptr;
-  void* mapped_ = nullptr;
+  std::unique_ptr<void, Unmap> mapped_;
   std::unique_ptr<HugeBuffer> copy_;
   Json header_;
 };

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fastff.engine.facts import REMEDY, HeadFacts, HeadLayer, Pooling
 from fastff.errors import CheckpointError
-from fastff.io import read_json, read_tensors, write_tensors
+from fastff.io import read_json, read_tensors, reading, write_tensors
 from fastff.ops.reference import activate
 
 if TYPE_CHECKING:  # a served export needs no Transformers
     from fastff.models.kinds import Kind
 
 HEAD_FILE = "head.safetensors"
+_REMEDY = "take the file from where the model came from"  # of sentence-transformers' settings
 _ACTIVATIONS = ("identity", "tanh", "relu", "gelu")
 _POOLINGS: dict[str, Pooling] = {
     "cls": "first",
@@ -149,7 +150,7 @@ def sentence_length(folder: Path) -> int | None:
     Raises CheckpointError for settings that change texts in a way that the engine does not."""
     length = None
     for path in sorted(folder.glob("sentence_*_config.json")):
-        settings = read_json(path, needs={}, remedy="take the file from where the model came from")
+        settings = read_json(path, needs={}, remedy=_REMEDY)
         if settings.get("do_lower_case"):
             raise CheckpointError(f"{path.name} sets do_lower_case, which is not one of the engine's")
         found = settings.get("max_seq_length")
@@ -172,14 +173,15 @@ def sentence_pooling(folder: Path) -> tuple[Pooling, bool]:
         return "mean", False
     pooling: Pooling = "mean"
     normalise = False
-    for module in read_json(folder / "modules.json"):
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = _pooling_of(read_json(folder / module["path"] / "config.json"))
-        elif kind == "Normalize":
-            normalise = True
-        elif kind != "Transformer":
-            raise CheckpointError(f"module {kind} of sentence-transformers is not one of the engine's")
+    with reading(folder / "modules.json", _REMEDY):
+        for module in read_json(folder / "modules.json", remedy=_REMEDY):
+            kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+            if kind == "Pooling":
+                pooling = _pooling_of(read_json(folder / module["path"] / "config.json", needs={}, remedy=_REMEDY))
+            elif kind == "Normalize":
+                normalise = True
+            elif kind != "Transformer":
+                raise CheckpointError(f"module {kind} of sentence-transformers is not one of the engine's")
     return pooling, normalise
 
 

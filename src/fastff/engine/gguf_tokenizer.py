@@ -67,20 +67,21 @@ def tokenizer_of(gguf: Gguf) -> Any:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in own])
     first, last = (_token(gguf, tokens, f"{_AT}{name}_token_id") for name in ("bos", "eos"))
     if gguf.fact(f"{_AT}add_bos_token", bool, cut in _WHOLE_WORDS) and first is not None:
-        tokenizer.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(
-                    single=f"{first} $A",
-                    pair=f"{first} $A {first}:1 $B:1",
-                    special_tokens=[(first, vocabulary[first])],
-                ),
-            ]
-        )
+        try:
+            tokenizer.post_processor = _begun_by(first, vocabulary[first])
+        except Exception as error:
+            raise CheckpointError(f"{gguf.path} begins texts with {first!r:.80}, which cannot be: {error}") from error
     template = gguf.fact("tokenizer.chat_template", str, "")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=first, eos_token=last, chat_template=template or None
     )
+
+
+def _begun_by(token: str, number: int) -> Any:
+    template = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, number)]
+    )
+    return processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
 
 
 def _token(gguf: Gguf, tokens: list[str], name: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from fastff.errors import FastffError
 from fastff.ops import native
 
 RECHECK = 256
@@ -87,7 +88,9 @@ class FollowedPack(Generic[Pack]):
         self._left = -1
 
     def of(self, tensors: Sequence[Tensor | None], reads: int, make: Callable[[], Pack]) -> Pack:
-        """The copy of these tensors as they are now, for a call that reads so much of it; `make` packs them."""
+        """The copy of these tensors as they are now, for a call that reads so much of it; `make` packs them.
+
+        Raises FastffError for tensors without memory."""
         present = [tensor for tensor in tensors if tensor is not None]
         with self._lock:
             self._left -= reads
@@ -100,6 +103,8 @@ class FollowedPack(Generic[Pack]):
                     return seen.pack
             del seen
             self.drop()  # before the new copy comes
+            if any(tensor.numel() > 0 and tensor.data_ptr() == 0 for tensor in present):
+                raise FastffError("the weights have no memory: their storage was emptied")
             aliases = [tensor.detach() for tensor in present]
             places = watched(present)
             seen_bytes = [native.peek(at) for at in places]  # before packing: an edit after it shows

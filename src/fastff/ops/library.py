@@ -139,7 +139,7 @@ def library() -> ctypes.CDLL:
         raise BackendUnavailable(f"{path} has ABI version {version}, expected {ABI_VERSION}: reinstall fastff")
     _declare(loaded)
     if not loaded.fastff_isa():
-        raise BackendUnavailable(loaded.fastff_error().decode())
+        raise BackendUnavailable(_message(loaded))
     loaded.fastff_set_parallel_for(_torch_pool())
     return loaded
 
@@ -147,7 +147,17 @@ def library() -> ctypes.CDLL:
 def call(name: str, *arguments: Any) -> None:
     """Call a function that returns a status. Raises FastffError with the library's message."""
     if getattr(library(), name)(*arguments) != OK:
-        raise FastffError(library().fastff_error().decode())
+        raise FastffError(last_error())
+
+
+def last_error() -> str:
+    """What the core says about this thread's last call."""
+    return _message(library())
+
+
+def _message(loaded: ctypes.CDLL) -> str:
+    said: bytes = loaded.fastff_error()  # with file names of any bytes in it, and cut where it is long
+    return said.decode(errors="replace")
 
 
 class Owner:
@@ -162,6 +172,9 @@ class Owner:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._free(self._handle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(f"a {type(self).__name__} cannot be copied: both would free the same memory")
 
 
 class Pack(Owner):

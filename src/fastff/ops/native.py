@@ -14,7 +14,7 @@ from fastff.errors import BackendUnavailable, FastffError
 from fastff.ops.cost import conditional_us, dense_us
 from fastff.ops.dense import dense
 from fastff.ops.explanation import Explanation
-from fastff.ops.library import OK, SUFFIXES, call, get_num_threads, library, pointer
+from fastff.ops.library import OK, SUFFIXES, call, get_num_threads, last_error, library, pointer
 from fastff.ops.reference import Routed
 from fastff.ops.weights import HALF, Weights
 
@@ -253,9 +253,3 @@ def read_memory(tensor: Tensor, streams: int = 1) -> int:
 def peek(address: int) -> int:
     """The four bytes that lie there."""
     return ctypes.c_uint32.from_address(address).value
-
-
-def last_error() -> str:
-    """What the core says about this thread's last call."""
-    said: bytes = library().fastff_error()
-    return said.decode()

@@ -93,9 +93,19 @@ class PackedMatrix:
         bits: int = 8,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        """act(x @ weights.T + bias) of x (rows, in_features) fp32; with add_to (rows, out_features) the sum of both."""
+        """act(x @ weights.T + bias) of x (rows, in_features) fp32; with add_to (rows, out_features) the sum of both.
+
+        Raises ShapeError for tensors of other shapes or dtypes."""
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ShapeError(f"x {tuple(x.shape)} is not (rows, {self.in_features})")
+        expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("x", x, (len(x), self.in_features)),
+            ("bias", bias, (self.out_features * (1 + self.gated),)),
+            ("add_to", add_to, (len(x), self.out_features)),
+        ]
+        for name, tensor, shape in expected:
+            if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+                raise ShapeError(f"{name} {tuple(tensor.shape)} of {tensor.dtype} is not {shape} of torch.float32")
         y = (
             x.new_empty(len(x), self.out_features)
             if add_to is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastff.errors import FastffError
 from fastff.ops import backends, interface
 from fastff.ops.dense import dense
-from fastff.ops.library import OK, SUFFIXES, Pack, call, get_num_threads, library, pointer
+from fastff.ops.library import OK, SUFFIXES, Pack, call, get_num_threads, last_error, library, pointer
 from fastff.ops.native_conditional import WEIGHTS, leaves_of
 
 KINDS = ("tree", "paths", "flat", "product_key")
@@ -168,5 +168,5 @@ class JoinedLayer(Pack):
         """y (rows, out_features) of x (rows, in_features), fp32 and contiguous."""
         y = x.new_empty(len(x), self._out_features)
         if self._infer(self._handle, pointer(x), pointer(y), len(x), get_num_threads()) != OK:
-            raise FastffError(library().fastff_error().decode())
+            raise FastffError(last_error())
         return y

@@ -30,7 +30,7 @@ from fastff.errors import FastffError, ShapeError
 from fastff.ops import native
 from fastff.ops.eager import are_plain
 from fastff.ops.followed import RECHECK, Stamp, checksum_of, packed_whole, stamp_of, watched
-from fastff.ops.library import library, thread_counter
+from fastff.ops.library import last_error, library, thread_counter
 from fastff.ops.reference import Routed
 from fastff.ops.weights import HALF, Weights
 
@@ -183,7 +183,7 @@ class PackedLayer:
         status = self._infer(address, x.data_ptr(), y.data_ptr(), rows, self._threads())
         if status:
             if status != native.STALE:
-                raise FastffError(native.last_error())
+                raise FastffError(last_error())
             self._forget(snapshot)
             return self.infer(x.to(x_dtype), parameters)
         return y if x_dtype is _FLOAT32 else y.to(x_dtype)
