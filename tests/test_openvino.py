@@ -48,6 +48,7 @@ LAYERS = {
     },
     "paths": {"kind": "paths", "depth": 3, "trees": 2, "paths": 2, "leaf_width": 4, "bias": True},
     "flat": {"kind": "flat", "leaves": 8, "k": 2, "leaf_width": 4},
+    "reads": {"kind": "flat", "leaves": 8, "k": 2, "leaf_width": 4, "reads": 12},
     "product_key": {"kind": "product_key", "n": 3, "k": 2, "leaf_width": 4, "activation": "gelu"},
 }
 
@@ -247,6 +248,9 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", shutil.which("false"))
     with pytest.raises(BackendUnavailable, match="cannot build the OpenVINO extension"):
         fastff.openvino_extension()
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(BackendUnavailable, match=r"needs a C\+\+ compiler: .*'no-such-compiler'"):
+        fastff.openvino_extension()
     assert not list((tmp_path / "fastff").glob("openvino-*"))
 
 
@@ -260,6 +264,21 @@ def test_a_router_of_ones_own_is_refused():
     layer = fastff.ConditionalFeedforward(8, router=Mine(), leaves=4, leaf_width=2)
     with pytest.raises(Exception, match="router Mine cannot be exported"):
         openvino.convert(layer, (torch.randn(1, 2, 8),), ["x"], weights="fp32")
+    keys = {**LAYERS["product_key"], "reads": 16}
+    with pytest.raises(CheckpointError, match="leave 16 features unread"):
+        openvino._described(build_feedforward(keys, 32), "fp32")
+
+
+@pytest.mark.parametrize(("said", "other"), [('depth="2"', 'depth="6"'), ('candidates="8"', 'candidates="800"')])
+def test_attributes_that_ask_for_more_weights_than_there_are_are_refused(said, other, exported, tmp_path):
+    folder = tmp_path / "ir"
+    shutil.copytree(exported("fp32"), folder)
+    whole = (folder / openvino.MODEL).read_text()
+    assert said in whole
+    (folder / openvino.MODEL).write_text(whole.replace(said, other))
+    ids = torch.ones(1, 3, dtype=torch.int64).numpy()
+    with pytest.raises(RuntimeError, match="does not hold the"):
+        openvino.read(folder)(input_ids=ids, attention_mask=ids)
 
 
 MODELS_IN_TURN = """

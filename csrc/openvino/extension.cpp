@@ -9,6 +9,7 @@
 #include <tbb/task_arena.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -39,13 +40,17 @@ int64_t size(const ov::TensorVector& inputs, size_t index, int64_t from_end = 1)
   return static_cast<int64_t>(shape.at(shape.size() - from_end));
 }
 
-// The weights of a node. A file that is mapped may hold them anywhere, and fastff takes aligned ones: others are copied.
+// The weights of a node, as many as its attributes ask for: fastff reads so far, and a file may have come to say otherwise.
+// A file that is mapped may hold them anywhere, and fastff takes aligned ones: others are copied.
 class Weights {
  public:
   explicit Weights(const ov::TensorVector& inputs) : inputs_(inputs) {}
 
-  const float* at(size_t index) {
+  // numbers: floating, so that no attribute makes their product overflow.
+  const float* at(size_t index, double numbers) {
     const float* found = data(inputs_, index);
+    OPENVINO_ASSERT(static_cast<double>(inputs_[index].get_size()) == numbers, "fastff: input ", index, " of shape ",
+                    inputs_[index].get_shape(), " does not hold the ", numbers, " numbers of the layer's attributes");
     if (reinterpret_cast<uintptr_t>(found) % alignof(float) == 0) return found;
     auto& copy = copies_.emplace_back(inputs_[index].get_size());
     std::memcpy(copy.data(), found, copy.size() * sizeof(float));
@@ -53,13 +58,20 @@ class Weights {
   }
 
   // The next input after those that every node has; nullptr for one that this node lacks.
-  const float* take(bool present = true) { return present ? at(next_++) : nullptr; }
+  const float* take(double numbers, bool present = true) { return present ? at(next_++, numbers) : nullptr; }
 
  private:
   const ov::TensorVector& inputs_;
   std::vector<std::vector<float>> copies_;
   size_t next_ = kFirstOther;
 };
+
+double leaves_of_depth(int64_t depth) { return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(depth, 0, 64))); }
+
+// Rows of w_in of a leaf.
+double leaf_rows(int64_t leaf_width, int64_t activation) {
+  return static_cast<double>(leaf_width) * (activation == FASTFF_SWIGLU ? 2 : 1);
+}
 
 // Calls infer(first, rows) on pieces of all rows.
 template <class Infer>
@@ -106,10 +118,15 @@ struct Trees {
                            static_cast<int32_t>(gate),
                            tau};
     Weights w(inputs);
-    const float* bias_in = w.take(b_in);
-    const float* bias_out = w.take(b_out);
+    const auto count = static_cast<double>(trees), in = static_cast<double>(tree.in_features);
+    const auto out = static_cast<double>(tree.out_features);
+    const double leaves = leaves_of_depth(depth), in_rows = leaves - 1 + leaves * leaf_rows(leaf_width, activation);
+    const double out_rows = (node_output ? leaves - 1 : 0) + leaves * static_cast<double>(leaf_width);
+    const float* bias_in = w.take(count * in_rows, b_in);
+    const float* bias_out = w.take(count * leaves * out, b_out);
     Packed* packed = nullptr;
-    check(fastff_pack_f32(&tree, w.at(kWIn), bias_in, w.at(kWOut), bias_out, static_cast<int32_t>(weights), &packed));
+    check(fastff_pack_f32(&tree, w.at(kWIn, count * in_rows * in), bias_in, w.at(kWOut, count * out_rows * out), bias_out,
+                          static_cast<int32_t>(weights), &packed));
     return packed;
   }
 
@@ -145,6 +162,15 @@ struct Routed {
 
   size_t inputs() const { return kFirstOther + 1 + bias + balance + b_in + b_out; }
 
+  // Rows of the router's weights.
+  double scores() const {
+    if (kind == FASTFF_TREES || kind == FASTFF_PATHS) return static_cast<double>(trees) * (leaves_of_depth(depth) - 1);
+    return static_cast<double>(candidates) * (kind == FASTFF_PRODUCT_KEYS ? 2 : 1);
+  }
+
+  // Numbers of the balance of a router of so many leaves: of paths, nodes have some too.
+  double balances(double leaves) const { return kind == FASTFF_PATHS ? scores() + leaves : leaves; }
+
   Packed* pack(const ov::TensorVector& inputs) const {
     const int64_t in_features = size(inputs, kWIn);
     const fastff_router router{in_features,
@@ -159,14 +185,18 @@ struct Routed {
     const fastff_leaves leaves{in_features, size(inputs, kWOut), size(inputs, kWOut, 3), size(inputs, kWOut, 2),
                                static_cast<int32_t>(activation)};
     Weights w(inputs);
-    const float* routing = w.take();
-    const float* routing_bias = w.take(bias);
-    const float* selection_bias = w.take(balance);
-    const float* bias_in = w.take(b_in);
-    const float* bias_out = w.take(b_out);
+    const auto in = static_cast<double>(in_features), out = static_cast<double>(leaves.out_features);
+    const auto there = static_cast<double>(leaves.leaves);
+    const double rows = there * leaf_rows(leaves.leaf_width, activation);
+    const float* routing = w.take(scores() * (kind == FASTFF_PRODUCT_KEYS ? in / 2 : in));
+    const float* routing_bias = w.take(scores(), bias);
+    const float* selection_bias = w.take(balances(there), balance);
+    const float* bias_in = w.take(rows, b_in);
+    const float* bias_out = w.take(there * out, b_out);
     Packed* packed = nullptr;
-    check(fastff_layer_pack_f32(&router, routing, routing_bias, selection_bias, &leaves, w.at(kWIn), bias_in,
-                                w.at(kWOut), bias_out, static_cast<int32_t>(weights), &packed));
+    check(fastff_layer_pack_f32(&router, routing, routing_bias, selection_bias, &leaves, w.at(kWIn, rows * in), bias_in,
+                                w.at(kWOut, there * static_cast<double>(leaves.leaf_width) * out), bias_out,
+                                static_cast<int32_t>(weights), &packed));
     return packed;
   }
 

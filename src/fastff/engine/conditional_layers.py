@@ -57,22 +57,28 @@ def tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, S
 
 def _router_tensors(layer: ConditionalFeedforward, prefix: str) -> Iterator[tuple[str, StoredTensor]]:
     router = _router(layer)
-    unread = layer.config.in_features - router.in_features  # the engine's routers read whole rows
-    if unread and router.config.kind == "product_key":
-        raise CheckpointError(f"product keys that leave {unread} features unread are not among the native engine's")
-
-    def rows(tensor: Tensor) -> StoredTensor:
-        shape = (tensor.numel() // tensor.shape[-1], tensor.shape[-1] + unread)
-        return StoredTensor(shape, lambda: pad(tensor.flatten(0, -2), (0, unread)))
+    weight = routing_weight(layer, router).flatten(0, -2)
 
     def flat(tensor: Tensor) -> StoredTensor:
         return StoredTensor((tensor.numel(),), lambda: tensor.flatten())
 
-    yield f"{prefix}router", rows(router.weight)
+    yield f"{prefix}router", StoredTensor(tuple(weight.shape), lambda: weight)
     if router.bias is not None:
         yield f"{prefix}router.bias", flat(router.bias)
     if router.balance is not None:
         yield f"{prefix}balance", flat(router.balance)
+
+
+def routing_weight(layer: ConditionalFeedforward, router: Router) -> Tensor:
+    """The router's weight for whole rows, as the core's routers read them: zeros for features that it leaves unread.
+
+    Raises CheckpointError for product keys that leave some: each of their halves would be of other features.
+    """
+    unread = layer.config.in_features - router.in_features
+    if unread and router.config.kind == "product_key":
+        raise CheckpointError(f"product keys that leave {unread} features unread cannot be exported")
+    weight: Tensor = router.weight.detach()
+    return pad(weight, (0, unread)) if unread else weight
 
 
 def _leaves(tensor: Tensor) -> StoredTensor:

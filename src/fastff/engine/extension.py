@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from importlib import metadata
@@ -109,7 +110,10 @@ def _compile(source: Path, core: Path, out: Path) -> None:
     if None in libraries:
         raise BackendUnavailable(f"{package / 'libs'} lacks libopenvino.so or libtbb.so: install OpenVINO's wheel")
     headers = ["-isystem", package / "include", f"-I{source.parents[1]}"]
-    command = [str(word) for word in (compiler, *FLAGS, *headers, source, "-o", out, core, *libraries)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = (*shlex.split(compiler), *FLAGS, *headers, source, "-o", out, core, *libraries)  # $CXX may be "ccache g++"
+    try:
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BackendUnavailable(f"the OpenVINO extension needs a C++ compiler: {error}") from error
     if done.returncode:
         raise BackendUnavailable(f"{compiler} cannot build the OpenVINO extension: {done.stderr.strip()[-2000:]}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastff
 from fastff.conditional import ConditionalFeedforward
 from fastff.config import ACTIVATIONS, GATES
+from fastff.engine.conditional_layers import routing_weight
 from fastff.engine.extension import NAME, extended_core, openvino_extension, openvino_version
 from fastff.engine.facts import OPENVINO_FILE
 from fastff.errors import CheckpointError
@@ -178,7 +179,8 @@ def _described(layer: Any, weights: Weights) -> tuple[str, list[Tensor], dict[st
     own = {name: getattr(router, name) for name in ("trees", "candidates", "chosen", "depth", "tau")}
     own |= {"kind": KINDS.index(router.kind), "gate": ROUTER_GATES.index(router.gate)}
     own |= {"bias": layer.router.bias is not None, "balance": balance is not None}
-    routing = [t for t in (layer.router.weight, layer.router.bias, balance) if t is not None]
+    weight = routing_weight(layer, layer.router)
+    routing = [t for t in (weight, layer.router.bias, balance) if t is not None]
     return OPERATIONS[1], [*first, *routing, *last], {**common, **own}
 
 
