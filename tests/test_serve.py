@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,14 +28,19 @@ import pytest
 import torch
 
 import fastff.engine
+from encoder_cases import mpnet
 from fastff.engine.generate import Sampling
 from fastff.errors import CheckpointError
 from fastff.serve import ServeSettings, encoder_backends
+from fastff.serve import request_schema as schema
 from fastff.serve.batcher import Batcher, Tokens
-from fastff.serve.generation_routes import StopTexts
+from fastff.serve.decoder_backends import DecoderModel
+from fastff.serve.generation_routes import Answer, GenerationRoutes, StopTexts
 from fastff.serve.refusals import Refused
 from fastff.serve.server import serve
-from serve_cases import serving, write_export, write_model
+from fastff.serve.streams import Stream
+from fastff.serve.texts import Texts
+from serve_cases import TEMPLATE, serving, tokenizer, write_export, write_model
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +316,26 @@ def test_what_nobody_waits_for_is_not_computed_and_a_failure_is_of_its_batch_alo
     assert len(gate.batches) == 2
 
 
+def test_a_text_without_a_token_is_refused_alone():
+    """In a batch it would fail those beside it."""
+    texts = Texts(tokenizer(TEMPLATE).backend_tokenizer, max_length=9, vocab_size=76)  # adds no tokens of its own
+    assert [one.ids for one in texts.tokens(["w1 w2"], truncate=False)] == [[5, 6]]
+    with pytest.raises(Refused, match="input 1 has no tokens"):
+        texts.tokens(["w1", " "], truncate=False)
+
+
+def test_positions_and_widths_are_those_of_the_model_type(tmp_path):
+    """Positions after the padding's are fewer than their table; DistilBERT has another name for its width."""
+    words = tokenizer()
+    words.model_input_names = ["input_ids", "attention_mask"]
+    served = encoder_backends.open_torch(tmp_path, mpnet().eval(), words, 1)
+    assert served.texts.max_length == 100
+    assert served.compute([Tokens([5] * 100)]).shape == (1, 96)
+    assert encoder_backends._hidden({"dim": 64}, tmp_path) == 64
+    with pytest.raises(CheckpointError, match="hidden_size is None"):
+        encoder_backends._hidden({}, tmp_path)
+
+
 def test_padding_is_bounded():
     lengths = [random.Random(1).randint(1, 100) for _ in range(200)]
     found = list(encoder_backends.calls(lengths))
@@ -392,6 +418,81 @@ def test_streams_take_turns_and_a_reader_that_rests_stops_none(exports):
         while "in_flight 1.0" not in get(f"{base}/metrics") and time.monotonic() < until:
             time.sleep(0.02)
         assert post(f"{base}/v1/completions", {"prompt": "w5", "max_tokens": 2})[0] == 200
+
+
+def small_decoder():
+    words = tokenizer()
+    words.sep_token = "[SEP]"
+    return DecoderModel("torch", None, words, frozenset(), 96, 76, 1)
+
+
+def stream_of(tokens=(), kind=Stream):
+    """Of the running loop, with these tokens drawn, and how often its thread was woken."""
+    woken = []
+    stream = kind([5], Sampling(), 90, asyncio.get_running_loop(), lambda: woken.append(None))
+    for token in tokens:
+        stream.give(token)
+    return stream, woken
+
+
+def test_a_reader_that_reads_while_the_thread_comes_to_rest_wakes_it():
+    class Raced(Stream):
+        """Just before the reader counts the first token, the thread draws one more, looks, and rests."""
+
+        @property
+        def read(self):
+            return self._read
+
+        @read.setter
+        def read(self, value):
+            if value == 1:
+                self.made += 1
+                self.rested = self.behind()
+            self._read = value
+
+    async def run():
+        stream, woken = stream_of([5], Raced)
+        stream.made = 63
+        async for _ in stream:
+            break
+        assert stream.rested
+        assert not stream.behind()
+        assert woken
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_before_the_first_event_holds_no_stream():
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def never(_):
+        await asyncio.Event().wait()  # of a connection that is full of earlier answers
+
+    async def run():
+        stream, _ = stream_of()
+        streams = types.SimpleNamespace(submit=lambda _: [stream])
+        service = types.SimpleNamespace(streams=streams, truncates=lambda _: False)
+        answer = Answer(small_decoder(), schema.CompletionRequest(prompt=[5], stream=True), "cmpl", "small")
+        response = await GenerationRoutes(service, small_decoder())._answered(None, answer, [[5]], 9)
+        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, never)
+        assert stream.closed
+
+    asyncio.run(run())
+
+
+def test_a_completion_goes_on_with_its_prompt_and_a_chat_begins():
+    model = small_decoder()
+    assert model.prompt("w1 w2") == [2, 5, 6]  # without the end of a sentence, which is to go on
+
+    async def text(asked, prefix):
+        stream, _ = stream_of([6, 7, None])
+        return "".join([piece async for piece in Answer(model, asked, prefix, "small").text(stream)])
+
+    message = schema.Message(role="user", content="w1")
+    assert asyncio.run(text(schema.CompletionRequest(prompt="w1"), "cmpl")) == " w2 w3"
+    assert asyncio.run(text(schema.ChatRequest(messages=[message]), "chatcmpl")) == "w2 w3"
+    assert Answer(model, schema.CompletionRequest(prompt="w1", top_k=2**70), "cmpl", "small").sampling.top_k == 76
 
 
 def test_torch_decoder(tmp_path):

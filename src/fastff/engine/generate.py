@@ -63,9 +63,7 @@ class Engine:
                 text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
                 ids = self.tokenizer.encode(text, add_special_tokens=False)
             else:
-                ids = self.tokenizer.encode(prompt)
-                if ids and ids[-1] == self.tokenizer.sep_token_id != self.tokenizer.eos_token_id:
-                    ids = ids[:-1]  # of a tokenizer that closes a sentence, which is to go on
+                ids = prompt_ids(self.tokenizer, prompt)
         else:
             ids = list(prompt)
         if not ids:
@@ -124,6 +122,14 @@ class Engine:
             raise CheckpointError("this model was exported without a tokenizer: use generate_ids")
         made = self.generate_ids(ids, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads)
         yield from pieces(self.tokenizer, made, ids)
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that is to go on: without the end that some tokenizers give a sentence."""
+    ids: list[int] = tokenizer.encode(text)
+    if ids and ids[-1] == tokenizer.sep_token_id != tokenizer.eos_token_id:
+        return ids[:-1]
+    return ids
 
 
 def pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:

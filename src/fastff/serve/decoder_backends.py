@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastff.engine.generate import prompt_ids
 from fastff.errors import CheckpointError
 from fastff.ops.native_model import Sampling
 from fastff.serve.refusals import invalid
@@ -45,7 +46,7 @@ class DecoderModel:
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return list(self.tokenizer.encode(text))
+        return prompt_ids(self.tokenizer, text)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's template. Raises Refused where it does not take it."""

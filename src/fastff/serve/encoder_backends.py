@@ -19,7 +19,11 @@ from fastff.serve.serve_settings import BackendName
 from fastff.serve.texts import Texts
 
 _WASTE = 1.25  # padded tokens over tokens, of one call
-_FROM_PADDING = ("roberta", "xlm-roberta")  # model types whose positions begin after the padding's
+_FROM_PADDING = (  # model types whose positions begin after the padding's
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+_WIDTHS = ("hidden_size", "dim", "d_model", "emb_dim", "n_embd")  # what configurations call that of a hidden state
 _ONLY_HIDDEN = "last_hidden_state"
 Whole = dict[str, NDArray[np.int64]]
 
@@ -82,7 +86,8 @@ def open_openvino(folder: Path, threads: int) -> EncoderModel:
         return found
 
     labels = [] if pooled else _labels(_configured_labels(config), folder)
-    return _padded("openvino", folder, call, _tokenizer(folder), config, threads, labels, config.get("hidden_size", 0))
+    hidden = 0 if labels else _hidden(config, folder)
+    return _padded("openvino", folder, call, _tokenizer(folder), config, threads, labels, hidden)
 
 
 def open_torch(folder: Path, model: Any, tokenizer: Any, threads: int) -> EncoderModel:
@@ -183,6 +188,14 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def _positions(config: dict[str, Any]) -> int:
     positions = int(config.get("max_position_embeddings") or 512)
     return positions - (config.get("pad_token_id") or 0) - 1 if config.get("model_type") in _FROM_PADDING else positions
+
+
+def _hidden(config: dict[str, Any], folder: Path) -> int:
+    """Numbers of a hidden state. Raises CheckpointError for a configuration that does not say."""
+    hidden = next((config[name] for name in _WIDTHS if config.get(name) is not None), None)
+    if type(hidden) is not int or hidden < 1:
+        raise CheckpointError(f"{folder / 'config.json'} says that hidden_size is {hidden!r}, expected above 0")
+    return int(hidden)
 
 
 def _configured_labels(config: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fastff.engine.generate import TokenText
 from fastff.serve import request_schema as schema
@@ -55,6 +56,20 @@ class StopTexts:
         return out
 
 
+class EventStream(StreamingResponse):
+    """Events of a stream, which is closed however they end: also where its client left before the first of them."""
+
+    def __init__(self, events: AsyncIterator[bytes], stream: Stream) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
+
+
 class GenerationRoutes:
     """Answers of one model."""
 
@@ -87,7 +102,7 @@ class GenerationRoutes:
         fitting = [self._fitting(ids, most, cut) for ids in prompts]
         made = streams.submit([(ids, answer.sampling, count) for ids, count in fitting])
         if answer.asked.stream:
-            return StreamingResponse(answer.events(made[0]), media_type="text/event-stream")
+            return EventStream(answer.events(made[0]), made[0])
         try:
             content = await while_connected(request, answer.whole(made))
         finally:
@@ -140,11 +155,13 @@ class Answer:
         self._chat = prefix == "chatcmpl"
         self._head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        self.sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, seed=seed)
+        top_k = min(asked.top_k, model.vocab_size)  # of more it has none, and an integer of C no room
+        self.sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p, top_k=top_k, seed=seed)
 
     async def text(self, stream: Stream) -> AsyncIterator[str]:
         """Pieces of one text; `stream.finish` then says why it ended."""
-        text, stops = TokenText(self._model.tokenizer), StopTexts(self.asked.stops)
+        text = TokenText(self._model.tokenizer, () if self._chat else stream.prompt)  # a completion goes on with it
+        stops = StopTexts(self.asked.stops)
         async for token in stream:
             if piece := stops.add(text.add(token)):
                 yield piece
@@ -186,8 +203,6 @@ class Answer:
             yield b"data: [DONE]\n\n"
         except Refused as error:
             yield b"data: " + orjson.dumps(error.body()) + b"\n\n"
-        finally:
-            stream.close()
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

@@ -56,9 +56,8 @@ class Stream:
         while (item := await self._ready.get()) is not None:
             if isinstance(item, Refused):
                 raise item
-            was_behind = self.behind()
             self.read += 1
-            if was_behind:
+            if self.made - self.read >= _AHEAD - 1:  # asked after: the thread may have seen one fewer, and rest
                 self._wake()
             yield item
 

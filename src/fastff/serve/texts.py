@@ -21,8 +21,11 @@ class Texts:
         self._cut.enable_truncation(max_length)
 
     def tokens(self, texts: Sequence[Text], *, truncate: bool) -> list[Tokens]:
-        """Raises Refused for a text that is too long, unless it may be cut."""
+        """Raises Refused for a text that is too long, unless it may be cut, or has no tokens."""
         found = self._whole.encode_batch(texts)
+        empty = next((number for number, one in enumerate(found) if not len(one)), None)
+        if empty is not None:
+            raise _no_tokens(empty)
         too_long = [number for number, one in enumerate(found) if len(one) > self.max_length]
         if too_long and not truncate:
             raise self._too_long(too_long[0], len(found[too_long[0]]))
@@ -34,7 +37,7 @@ class Texts:
         """Token ids as they are. Raises Refused for those that are too many, none, or outside the vocabulary."""
         for number, sequence in enumerate(ids):
             if not sequence:
-                raise invalid(f"input {number} has no tokens", param="input")
+                raise _no_tokens(number)
             least, largest = min(sequence), max(sequence)
             if least < 0 or largest >= self.vocab_size:
                 wrong = least if least < 0 else largest
@@ -50,6 +53,10 @@ class Texts:
             code="context_length_exceeded",
             param="input",
         )
+
+
+def _no_tokens(number: int) -> Refused:
+    return invalid(f"input {number} has no tokens", param="input")
 
 
 def _copy(tokenizer: Tokenizer) -> Tokenizer:
