@@ -181,6 +181,24 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    folder, replace, refused = tmp_path / "model", os.replace, []
+
+    def once(source, target):
+        if target == folder and not refused:
+            refused.append(source)
+            raise OSError(errno.EPERM, "Operation not permitted")
+        replace(source, target)
+
+    with io.replacing_folder(folder) as new:
+        (new / "a").write_text("old")
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(FileError, match="the old one is unchanged"), io.replacing_folder(folder) as new:
+        (new / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     out = tmp_path / "out"
     run = {"text": ("a", "b"), "out": out, "steps": 8, "seconds": 4}

@@ -33,6 +33,30 @@ def test_inference_takes_the_packed_path_and_agrees(options):
     torch.testing.assert_close(y.view(12, 70), expected(layer, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize(
+    ("options", "quantization"),
+    [({}, None), ({}, "int8"), ({"trees": 2, "paths": 2, "gate": "normalised"}, "bf16")],
+)
+def test_no_rows_give_no_rows(options, quantization, shape):
+    layer = make_layer(8, 5, depth=2, node_output=False, **options).quantize(quantization).eval()
+    with torch.no_grad():
+        for y, leaf, margin in (layer.routed(torch.empty(*shape, 8)), (layer(torch.empty(*shape, 8)), None, None)):
+            assert y.shape == (*shape, 5)
+            assert leaf is None or leaf.shape == (*shape, 4 if options else 1)
+            assert margin is None or margin.shape == shape
+
+
+@pytest.mark.parametrize(
+    "training", [{"surrogate": "soft"}, {"surrogate": "straight_through"}, {"masked_training": True}]
+)
+def test_training_forms_take_no_rows(training):
+    layer = make_layer(8, 5, depth=2, node_output=False)
+    for name, value in training.items():
+        setattr(layer, name, value)
+    assert layer.train()(torch.empty(2, 0, 8)).shape == (2, 0, 5)
+
+
 def optimiser_step(layer):
     optimiser = torch.optim.SGD(layer.parameters(), lr=0.5)
     layer(make_rows(9, 24, dtype=torch.float32)).square().sum().backward()

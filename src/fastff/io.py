@@ -104,7 +104,12 @@ def publish(folder: Path, target: Path) -> None:
         # Moved away first: the time without a folder is that of a rename, not of removing many files.
         former = _temporary(target)
         os.replace(target, former)
-        os.replace(folder, target)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            with suppress(OSError):  # another writer's folder may be there by now
+                os.replace(former, target)
+            raise
         shutil.rmtree(former, ignore_errors=True)
     else:
         os.replace(folder, target)

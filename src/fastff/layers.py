@@ -277,8 +277,8 @@ class FFF(SizedLayer, nn.Module):
                 f"got {self.w_in.dtype} on {self.w_in.device} and x on {x.device}"
             )
         lead = x.shape[:-1]
-        y = routed.y.to(x.dtype).reshape(*lead, -1)
-        return Routed(y, routed.leaf.reshape(*lead, -1), routed.margin.reshape(lead))
+        y = routed.y.to(x.dtype).reshape(*lead, self.config.out_features)
+        return Routed(y, routed.leaf.reshape(*lead, self.config.trees), routed.margin.reshape(lead))
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Tensor:
@@ -329,7 +329,8 @@ class FFF(SizedLayer, nn.Module):
         leak = self.region_leak if self.training else 0.0
         mixed = reference.forward_soft(rows, self._weights(), config=self.config, region_leak=leak)
         lead = x.shape[:-1]
-        return Mixed(mixed.y.reshape(*lead, -1), mixed.entropy, mixed.mixture.reshape(*lead, *mixed.mixture.shape[1:]))
+        y = mixed.y.reshape(*lead, self.config.out_features)
+        return Mixed(y, mixed.entropy, mixed.mixture.reshape(*lead, *mixed.mixture.shape[1:]))
 
     def _dense_cost_forward(self, x: Tensor) -> Tensor:
         if self.surrogate == "soft":
@@ -342,7 +343,7 @@ class FFF(SizedLayer, nn.Module):
         straight = self.surrogate == "straight_through"
         routed = reference.forward_masked(rows, self._weights(), config=self.config, straight_through=straight)
         self._count(routed.leaf)
-        return routed.y.reshape(*x.shape[:-1], -1)
+        return routed.y.reshape(*x.shape[:-1], self.config.out_features)
 
     def _weights(self) -> Weights:
         """The tensors in use: the parameters, or what stands in their place, as a parametrization's or pruning's."""
