@@ -25,6 +25,12 @@ def main() -> None:
     assert (package / "py.typed").is_file()
     assert any((folder / "csrc" / "openvino" / "extension.cpp").is_file() for folder in folders)
     assert not list(package.glob("demo/data/*.xz")), "the demo's novels are not for the wheel"
+    source = pathlib.Path(__file__).parents[1] / "src" / "fastff"
+    every = [
+        path.relative_to(source) for path in source.rglob("*") if path.suffix not in (".so", ".pyc") and path.is_file()
+    ]
+    missing = [str(path) for path in every if path.parts[:2] != ("demo", "data") and not (package / path).is_file()]
+    assert not missing, f"the wheel lacks {', '.join(missing)}"
     print(f"library of ABI {library.fastff_abi_version()}, instruction set {isa}, without torch: as it should be")
     if importlib.util.find_spec("torch") is not None:
         run_a_layer()
