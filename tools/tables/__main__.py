@@ -30,6 +30,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/engine.md": {
         "decode": decode.engines,
         "decode-layers": decode.layers,
+        "decode-wide": decode.wide,
         "decode-start": decode.start,
         "decode-quality": decode.quality,
         "embeddings": encoder.embeddings,

@@ -86,3 +86,10 @@ def quality() -> str:
     ]
     heads = ["engine", f"perplexity of {cells[0]['tokens']} tokens", f"of {cells[0]['greedy_tokens']} greedy tokens"]
     return markdown_table(heads, rows)
+
+
+def wide() -> str:
+    """Milliseconds a token of a decoder of GPT-3's width."""
+    run: dict[str, Any] = read(INTEL / "decode-wide.json")
+    rows = [(name, f"{cell['ms']:.0f} ({cell['q1']:.0f} to {cell['q3']:.0f})") for name, cell in run["cells"].items()]
+    return markdown_table(["engine, feedforward", "ms a token (quartiles)"], rows)
