@@ -90,6 +90,6 @@ def quality() -> str:
 
 def wide() -> str:
     """Milliseconds a token of a decoder of GPT-3's width."""
-    run: dict[str, Any] = read(INTEL / "decode-wide.json")
+    run: dict[str, Any] = read(INTEL / "decode-wide.json")["wide"]
     rows = [(name, f"{cell['ms']:.0f} ({cell['q1']:.0f} to {cell['q3']:.0f})") for name, cell in run["cells"].items()]
     return markdown_table(["engine, feedforward", "ms a token (quartiles)"], rows)
