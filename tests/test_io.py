@@ -193,9 +193,27 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkey
     with io.replacing_folder(folder) as new:
         (new / "a").write_text("old")
     monkeypatch.setattr(os, "replace", once)
+    monkeypatch.setattr(io, "_exchange", lambda *_: False)  # as on a disk that cannot
     with pytest.raises(FileError, match="the old one is unchanged"), io.replacing_folder(folder) as new:
         (new / "a").write_text("new")
     assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2")
+def test_a_kill_while_a_folder_takes_its_place_leaves_the_old_one_or_the_new(tmp_path, monkeypatch):
+    """There is no moment without a folder: names are swapped in one step."""
+    folder = tmp_path / "model"
+    with io.replacing_folder(folder) as new:
+        (new / "a").write_text("old")
+
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with io.replacing_folder(folder) as new:
+        (new / "a").write_text("new")
+    assert (folder / "a").read_text() == "new"
     assert list(tmp_path.iterdir()) == [folder]
 
 

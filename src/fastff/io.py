@@ -7,6 +7,7 @@ or `remove_stale`, takes it away.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import functools
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 SETTINGS = "settings.json"
 REMEDY = "remove it and run the same command again"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -100,7 +102,9 @@ def publish(folder: Path, target: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
-    if target.exists():
+    if target.exists() and _exchange(folder, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif target.exists():
         # Moved away first: the time without a folder is that of a rename, not of removing many files.
         former = _temporary(target)
         os.replace(target, former)
@@ -114,6 +118,12 @@ def publish(folder: Path, target: Path) -> None:
     else:
         os.replace(folder, target)
     sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that a kill loses neither; False where the system or the disk cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return bool(swap) and int(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
 
 
 def sync(path: Path) -> None:
