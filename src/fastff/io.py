@@ -122,8 +122,8 @@ def publish(folder: Path, target: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step, so that a kill loses neither; False where the system or the disk cannot."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    return bool(swap) and int(swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
+    swap: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def sync(path: Path) -> None:
