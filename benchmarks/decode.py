@@ -153,6 +153,10 @@ class Fastff:
         return seconds_of(lambda: (self._session.feed(prompt_of(prompt, number)), self._session.sample(Sampling())))
 
 
+def mapped(folder: Path, threads: int) -> Fastff:
+    return Fastff(folder, threads, map=True)
+
+
 class LlamaCpp:
     def __init__(self, path: Path, threads: int) -> None:
         from llama_cpp import Llama
@@ -211,10 +215,10 @@ OURS = ("fastff.engine.generate", "transformers.models.auto.tokenization_auto")
 MODULES: dict[Any, str] = {LlamaCpp: "llama_cpp", OpenVino: "openvino_genai"}
 MAPPED = "fastff int8, mapped"
 START = {name: ENGINES[name] for name in ENGINES if "," not in name}
-START[MAPPED] = (lambda path, threads: Fastff(path, threads, map=True), "dense")
+START[MAPPED] = (mapped, "dense")
+# Mapped, for the tree's file is larger than what memory holds twice.
 WIDE: dict[str, tuple[Callable[[Path, int], Engine], str]] = {
-    f"fastff int8, {name}": (lambda path, threads: Fastff(path, threads, map=True), name)
-    for name in ("dense", "none", "1x15")  # mapped: the tree's file is larger than what memory holds twice
+    f"fastff int8, {name}": (mapped, name) for name in ("dense", "none", "1x15")
 }
 
 
