@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,15 @@ def pages(monkeypatch):
 )
 def test_links_of_the_repository_become_those_of_the_site(pages, target, home, here, wanted):
     assert pages.link(target, home, here, CONFIG) == wanted
+
+
+def test_pictures_in_html_are_found_from_the_address_of_their_page(pages):
+    from mkdocs.structure.files import File, Files
+
+    explorer, picture = (File(n, "docs", "site", True) for n in ("explorer.md", "images/explorer-light.png"))
+    html = '<img src="images/explorer-light.png"> <a href="https://arxiv.org">'
+    made = pages.on_page_markdown(html, SimpleNamespace(file=explorer), CONFIG, Files([explorer, picture]))
+    assert made == '<img src="../images/explorer-light.png"> <a href="https://arxiv.org">'
 
 
 def test_a_link_to_nothing_is_a_warning(pages, caplog):

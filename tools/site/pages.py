@@ -75,7 +75,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = link(match["target"], home, here, config)
         return f"{match['head']}{target}{match['tail']}"
 
-    return "".join(part if code else SOURCE.sub(turned, LINK.sub(turned, part)) for code, part in _split_code(markdown))
+    def placed(match: re.Match[str]) -> str:
+        """In HTML, which mkdocs leaves as it is: from the page's own address on."""
+        path, mark, anchor = link(match["target"], home, here, config).partition("#")
+        file = files.get_file_from_path(posixpath.normpath(posixpath.join(posixpath.dirname(here), path)))
+        target = file.url_relative_to(page.file) if path and file else path
+        return f"{match['head']}{target}{mark}{anchor}{match['tail']}"
+
+    return "".join(part if code else SOURCE.sub(placed, LINK.sub(turned, part)) for code, part in _split_code(markdown))
 
 
 def _split_code(markdown: str) -> Iterator[tuple[bool, str]]:
