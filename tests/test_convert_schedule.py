@@ -9,6 +9,7 @@ import torch
 
 from conftest import make_rows
 from convert_cases import tiny
+from fastff.convert import distil_loss
 from fastff.convert.distil import WARMUP, DenseFade, Recipe, averaged, cosine
 from fastff.convert.earlier import average_state
 from fastff.models import make_converted
@@ -94,3 +95,22 @@ def test_learning_rates_rise_at_once_fall_to_nearly_zero_and_go_on(done):
 def test_recipes_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Recipe(steps=1, batch=1, **change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_divergence_and_its_gradient_piece_by_piece_are_those_of_torch(monkeypatch, dtype):
+    monkeypatch.setattr(distil_loss, "VALUES_AT_ONCE", 3 * 11)
+    logits, wanted = (4 * make_rows(8, 11)).to(dtype), (4 * make_rows(8, 11)).flip(0).to(dtype)
+    found = {}
+    for name, loss in (("own", distil_loss.Divergence.apply), ("torch", by_torch)):
+        given = logits.clone().requires_grad_()
+        value = 0.5 * loss(given, wanted)
+        value.backward()
+        found[name] = value.detach(), given.grad
+    assert (found["own"][0] - found["torch"][0]).abs() < 1e-6
+    assert (found["own"][1] - found["torch"][1]).abs().max() < (1e-7 if dtype == torch.float32 else 1e-3)
+
+
+def by_torch(logits, wanted):
+    logits, wanted = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits, wanted, log_target=True, reduction="batchmean")

@@ -4,8 +4,8 @@ python experiments/convert/decoder.py tokens GGUF DATA OUT.npy wiki-train-00 ...
 python experiments/convert/decoder.py layers GGUF TRAIN.npy,.. WORK OUT.json    blocks alone, in many shapes
 python experiments/convert/decoder.py run GGUF TRAIN.npy,.. HELD.npy WORK OUT.json --variants experts-50 narrow-50 ...
 
-Every variant has a process; all share one GPU and take equally many steps. Perplexity is that of HELD, whose articles
-are in no TRAIN. Run again for a second seed.
+Every variant has a process; all share one GPU and take equally many steps, or a share of them. Perplexity is that of
+HELD, whose articles are in no TRAIN.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from fastff.text.examples import Examples
 
 LENGTH = 256
 EVALUATION_S = 12.0
+EVALUATED = (0.25, 0.5, 0.75, 0.95)  # of the steps, and at their end
 EXPERTS = {  # name: shared, leaves, leaf_width, chosen; at a share of the work, routing included, of 1536 neurons
     "experts-50-a": (256, 80, 16, 30),
     "experts-50-b": (512, 64, 16, 14),
@@ -196,19 +197,23 @@ class Student:
 
     def finish(self, steps: int) -> dict[str, Any]:
         self.student.load_state_dict(self.state)
-        began = time.perf_counter()
+        name, began, curve = f"{self.row['variant']}-{self.seed}", time.perf_counter(), []
+        evaluated = {int(part * steps) for part in EVALUATED}
 
-        def note(_: str, done: float, total: float | None = None, note: str = "") -> None:
-            assert total is not None
-            if done % max(1, total // 8) == 0 and done < total:
-                print(f"{self.row['variant']} {done}/{total} {time.perf_counter() - began:.0f} s", flush=True)
+        def note(stage: str, done: float, total: float | None = None, note: str = "") -> None:
+            if done in evaluated:
+                curve.append([int(done), evaluate(self.student, self.held)])
+                torch.cuda.empty_cache()
+                print(f"{name} {done}/{total} {time.perf_counter() - began:.0f} s, {curve[-1][1]:.2f}", flush=True)
+                (self.args.work / f"{name}.json").write_text(json.dumps({**self.row, "steps": steps, "curve": curve}))
 
-        self.distil(steps, note)
+        self.take_steps(steps, note)
         after = evaluate(self.student, self.held)
-        print(self.row["variant"], self.seed, f"after {steps} steps: {after:.2f}", flush=True)
+        print(name, f"after {steps} steps: {after:.2f}", flush=True)
         if self.args.keep is not None and self.row["variant"] in self.args.keep_variants and self.seed == 0:
             self.student.half().save_pretrained(self.args.keep / self.row["variant"])
-        return {**self.row, "compiled": self.compiled, "after": after, "tokens": steps * self.args.batch * LENGTH}
+        figures = {"compiled": self.compiled, "curve": curve, "after": after}
+        return {**self.row, **figures, "tokens": steps * self.args.batch * LENGTH}
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -257,10 +262,10 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def job_of(args: argparse.Namespace, words: str) -> tuple[Any, ...]:
-    """From NAME, NAME:SEED or NAME:SEED:LR."""
-    name, seed, lr, *_ = [*words.split(":"), "", ""]
-    return args, name, int(seed or 0), float(lr or args.lr)
+def job_of(args: argparse.Namespace, words: str) -> tuple[tuple[Any, ...], float]:
+    """From NAME:SEED:LR:SHARE, of which all but NAME may be left out: a job, and its share of the steps."""
+    name, seed, lr, share, *_ = [*words.split(":"), "", "", ""]
+    return (args, name, int(seed or 0), float(lr or args.lr)), float(share or 1)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -291,8 +296,9 @@ def run(args: argparse.Namespace) -> None:
         record = {**reference, "seconds": time.time() - began, "variants": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
-    jobs = [job_of(args, job) for job in args.variants]
-    rows = together(jobs, Student, seconds=args.seconds, deadline=began + args.limit - EVALUATION_S, finished=finished)
+    jobs, shares = zip(*(job_of(args, job) for job in args.variants), strict=True)
+    deadline = began + args.limit - EVALUATION_S
+    rows = together(jobs, Student, seconds=args.seconds, deadline=deadline, finished=finished, shares=shares)
     for row in sorted(rows, key=lambda row: (row["variant"], row["seed"])):
         print(
             row["variant"],
@@ -318,7 +324,7 @@ def main() -> None:
     ran.add_argument("held")
     ran.add_argument("work", type=Path)
     ran.add_argument("out", type=Path)
-    ran.add_argument("--variants", nargs="+", required=True, help="NAME, NAME:SEED or NAME:SEED:LR")
+    ran.add_argument("--variants", nargs="+", required=True, help="NAME[:SEED[:LR[:SHARE of the steps]]]")
     ran.add_argument("--seconds", type=float, default=1500.0, help="of the joint distillation, all variants at once")
     ran.add_argument("--limit", type=float, default=1e9, help="seconds of the whole command: fewer steps are taken")
     alone = commands.add_parser("layers")

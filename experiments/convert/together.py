@@ -1,7 +1,7 @@
 """Variants of a conversion taught at the same time, a process each on one GPU, all for as many steps as fit the time.
 
-A process builds its student, takes a few steps while all others do, and then takes as many as the slowest can in the
-seconds that are left. One that fails meets the others too, or they would wait for it.
+A process builds its student and times a few steps while all others take theirs, when no code is compiled any more; then
+all take as many as fit the seconds that are left. One that fails meets the others too, or they would wait for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from fastff.conditional import ConditionalFeedforward
 from fastff.models.feedforward import masked_leaves
 from fastff.report.progress import Progress
 
-TIMED_STEPS = 15
+FIRST_STEPS = 6  # in which code is compiled and recorded
+TIMED_STEPS = range(10, 30)  # after those of all
 LEAST_STEPS = 10
+EASE = 0.92  # of the time, when the steps are counted
 
 
 class Work(Protocol):
@@ -39,13 +41,25 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Turnout:
-    """What the processes share: meetings of all, the slowest one's seconds a step, the finished rows."""
+    """What the processes share: meetings of all, everyone's seconds a step, the finished rows."""
 
     meeting: Any
-    slowest: Any
+    step_s: Any
+    steps: Any  # of a whole share; 0 until the first process has counted them
     results: Any
+    shares: Sequence[float]
     deadline: float  # time.time() by which the joint distillation ends
     seconds: float  # at most, of the joint distillation
+
+    def counted(self) -> int:
+        """As many steps as fit, the same for all: one GPU does everyone's work, and what is done sooner leaves its part
+        to the others."""
+        with self.steps.get_lock():
+            if self.steps.value == 0:
+                taken = sum(seconds > 0 for seconds in self.step_s)
+                work = sum(share * seconds for share, seconds in zip(self.shares, self.step_s, strict=True)) / taken
+                self.steps.value = int(EASE * min(self.seconds, self.deadline - time.time()) / work)
+            return int(self.steps.value)
 
 
 def together(
@@ -55,12 +69,16 @@ def together(
     seconds: float,
     deadline: float,
     finished: Callable[[list[dict[str, Any]]], None],
+    shares: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Run make(*job) for every job in a process of its own; `finished` gets all rows so far after each. Returns them;
-    fewer than jobs where some failed, whose errors are on the terminal."""
+    fewer than jobs where some failed, whose errors are on the terminal. shares: of the steps, that a job takes."""
     context = mp.get_context("spawn")
-    shared = Turnout(context.Barrier(len(jobs)), context.Value("d", 0.0), context.Queue(), deadline, seconds)
-    workers = [context.Process(target=_one, args=(make, job, shared), daemon=True) for job in jobs]
+    meeting, step_s, steps = context.Barrier(len(jobs)), context.Array("d", len(jobs)), context.Value("i", 0)
+    shared = Turnout(meeting, step_s, steps, context.Queue(), shares or [1.0] * len(jobs), deadline, seconds)
+    workers = [
+        context.Process(target=_one, args=(make, job, place, shared), daemon=True) for place, job in enumerate(jobs)
+    ]
     for worker in workers:
         worker.start()
     rows: list[dict[str, Any]] = []
@@ -82,35 +100,39 @@ def by_dense_products(student: Any) -> None:
             module.forward = partial(masked_leaves, module)  # type: ignore[method-assign]
 
 
-def _one(make: Callable[..., Work], job: tuple[Any, ...], shared: Turnout) -> None:
+def _one(make: Callable[..., Work], job: tuple[Any, ...], place: int, shared: Turnout) -> None:
     torch.set_num_threads(1)
     work = _attempt(lambda: make(*job))
     shared.meeting.wait()
-    timed = work is not None and _attempt(lambda: _time_steps(work, shared.slowest))
+    seconds = None if work is None else _attempt(lambda: _seconds_a_step(work, shared.meeting))
+    if seconds is None:
+        shared.meeting.wait()
+    else:
+        shared.step_s[place] = seconds
     shared.meeting.wait()
-    if work is None or not timed:
+    if work is None or seconds is None:
         raise SystemExit(f"{job[-2:]} failed")
-    left = min(shared.seconds, shared.deadline - time.time())
-    steps = max(LEAST_STEPS, int(left / max(shared.slowest.value, 1e-6)))
+    steps = max(LEAST_STEPS, int(shared.shares[place] * shared.counted()))
     began = time.perf_counter()
     row = work.finish(steps)
-    shared.results.put(row | {"steps": steps, "distil_s": time.perf_counter() - began})
+    shared.results.put(row | {"steps": steps, "step_s": seconds, "distil_s": time.perf_counter() - began})
 
 
-def _time_steps(work: Work, slowest: Any) -> bool:
-    """Keep the median time of a step; the first half of the steps, in which code is compiled, does not count."""
+def _seconds_a_step(work: Work, meeting: Any) -> float:
+    """The median of some steps that begin when all have compiled and recorded theirs."""
     ends: list[float] = []
 
     def note(*_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        if len(ends) == FIRST_STEPS:
+            meeting.wait()
+            ends[-1] = time.perf_counter()
 
-    work.take_steps(2 * TIMED_STEPS, note)
-    seconds = statistics.median(after - before for before, after in pairwise(ends[TIMED_STEPS:]))
-    with slowest.get_lock():
-        slowest.value = max(slowest.value, seconds)
-    return True
+    work.take_steps(FIRST_STEPS + TIMED_STEPS.stop + 5, note)
+    timed = ends[FIRST_STEPS + TIMED_STEPS.start : FIRST_STEPS + TIMED_STEPS.stop]
+    return statistics.median(after - before for before, after in pairwise(timed))
 
 
 def _attempt(work: Callable[[], Any]) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastff.models.kinds import Kind
 
+VALUES_AT_ONCE = 2**26  # of the divergence, in float32
+
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len)."""
@@ -63,5 +65,30 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind, *, padded: bool = 
     if kind != "classifier":
         real = mask if padded else None
         logits, wanted = real_tokens(logits, real), real_tokens(wanted, real)
-    logits, wanted = F.log_softmax(logits.float(), -1), F.log_softmax(wanted.float(), -1)
-    return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
+    loss: Tensor = Divergence.apply(logits, wanted)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class Divergence(torch.autograd.Function):
+    """Mean over rows of the divergence of softmax(logits) from softmax(wanted); both (rows, classes). Its gradient is
+    that of `logits` alone.
+
+    The gradient is made at once, piece by piece: of a decoder's many words nothing else is kept in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        grad = torch.empty_like(logits)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        rows = max(1, VALUES_AT_ONCE // logits.shape[1])
+        for values, target, out in zip(logits.split(rows), wanted.split(rows), grad.split(rows), strict=True):
+            log_p, log_q = F.log_softmax(target.float(), -1), F.log_softmax(values.float(), -1)
+            p = log_p.exp()
+            total += torch.sum(p * (log_p - log_q))
+            out.copy_(log_q.exp_().sub_(p).div_(len(logits)))
+        ctx.save_for_backward(grad)
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx: Any, share: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * share, None
