@@ -43,7 +43,8 @@ def rounded(weights: Tensor, kind: str) -> Tensor:
 
 def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
     """The rounded layer's output on the given route, one row at a time, in double precision. A routing score within its
-    error bound, ||x|| * ||w - rounded w|| and some rounding, is the unrounded one."""
+    error bound, ||x|| * ||w - rounded w|| and some rounding, is in int8 that of the weights in twice eight bits, and within
+    the bound of that one, and in bf16, the unrounded one."""
     config = layer.config
     w_in, w_out = rounded(layer.w_in.detach(), kind), rounded(layer.w_out.detach(), kind)
     b_in = None if layer.b_in is None else layer.b_in.detach().double()
@@ -58,14 +59,19 @@ def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
             rows_in = nodes + list(range(first, first + config.leaf_width * pair))
             score = w_in[tree, rows_in] @ x[row].double()
             exact = layer.w_in[tree, rows_in].detach().double()
-            error = (w_in[tree, rows_in] - exact).norm(dim=-1)
-            slack = 2 * (config.in_features / 16 + 10) * 2.0**-24 * (exact.norm(dim=-1) + error)
-            bias = 0 if b_in is None else b_in[tree, rows_in]
-            doubt = (score + bias).abs() <= x[row].double().norm() * (error + slack)
-            doubt[len(nodes) :] = False
-            score = torch.where(doubt, exact @ x[row].double(), score)
-            if b_in is not None:
-                score = score + b_in[tree, rows_in]
+            bias = torch.zeros(len(rows_in)) if b_in is None else b_in[tree, rows_in]
+            parts = [w_in[tree, rows_in]]
+            if kind == "int8":
+                parts.append(rounded((exact - parts[0]).float(), kind))
+            for part in range(len(parts)):
+                known = sum(parts[: part + 1])
+                norms = exact.norm(dim=-1) + sum(p.norm(dim=-1) for p in parts[: part + 1])
+                slack = (config.in_features / 16 + 10) * 2.0**-24 * norms
+                doubt = (score + bias).abs() <= x[row].double().norm() * ((known - exact).norm(dim=-1) + slack)
+                doubt[len(nodes) :] = False
+                finer = exact if part + 1 == len(parts) else sum(parts[: part + 2])
+                score = torch.where(doubt, finer @ x[row].double(), score)
+            score = score + bias
             act = "silu" if pair == 2 else config.activation
             value = reference.activate(score, act)
             passed, factors = torch.ones((), dtype=torch.float64), []

@@ -33,8 +33,9 @@ struct Tree {
 struct Neuron {
   float scale_in, scale_out;  // a stored weight times its scale is the weight meant
   float error;                // what a score may be off by, as a multiple of ||x|| (store.h)
-  float reach;                // the larger of ||w_in|| and of the norm of the numbers stored for it
 };
+
+constexpr int64_t kNeuronBytes = 64;  // from a quantised row to what lies behind its Neuron
 
 // Where the rows of one tree lie: plain tensors and packed buffers differ in strides only (counted in elements).
 // T is the type of inputs, outputs and biases, W that of the weights: T itself, or Bf16 or int8_t in a quantised pack.
@@ -59,6 +60,10 @@ struct View {
     return leaf_out + leaf * leaf_out_stride + j * leaf_out_row_stride;
   }
   const Neuron& neuron(const W* row) const { return *reinterpret_cast<const Neuron*>(row + neuron_at); }
+  // Of a routing node's row in int8: what rounding left of it, rounded as well, and what the two rows together say of
+  // themselves, scale_in being that of the rest.
+  const W* rest(const W* row) const { return row + neuron_at + kNeuronBytes / sizeof(W); }
+  const Neuron& neuron_with_rest(const W* row) const { return (&neuron(row))[1]; }
 };
 
 // A caller's weights as fastff.h lays them out; biases may be null.

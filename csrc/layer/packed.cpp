@@ -20,9 +20,10 @@ class Pack final : public fastff_packed {
   explicit Pack(const Tree& t)
       : fastff_packed(t),
         in_row_(row_elements<W>(t.in_features)),
-        in_unit_(in_row_ + (kIsQuantised<W> ? kLine / static_cast<int64_t>(sizeof(W)) : 0)),
+        in_unit_(in_row_ + (kIsQuantised<W> ? kNeuronBytes / static_cast<int64_t>(sizeof(W)) : 0)),
+        node_in_unit_(in_unit_ + (kHasRest ? in_row_ : 0)),
         out_row_(row_elements<W>(t.out_features)),
-        node_stride_(in_unit_ + (t.node_output ? out_row_ : 0)),
+        node_stride_(node_in_unit_ + (t.node_output ? out_row_ : 0)),
         leaf_stride_(t.leaf_in_rows() * in_unit_ + t.leaf_width * out_row_),
         tree_stride_(t.nodes() * node_stride_ + t.leaves() * leaf_stride_),
         exact_stride_(kIsQuantised<W> ? t.nodes() * t.in_features : 0),
@@ -46,6 +47,8 @@ class Pack final : public fastff_packed {
   int64_t bytes() const override { return weights_.bytes() + exact_.bytes(); }
 
  private:
+  static constexpr bool kHasRest = std::is_same_v<W, int8_t>;  // a bf16 row is too rarely in doubt
+
   static auto kernel() {
     if constexpr (std::is_same_v<W, Bf16>) return tree_kernels().forward_bf16;
     else if constexpr (std::is_same_v<W, int8_t>) return tree_kernels().forward_int8;
@@ -55,7 +58,7 @@ class Pack final : public fastff_packed {
   View<float, W> view(int64_t t) const {
     View<float, W> v{};
     v.node_in = reinterpret_cast<const W*>(weights_.data()) + t * tree_stride_;
-    v.node_out = v.node_in + in_unit_;
+    v.node_out = v.node_in + node_in_unit_;
     v.node_in_stride = v.node_out_stride = node_stride_;
     v.leaf_in = v.node_in + tree.nodes() * node_stride_;
     v.leaf_out = v.leaf_in + tree.leaf_in_rows() * in_unit_;
@@ -76,6 +79,7 @@ class Pack final : public fastff_packed {
       if constexpr (kIsQuantised<W>)
         std::memcpy(const_cast<float*>(to.exact_in) + n * tree.in_features, from.in_row(n),
                     tree.in_features * sizeof(float));
+      if constexpr (kHasRest) put_rest(to, n, from.in_row(n));
     }
     for (int64_t leaf = 0; leaf < tree.leaves(); ++leaf)
       for (int64_t j = 0; j < tree.leaf_in_rows(); ++j) {
@@ -91,11 +95,16 @@ class Pack final : public fastff_packed {
     neuron.scale_in = store(const_cast<W*>(in), from_in, tree.in_features);
     if (out) neuron.scale_out = store(const_cast<W*>(out), from_out, tree.out_features);
     if constexpr (kIsQuantised<W>) {
-      const StoreError error = store_error(in, neuron.scale_in, from_in, tree.in_features);
-      neuron.error = error.bound;
-      neuron.reach = error.reach;
+      neuron.error = store_error({StoredRow<W>{in, neuron.scale_in}}, from_in, tree.in_features);
       const_cast<Neuron&>(view.neuron(in)) = neuron;
     }
+  }
+
+  void put_rest(const View<float, W>& view, int64_t node, const float* from_in) {
+    const W* row = view.in_row(node);
+    const StoredRow<W> stored = {row, view.neuron(row).scale_in};
+    const StoredRow<W> rest = store_rest(const_cast<W*>(view.rest(row)), stored, from_in, tree.in_features);
+    const_cast<Neuron&>(view.neuron_with_rest(row)) = {rest.scale, 0, store_error({stored, rest}, from_in, tree.in_features)};
   }
 
   static void assign(std::vector<float>& to, const float* from, int64_t n) {
@@ -103,7 +112,7 @@ class Pack final : public fastff_packed {
     else to.clear();
   }
 
-  int64_t in_row_, in_unit_, out_row_, node_stride_, leaf_stride_, tree_stride_, exact_stride_;
+  int64_t in_row_, in_unit_, node_in_unit_, out_row_, node_stride_, leaf_stride_, tree_stride_, exact_stride_;
   HugeBuffer weights_, exact_;
   std::vector<float> b_in_, b_out_;
   std::vector<View<float, W>> views_;

@@ -1,8 +1,9 @@
 // What quantised weights add to a forward: decisions as the fp32 layer takes them, and scales.
 //
 // |<x, w> - <x, stored w>| is at most ||x|| * ||w - stored w|| (Cauchy and Schwarz). A score within that bound, plus
-// rounding, is computed again from the fp32 row, in the order in which the fp32 layer sums it. So are scores where a sum
-// in fp32 could overflow or lose itself among subnormal numbers.
+// rounding, is computed again: in int8 first with what rounding left of the row, a second row of int8, and where that is
+// not enough from the fp32 row, in the order in which the fp32 layer sums it. So are scores where a sum in fp32 could
+// overflow or lose itself among subnormal numbers.
 #pragma once
 
 #include <algorithm>
@@ -12,24 +13,26 @@
 #include "layer/kernels.h"
 #include "layer/linear.h"
 #include "layer/path.h"
+#include "layer/store.h"
 
 namespace fastff {
 namespace {
 
-constexpr float kLargestSum = 1e38f;    // partial sums stay below ||x|| * ||w||
 constexpr float kSmallestScore = 1e-30f;  // far above what flushed subnormal products can add up to
 
+// ||x||, or infinity if that is above kLargestNorm: no sign is certain then.
 inline float norm(const float* x, int64_t n) {
   const float squares = dot(x, x, n);
-  if (squares > 1e-30f && squares < 1e37f) return std::sqrt(squares);
+  if (squares > 1e-30f && squares < kLargestNorm) return std::sqrt(squares);
   double wide = 0;  // fp32 squares overflow or vanish
   for (int64_t i = 0; i < n; ++i) wide += static_cast<double>(x[i]) * x[i];
-  return static_cast<float>(std::sqrt(wide));
+  const double length = std::sqrt(wide);
+  return length < kLargestNorm ? static_cast<float>(length) : INFINITY;
 }
 
 // Whether the fp32 layer is sure to see this sign. x_norm: ||x||. False for NaN anywhere.
 inline bool sign_is_certain(float score, float x_norm, const Neuron& neuron) {
-  return std::fabs(score) > std::max(x_norm * neuron.error, kSmallestScore) && x_norm * neuron.reach < kLargestSum;
+  return std::fabs(score) > x_norm * neuron.error + kSmallestScore;
 }
 
 // A leaf neuron's product with x in units of its weights. The sum over stored weights can overflow where that over the

@@ -3,23 +3,30 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace fastff {
 namespace {
 
 // Each sum has at most n / 16 + 8 additions one after the other in any kernel (linear.h).
 template <class W>
-StoreError error_of(const W* stored, float scale, const float* exact, int64_t n) {
-  double error = 0, norm = 0, stored_norm = 0;
+float error_of(std::initializer_list<StoredRow<W>> stored, const float* exact, int64_t n) {
+  double error = 0, squares = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const double number = to_float(stored[i]), difference = number * scale - exact[i];
+    double difference = -exact[i];
+    for (const StoredRow<W>& row : stored) difference += static_cast<double>(to_float(row.numbers[i])) * row.scale;
     error += difference * difference;
-    norm += static_cast<double>(exact[i]) * exact[i];
-    stored_norm += number * number;
+    squares += static_cast<double>(exact[i]) * exact[i];
   }
-  const double rounding = 2 * (n / 16.0 + 10) * std::ldexp(1.0, -24);
-  const double bound = 1.0001 * (std::sqrt(error) + rounding * (std::sqrt(norm) + std::sqrt(error)));
-  return {static_cast<float>(bound), static_cast<float>(1.0001 * std::sqrt(std::max(norm, stored_norm)))};
+  double norms = std::sqrt(squares);
+  if (!(norms < kLargestNorm)) return INFINITY;
+  for (const StoredRow<W>& row : stored) {
+    double numbers = 0;
+    for (int64_t i = 0; i < n; ++i) numbers += static_cast<double>(to_float(row.numbers[i])) * to_float(row.numbers[i]);
+    norms += std::fabs(row.scale) * std::sqrt(numbers);
+  }
+  const double rounding = (n / 16.0 + 10) * std::ldexp(1.0, -24);
+  return static_cast<float>(1.0001 * (std::sqrt(error) + rounding * norms));
 }
 
 }  // namespace
@@ -54,11 +61,18 @@ float store(int8_t* to, const float* from, int64_t n) {
   return scale;
 }
 
-StoreError store_error(const Bf16* stored, float scale, const float* exact, int64_t n) {
-  return error_of(stored, scale, exact, n);
+StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<int8_t>& stored, const float* exact, int64_t n) {
+  std::vector<float> rest(n);
+  for (int64_t i = 0; i < n; ++i)
+    rest[i] = static_cast<float>(exact[i] - static_cast<double>(stored.numbers[i]) * stored.scale);
+  return {to, store(to, rest.data(), n)};
 }
-StoreError store_error(const int8_t* stored, float scale, const float* exact, int64_t n) {
-  return error_of(stored, scale, exact, n);
+
+float store_error(std::initializer_list<StoredRow<Bf16>> stored, const float* exact, int64_t n) {
+  return error_of(stored, exact, n);
+}
+float store_error(std::initializer_list<StoredRow<int8_t>> stored, const float* exact, int64_t n) {
+  return error_of(stored, exact, n);
 }
 
 }  // namespace fastff

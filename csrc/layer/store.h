@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "base/bf16.h"
@@ -14,13 +15,22 @@ float store(float* to, const float* from, int64_t n);
 float store(Bf16* to, const float* from, int64_t n);
 float store(int8_t* to, const float* from, int64_t n);
 
-// What a product with the stored row may differ from the fp32 product.
-struct StoreError {
-  float bound;  // times ||x||: the weights' own error, and the rounding of both sums
-  float reach;  // the larger of the norms of the fp32 row and of the stored numbers: times ||x||, what partial sums stay below
+constexpr float kLargestNorm = 1e18f;  // of a row of weights and of x: partial sums of their product then stay finite
+
+// Numbers that stand, times their scale, for a row of weights or for a part of each weight.
+template <class W>
+struct StoredRow {
+  const W* numbers;
+  float scale;
 };
-StoreError store_error(const Bf16* stored, float scale, const float* exact, int64_t n);
-StoreError store_error(const int8_t* stored, float scale, const float* exact, int64_t n);
+
+// What rounding to `stored` left of the n weights of `exact`, rounded as well: two rows of int8 hold sixteen bits of each.
+StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<int8_t>& stored, const float* exact, int64_t n);
+
+// What the sum of products of stored rows with x may differ from the fp32 product, as a multiple of ||x||: the weights' own
+// error, and the rounding of all sums. Infinite if the norm of the weights is above kLargestNorm or not finite.
+float store_error(std::initializer_list<StoredRow<Bf16>> stored, const float* exact, int64_t n);
+float store_error(std::initializer_list<StoredRow<int8_t>> stored, const float* exact, int64_t n);
 
 template <class W>
 constexpr bool kIsQuantised = !std::is_same_v<W, float>;
