@@ -43,8 +43,8 @@ def rounded(weights: Tensor, kind: str) -> Tensor:
 
 def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
     """The rounded layer's output on the given route, one row at a time, in double precision. A routing score within its
-    error bound, ||x|| * ||w - rounded w|| and some rounding, is in int8 that of the weights in twice eight bits, and within
-    the bound of that one, and in bf16, the unrounded one."""
+    error bound, ||x|| * ||w - rounded w|| and some rounding, is in int8 that of the weights in twice eight bits. Within
+    the bound of that one, and in bf16, it is the unrounded one."""
     config = layer.config
     w_in, w_out = rounded(layer.w_in.detach(), kind), rounded(layer.w_out.detach(), kind)
     b_in = None if layer.b_in is None else layer.b_in.detach().double()
