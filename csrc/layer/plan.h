@@ -11,7 +11,7 @@ namespace {  // of each file: an instruction set's copy must not be linked into 
 
 constexpr int kSplitAtLeast = 4;       // a shorter list of rows walks in lockstep instead of being split
 constexpr int kPairAtLeast = 8;        // from this many rows on, two levels are scored in one pass over x
-constexpr int kWalkers = 8;            // rows that walk in lockstep
+constexpr int kWalkers = 4;            // rows that walk in lockstep
 constexpr int64_t kPathsAPiece = 16;   // fewer paths, one a row and tree, are not worth a second thread
 constexpr int64_t kBlockRows = 65536;  // rows whose scores are kept at a time
 constexpr int64_t kForestBytes = 3 << 19;  // likewise with several trees, which all read x and add to y: both at a time
