@@ -310,10 +310,30 @@ class TestSampling:
         with pytest.raises(FastffError, match="largest logit is infinite"):
             session.sample(Sampling(temperature=1.0))
 
+    def test_a_top_p_below_the_range_of_float_keeps_the_likeliest(self):
+        drawn, logits = self.draws(5, temperature=5.0, top_p=1e-60)
+        assert drawn == [int(logits.argmax())] * 5
+
     @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
     def test_settings_out_of_range_are_refused(self, wrong):
         with pytest.raises(FastffError, match=next(iter(wrong))):
             self.draws(1, **wrong)
+
+
+def test_a_value_beyond_half_precision_leaves_earlier_tokens_alone(tmp_path):
+    model = random_model("llama")
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        values = layer.self_attn.v_proj(layer.input_layernorm(model.model.embed_tokens.weight)).abs().amax(1)
+        layer.self_attn.v_proj.weight *= 1.15 * 65504 / values.max()
+    *others, largest = values.argsort()[[*range(11), -1]].tolist()
+    ids = [*others[:7], largest, *others[7:]]
+    native_export.export_model(model, None, tmp_path / "out")
+    engine = load(tmp_path / "out")
+    together = engine.logits(ids)
+    assert torch.equal(together[:7], engine.logits(ids[:7]))
+    assert together[:7].isfinite().all()
+    assert not together[7:].isfinite().any()
 
 
 class TestExport:

@@ -432,6 +432,15 @@ def test_damaged_model_files_are_refused_or_run(kind, tmp_path):
     assert sum(error is not None for error in errors) > MUTATIONS // 4
 
 
+def test_a_small_file_does_not_ask_for_large_tables_of_angles(tmp_path):
+    whole = (exported_encoder("modernbert")[1]._folder / MODEL_FILE).read_bytes()
+    header = json.loads(whole[24 : 24 + int.from_bytes(whole[8:16], "little")])
+    header["model"] |= {"hidden": 131072, "heads": 1, "positions": 1 << 17}
+    rewritten(tmp_path / "model", whole, header)
+    with pytest.raises(FastffError, match="8589934592 angles, expected at most 67108864"):
+        NativeEncoder(tmp_path / "model")
+
+
 FACTS = {
     "decoder": DecoderFacts([1, 2]),
     "encoder": EncoderFacts("mean", True, HeadFacts("first", [HeadLayer("tanh", None)], ["a"]), 7),
@@ -455,6 +464,14 @@ def test_damaged_facts(kind, tmp_path):
     found = [error for error in errors if error is not None]
     assert all(isinstance(error, CheckpointError) and str(tmp_path) in str(error) for error in found)
     assert len(found) > MUTATIONS // 2
+
+
+def test_a_classifier_has_a_logit_for_every_label(tmp_path):
+    write_tensors(tmp_path / HEAD_FILE, {"0.weight": torch.ones(2, 4)})
+    layers = [HeadLayer("identity", None)]
+    assert read_head(HeadFacts("first", layers, ["no", "yes"]), tmp_path, 4)(torch.ones(1, 4)).shape == (1, 2)
+    with pytest.raises(CheckpointError, match="2 logits, for 3 labels"):
+        read_head(HeadFacts("first", layers, ["no", "yes", "maybe"]), tmp_path, 4)
 
 
 def test_damaged_heads(tmp_path):

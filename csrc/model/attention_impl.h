@@ -94,7 +94,8 @@ inline void sum_values(const HeadCache& cache, const Queries& q, int64_t positio
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[n][c] = V::zero();
   const Half* values = cache.values + column;
-  for (int64_t t = 0; t < positions; ++t, values += cache.value_stride) {
+  const int64_t shared = *std::min_element(q.positions, q.positions + N);
+  for (int64_t t = 0; t < shared; ++t, values += cache.value_stride) {
     typename V::Reg value[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) value[c] = V::load(values + c * V::width);
@@ -105,6 +106,12 @@ inline void sum_values(const HeadCache& cache, const Queries& q, int64_t positio
       for (int c = 0; c < C; ++c) acc[n][c] = V::fma(weight, value[c], acc[n][c]);
     }
   }
+  for (int64_t t = shared; t < positions; ++t, values += cache.value_stride)
+    for (int n = 0; n < N; ++n) {
+      if (t >= q.positions[n]) continue;  // a weight of 0 would make an infinite value NaN
+      const auto weight = V::set(q.scores[n][t]);
+      for (int c = 0; c < C; ++c) acc[n][c] = V::fma(weight, V::load(values + c * V::width), acc[n][c]);
+    }
   for (int n = 0; n < N; ++n)
     for (int c = 0; c < C; ++c) {
       const int64_t at = column + c * V::width;

@@ -9,6 +9,7 @@ namespace fastff {
 namespace {
 
 constexpr int64_t kMostRotated = 1 << 17;  // positions
+constexpr int64_t kMostAngles = 1 << 26;   // of a table: 256 MiB of cosines
 constexpr int64_t kMostLayers = 4096, kMostHeads = 4096, kMostVocabulary = 1 << 24, kMostPositions = 1 << 24;
 
 EncoderShape read_shape(const Json& model) {
@@ -31,6 +32,8 @@ EncoderShape read_shape(const Json& model) {
   if (s.rotary && (s.hidden / s.heads % 2 || s.positions > kMostRotated))
     refuse("rotary: heads of " + std::to_string(s.hidden / s.heads) + " numbers and " + std::to_string(s.positions) +
            " positions, expected an even number and at most " + std::to_string(kMostRotated));
+  if (const int64_t angles = s.positions * (s.hidden / s.heads / 2); s.rotary && angles > kMostAngles)
+    refuse("rotary: " + std::to_string(angles) + " angles, expected at most " + std::to_string(kMostAngles));
   return s;
 }
 

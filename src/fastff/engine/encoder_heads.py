@@ -130,6 +130,8 @@ def read_head(facts: HeadFacts | None, folder: Path, hidden: int) -> Head | None
             raise CheckpointError(f"{folder} has a head with the activation {layer.activation!r}: {REMEDY}")
         width = _checked_width(own, width, layer.epsilon is not None, f"{path}: {prefix}")
         layers.append((layer.activation, own, layer.epsilon))
+    if facts.labels and len(facts.labels) != width:
+        raise CheckpointError(f"{path} gives {width} logits, for {len(facts.labels)} labels: {REMEDY}")
     return Head(facts.pooling, layers)  # type: ignore[arg-type]
 
 

@@ -48,6 +48,9 @@ class _Facts(ctypes.Structure):
     bytes: int
 
 
+_LEAST = float(torch.finfo(torch.float32).tiny)
+
+
 class _Sampling(ctypes.Structure):
     """fastff_sampling of csrc/model/fastff_model.h."""
 
@@ -124,7 +127,8 @@ class NativeSession(Owner):
 
     def sample(self, sampling: Sampling) -> int:
         """Draw the next token; it is not read yet."""
-        settings = _Sampling(sampling.temperature, sampling.top_p, sampling.top_k)
+        top_p = max(sampling.top_p, _LEAST) if sampling.top_p > 0 else sampling.top_p  # in fp32 it would be 0
+        settings = _Sampling(sampling.temperature, top_p, sampling.top_k)
         token = ctypes.c_int32()
         call("fastff_session_sample", self._handle, ctypes.byref(settings), ctypes.byref(token))
         return token.value
