@@ -617,5 +617,6 @@ def test_sigterm_under_load_loses_nothing_and_a_killed_server_starts_again(forks
         bool,
         type(None),
         ConnectionResetError,
+        BrokenPipeError,  # the same, told at the next write
         http.client.RemoteDisconnected,
     }
