@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,30 @@ def build(folder: Path) -> None:
         print(f"wrote {folder / name}", flush=True)
 
 
+def tree_alone(threads: int, rounds: int) -> list[float]:
+    """Milliseconds of calls of one such tree in int8 with one row each, every row of another path."""
+    from fastff.layers import FFF
+
+    layer = FFF(HIDDEN, depth=TREE["depth"], device="meta")
+    for name in ("w_in", "w_out"):
+        shape = getattr(layer, name).shape
+        setattr(layer, name, torch.nn.Parameter(random_rows(shape[1], HIDDEN).view(shape)))
+    layer.eval().quantize("int8")
+    torch.set_num_threads(threads)
+    samples = []
+    with torch.inference_mode():
+        layer(torch.randn(1, HIDDEN))  # packs
+        for row in torch.randn(rounds * TOKENS, 1, HIDDEN):
+            start = time.perf_counter()
+            layer(row)
+            samples.append((time.perf_counter() - start) * 1000)
+    return samples
+
+
 def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of all, and how many times faster than the dense ones the tree's feedforwards are: what is left
-    of a token without the time of the model that has none."""
+    """Milliseconds a token of all models, and how many times faster one tree is than a dense feedforward: a tree takes
+    less than what runs of whole models differ by, so it is timed alone, and the dense one is what its model takes more
+    than the one without feedforwards, for each layer."""
     from fastff.timing import quartiles
 
     workers = [decode.Worker(name, folder, threads, "WIDE") for name in decode.WIDE]
@@ -89,15 +111,15 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     for worker in workers:
         worker.close()
     dense, none, tree = (cells[f"fastff int8, {name}"]["ms"] for name in ("dense", "none", "1x15"))
-    pairs = zip(taken["fastff int8, 1x15"], taken["fastff int8, none"], strict=True)
-    of_trees = quartiles([with_tree - without for with_tree, without in pairs])
+    alone = dict(zip(("q1", "ms", "q3"), quartiles(tree_alone(threads, rounds)), strict=True))
     result = {
         "hidden": HIDDEN,
         "layers": LAYERS,
         "threads": threads,
         "cells": cells,
-        "dense_feedforwards_ms": dense - none,
-        "tree_feedforwards_ms": dict(zip(("q1", "ms", "q3"), of_trees, strict=True)),
+        "dense_feedforward_ms": (dense - none) / LAYERS,
+        "tree_alone": alone,
+        "feedforward_times_faster": (dense - none) / LAYERS / alone["ms"],
         "whole_model_times_faster": dense / tree,
     }
     print(result, flush=True)

@@ -89,7 +89,12 @@ def quality() -> str:
 
 
 def wide() -> str:
-    """Milliseconds a token of a decoder of GPT-3's width."""
+    """Milliseconds a token of a decoder of GPT-3's width, and of its feedforwards."""
     run: dict[str, Any] = read(INTEL / "decode-wide.json")["wide"]
     rows = [(name, f"{cell['ms']:.0f} ({cell['q1']:.0f} to {cell['q3']:.0f})") for name, cell in run["cells"].items()]
+    tree = run["tree_alone"]
+    rows += [
+        ("one dense feedforward: half of dense without none", f"{run['dense_feedforward_ms']:.0f}"),
+        ("one tree alone, every row of another path", f"{tree['ms']:.2f} ({tree['q1']:.2f} to {tree['q3']:.2f})"),
+    ]
     return markdown_table(["engine, feedforward", "ms a token (quartiles)"], rows)
