@@ -89,7 +89,7 @@ def route(
     kept = dense(*given)
     call(
         f"fastff_route_{SUFFIXES[x.dtype]}",
-        ctypes.addressof(_c_router(sizes)),
+        ctypes.byref(_c_router(sizes)),
         *map(pointer, kept),
         rows,
         pointer(leaf),
@@ -117,7 +117,7 @@ class PackedRouter(Pack):
         kept = dense(*(None if t is None else t.detach().float() for t in (weight, bias, balance)))
         call(
             "fastff_router_pack_f32",
-            ctypes.addressof(_c_router(sizes)),
+            ctypes.byref(_c_router(sizes)),
             *map(pointer, kept),
             WEIGHTS[quantization],
             ctypes.byref(self._handle),
@@ -156,7 +156,7 @@ class JoinedLayer(Pack):
         kept = dense(*(None if t is None else t.detach().float() for t in (*router, *leaves)))
         call(
             "fastff_layer_pack_f32",
-            ctypes.addressof(_c_router(sizes)),
+            ctypes.byref(_c_router(sizes)),
             *map(pointer, kept[:3]),
             leaves_of(leaves[0], leaves[2], activation),
             *map(pointer, kept[3:]),
