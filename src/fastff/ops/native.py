@@ -104,7 +104,7 @@ def forward(x: Tensor, weights: Weights, *, config: TreeConfig) -> tuple[Tensor,
     inputs = [pointer(tensor) for tensor in kept]
     outputs = [pointer(tensor) for tensor in (y, leaf, margin, scores)]
     name = f"fastff_forward_{SUFFIXES[x.dtype]}"
-    call(name, ctypes.addressof(_c_tree(config)), *inputs, rows, *outputs, get_num_threads())
+    call(name, ctypes.byref(_c_tree(config)), *inputs, rows, *outputs, get_num_threads())
     return y, leaf, margin, scores
 
 
@@ -125,7 +125,7 @@ def backward_visited(
     in_rows = (weights.w_in, weights.w_out, weights.b_out)
     room = [torch.empty(0 if w is None else w.shape[0] * w.shape[1], dtype=torch.int64) for w in in_rows]
     counts = torch.empty(3, dtype=torch.int64)
-    tree, rows = ctypes.addressof(_c_tree(config)), leaf.contiguous()
+    tree, rows = ctypes.byref(_c_tree(config)), leaf.contiguous()
     call("fastff_visited", tree, pointer(rows), len(rows), *map(pointer, room), pointer(counts))
     visited = [numbers[:count] for numbers, count in zip(room, counts.tolist(), strict=True)]
     values = [
@@ -165,7 +165,7 @@ def _backward(
             on_huge_pages(grad)
     call(
         f"fastff_{kind}_{SUFFIXES[x.dtype]}",
-        ctypes.addressof(_c_tree(config)),
+        ctypes.byref(_c_tree(config)),
         *map(pointer, kept),
         x.shape[0],
         *map(pointer, saved),
@@ -194,7 +194,7 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | No
         raise BackendUnavailable(f"backend 'native' takes float64, float32, bfloat16 and float16, not {dtype}")
     plan = _Plan()
     asked = threads or get_num_threads()
-    call("fastff_plan_forward", ctypes.addressof(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
+    call("fastff_plan_forward", ctypes.byref(_c_tree(config)), 0, rows, asked, ctypes.addressof(plan))
     if plan.sorted_levels:
         form, reason = "sorted", "many rows: sorted by subtree, so that a subtree's rows and weights stay in the cache"
     elif rows >= plan.lockstep_below:
@@ -209,7 +209,7 @@ def explain(config: TreeConfig, rows: int, dtype: torch.dtype, threads: int | No
 def new_pack(config: TreeConfig, weights: Weights, quantization: str | None) -> int:
     """Address of a packed copy of fp32 weights, to be freed with `fastff_packed_free`."""
     handle, kept = ctypes.c_void_p(), dense(*weights)
-    tree = ctypes.addressof(_c_tree(config))
+    tree = ctypes.byref(_c_tree(config))
     call("fastff_pack_f32", tree, *map(pointer, kept), _WEIGHTS[quantization], ctypes.addressof(handle))
     return handle.value or 0
 
