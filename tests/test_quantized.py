@@ -43,8 +43,8 @@ def rounded(weights: Tensor, kind: str) -> Tensor:
 
 def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
     """The rounded layer's output on the given route, one row at a time, in double precision. A routing score within its
-    error bound, ||x|| * ||w - rounded w|| and some rounding, is in int8 that of the weights in twice eight bits. Within
-    the bound of that one, and in bf16, it is the unrounded one."""
+    error bound, ||x|| * ||w - rounded w|| and some rounding, is that of weights with what rounding left, rounded to
+    int8. Within the bound of that one it is the unrounded one."""
     config = layer.config
     w_in, w_out = rounded(layer.w_in.detach(), kind), rounded(layer.w_out.detach(), kind)
     b_in = None if layer.b_in is None else layer.b_in.detach().double()
@@ -61,8 +61,7 @@ def expected(layer: fastff.FFF, x: Tensor, leaf: Tensor, kind: str) -> Tensor:
             exact = layer.w_in[tree, rows_in].detach().double()
             bias = torch.zeros(len(rows_in)) if b_in is None else b_in[tree, rows_in]
             parts = [w_in[tree, rows_in]]
-            if kind == "int8":
-                parts.append(rounded((exact - parts[0]).float(), kind))
+            parts.append(rounded((exact - parts[0]).float(), "int8"))
             for part in range(len(parts)):
                 known = sum(parts[: part + 1])
                 norms = exact.norm(dim=-1) + sum(p.norm(dim=-1) for p in parts[: part + 1])

@@ -207,7 +207,7 @@ class Descent {
     else prefetch(view_.leaf_in_row(w.node - tree_.nodes(), 0), row_elements_);
   }
 
-  // A node's score from its product with a row. In doubt about its sign what rounding left of an int8 row is added, and
+  // A node's score from its product with a row. In doubt about its sign what rounding left of the weights is added, and
   // where that is not enough, the product is taken again in full precision.
   T settled(int32_t row, int64_t node, const W* weight, T product) const {
     const T bias = view_.b_in ? view_.b_in[node] : T(0);
@@ -215,11 +215,10 @@ class Descent {
       const Neuron& neuron = view_.neuron(weight);
       const T score = product * neuron.scale_in + bias;
       if (sign_is_certain(score, block_.norm[row], neuron)) return score;
-      if constexpr (std::is_same_v<W, int8_t>) {  // one score in six; with the rest one in six hundred
-        const Neuron& both = view_.neuron_with_rest(weight);
-        const T finer = score + dot(block_.x_row(row), view_.rest(weight), tree_.in_features) * both.scale_in;
-        if (sign_is_certain(finer, block_.norm[row], both)) return finer;
-      }
+      // One score in six is in doubt in int8 (one in 25 in bf16), and with the rest one in six hundred.
+      const Neuron& both = view_.neuron_with_rest(weight);
+      const T finer = score + dot(block_.x_row(row), view_.rest(weight), tree_.in_features) * both.scale_in;
+      if (sign_is_certain(finer, block_.norm[row], both)) return finer;
       product = dot(block_.x_row(row), view_.exact_in + node * tree_.in_features, tree_.in_features);
     }
     return product + bias;

@@ -60,9 +60,9 @@ struct View {
     return leaf_out + leaf * leaf_out_stride + j * leaf_out_row_stride;
   }
   const Neuron& neuron(const W* row) const { return *reinterpret_cast<const Neuron*>(row + neuron_at); }
-  // Of a routing node's row in int8: what rounding left of it, rounded as well, and what the two rows together say of
+  // Of a routing node's quantised row: what rounding left of it, rounded as well, and what the two rows together say of
   // themselves, scale_in being that of the rest.
-  const W* rest(const W* row) const { return row + neuron_at + kNeuronBytes / sizeof(W); }
+  const int8_t* rest(const W* row) const { return reinterpret_cast<const int8_t*>(row + neuron_at) + kNeuronBytes; }
   const Neuron& neuron_with_rest(const W* row) const { return (&neuron(row))[1]; }
 };
 

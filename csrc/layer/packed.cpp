@@ -21,7 +21,7 @@ class Pack final : public fastff_packed {
       : fastff_packed(t),
         in_row_(row_elements<W>(t.in_features)),
         in_unit_(in_row_ + (kIsQuantised<W> ? kNeuronBytes / static_cast<int64_t>(sizeof(W)) : 0)),
-        node_in_unit_(in_unit_ + (kHasRest ? in_row_ : 0)),
+        node_in_unit_(in_unit_ + (kIsQuantised<W> ? row_elements<int8_t>(t.in_features) / static_cast<int64_t>(sizeof(W)) : 0)),
         out_row_(row_elements<W>(t.out_features)),
         node_stride_(node_in_unit_ + (t.node_output ? out_row_ : 0)),
         leaf_stride_(t.leaf_in_rows() * in_unit_ + t.leaf_width * out_row_),
@@ -47,8 +47,6 @@ class Pack final : public fastff_packed {
   int64_t bytes() const override { return weights_.bytes() + exact_.bytes(); }
 
  private:
-  static constexpr bool kHasRest = std::is_same_v<W, int8_t>;  // a bf16 row is too rarely in doubt
-
   static auto kernel() {
     if constexpr (std::is_same_v<W, Bf16>) return tree_kernels().forward_bf16;
     else if constexpr (std::is_same_v<W, int8_t>) return tree_kernels().forward_int8;
@@ -76,10 +74,7 @@ class Pack final : public fastff_packed {
     for (int64_t n = 0; n < tree.nodes(); ++n) {
       put(to, to.in_row(n), from.in_row(n), tree.node_output ? to.out_row(n) : nullptr,
           tree.node_output ? from.out_row(n) : nullptr);
-      if constexpr (kIsQuantised<W>)
-        std::memcpy(const_cast<float*>(to.exact_in) + n * tree.in_features, from.in_row(n),
-                    tree.in_features * sizeof(float));
-      if constexpr (kHasRest) put_rest(to, n, from.in_row(n));
+      if constexpr (kIsQuantised<W>) put_exact(to, n, from.in_row(n));
     }
     for (int64_t leaf = 0; leaf < tree.leaves(); ++leaf)
       for (int64_t j = 0; j < tree.leaf_in_rows(); ++j) {
@@ -95,16 +90,19 @@ class Pack final : public fastff_packed {
     neuron.scale_in = store(const_cast<W*>(in), from_in, tree.in_features);
     if (out) neuron.scale_out = store(const_cast<W*>(out), from_out, tree.out_features);
     if constexpr (kIsQuantised<W>) {
-      neuron.error = store_error({StoredRow<W>{in, neuron.scale_in}}, from_in, tree.in_features);
+      neuron.error = store_error(from_in, tree.in_features, StoredRow<W>{in, neuron.scale_in});
       const_cast<Neuron&>(view.neuron(in)) = neuron;
     }
   }
 
-  void put_rest(const View<float, W>& view, int64_t node, const float* from_in) {
+  // What decides where a routing node's row, which is stored, leaves a score in doubt.
+  void put_exact(const View<float, W>& view, int64_t node, const float* from_in) {
+    const int64_t n = tree.in_features;
+    std::memcpy(const_cast<float*>(view.exact_in) + node * n, from_in, n * sizeof(float));
     const W* row = view.in_row(node);
     const StoredRow<W> stored = {row, view.neuron(row).scale_in};
-    const StoredRow<W> rest = store_rest(const_cast<W*>(view.rest(row)), stored, from_in, tree.in_features);
-    const_cast<Neuron&>(view.neuron_with_rest(row)) = {rest.scale, 0, store_error({stored, rest}, from_in, tree.in_features)};
+    const StoredRow<int8_t> rest = store_rest(const_cast<int8_t*>(view.rest(row)), stored, from_in, n);
+    const_cast<Neuron&>(view.neuron_with_rest(row)) = {rest.scale, 0, store_error(from_in, n, stored, rest)};
   }
 
   static void assign(std::vector<float>& to, const float* from, int64_t n) {

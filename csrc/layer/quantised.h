@@ -1,9 +1,9 @@
 // What quantised weights add to a forward: decisions as the fp32 layer takes them, and scales.
 //
 // |<x, w> - <x, stored w>| is at most ||x|| * ||w - stored w|| (Cauchy and Schwarz). A score within that bound, plus
-// rounding, is computed again: in int8 first with what rounding left of the row, a second row of int8, and where that is
-// not enough from the fp32 row, in the order in which the fp32 layer sums it. So are scores where a sum in fp32 could
-// overflow or lose itself among subnormal numbers.
+// rounding, is computed again: first with what rounding left of the row, a second row, of int8, and where that is not enough
+// from the fp32 row, in the order in which the fp32 layer sums it. So are scores where a sum in fp32 could overflow or lose
+// itself among subnormal numbers.
 #pragma once
 
 #include <algorithm>

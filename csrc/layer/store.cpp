@@ -8,25 +8,16 @@
 namespace fastff {
 namespace {
 
-// Each sum has at most n / 16 + 8 additions one after the other in any kernel (linear.h).
 template <class W>
-float error_of(std::initializer_list<StoredRow<W>> stored, const float* exact, int64_t n) {
-  double error = 0, squares = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    double difference = -exact[i];
-    for (const StoredRow<W>& row : stored) difference += static_cast<double>(to_float(row.numbers[i])) * row.scale;
-    error += difference * difference;
-    squares += static_cast<double>(exact[i]) * exact[i];
-  }
-  double norms = std::sqrt(squares);
-  if (!(norms < kLargestNorm)) return INFINITY;
-  for (const StoredRow<W>& row : stored) {
-    double numbers = 0;
-    for (int64_t i = 0; i < n; ++i) numbers += static_cast<double>(to_float(row.numbers[i])) * to_float(row.numbers[i]);
-    norms += std::fabs(row.scale) * std::sqrt(numbers);
-  }
-  const double rounding = (n / 16.0 + 10) * std::ldexp(1.0, -24);
-  return static_cast<float>(1.0001 * (std::sqrt(error) + rounding * norms));
+double weight(const StoredRow<W>& row, int64_t i) {
+  return static_cast<double>(to_float(row.numbers[i])) * row.scale;
+}
+
+template <class Weight>
+double norm(const Weight& weight, int64_t n) {
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) squares += weight(i) * weight(i);
+  return std::sqrt(squares);
 }
 
 }  // namespace
@@ -61,18 +52,27 @@ float store(int8_t* to, const float* from, int64_t n) {
   return scale;
 }
 
-StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<int8_t>& stored, const float* exact, int64_t n) {
+template <class W>
+StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<W>& stored, const float* exact, int64_t n) {
   std::vector<float> rest(n);
-  for (int64_t i = 0; i < n; ++i)
-    rest[i] = static_cast<float>(exact[i] - static_cast<double>(stored.numbers[i]) * stored.scale);
+  for (int64_t i = 0; i < n; ++i) rest[i] = static_cast<float>(exact[i] - weight(stored, i));
   return {to, store(to, rest.data(), n)};
 }
+template StoredRow<int8_t> store_rest(int8_t*, const StoredRow<Bf16>&, const float*, int64_t);
+template StoredRow<int8_t> store_rest(int8_t*, const StoredRow<int8_t>&, const float*, int64_t);
 
-float store_error(std::initializer_list<StoredRow<Bf16>> stored, const float* exact, int64_t n) {
-  return error_of(stored, exact, n);
+// Each sum has at most n / 16 + 8 additions one after the other in any kernel (linear.h).
+template <class... Ws>
+float store_error(const float* exact, int64_t n, const StoredRow<Ws>&... stored) {
+  const double of_exact = norm([&](int64_t i) { return static_cast<double>(exact[i]); }, n);
+  if (!(of_exact < kLargestNorm)) return INFINITY;
+  const double error = norm([&](int64_t i) { return (weight(stored, i) + ...) - exact[i]; }, n);
+  const double norms = of_exact + (norm([&](int64_t i) { return weight(stored, i); }, n) + ...);
+  return static_cast<float>(1.0001 * (error + (n / 16.0 + 10) * std::ldexp(1.0, -24) * norms));
 }
-float store_error(std::initializer_list<StoredRow<int8_t>> stored, const float* exact, int64_t n) {
-  return error_of(stored, exact, n);
-}
+template float store_error(const float*, int64_t, const StoredRow<Bf16>&);
+template float store_error(const float*, int64_t, const StoredRow<int8_t>&);
+template float store_error(const float*, int64_t, const StoredRow<Bf16>&, const StoredRow<int8_t>&);
+template float store_error(const float*, int64_t, const StoredRow<int8_t>&, const StoredRow<int8_t>&);
 
 }  // namespace fastff

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <type_traits>
 
 #include "base/bf16.h"
@@ -24,13 +23,14 @@ struct StoredRow {
   float scale;
 };
 
-// What rounding to `stored` left of the n weights of `exact`, rounded as well: two rows of int8 hold sixteen bits of each.
-StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<int8_t>& stored, const float* exact, int64_t n);
+// What rounding to `stored` left of the n weights of `exact`, rounded as well: eight bits more of each.
+template <class W>
+StoredRow<int8_t> store_rest(int8_t* to, const StoredRow<W>& stored, const float* exact, int64_t n);
 
 // What the sum of products of stored rows with x may differ from the fp32 product, as a multiple of ||x||: the weights' own
 // error, and the rounding of all sums. Infinite if the norm of the weights is above kLargestNorm or not finite.
-float store_error(std::initializer_list<StoredRow<Bf16>> stored, const float* exact, int64_t n);
-float store_error(std::initializer_list<StoredRow<int8_t>> stored, const float* exact, int64_t n);
+template <class... Ws>
+float store_error(const float* exact, int64_t n, const StoredRow<Ws>&... stored);
 
 template <class W>
 constexpr bool kIsQuantised = !std::is_same_v<W, float>;
