@@ -178,3 +178,9 @@ def test_losses_stand_beside_the_speed_of_decoding(tmp_path):
     write_json(study / "records.json", [])
     with pytest.raises(FileError, match="no finished record of the group 'causal'"):
         frontier.run(asked)
+
+
+def test_a_layer_that_was_trained_and_not_timed_is_left_out_of_the_frontier():
+    timed = {"layer": "none", "kind": "none", "decode_us": [1, 2, 3], "prefill_us": [1, 2, 3], "flops": 0}
+    entries = [{"layer": layer, "kind": "none", "loss": 3.9, "flops": 0} for layer in ("pk-784x4-top31", "none")]
+    assert [point["layer"] for point in frontier.joined("study", entries, {"none": timed})] == ["none"]

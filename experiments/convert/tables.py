@@ -25,20 +25,41 @@ def minilm() -> str:
     return minilm_table(records[0]["dense"], [row for record in records for row in record["variants"]])
 
 
-def decoder() -> str:
-    """SmolLM2 at half and at a quarter of the feedforward work; in brackets the change against dense."""
-    head = ["feedforward", "active, %", "tokens, million", "unexplained alone, %", "perplexity, alone", "perplexity"]
-    lines = []
-    for share in ("50", "25"):
-        record = read(f"decoder-{share}.json")
-        if not lines:
-            lines.append(["dense (original)", "100", "", "", "", f"{record['dense']:.2f}"])
-        for row in sorted(record["variants"], key=lambda row: float(row["after"])):
-            change = 100 * (row["after"] / record["dense"] - 1)
-            cells = [row["variant"], f"{100 * row['active']:.1f}", f"{row['tokens'] / 1e6:.1f}"]
-            cells += [f"{100 * statistics.mean(row['unexplained']):.0f}", f"{row['before']:.1f}"]
-            lines.append([*cells, f"{row['after']:.2f} ({change:+.0f} %)"])
-    return markdown_table(head, lines)
+def decoder(*names: str) -> str:
+    """SmolLM2 at half and at a quarter of the feedforward work: means over seeds; in brackets the least and the
+    greatest where there are several, and the change against dense."""
+    head = ["feedforward", "active, %", "seeds", "tokens, million", "unexplained alone, %", "perplexity, alone"]
+    records = [read(name) for name in names]
+    dense = records[0]["dense"]
+    lines = [["dense (original)", "100", "", "", "", "", f"{dense:.2f}"]]
+    for record in records:
+        for mine in _by_variant(record):
+            change = 100 * (statistics.mean(row["after"] for row in mine) / dense - 1)
+            cells = [mine[0]["variant"], f"{100 * mine[0]['active']:.1f}", f"{len(mine)}"]
+            cells += [f"{mine[0]['tokens'] / 1e6:.1f}"]
+            cells += [f"{100 * statistics.mean(share for row in mine for share in row['unexplained']):.0f}"]
+            cells += [f"{statistics.mean(row['before'] for row in mine):.1f}"]
+            lines.append([*cells, f"{_spread([row['after'] for row in mine])}, {change:+.0f} %"])
+    return markdown_table([*head, "perplexity"], lines)
+
+
+def decoder_growth() -> str:
+    """Perplexity on the way and at the end, the mean over seeds."""
+    record, lines = read("decoder-longer.json"), []
+    for mine in _by_variant(record):
+        cells = [f"{statistics.mean(row['curve'][k][1] for row in mine):.2f}" for k in range(len(mine[0]["curve"]))]
+        lines.append([mine[0]["variant"], *cells, f"{statistics.mean(row['after'] for row in mine):.2f}"])
+    row = record["variants"][0]
+    parts = [f"{100 * step / row['steps']:.0f} %" for step, _ in row["curve"]]
+    return markdown_table(["feedforward", *parts, "100 %"], lines)
+
+
+def _by_variant(record: Row) -> list[list[Row]]:
+    """A record's rows, seeds of a variant together; most work first, then the lowest perplexity."""
+    found: dict[str, list[Row]] = {}
+    for row in record["variants"]:
+        found.setdefault(row["variant"], []).append(row)
+    return sorted(found.values(), key=lambda rows: (-round(rows[0]["active"], 1), float(rows[0]["after"])))
 
 
 def minilm_of(name: str) -> str:
@@ -179,7 +200,9 @@ def _command_times(variant: Row, dense: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "convert-decoder": decoder,
+    "convert-decoder": lambda: decoder("decoder-longer.json"),
+    "convert-decoder-growth": decoder_growth,
+    "convert-decoder-short": lambda: decoder("decoder-50.json", "decoder-25.json"),
     "convert-experts": lambda: minilm_of("minilm-experts.json"),
     "convert-minilm": minilm,
     "convert-minilm-cpu": lambda: minilm_of("minilm-cpu.json"),

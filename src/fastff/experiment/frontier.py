@@ -161,10 +161,11 @@ def speeds(cell: Mapping[str, Any]) -> Entry:
 
 
 def joined(study: str, entries: Sequence[Entry], cells: Mapping[str, dict[str, Any]]) -> list[Entry]:
-    """The variants of a study with their tokens a second, fastest decoding first; with them dense widths that were
-    timed only, `line` for their loss. Layers behind a router have `equal_dense`, the loss of a dense layer that decodes
-    as fast, between the two around it."""
-    points = [{**speeds(cells[entry["layer"]]), **entry, "study": study} for entry in entries]
+    """The variants of a study whose layers were timed, with their tokens a second, fastest decoding first; with them
+    dense widths that were timed only, `line` for their loss. Layers behind a router have `equal_dense`, the loss of a
+    dense layer that decodes as fast, between the two around it."""
+    timed = [entry for entry in entries if entry["layer"] in cells]
+    points = [{**speeds(cells[entry["layer"]]), **entry, "study": study} for entry in timed]
     dense = {point["flops"]: point["loss"] for point in points if kind_of(point) == WIDE}
     for cell in cells.values():
         trained = cell["layer"] in {point["layer"] for point in points}
