@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not (ON_DEVICE or INTERPRETED), reason="runs in the interpreter's own process"),
     *([pytest.mark.gpu] if ON_DEVICE else []),
 ]
+if ON_DEVICE or INTERPRETED:
+    from fastff.ops.triton_kernels import router_kernels
 
 
 def normal(*size, seed=0):
@@ -98,6 +100,21 @@ def test_one_kernel_scores_chooses_and_gates(rows, features, shape, k, full):
         if one is not None:
             torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=1e-5)
     assert choose_ops.route(*given, balance, k, counted=False)[2].numel() == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("shape", [(40,), (1, 31)])
+def test_wide_steps_route_as_narrow_ones(shape, monkeypatch):
+    """Where a program has memory for them, the products of few rows take more features at once."""
+    x, weight = normal(9, 300).half(), (normal(*shape, 300, seed=3) / 300**0.5).half()
+    steps, found = [], []
+    for memory in (0, 2**18):
+        monkeypatch.setattr(router_kernels, "_shared_memory", lambda _, memory=memory: memory)
+        steps.append(router_kernels.step(x, 64))
+        found.append(choose_ops.route(x, weight, None, None, 3, counted=True))
+    assert steps == [64, 256]
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy

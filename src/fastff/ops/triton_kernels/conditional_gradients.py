@@ -2,7 +2,8 @@
 
 A program sums one chunk of one leaf's pairs. Leaves that many rows choose have several, so that the time does not hang
 on how even the load is: at the beginning of training it is not. What more than one chunk gave is added by another
-launch, in the order of the pairs: sums have one order, and need no atomics.
+launch, in the order of the pairs: sums have one order, and need no atomics. Few pairs are one chunk whatever the load,
+and need no other launch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastff.ops.triton_kernels.conditional_plan import Plan
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import precision_of, tables
 from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
-from fastff.ops.triton_kernels.sort import Groups
+from fastff.ops.triton_kernels.sort import Groups, keys_of, look_up
 from fastff.ops.weights import Leaves
 
 
@@ -75,7 +76,8 @@ def _sum_products(products: list[Product], groups: Groups, plan: Plan) -> None:
     blocks, apart = groups.order.shape
     leaves, slots = products[0].grad.shape[0], products[0].entries.shape[1]
     pairs = products[0].entries.shape[0] * slots
-    most = ceil_div(pairs, plan.chunk)
+    chunk = pairs if groups.few else plan.chunk
+    most = ceil_div(pairs, chunk)
     shape: dict[str, int] = {}
     sums, given = [], []
     for number in range(2):
@@ -89,14 +91,15 @@ def _sum_products(products: list[Product], groups: Groups, plan: Plan) -> None:
         sums += [product.grad, parts]
         shape |= sizes
     across = shape["PARTS0"] + shape["PARTS1"]
-    shape |= {"BLOCKS": blocks, "GROUPS": groups.groups, "CHUNK": plan.chunk}
+    shape |= {"BLOCKS": blocks, "GROUPS": groups.groups, "FEW": groups.few, "CHUNK": chunk}
     tiles = plan.outer
     launch(
-        _outer_kernel, (most + min(leaves, pairs), across),
-        *given, *tables(groups), apart, SLOTS=slots, BR=tiles.inner, PRECISION=precision_of(products[0].rows.dtype),
-        **shape, num_warps=tiles.warps, num_stages=tiles.stages,
+        _outer_kernel, (leaves if groups.few else most + min(leaves, pairs), across),
+        *given, *tables(groups), apart, SLOTS=slots, BR=tiles.inner,
+        PRECISION=precision_of(products[0].rows.dtype), **shape, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    launch(_add_kernel, (leaves, across), *sums, groups.table, **shape, num_warps=4)
+    if not groups.few:
+        launch(_add_kernel, (leaves, across), *sums, groups.table, **shape, num_warps=4)
 
 
 @triton.jit
@@ -127,8 +130,9 @@ def _tile_of(part, COUNT: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr)
 def _sum_chunk(
     entries_ptr, rows_ptr, grad_ptr, parts_ptr, order_ptr, table_ptr,
     apart, leaf, number, several, place, part,
-    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr,
+    COUNT: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunk `number` of a leaf; its sums go to the gradient, or where there are several to `place` of the parts.
     Features are the rows of the product: matrix units take at least 64, and leaves may be narrower."""
@@ -137,8 +141,11 @@ def _sum_chunk(
     total = tl.zeros((BN, COLUMNS), tl.float32)
     first, passed = number * CHUNK, tl.zeros((), tl.int32)
     for block in range(BLOCKS):
-        table = table_ptr + block * 4 * (GROUPS + 1) + leaf
-        low, high = tl.load(table), tl.load(table + 1)
+        if FEW > 0:
+            low, high = look_up(keys_of(table_ptr, apart, FEW), order_ptr, leaf)
+        else:
+            table = table_ptr + block * 4 * (GROUPS + 1) + leaf
+            low, high = tl.load(table), tl.load(table + 1)
         begin, end = low + tl.maximum(first - passed, 0), tl.minimum(high, low + first + CHUNK - passed)
         passed += high - low
         order = order_ptr + (tl.zeros((), tl.int64) + block) * apart
@@ -166,30 +173,36 @@ def _outer_kernel(
     entries0_ptr, rows0_ptr, grad0_ptr, parts0_ptr, entries1_ptr, rows1_ptr, grad1_ptr, parts1_ptr, order_ptr,
     table_ptr,
     apart,
-    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr,
     COUNT0: tl.constexpr, D0: tl.constexpr, COLUMNS0: tl.constexpr, BN0: tl.constexpr, PARTS0: tl.constexpr,
     COUNT1: tl.constexpr, D1: tl.constexpr, COLUMNS1: tl.constexpr, BN1: tl.constexpr, PARTS1: tl.constexpr,
     BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one leaf's pairs, a part of one of two gradients. The launch grid is an upper bound of the chunks."""
+    """A chunk of one leaf's pairs, a part of one of two gradients. The launch grid is an upper bound of the chunks.
+    FEW: every leaf is one chunk, those without a pair too."""
     chunk, part = tl.program_id(0), tl.program_id(1)
-    chunks = _chunks_of(table_ptr, BLOCKS, GROUPS, CHUNK)
-    ends = tl.cumsum(chunks, 0)
-    leaf = tl.sum((ends <= chunk).to(tl.int32), 0)
-    if leaf < GROUPS:
+    if FEW > 0:
+        leaf, number, place = chunk, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        several = False
+    else:
+        chunks = _chunks_of(table_ptr, BLOCKS, GROUPS, CHUNK)
+        ends = tl.cumsum(chunks, 0)
+        leaf = tl.sum((ends <= chunk).to(tl.int32), 0)
         own = tl.arange(0, GROUPS) == leaf
         count = tl.sum(tl.where(own, chunks, 0), 0)
         number = chunk - (tl.sum(tl.where(own, ends, 0), 0) - count)
         place = _before(chunks, leaf, GROUPS) + number
+        several = count > 1
+    if leaf < GROUPS:
         if part < PARTS0:
             _sum_chunk(
-                entries0_ptr, rows0_ptr, grad0_ptr, parts0_ptr, order_ptr, table_ptr, apart, leaf, number, count > 1,
-                place, part, SLOTS, BLOCKS, GROUPS, CHUNK, COUNT0, D0, COLUMNS0, BN0, BR, PRECISION,
+                entries0_ptr, rows0_ptr, grad0_ptr, parts0_ptr, order_ptr, table_ptr, apart, leaf, number, several,
+                place, part, SLOTS, BLOCKS, GROUPS, FEW, CHUNK, COUNT0, D0, COLUMNS0, BN0, BR, PRECISION,
             )  # fmt: skip
         else:
             _sum_chunk(
-                entries1_ptr, rows1_ptr, grad1_ptr, parts1_ptr, order_ptr, table_ptr, apart, leaf, number, count > 1,
-                place, part - PARTS0, SLOTS, BLOCKS, GROUPS, CHUNK, COUNT1, D1, COLUMNS1, BN1, BR, PRECISION,
+                entries1_ptr, rows1_ptr, grad1_ptr, parts1_ptr, order_ptr, table_ptr, apart, leaf, number, several,
+                place, part - PARTS0, SLOTS, BLOCKS, GROUPS, FEW, CHUNK, COUNT1, D1, COLUMNS1, BN1, BR, PRECISION,
             )  # fmt: skip
 
 
@@ -211,7 +224,7 @@ def _add_parts(
 @triton.jit
 def _add_kernel(
     grad0_ptr, parts0_ptr, grad1_ptr, parts1_ptr, table_ptr,
-    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr,
     COUNT0: tl.constexpr, D0: tl.constexpr, COLUMNS0: tl.constexpr, BN0: tl.constexpr, PARTS0: tl.constexpr,
     COUNT1: tl.constexpr, D1: tl.constexpr, COLUMNS1: tl.constexpr, BN1: tl.constexpr, PARTS1: tl.constexpr,
 ):  # fmt: skip

@@ -18,7 +18,7 @@ from fastff.ops.triton_kernels.conditional_plan import Plan
 from fastff.ops.triton_kernels.launch import apply, launch, new
 from fastff.ops.triton_kernels.linear import beyond, precision_of, sorted_rows, tables, tile_of
 from fastff.ops.triton_kernels.plan import ceil_div
-from fastff.ops.triton_kernels.sort import Groups, group_pairs
+from fastff.ops.triton_kernels.sort import Groups, group_of, group_pairs, keys_of, look_up
 from fastff.ops.weights import Leaves
 
 COMBINED = (8, 256)  # rows and features of a tile that adds up
@@ -118,8 +118,8 @@ def _on_pairs(
     launch(
         kernel, (groups.tiles, blocks, ceil_div(width, tiles.columns)),
         *operands, *tables(groups), apart,
-        D_IN=leaves.w_in.shape[2], D_OUT=out_features, SLOTS=leaf.shape[1], GROUPS=groups.groups, LEAF_WIDTH=width,
-        WIDTH=tiles.columns, ACTIVATION=activation, BM=tiles.rows, BK=inner, BN=across,
+        D_IN=leaves.w_in.shape[2], D_OUT=out_features, SLOTS=leaf.shape[1], GROUPS=groups.groups, FEW=groups.few,
+        LEAF_WIDTH=width, WIDTH=tiles.columns, ACTIVATION=activation, BM=tiles.rows, BK=inner, BN=across,
         PRECISION=precision_of(leaves.w_in.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
@@ -138,9 +138,18 @@ def _combine_kernel(parts_ptr, out_ptr, rows, D: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
-def _pairs_of(order_ptr, table_ptr, apart, GROUPS: tl.constexpr, BM: tl.constexpr):
-    """Leaf, numbers and existence of the pairs of this program's tile."""
-    leaf, item, there = sorted_rows(tl.program_id(0), tl.program_id(1), order_ptr, table_ptr, apart, GROUPS, BM)
+def _pairs_of(order_ptr, table_ptr, apart, GROUPS: tl.constexpr, FEW: tl.constexpr, BM: tl.constexpr):
+    """Leaf, numbers and existence of the pairs of this program's tile. FEW: the leaf is GROUPS beyond the last tile."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    if FEW > 0:
+        key = keys_of(table_ptr, apart, FEW)
+        leaf, number = group_of(tile, key, GROUPS, BM)
+        begin, end = look_up(key, order_ptr, leaf)
+        place = begin + number * BM + tl.arange(0, BM)
+        there = place < end
+        item = tl.load(order_ptr + place, mask=there, other=0).to(tl.int64)
+    else:
+        leaf, item, there = sorted_rows(tile, block, order_ptr, table_ptr, apart, GROUPS, BM)
     return leaf.to(tl.int64), item, there
 
 
@@ -172,14 +181,18 @@ def _store_part(acc, parts_ptr, item, there, start, D: tl.constexpr, BN: tl.cons
 def _forward_kernel(
     x_ptr, w_in_ptr, b_in_ptr, w_out_ptr, b_out_ptr, gate_ptr, scores_ptr, parts_ptr, order_ptr, table_ptr,
     apart,
-    D_IN: tl.constexpr, D_OUT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, FEW: tl.constexpr,
+    LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores, activation, gate and this chunk of neurons' part of the output of pairs that have one leaf."""
-    if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
-        return
-    leaf, item, there = _pairs_of(order_ptr, table_ptr, apart, GROUPS, BM)
+    if FEW == 0:
+        if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
+            return
+    leaf, item, there = _pairs_of(order_ptr, table_ptr, apart, GROUPS, FEW, BM)
+    if FEW > 0:
+        if leaf == GROUPS:
+            return
     row, neuron, exists, kept = _chunk(item, there, leaf, SLOTS, LEAF_WIDTH, WIDTH)
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH
@@ -222,14 +235,18 @@ def _backward_kernel(
     grad_y_ptr, w_in_ptr, w_out_ptr, b_out_ptr, gate_ptr, scores_ptr, d_scores_ptr, coefficient_ptr, d_gate_ptr,
     parts_ptr, order_ptr, table_ptr,
     apart,
-    D_IN: tl.constexpr, D_OUT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, LEAF_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, FEW: tl.constexpr,
+    LEAF_WIDTH: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same pairs backwards: d scores, the forward's coefficients, this chunk's part of d gate and of d x."""
-    if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
-        return
-    leaf, item, there = _pairs_of(order_ptr, table_ptr, apart, GROUPS, BM)
+    if FEW == 0:
+        if beyond(tl.program_id(0), tl.program_id(1), table_ptr, GROUPS):
+            return
+    leaf, item, there = _pairs_of(order_ptr, table_ptr, apart, GROUPS, FEW, BM)
+    if FEW > 0:
+        if leaf == GROUPS:
+            return
     row, neuron, exists, kept = _chunk(item, there, leaf, SLOTS, LEAF_WIDTH, WIDTH)
     swiglu: tl.constexpr = ACTIVATION == "swiglu"
     in_rows: tl.constexpr = LEAF_WIDTH * 2 if swiglu else LEAF_WIDTH

@@ -5,10 +5,13 @@ fastff.routers.choose; gates are its `normalised`."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from fastff.ops.dense import dense
 from fastff.ops.triton_kernels import on_device
@@ -20,6 +23,9 @@ from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 FEW, MANY = 1024, 16384  # rows: up to so few tiles are low, beyond so many high
 LEAST = tl.constexpr(-3.0e38)  # below all values that are compared
 LOWEST, HIGHEST = 16, 128  # rows of a tile: the least that a product takes; at most
+NARROW, WIDE = 128, 512  # bytes of a row that a step reads
+STAGES = 3  # steps in flight
+ALIGNED = 8  # scores of a tree, of which cuBLAS wants a multiple: 63 took 2.5 times as long as 96 (H200)
 
 
 def route(
@@ -47,8 +53,8 @@ def route(
         _route_kernel[(ceil_div(rows, height), trees)](
             x, weight, bias, balance, leaf, gate, chosen, load if counted else None, scores, rows,
             D=x.shape[1], TREES=trees, COLUMNS=columns, WIDTH=width, DEPTH=columns.bit_length() if paths else 0, K=k,
-            SLOTS=power_of_two(k), BM=height, BK=min(128 // x.itemsize, max(16, power_of_two(x.shape[1]))),
-            PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=3,
+            SLOTS=power_of_two(k), BM=height, BK=min(step(x, height + width), max(16, power_of_two(x.shape[1]))),
+            PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=STAGES,
         )  # fmt: skip
     return leaf, gate, chosen, load
 
@@ -61,17 +67,37 @@ def route_backward(
     paths, columns = weight.dim() == 3, weight.shape[-2]
     rows, trees = x.shape[0], weight.shape[0] if paths else 1
     k = leaf.shape[1] // trees
-    grad_score = torch.empty(rows, trees * columns, dtype=x.dtype, device=x.device)
     width = power_of_two(columns + paths)
+    padded = min(width, ceil_div(columns, ALIGNED) * ALIGNED)
+    grad_score = torch.empty(rows, trees * padded, dtype=x.dtype, device=x.device)
     height = max(1, min(TILE // width, HIGHEST))
     with on_device(x):
         _grad_score_kernel[(ceil_div(rows, height), trees)](
-            grad_gate, leaf, chosen, grad_score, rows, TREES=trees, COLUMNS=columns, WIDTH=width,
-            DEPTH=columns.bit_length() if paths else 0, K=k, SLOTS=power_of_two(k), BM=height, num_warps=4,
+            grad_gate, leaf, chosen, grad_score, rows, TREES=trees, COLUMNS=columns, PADDED=padded,
+            WIDTH=width, DEPTH=columns.bit_length() if paths else 0, K=k, SLOTS=power_of_two(k), BM=height, num_warps=4,
         )  # fmt: skip
-    flat = weight.reshape(-1, weight.shape[-1])
-    grad_bias = grad_score.sum(0).reshape(weight.shape[:-1]) if biased else x.new_empty(0)
-    return grad_score @ flat, (grad_score.T @ x).reshape(weight.shape), grad_bias
+    flat = functional.pad(weight, (0, 0, 0, padded - columns)).reshape(trees * padded, -1)
+    grad_weight = (grad_score.T @ x).view(trees, padded, -1)[:, :columns].reshape(weight.shape)
+    if not biased:
+        return grad_score @ flat, grad_weight, x.new_empty(0)
+    grad_bias = grad_score.sum(0).view(trees, padded)[:, :columns].reshape(weight.shape[:-1])
+    return grad_score @ flat, grad_weight, grad_bias
+
+
+def step(x: Tensor, lines: int) -> int:
+    """Features that a product takes at once, of so many rows of x and of the weight. Few rows wait for memory: they ask
+    for all that fits at once."""
+    few = x.shape[0] <= FEW and x.itemsize == 2 and lines * WIDE * STAGES <= _shared_memory(x.device)
+    return (WIDE if few else NARROW) // x.itemsize
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def tile(rows: int, width: int, paths: bool) -> tuple[int, int]:
@@ -81,7 +107,8 @@ def tile(rows: int, width: int, paths: bool) -> tuple[int, int]:
     if paths:
         height = max(LOWEST, min(64, 2 * TILE // width)) if many else LOWEST
         return height, 8 if height * width >= TILE else 4
-    return max(LOWEST, min(HIGHEST if many else LOWEST if few else 64, 4 * TILE // width)), 4
+    height = max(LOWEST, min(HIGHEST if many else LOWEST if few else 64, 4 * TILE // width))
+    return height, 8 if height * width >= 4 * TILE else 4
 
 
 @triton.jit
@@ -101,8 +128,9 @@ def _pick(value, score, BM: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, 
     is the values with -infinity where one was taken, too."""
     c, slot = tl.arange(0, WIDTH)[None, :], tl.arange(0, SLOTS)[None, :]
     column, chosen = tl.zeros((BM, SLOTS), tl.int32), tl.zeros((BM, SLOTS), tl.float32)
-    for number in range(K):
-        _, first = tl.max(value, 1, return_indices=True, return_indices_tie_break_left=True)
+    for number in tl.static_range(K):
+        # Two plain reductions take fewer instructions than one that carries the column along.
+        first = tl.min(tl.where(value == tl.max(value, 1)[:, None], c, WIDTH), 1)
         here = c == first[:, None]
         column = tl.where(slot == number, first[:, None], column)
         chosen = tl.where(slot == number, tl.sum(tl.where(here, score, 0.0), 1)[:, None], chosen)
@@ -179,10 +207,11 @@ def _route_kernel(
 def _grad_score_kernel(
     grad_gate_ptr, leaf_ptr, chosen_ptr, grad_score_ptr,
     rows,
-    TREES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, K: tl.constexpr,
-    SLOTS: tl.constexpr, BM: tl.constexpr,
+    TREES: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    K: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of every score (rows, trees * columns): of the gates' softmax of log sigmoids, zero where not chosen."""
+    """Gradient of every score (rows, trees * PADDED): of the gates' softmax of log sigmoids, zero where not chosen and
+    beyond COLUMNS."""
     tree = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     there = row < rows
@@ -202,9 +231,11 @@ def _grad_score_kernel(
         leaf = tl.load(leaf_ptr + item * K + number, mask=there, other=-1) - tree * WIDTH
         own = tl.sum(tl.where(slot[None, :] == number, grad, 0.0), 1)
         below += tl.where(place[None, :] == leaf[:, None], own[:, None], 0.0)
-    out = grad_score_ptr + item * COLUMNS
+    out = grad_score_ptr + item * PADDED
     if DEPTH == 0:
         value = below.to(grad_score_ptr.dtype.element_ty)
-        tl.store(out[:, None] + place[None, :], value, mask=there[:, None] & (place < COLUMNS)[None, :])
+        tl.store(out[:, None] + place[None, :], value, mask=there[:, None] & (place < PADDED)[None, :])
     else:
+        if PADDED > COLUMNS:
+            tl.store(out + COLUMNS, tl.zeros((BM,), grad_score_ptr.dtype.element_ty), mask=there)
         grad_nodes(below, out, there, COLUMNS, DEPTH, BM)

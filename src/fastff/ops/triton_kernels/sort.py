@@ -30,6 +30,8 @@ class Groups:
     order (passes, rows) int32 row numbers; table (passes, 4, groups + 1) int32, exclusive sums over the groups of their
     rows, tiles (of `tile` rows), chunks (of `chunk` rows), and chunks of those groups that have more than one.
     groups is a power of two, at least 2; level, joint: decisions and trees that make a group's number.
+    few: 0, or how many elements (a power of two, or beyond it) each program looks through for those of its own group,
+    by `look_up`: they are not sorted before. order is then to be filled, and table the group of every element.
     """
 
     order: Tensor
@@ -39,6 +41,7 @@ class Groups:
     joint: int
     tile: int
     chunk: int
+    few: int = 0
 
     @property
     def tiles(self) -> int:
@@ -78,12 +81,7 @@ def group_pairs(leaf: Tensor, *, level: int, tile: int, blocks: int) -> Groups:
     if blocks > 1 or items > FEW or groups * power_of_two(items) > LOOKED_AT:
         key = {"TREES": 1, "SHIFT": 0, "LEVEL": level, "JOINT": 1, "APART": True}
         return _grouped(leaf, apart, blocks, tile, tile, key)
-    order = new(leaf, 1, items, dtype=torch.int32)
-    table = new(leaf, 1, 4, groups + 1, dtype=torch.int32)
-    size = power_of_two(items)
-    launch(_few_kernel, (groups,), leaf, order, table, items, tile, GROUPS=groups, ITEMS=size,
-           num_warps=max(1, min(16, size // 256)))  # fmt: skip
-    return Groups(order, table, groups, level, 1, tile, tile)
+    return Groups(new(leaf, 1, items, dtype=torch.int32), leaf, groups, level, 1, tile, tile, power_of_two(items))
 
 
 def _grouped(leaf: Tensor, rows: int, passes: int, tile: int, chunk: int, key: dict[str, Any]) -> Groups:
@@ -197,20 +195,26 @@ def _place_kernel(
 
 
 @triton.jit
-def _few_kernel(
-    leaf_ptr, order_ptr, table_ptr,
-    items, tile_rows,
-    GROUPS: tl.constexpr, ITEMS: tl.constexpr,
-):  # fmt: skip
-    """One launch: every group's program looks through all elements for its own. Of the table, rows and tiles."""
-    group = tl.program_id(0)
+def keys_of(leaf_ptr, items, ITEMS: tl.constexpr):
+    """The group of every element, beyond the last element one that no group has."""
     item = tl.arange(0, ITEMS)
-    there = item < items
-    key = tl.load(leaf_ptr + item, mask=there, other=GROUPS).to(tl.int32)
+    return tl.load(leaf_ptr + item, mask=item < items, other=1 << 30).to(tl.int32)
+
+
+@triton.jit
+def look_up(key, order_ptr, group):
+    """Fill in the places of a group in the order, and return the first and the one after the last. Every program of the
+    group writes the same there."""
     mine = (key == group).to(tl.int32)
     begin = tl.sum((key < group).to(tl.int32), 0)
-    tl.store(order_ptr + begin + tl.cumsum(mine, 0) - 1, item, mask=mine > 0)
-    if group == 0:
-        total = tl.histogram(key, GROUPS, mask=there)
-        _store_sums(table_ptr, 0, total, GROUPS)
-        _store_sums(table_ptr, 1, (total + tile_rows - 1) // tile_rows, GROUPS)
+    tl.store(order_ptr + begin + tl.cumsum(mine, 0) - 1, tl.arange(0, key.shape[0]), mask=mine > 0)
+    tl.debug_barrier()  # other threads of this program read them
+    return begin, begin + tl.sum(mine, 0)
+
+
+@triton.jit
+def group_of(tile, key, GROUPS: tl.constexpr, TILE: tl.constexpr):
+    """Group of a tile, GROUPS beyond the last tile, and its number among the tiles of the group."""
+    tiles = (tl.histogram(key, GROUPS, mask=key < GROUPS) + TILE - 1) // TILE
+    group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    return group, tile - tl.sum(tl.where(tl.arange(0, GROUPS) < group, tiles, 0), 0)
