@@ -16,6 +16,7 @@ from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, 
 from fastff import timing
 from fastff.convert import candidates, conversion, convert, distil, latency, time_budget
 from fastff.convert.choose_layers import LatencyProfile, Shape
+from fastff.convert.conversion_record import Point
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.latency import place_name, place_of
 from fastff.convert.quality import measures_of
@@ -181,6 +182,8 @@ def test_further_tables_are_told_but_decide_nothing(tokenizer, text, tmp_path):
         ("causal", "w1 w2", "less than one block of 8 tokens"),
         ("embedding", "sentence1\tlabel\nx\t1", "has no column sentence2, only sentence1, label"),
         ("classifier", "sentence\nx", "has no column label"),
+        ("classifier", "text\tlabel\nx\t1", "has no column sentence or sentence1, only text, label"),
+        ("classifier", "sentence\tlabel\nx\tgood", "label 'good' of row 1 is not the number of a class"),
     ],
 )
 def test_a_table_of_no_use_is_refused_with_the_reason(kind, content, why, tokenizer, tmp_path):
@@ -188,6 +191,52 @@ def test_a_table_of_no_use_is_refused_with_the_reason(kind, content, why, tokeni
     table.write_text(content + "\n")
     with pytest.raises(CheckpointError, match=why):
         measures_of(kind, tokenizer, (table,), tmp_path / "work", max_length=8, max_tokens=100)
+
+
+def test_tables_of_one_name_are_refused(tokenizer, tmp_path):
+    tables = tmp_path / "dev.tsv", tmp_path / "dev.csv"
+    tables[0].write_text("sentence1\tsentence2\tlabel\na\tb\t1\n")
+    tables[1].write_text("sentence1,sentence2,label\na,b,1\n")
+    with pytest.raises(CheckpointError, match=rf"two tables are named {tmp_path.name}/dev"):
+        measures_of("embedding", tokenizer, tables, tmp_path / "work", max_length=8, max_tokens=100)
+    other = tables[1].rename(tmp_path / "dev.de.csv")
+    found = measures_of("embedding", tokenizer, (tables[0], other), tmp_path / "work", max_length=8, max_tokens=100)
+    assert list(found) == [f"{tmp_path.name}/dev", f"{tmp_path.name}/dev.de"]
+
+
+def test_a_model_that_diverged_is_never_the_best():
+    point = Point(None, None, [], ())
+    point.variants = {
+        name: {"after": loss} for name, loss in [("chosen", float("nan")), ("narrow", 70.0), ("none", 90.0)]
+    }
+    assert point.ranking("causal") == ["narrow", "none", "chosen"]
+    assert point.ranking("embedding") == ["none", "narrow", "chosen"]
+
+
+def test_the_converted_model_does_not_take_the_place_of_the_dense_one(tokenizer, text, tmp_path):
+    folder = Path(saved(tmp_path / "model", tokenizer))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    settings = replace(settings_for(tmp_path, str(folder), text), out=tmp_path / "other" / ".." / "model")
+    with pytest.raises(ValueError, match="is the folder of the model itself"):
+        convert(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_candidate_is_measured_as_what_it_would_be(pruned, monkeypatch):
+    """A pruned layer is taught nothing, and so it is measured untaught."""
+    teacher, trials = tiny(), candidates.Trials.__new__(candidates.Trials)
+    trials.teacher, trials.family = teacher, candidates.family_of(teacher.config.model_type)
+    trials.dense, trials.captured = candidates.dense_layers(teacher), [None] * teacher.config.num_hidden_layers
+    trials.settings = SimpleNamespace(layer_steps=3, probe_rows=8)
+    trials.batches, trials.wanted, trials.trained_s = [], [], float("inf")
+    monkeypatch.setattr(candidates, "teach_layer", lambda *_, **__: 0.25)
+    monkeypatch.setattr(candidates, "prune_layer", lambda *_: 0.75)
+    found = trials.try_out(
+        0, {"kind": "dense", "intermediate_size": 4, "activation": "gelu", "bias": True}, pruned=pruned
+    )
+    assert found == (0.75 if pruned else 0.25, 0.0)
+    assert (trials.trained_s == float("inf")) is pruned
 
 
 def test_a_slow_phase_says_within_a_minute_how_long_it_will_take(monkeypatch):

@@ -158,6 +158,14 @@ def test_8_bit_files_hold_a_quarter_and_load_as_any_other(tmp_path):
         assert ((loaded.state_dict()[name] - tensor).abs() <= 0.51 * step).all() or tensor.dim() < 2
     with pytest.raises(CheckpointError, match="load without device_map"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    loaded.save_pretrained(tmp_path / "whole")
+    write_int8(model, tmp_path / "whole")
+    with torch.no_grad():
+        loaded.model.norm.weight.fill_(7.0)
+    loaded.save_pretrained(tmp_path / "whole")  # and not what is there in 8 bits
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "whole").model.norm.weight == 7.0).all()
     stored = load_file(tmp_path / INT8_FILE)
     del stored["model.norm.weight"]
     save_file(stored, tmp_path / INT8_FILE)

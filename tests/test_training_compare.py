@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -175,6 +175,8 @@ def test_losses_stand_beside_the_speed_of_decoding(tmp_path):
     assert "| 3.300 (3.200 to 3.400) | 3.500 | +0.200 |" in said[-1]
     assert "loss" not in points["dense-swiglu 6"]
     assert "held-out loss" in (out / "frontier.svg").read_text()
+    frontier.run(replace(asked, context=5), said.append)
+    assert read_json(out / "speeds.json")["context"] == 5, "what was timed otherwise is timed again"
     write_json(study / "records.json", [])
     with pytest.raises(FileError, match="no finished record of the group 'causal'"):
         frontier.run(asked)

@@ -304,5 +304,19 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 def test_sentences_longer_than_the_positions_are_cut_and_counted(scored):
     settings, _ = scored
     rows = Rows([("word " * 50,), ("a word",)], [0, 1], None)
-    ids, cut = encode(load_tokenizer(settings.model), rows, 32)
-    assert (len(ids[0]), cut) == (32, 1)
+    found, cut = encode(load_tokenizer(settings.model), rows, 32, {"input_ids"})
+    assert (len(found["input_ids"][0]), cut) == (32, 1)
+
+
+def test_models_with_segments_are_told_which_sentence_is_which():
+    def tokenizer(first, second, **_):
+        rows = [(a.split(), b.split()) for a, b in zip(first, second, strict=True)]
+        kinds = [[0] * len(a) + [1] * len(b) for a, b in rows]
+        return {"input_ids": [[7] * len(kind) for kind in kinds], "token_type_ids": kinds}
+
+    pairs = Rows([("a word", "two more words")], [1], None)
+    assert encode(tokenizer, pairs, 32, {"input_ids"}) == ({"input_ids": [[7] * 5]}, 0)
+    found, _ = encode(tokenizer, pairs, 32, {"input_ids", "token_type_ids"})
+    assert module._items(found, pairs, TASKS["MRPC"]) == [
+        {"input_ids": [7] * 5, "token_type_ids": [0, 0, 1, 1, 1], "label": 1}
+    ]

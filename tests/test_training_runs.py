@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,8 @@ import torch
 from pyarrow import parquet
 
 from fastff.demo.data import labelled
+from fastff.experiment.study_settings import PlanSettings
+from fastff.experiment.variants import Queue, Running, Variant
 from fastff.io import read_json
 from fastff.train.placement import environments
 from fastff.train.pretrain import pretrain, read_text
@@ -56,6 +59,30 @@ def data(tmp_path_factory):
         packed, unpacked = (folder / where / part / "tokens.bin" for where in ("data", "unpacked"))
         assert packed.read_bytes() == unpacked.read_bytes()
     return folder / "unpacked"
+
+
+def test_pieces_of_an_unpacking_that_was_interrupted_are_not_joined(data, tmp_path):
+    stray = tmp_path / "again" / "train" / "0009.uint16.xz"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"of another file")
+    fastff("experiment", "unpack-tokens", data.parent / "tokens.tar", tmp_path / "again")
+    assert (tmp_path / "again/train/tokens.bin").read_bytes() == (data / "train/tokens.bin").read_bytes()
+
+
+def test_a_run_with_a_checkpoint_is_kept_whatever_ended_it(tmp_path):
+    """With the compiler a variant that fails at once is tried again without; one that had begun is not."""
+    folders = {"out": tmp_path / "out", "data": tmp_path, "runs": tmp_path}
+    asked = PlanSettings(tmp_path / "plan.json", **folders, steps=1, option=("compile=",))
+    for name, kept in (("begun", True), ("new", False)):
+        variant = Variant(name, "none", tmp_path / name)
+        queue = Queue([], asked, lambda _: None)
+        folder = tmp_path / name / ("checkpoint-4" if kept else "data")
+        folder.mkdir(parents=True)
+        queue.running = [Running(variant, 0, dict(os.environ), [[sys.executable, "-c", "raise SystemExit(9)"]])]
+        while queue.running:
+            queue.ended()
+        assert folder.is_dir() is kept
+        assert (queue.failed, queue.waiting) == (([variant], []) if kept else ([], [variant]))
 
 
 @pytest.fixture(scope="module")

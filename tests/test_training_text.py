@@ -35,6 +35,12 @@ def test_every_kind_of_file_and_their_order(tmp_path):
     assert list(documents([str(tmp_path / "b.txt.xz"), str(tmp_path / "a.txt")])) == ["four é", "one\ntwo", "three"]
 
 
+def test_a_column_of_numbers_is_no_text(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a"], "count": [7]}), tmp_path / "a.parquet")
+    with pytest.raises(TrainingError, match="column 'count' holds int64, expected text"):
+        list(documents([str(tmp_path / "a.parquet")], column="count"))
+
+
 def test_a_hub_data_set_is_streamed(monkeypatch):
     def load(path, config, *, split, streaming):
         assert (path, config, split, streaming) == ("owner/name", "en", "train", True)

@@ -203,7 +203,7 @@ def reading(path: Path, remedy: str = REMEDY) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileError(f"{path} is missing") from error
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
             raise FileError(f"cannot read {path}: {error.strerror}") from error
         raise FileError(f"{path} is damaged ({error}): {remedy}") from error
     except Exception as error:

@@ -25,9 +25,14 @@ def settings_of(*, quick: bool, only: Sequence[str], seconds: float | None) -> S
         raise ValueError(f"provider {unknown[0]!r} is not one of {', '.join(PROVIDERS)}")
     if quick:
         grid = Grid(threads=(1,), rows=(1, 128, 1024), layers=(16,), gpt3_rows=(), train_rows=(), only=chosen)
-        return Settings(grid, seconds=seconds or 0.25, longest_call=2.0)
-    grid = Grid(threads=tuple(dict.fromkeys((1, cores()))), only=chosen)
-    return Settings(grid, seconds=seconds or Settings.seconds)
+        settings = Settings(grid, seconds=seconds or 0.25, longest_call=2.0)
+    else:
+        settings = Settings(
+            Grid(threads=tuple(dict.fromkeys((1, cores()))), only=chosen), seconds=seconds or Settings.seconds
+        )
+    if not settings.grid.workloads():
+        raise ValueError(f"no workload has {' '.join(only)}: nothing to measure")
+    return settings
 
 
 def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace: bool = False) -> int:
@@ -46,7 +51,7 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace
             kept = "" if out is None else f": run the same command again to resume from {out}"
             console.print(f"interrupted{kept}", style="yellow", markup=False)
             found = None if out is None or replace else begun(settings, out)
-            if found is not None:
+            if found is not None and not _holds_whole(out):
                 conclude(found, out, console, whole=False)
             return 130
     if out is None or not replace:
@@ -57,6 +62,11 @@ def bench_cpu(settings: Settings, out: Path | None, console: Console, *, replace
     (out / PARTIAL).unlink(missing_ok=True)
     console.print(f"wrote {len(record.finished)} workloads into {out}", markup=False)
     return code
+
+
+def _holds_whole(out: Path | None) -> bool:
+    """Whether a folder holds the results of a run that ended: a part of one does not take their place."""
+    return out is not None and (out / f"{NAME}.json").is_file() and bool(saved(out).get("whole"))
 
 
 def saved(out: Path) -> dict[str, Any]:

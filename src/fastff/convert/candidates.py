@@ -24,7 +24,7 @@ from fastff.convert.choose_layers import (
     shortlist,
 )
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.distil import normaliser, teach_layer, use_masked_training
+from fastff.convert.distil import normaliser, prune_layer, teach_layer, use_masked_training
 from fastff.convert.distil_loss import end_loss
 from fastff.convert.engine_latency import ENGINES, EngineTimes
 from fastff.convert.latency import WHOLE, latency_profile, layer_us, place_of, timed_on
@@ -163,17 +163,14 @@ class Trials:
         use_masked_training([module], self.teacher.device.type == "cuda")
         for parameter in at.parameters():
             parameter.requires_grad_(False)
-        start = time.perf_counter()
-        unexplained = teach_layer(
-            module,
-            self.dense[block],
-            normaliser(self.teacher, at),
-            self.captured[block],
-            steps=min(STEPS, self.settings.layer_steps),
-            seed=block,
-            rows=self.settings.probe_rows,
-        )
-        self.trained_s = min(self.trained_s, time.perf_counter() - start)
+        norm, dense, captured = normaliser(self.teacher, at), self.dense[block], self.captured[block]
+        if pruned:
+            unexplained = prune_layer(module, dense, norm, captured)
+        else:
+            steps, rows = min(STEPS, self.settings.layer_steps), self.settings.probe_rows
+            start = time.perf_counter()
+            unexplained = teach_layer(module, dense, norm, captured, steps=steps, seed=block, rows=rows)
+            self.trained_s = min(self.trained_s, time.perf_counter() - start)
         loss_increase = 0.0
         with torch.no_grad(), self.family.replaced(at, module):
             for inputs, wanted in zip(self.batches, self.wanted, strict=True):

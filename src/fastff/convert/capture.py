@@ -80,7 +80,9 @@ def capture(
     done = folder / f"captured-{rows}"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm))
+        before = [*folder.glob("input-*.f16"), *folder.glob("residual-*.f32")]  # of a capture that was interrupted
+        begun = sum(path.stat().st_size for path in before)
+        _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm) - begun)
         shards = [Captured(folder, k, rows, hidden, post_norm=post_norm, mode="w") for k in range(len(blocks))]
         _fill(model, family.slot, blocks, shards, examples, batch, progress)
         write_text(done, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from fastff.convert.time_budget import (
     timetable,
 )
 from fastff.errors import CheckpointError, FileError
-from fastff.io import claim, read_json, reading, restored, write_json
+from fastff.io import claim, read_json, reading, remove_stale, restored, write_json
 from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
@@ -54,6 +55,7 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     what cannot be converted, before the long work.
     """
     limit, work = TimeLimit(settings.seconds), settings.out / "work"
+    _check_out(settings)
     if settings.time_on == "cuda" and not torch.cuda.is_available():
         raise ValueError("time_on 'cuda': there is no GPU here")
     teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
@@ -61,13 +63,14 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
     longest = min(settings.max_length, positions, tokenizer.model_max_length)
     settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
+    remove_stale(settings.out, work.name)
     earlier.upgrade(work)
     continued = claim(work, asdict(settings), free=FREE)
     try:
         context, found = _prepared(settings, teacher, tokenizer, kind, work, TimeLeft(progress, say), limit)
     except ValueError as error:
         if not continued and not isinstance(error, TooFewSeconds):
-            shutil.rmtree(work)  # so that the command may be given again with what was wrong put right
+            _remove(work)  # so that the command may be given again with what was wrong put right
         raise
     start = time.perf_counter()
     dense = context.figures(teacher)
@@ -88,8 +91,25 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     record |= {"timetable": asdict(table), "continued": continued, "seconds": limit.spent_s}
     _write(settings, points[0].models[record["written"]], tokenizer, record)
     del context, points  # their files are mapped
-    shutil.rmtree(work)
+    _remove(work)
     return record
+
+
+def _remove(work: Path) -> None:
+    """In one step, so that a kill leaves no part that a later conversion would take for its own."""
+    gone = work.with_name(f".{work.name}.{os.getpid()}.tmp")
+    os.replace(work, gone)
+    shutil.rmtree(gone)
+
+
+def _check_out(settings: ConversionSettings) -> None:
+    """Raises ValueError where the converted model would take the dense one's place."""
+    model = Path(settings.model)
+    if model.exists() and settings.out.resolve() in {
+        model.resolve(),
+        *([model.resolve().parent] if model.is_file() else []),
+    }:
+        raise ValueError(f"out {settings.out} is the folder of the model itself: choose another")
 
 
 def _prepared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastff.report.axis import Axis
@@ -35,14 +36,15 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
     for point in (record, *record["curve"]):
         for name, variant in point["variants"].items():
             out[name].append((variant["latency_ms"][shape], variant["after"] if metric else variant["held_out_loss"]))
-    return {name: sorted(points) for name, points in out.items() if points}
+    known = {name: sorted(p for p in points if math.isfinite(p[1])) for name, points in out.items()}
+    return {name: points for name, points in known.items() if points}
 
 
 def curve(record: dict[str, Any]) -> str:
     """One panel a timed shape: the quality of every model against the time of a whole call."""
     shapes = record["shapes"]
     every = [series(record, k) for k in range(len(shapes))]
-    seen = [quality for points in every for at in points.values() for _, quality in at]
+    seen = [quality for points in every for at in points.values() for _, quality in at] or [0.0]
     room = 0.06 * (max(seen) - min(seen)) or 0.1 * abs(seen[0]) or 1.0
     panels = []
     for (sequences, tokens), points in zip(shapes, every, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,7 +93,8 @@ class Point:
                 return float(self.variants[name]["held_out_loss"])
             return float(quality if kind == "causal" else -quality)
 
-        return sorted(self.variants, key=loss)  # of equals the first that was taught, the chosen layers
+        # Of equals the first that was taught, the chosen layers; what diverged comes last.
+        return sorted(self.variants, key=lambda name: (math.isnan(loss(name)), loss(name)))
 
 
 def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dense: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class DistillContext:
         assert allowed is not None
         restored: list[int] = []
         after, least = float(facts["after"]), float("inf")
-        while (loss := relative_loss(before, after, self.kind)) > allowed:
+        while not (loss := relative_loss(before, after, self.kind)) <= allowed:  # nor where it is NaN
             least = min(least, loss)
             left = converted_blocks(student)
             if len(left) < 2:

@@ -21,6 +21,7 @@ from fastff.models.kinds import Kind
 from fastff.text.examples import Examples, tokenise
 
 BATCH = 64
+_TEXTS = ("sentence", "sentence1", "sentence2")  # columns of a classifier's table
 METRIC: dict[Kind, str] = {"embedding": "Spearman x 100", "causal": "perplexity", "classifier": "accuracy, percent"}
 Measure = Callable[[Any], float]  # of a model
 
@@ -36,6 +37,8 @@ def measures_of(
     found: dict[str, Measure] = {}
     for k, path in enumerate(tables):
         name = table_name(path)
+        if name in found:
+            raise CheckpointError(f"two tables are named {name}: rename one, or put it into another folder")
         if kind == "causal":
             sizes: dict[str, Any] = {"max_length": max_length, "max_tokens": max_tokens, "whole_blocks": True}
             examples = tokenise(tokenizer, path, folder / f"table-{k}", **sizes)
@@ -48,13 +51,25 @@ def measures_of(
             for column in ("sentence1", "sentence2", "label") if kind == "embedding" else ("label",):
                 if column not in table:
                     raise CheckpointError(f"{path} has no column {column}, only {', '.join(table) or 'none'}")
-            found[name] = partial(measure, tokenizer=tokenizer, table=table)
+            if kind == "classifier":
+                _check_classes(path, table)
+            found[name] = partial(measure, tokenizer=tokenizer, table=table, max_length=max_length)
     return found
 
 
 def table_name(path: Path) -> str:
     """Its folder's name and its own, such as STS-B/dev."""
-    return f"{path.resolve().parent.name}/{path.name.split('.')[0]}"
+    return f"{path.resolve().parent.name}/{path.stem}"
+
+
+def _check_classes(path: Path, table: dict[str, list[Any]]) -> None:
+    if not set(_TEXTS) & set(table):
+        raise CheckpointError(f"{path} has no column sentence or sentence1, only {', '.join(table)}")
+    for number, label in enumerate(table["label"], 1):
+        try:
+            int(label)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: label {label!r} of row {number} is not the number of a class") from error
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
@@ -94,22 +109,25 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], max_length: int = 12
     return torch.stack(out)
 
 
-def similarity(model: Any, tokenizer: Any, table: dict[str, list[Any]], score: str = "label") -> float:
+def similarity(
+    model: Any, tokenizer: Any, table: dict[str, list[Any]], score: str = "label", *, max_length: int = 128
+) -> float:
     """100 x Spearman of cosine similarity with the column `score`, over sentence1 and sentence2."""
-    both = embed(model, tokenizer, [*table["sentence1"], *table["sentence2"]])
+    both = embed(model, tokenizer, [*table["sentence1"], *table["sentence2"]], max_length)
     a, b = both.chunk(2)
     return 100 * float(spearmanr((a * b).sum(-1).numpy(), np.asarray(table[score], dtype=np.float64)).statistic)
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, table: dict[str, list[Any]]) -> float:
+def accuracy(model: Any, tokenizer: Any, table: dict[str, list[Any]], *, max_length: int = 128) -> float:
     """Percent of rows whose label a classifier finds; columns sentence (or sentence1 and sentence2) and label."""
     model.eval()
-    texts = [table[name] for name in ("sentence", "sentence1", "sentence2") if name in table]
+    texts = [table[name] for name in _TEXTS if name in table]
     right = 0
     for start in range(0, len(table["label"]), BATCH):
         part = [column[start : start + BATCH] for column in texts]
-        inputs = tokenizer(*part, padding=True, truncation=True, max_length=128, return_tensors="pt").to(model.device)
+        cut = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        inputs = tokenizer(*part, **cut).to(model.device)
         want = torch.tensor([int(label) for label in table["label"][start : start + BATCH]])
         right += int((model(**inputs).logits.argmax(-1).cpu() == want).sum())
     return 100 * right / len(table["label"])

@@ -69,4 +69,4 @@ def _hits(engine: Any, rows: Any) -> list[list[int]]:
 def agreement(one: Searched, other: Searched) -> float:
     """Share of the best hits of a query that two models share."""
     pairs = zip(one.hits, other.hits, strict=True)
-    return float(np.mean([len(set(a) & set(b)) / HITS for a, b in pairs]))
+    return float(np.mean([len(set(a) & set(b)) / max(1, len(a)) for a, b in pairs]))

@@ -38,7 +38,7 @@ Entry = dict[str, Any]
 
 
 def run(asked: FrontierSettings, say: Say = print) -> list[Entry]:
-    """Time what OUT/speeds.json lacks, all layers anew if it lacks one; write the chart and say the table.
+    """Time all layers anew if OUT/speeds.json lacks one or was timed otherwise; write the chart and say the table.
 
     Raises FileError for a folder without finished records of causal models.
     """
@@ -48,7 +48,8 @@ def run(asked: FrontierSettings, say: Say = print) -> list[Entry]:
     layers |= {layer_name(feedforward_of(name, preset.hidden), preset.hidden): name for name in asked.layer}
     path = asked.out / SPEEDS
     kept = read_json(path) if path.is_file() else {}
-    if not set(layers) <= {cell["layer"] for cell in kept.get("cells", [])}:
+    same = all(kept.get(name) == value for name, value in settings_of(asked).items())
+    if not same or not set(layers) <= {cell["layer"] for cell in kept.get("cells", [])}:
         cells = measure(preset, layers, asked, say)
         write_json(path, {"machine": machine(), **settings_of(asked), "cells": cells})
     points = points_of(asked.studies, asked.out, asked.gpu_speed)

@@ -118,6 +118,7 @@ def _fine_tune(asked: GlueVariantsSettings, every: list[GlueSettings]) -> str:
     jobs.sort(key=lambda job: ORDER.index(job[1]))  # all variants of a task, then the next
     context = mp.get_context("spawn")
     waiting: Any = context.Queue()
+    waiting.cancel_join_thread()  # what nobody took when the time is over is not waited for
     for job in jobs:
         waiting.put(job)
     places = environments()

@@ -53,6 +53,9 @@ def unpack(source: Path, data: Path, *, say: Callable[[str], None] = print) -> N
 
     The tokenizer's fingerprint is taken anew: it hangs on the version of `tokenizers`.
     """
+    for part in PARTS:  # pieces of an unpacking that was interrupted, perhaps of another file
+        for path in (data / part).glob("*.xz"):
+            path.unlink()
     with reading(source, "copy it again"), tarfile.open(source) as archive:
         # Python 3.11 has the filter since 3.11.4 only; later versions warn without it.
         safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}

@@ -77,7 +77,7 @@ class Variant:
         own = {} if left == float("inf") else {"max-run-seconds": f"{left - SAVING_SECONDS:.0f}"}
         for name, value in {**own, **asked.pairs, **self.options}.items():  # a command takes an option once
             if value is not None:  # None: the plan takes back what all others have
-                words += [f"--{name}", *([] if value in ("", True) else [str(value)])]
+                words += [f"--{name}", *([] if value is True or value == "" else [str(value)])]
         if self.source is None:
             return [words]
         model, init = self.source / MODEL, self.folder / INIT
@@ -100,7 +100,11 @@ class Running:
 
     def _next(self) -> None:
         with (self.variant.folder / "log.txt").open("ab") as log:
-            self.process = subprocess.Popen(self.commands.pop(0), stdout=log, stderr=log, env=self.environment)
+            # In a session of its own the terminal's Ctrl-C does not reach it: it is asked to end once, by stop(), and a
+            # second signal would end it without a checkpoint.
+            self.process = subprocess.Popen(
+                self.commands.pop(0), stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
 
     def over(self) -> bool:
         """Whether all commands are done, or one failed."""
@@ -111,11 +115,6 @@ class Running:
             self._next()
             return False
         return True
-
-    def stop(self) -> None:
-        """Let it write a checkpoint and end: left alone it would write beside the next run of the same command."""
-        self.process.terminate()
-        self.process.wait()
 
 
 def read_plan(asked: PlanSettings) -> list[Variant]:
@@ -193,7 +192,8 @@ class Queue:
         for one in [one for one in self.running if one.over()]:
             self.running.remove(one)
             variant = one.variant
-            if one.code and variant.folder not in self.plain and "compile" in self.asked.pairs:
+            began = any(variant.folder.glob("checkpoint-*"))  # then the compiler was not what failed
+            if one.code and not began and variant.folder not in self.plain and "compile" in self.asked.pairs:
                 self.plain.append(variant.folder)
                 self.say(f"{variant.name}: {log_end(variant)}")
                 shutil.rmtree(variant.folder)
@@ -209,8 +209,11 @@ class Queue:
         return done
 
     def stop(self) -> None:
+        """Let all write a checkpoint and end: left alone they would write beside the next run of the same command."""
         for one in self.running:
-            one.stop()
+            one.process.terminate()
+        for one in self.running:
+            one.process.wait()
 
 
 def log_end(variant: Variant) -> str:

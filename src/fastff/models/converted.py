@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,7 +39,7 @@ from fastff.errors import CheckpointError
 from fastff.layers import FFF
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
-from fastff.models.int8_files import has_int8, read_int8
+from fastff.models.int8_files import has_int8, read_int8, remove_int8
 from fastff.models.weight_files import check_dtypes, hub_options, naming, stored_dtypes
 from fastff.routers import Router
 
@@ -178,6 +179,7 @@ class _Converted:
     ) -> None:
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)  # type: ignore[misc]
         if is_main_process:
+            remove_int8(save_directory)
             self._write_configuration(save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
@@ -311,6 +313,7 @@ def _from_int8(made: Any, folder: Path, base: Any, options: dict[str, Any], want
     if wrong:
         raise CheckpointError(f"missing tensor {', '.join(wrong)} in {folder}")
     dtype = options.get("dtype") or options.get("torch_dtype")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     model = model.eval() if dtype in (None, "auto") else model.to(dtype).eval()
     return (model, {"missing_keys": set(), "unexpected_keys": set(unexpected)}) if wants_info else model
 

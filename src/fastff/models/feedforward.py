@@ -218,7 +218,8 @@ def split_shared(description: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     known = description.get("kind") in ("fff", *_ROUTERS)
     if isinstance(neurons, bool) or not isinstance(neurons, int) or neurons < 1 or not known:
         raise ValueError(f"shared {neurons!r} is not a number of neurons beside leaves: {dict(description)}")
-    activation = description.get("shared_activation") or main.get("activation", "gelu")
+    own = main.get("activation", _DEFAULTS[main["kind"]]["activation"])
+    activation = description.get("shared_activation") or own
     return main, {"intermediate_size": neurons, "activation": activation, "bias": True}
 
 

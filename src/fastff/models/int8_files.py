@@ -48,6 +48,11 @@ def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (tensor / scale).round().to(torch.int8), scale
 
 
+def remove_int8(folder: str | os.PathLike[str]) -> None:
+    """Remove such a file, which would be loaded before any other weights."""
+    (Path(folder) / INT8_FILE).unlink(missing_ok=True)
+
+
 def has_int8(source: str | os.PathLike[str]) -> bool:
     """Whether a local directory holds such a file."""
     return (Path(source) / INT8_FILE).is_file()

@@ -109,6 +109,9 @@ def _from_parquet(path: Path, column: str) -> Iterator[str]:
             names = table.schema_arrow.names
             if column not in names:
                 raise TrainingError(f"{path} has no column {column!r}, only {', '.join(names)}")
+            kind = str(table.schema_arrow.field(column).type)
+            if kind not in ("string", "large_string", "string_view"):
+                raise TrainingError(f"{path}: column {column!r} holds {kind}, expected text")
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
     except (ArrowException, OSError, UnicodeDecodeError) as error:

@@ -8,9 +8,10 @@ Recipe of the paper (arXiv:2311.10770): lr 4e-5, 5 epochs (CoLA 15), batch 16, c
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def fine_tune(
     set_seed(seed)
     model, tokenizer = load_model(settings, task)
     longest = model.config.max_position_embeddings
-    encoded, cut = encode(tokenizer, train, longest)
+    takes = inspect.signature(model.forward).parameters
+    encoded, cut = encode(tokenizer, train, longest, takes)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _GlueTrainer(
             settings.layer_lr_scale,
@@ -120,7 +122,7 @@ def fine_tune(
         trainer.train()
         found: dict[str, Any] = {}
         for name, rows in dev.items():
-            encoded, _ = encode(tokenizer, rows, longest)
+            encoded, _ = encode(tokenizer, rows, longest, takes)
             logits: Any = trainer.predict(_items(encoded, rows, task)).predictions  # type: ignore[arg-type]
             predicted = logits[:, 0].astype(float) if task.labels == 1 else logits.argmax(1)
             if not np.isfinite(logits).all():
@@ -175,19 +177,23 @@ def _original_config(model: str) -> Any:
     return config.base_config() if isinstance(config, models.ConvertedConfig) else config
 
 
-def encode(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], int]:
-    """Token ids of every row, cut to the model's positions, and how many rows were cut."""
+def encode(tokenizer: Any, rows: Rows, longest: int, takes: Container[str]) -> tuple[dict[str, list[list[int]]], int]:
+    """What a model takes of what the tokenizer gives for every row (token ids, segments), cut to its positions, and how
+    many rows were cut."""
     columns = [list(column) for column in zip(*rows.texts, strict=True)]
-    ids = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
-    cut = sum(len(row) > longest for row in ids)
+    found = tokenizer(*columns, truncation=False, verbose=False)
+    cut = sum(len(row) > longest for row in found["input_ids"])
     if cut:
-        ids = tokenizer(*columns, truncation="longest_first", max_length=longest)["input_ids"]
-    return ids, cut
+        found = tokenizer(*columns, truncation="longest_first", max_length=longest)
+    return {name: column for name, column in found.items() if name in takes}, cut
 
 
-def _items(encoded: list[list[int]], rows: Rows, task: Task) -> list[dict[str, Any]]:
+def _items(encoded: dict[str, list[list[int]]], rows: Rows, task: Task) -> list[dict[str, Any]]:
     kind = float if task.labels == 1 else int
-    return [{"input_ids": ids, "label": kind(label)} for ids, label in zip(encoded, rows.labels, strict=True)]
+    return [
+        {**{name: column[k] for name, column in encoded.items()}, "label": kind(label)}
+        for k, label in enumerate(rows.labels)
+    ]
 
 
 def _arguments(settings: GlueSettings, task: Task, seed: int, folder: str) -> TrainingArguments:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -66,7 +67,8 @@ def pretrain(settings: PretrainSettings, *, progress: Progress = silent) -> dict
     watching = trainer.plan.stop.watching() if _may_watch() else nullcontext()
     with quietly(), watching, trainer.plan.stop.deferred():
         _run(trainer)
-        trainer.evaluate()
+        if not math.isfinite(trainer.evaluate()["eval_loss"]):
+            raise TrainingError("the held-out loss is not finite: remove the last checkpoint and train with a lower lr")
         record = _record(settings, trainer, text)
         if record["finished"]:
             _write_model(settings.out, trainer)
@@ -134,6 +136,7 @@ def read_text(
         )
     else:
         tokenizer = tokenizers.load_tokenizer(settings.tokenizer)
+    tokenizer.model_max_length = preset.seq_len  # of this model: shared data keep that of the run that made them
     options: dict[str, Any] = {
         "seq_len": preset.seq_len,
         "closed": settings.objective == "masked",
@@ -266,6 +269,8 @@ def _run(trainer: PretrainTrainer) -> None:
     try:
         trainer.resume(last)
     except (SafetensorError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        if trainer.state.global_step > int(last.name.rpartition("-")[2]):  # it was read, and trained on from
+            raise
         raise FileError(f"{last} cannot be read: {error}; remove it to go on from the one before") from error
 
 

@@ -130,10 +130,16 @@ class PretrainSettings:
             "eval_every",
             "save_every",
             "keep",
+            "valid_windows",
+            "max_tokens",
+            "vocab_size",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainingError(f"{name} {value} is not above 0")
+        least = 3 if self.objective == "masked" else 2  # tokens, with those that begin and end a window
+        if self.seq_len is not None and self.seq_len < least:
+            raise TrainingError(f"seq_len {self.seq_len} is not at least {least}")
         if self.graph and self.objective != "causal":
             raise TrainingError(
                 f"graph needs the objective causal: what {self.objective} training computes hangs on its masks"

@@ -147,11 +147,13 @@ class PretrainTrainer(Trainer):
         model: Any = self.model
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in self.held_out[self.args.process_index :: self.args.world_size]:
-            inputs = self._prepare_inputs(batch)
+        pieces, processes = self.held_out, self.args.world_size
+        for index in range(self.args.process_index, -(-len(pieces) // processes) * processes, processes):
+            # As many passes in each process: sharded weights are gathered by all together.
+            inputs = self._prepare_inputs(pieces[index % len(pieces)])
             labels = inputs["labels"][:, 1:] if self.source.batches.causal else inputs["labels"]
-            count = int((labels != -100).sum())
-            with self.compute_loss_context_manager():
+            count = int((labels != -100).sum()) if index < len(pieces) else 0
+            with self.accelerator.autocast():  # also where nothing is left to train and the model was not prepared
                 loss = model(**inputs).loss
             sums += torch.tensor([float(loss) * count, count], dtype=torch.float64, device=sums.device)
         if dist.is_available() and dist.is_initialized():
@@ -176,7 +178,8 @@ class PretrainTrainer(Trainer):
             super(PretrainTrainer, self)._save_checkpoint(model, trial)
             if self.args.should_save:
                 self.tokenizer.save_pretrained(folder)
-                position = {"rows": self.source.position, "seconds": self.plan.budget.used}
+                budget = self.plan.budget
+                position = {"rows": self.source.position, "seconds": budget.used, "routing": self.last_routing}
                 write_json(folder / _POSITION, position)
 
         saving.save(
@@ -194,6 +197,7 @@ class PretrainTrainer(Trainer):
         self.source.step = int(folder.name.rpartition("-")[2])
         self.source.position = position["rows"]
         self.plan.budget.used = position["seconds"]
+        self.last_routing = position.get("routing", {})
         if self.plan.budget.spent(self.source.step):  # killed after the last step, before the record was written
             self._load_from_checkpoint(str(folder))
             self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
