@@ -148,7 +148,7 @@ def test_a_layer_with_every_neuron_is_the_dense_layer(gated, activation):
     narrow = ConvertedFeedforward(describe_narrow(dense, dense.neurons), 16).eval()
     initialise(narrow, dense, x, pieces(x))
     with torch.no_grad():
-        assert unexplained(lambda h: h, dense, narrow, x, x) < 1e-3
+        assert unexplained(lambda r, y: r + y, dense, narrow, x, x) < 1e-3
 
 
 def test_the_shared_part_takes_the_neurons_that_do_most():
@@ -173,7 +173,7 @@ def test_a_pruned_layer_is_the_dense_one_without_its_weak_neurons(gated):
     with torch.no_grad():
         difference = module(x) - dense_forward(dense, x)
         assert difference.mean(0).abs().max() < 1e-5
-        assert unexplained(lambda h: h, dense, module, x, x) < 1e-3
+        assert unexplained(lambda r, y: r + y, dense, module, x, x) < 1e-3
     tree = ConvertedFeedforward(describe_tree(dense, trees=1, depth=1, leaf_width=2), 16)
     with pytest.raises(ValueError, match="FFF cannot be made by leaving neurons out"):
         prune(tree, dense, x)
@@ -185,7 +185,7 @@ def test_a_layer_of_depth_zero_is_the_dense_layer_up_to_its_activation():
     tree = ConvertedFeedforward(describe_tree(dense, trees=1, depth=0, leaf_width=dense.neurons), 16).eval()
     initialise(tree, dense, x, pieces(x))
     with torch.no_grad():
-        assert unexplained(lambda h: h, dense, tree, x, x) < 0.01
+        assert unexplained(lambda r, y: r + y, dense, tree, x, x) < 0.01
 
 
 def test_the_initial_tree_beats_the_same_tree_with_random_turns():
@@ -195,11 +195,11 @@ def test_the_initial_tree_beats_the_same_tree_with_random_turns():
     module = ConvertedFeedforward(describe_tree(dense, trees=2, depth=3, leaf_width=6), 16).eval()
     with torch.no_grad():
         initialise(module, dense, x, pieces(x))
-        good = unexplained(lambda h: h, dense, module, x, x)
+        good = unexplained(lambda r, y: r + y, dense, module, x, x)
         torch.manual_seed(0)
         module.layer.w_in.copy_(torch.randn_like(module.layer.w_in) / 4)
         solve_outputs(module, dense, pieces(x))
-        random = unexplained(lambda h: h, dense, module, x, x)
+        random = unexplained(lambda r, y: r + y, dense, module, x, x)
     assert good < 0.7 * random
 
 
@@ -420,5 +420,5 @@ def test_the_first_layer_of_a_real_model_is_kept_by_a_tree(tmp_path):
     with torch.no_grad():
         initialise(module, dense, x, chunks_of(captured[0], torch.device("cpu")))
         norm = model.encoder.layer[0].output.LayerNorm
-        assert unexplained(norm, dense, module, x, x) < 0.5
+        assert unexplained(lambda r, y: norm(r + y), dense, module, x, x) < 0.5
         assert hidden_of(dense, x).shape == (2000, 1536)

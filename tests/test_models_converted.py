@@ -14,6 +14,7 @@ import joblib
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,10 +24,12 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertForTokenClassification,
     PreTrainedModel,
     SiglipTextModel,
 )
 
+from fastff.convert.dense_model import load_dense
 from fastff.convert.neurons import dense_forward
 from fastff.errors import CheckpointError
 from fastff.models import ConvertedConfig, ConvertedFeedforward, make_converted
@@ -124,6 +127,43 @@ def test_what_is_saved_loads_and_computes_the_same(model_type, auto, tmp_path):
     assert (first, second) == (True, False)
     if auto is AutoModelForCausalLM and model_type != "ultrafastbert":
         assert loaded.generate(**inputs, max_new_tokens=2).shape == (2, 9)
+
+
+@pytest.mark.parametrize(("model_type", "auto"), [case for case in CASES if FAMILIES[case[0]].norm is None])
+def test_what_a_feedforward_is_added_to_is_known(model_type, auto):
+    """`capture` takes the residual as the block's output without what the feedforward adds; a block whose feedforward
+    gives nothing puts out the residual."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    family, model = family_of(model_type), tiny(model_type, auto)
+    block = family.blocks_of(model)[0]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    seen = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _a, y, name=name: seen.update({name: y if isinstance(y, Tensor) else y[0]})
+        )
+        for name, module in (("end", block), ("added", family.after_of(block) or family.slot_of(block)))
+    ]
+    with torch.no_grad():
+        model(**inputs_of(model_type))
+        found = seen["end"] - seen["added"]
+        with family.replaced(block, Nothing()):
+            model(**inputs_of(model_type))
+    for hook in hooks:
+        hook.remove()
+    assert (found - seen["end"]).abs().max() < 1e-5
+
+
+def test_heads_that_a_conversion_would_lose_are_refused(tmp_path):
+    BertForTokenClassification(tiny("bert", AutoModel).config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="BertForTokenClassification has a head that a conversion would lose"):
+        load_dense(str(tmp_path))
 
 
 @pytest.mark.parametrize(("model_type", "auto"), [case for case in CASES if case[1] is not AutoModelForCausalLM])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastff.errors import CheckpointError, FileError
 from fastff.io import write_text
-from fastff.models.families import family_of
+from fastff.models.families import Family, family_of
 from fastff.report.progress import Progress
 from fastff.text.examples import Examples
 
@@ -84,7 +84,7 @@ def capture(
         begun = sum(path.stat().st_size for path in before)
         _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm) - begun)
         shards = [Captured(folder, k, rows, hidden, post_norm=post_norm, mode="w") for k in range(len(blocks))]
-        _fill(model, family.slot, blocks, shards, examples, batch, progress)
+        _fill(model, family, blocks, shards, examples, batch, progress)
         write_text(done, "")
     return [Captured(folder, k, rows, hidden, post_norm=post_norm) for k in range(len(blocks))]
 
@@ -97,7 +97,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 def _fill(
     model: Any,
-    slot: str,
+    family: Family,
     blocks: list[nn.Module],
     shards: list[Captured],
     examples: Examples,
@@ -109,10 +109,11 @@ def _fill(
     ends: dict[int, Tensor] = {}
     hooks = []
     for k, block in enumerate(blocks):
-        layer = block.get_submodule(slot)
+        layer = family.slot_of(block)
         hooks.append(layer.register_forward_pre_hook(lambda _m, a, k=k: seen.__setitem__(k, a[0])))
         if shards[k].residual is not None:
-            hooks.append(layer.register_forward_hook(lambda _m, _a, y, k=k: outputs.__setitem__(k, y)))
+            added = family.after_of(block) or layer  # what gives the tensor that is added to the residual
+            hooks.append(added.register_forward_hook(lambda _m, _a, y, k=k: outputs.__setitem__(k, y)))
             hooks.append(
                 block.register_forward_hook(
                     lambda _m, _a, y, k=k: ends.__setitem__(k, y if isinstance(y, Tensor) else y[0])

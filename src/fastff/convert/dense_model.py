@@ -30,6 +30,7 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} has no configuration that Transformers knows: {error}") from error
     family_of(config.model_type)
+    _check_head(config)
     kind = kind_of(config)
     try:
         dense, info = AUTO[kind].from_pretrained(model, dtype=torch.float32, output_loading_info=True)
@@ -40,6 +41,12 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors, {missing[0]} among them")
     return dense.to(device).eval(), tokenizer, kind
+
+
+def _check_head(config: Any) -> None:
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith(("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")):
+        raise CheckpointError(f"{name} has a head that a conversion would lose: convert the model without it")
 
 
 def _of_gguf(path: Path) -> tuple[Any, Any]:

@@ -33,6 +33,8 @@ from fastff.text.examples import Examples
 from fastff.train.layer_training import RoutingRows
 from fastff.train.recorded import Record, RecordedStep, on_gpu
 
+Normaliser = Callable[[Tensor, Tensor], Tensor]
+
 CHUNK_ROWS = 8192
 CLIP = 1.0
 ROUTER_SHARE = 0.05  # of a layer's learning rate, for its router
@@ -41,24 +43,29 @@ LOGITS = 2**28  # at once, of a teacher or a student: a step of more is taken in
 MOST_LOGITS, LOGITS_BYTES = 2**30, 24  # on a GPU, of whose memory a quarter is for them and copies
 
 
-def normaliser(model: Any, block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What acts on residual plus feedforward next: the block's own norm, or a plain one where that follows later."""
-    norm = family_of(model.config.model_type).norm_of(block)
-    return norm if norm is not None else lambda h: F.layer_norm(h, h.shape[-1:])
+def normaliser(model: Any, block: nn.Module) -> Normaliser:
+    """What becomes of a residual and a feedforward's output: the block's own norm of their sum, or a plain one where
+    that follows later; the output first goes through the module that the block has for it, if any."""
+    family = family_of(model.config.model_type)
+    norm, after = family.norm_of(block), family.after_of(block)
+
+    def both(r: Tensor, y: Tensor) -> Tensor:
+        total = r + (y if after is None else after(y))
+        return F.layer_norm(total, total.shape[-1:]) if norm is None else norm(total)
+
+    return both
 
 
-def unexplained(
-    norm: Callable[[Tensor], Tensor], dense: DenseWeights, module: nn.Module, x: Tensor, r: Tensor
-) -> Tensor:
+def unexplained(norm: Normaliser, dense: DenseWeights, module: nn.Module, x: Tensor, r: Tensor) -> Tensor:
     """Share of the variance of the dense layer's effect, after the norm, that the new layer leaves unexplained: 0 is
     exact, 1 is the mean output.
 
     Every dimension counts by its own variance, since a few outlying ones would hide all others."""
     y = dense_forward(dense, x)
-    want = norm(r + y)
+    want = norm(r, y)
     scale = want.var(0).clamp(min=1e-12)
-    error = ((norm(r + module(x)) - want).square() / scale).mean()
-    effect = ((norm(r + y.mean(0)) - want).square() / scale).mean()
+    error = ((norm(r, module(x)) - want).square() / scale).mean()
+    effect = ((norm(r, y.mean(0)) - want).square() / scale).mean()
     return error / effect.clamp(min=1e-12)
 
 
@@ -78,7 +85,7 @@ def chunks_of(
 def teach_layer(
     module: ConvertedFeedforward,
     dense: DenseWeights,
-    norm: Callable[[Tensor], Tensor],
+    norm: Normaliser,
     captured: Captured,
     *,
     steps: int,
@@ -114,9 +121,7 @@ def teach_layer(
 
 
 @torch.no_grad()
-def prune_layer(
-    module: ConvertedFeedforward, dense: DenseWeights, norm: Callable[[Tensor], Tensor], captured: Captured
-) -> float:
+def prune_layer(module: ConvertedFeedforward, dense: DenseWeights, norm: Normaliser, captured: Captured) -> float:
     """Fill a narrow layer with the dense layer's strongest neurons. Returns `unexplained` on rows kept aside."""
     kept = min(CHUNK_ROWS, len(captured) // 10)
     prune(module, dense, captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), module.bias.device)[0])

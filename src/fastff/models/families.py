@@ -68,6 +68,7 @@ class Family:
     norm      the module that normalises feedforward plus residual where the residual is the slot's own input
               (post-norm), or None (pre-norm: the residual is another tensor and the next block normalises)
     tail      a module behind the slot that computes the second half of the feedforward, None where the slot has all
+    after     a module through which the feedforward's output goes before it is added to the residual, or None
     """
 
     blocks: str
@@ -75,6 +76,7 @@ class Family:
     read: Callable[[nn.Module, Any], DenseWeights]
     norm: str | None = None
     tail: str | None = None
+    after: str | None = None
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of a model (with or without a head), first to last."""
@@ -86,6 +88,9 @@ class Family:
 
     def norm_of(self, block: nn.Module) -> nn.Module | None:
         return None if self.norm is None else block.get_submodule(self.norm)
+
+    def after_of(self, block: nn.Module) -> nn.Module | None:
+        return None if self.after is None else block.get_submodule(self.after)
 
     @contextmanager
     def replaced(self, block: nn.Module, layer: nn.Module) -> Iterator[None]:
@@ -218,10 +223,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma3_text": replace(_LLAMA, after="post_feedforward_layernorm"),
     "vit": _VIT,
     "deit": _VIT,
-    "dinov2": Family(blocks="encoder.layer", slot="mlp", read=_read_dinov2),
+    "dinov2": Family(blocks="encoder.layer", slot="mlp", read=_read_dinov2, after="layer_scale2"),
     "clip_text_model": _TOWER,
     "clip_vision_model": _TOWER,
     "siglip_text_model": _TOWER,
