@@ -21,7 +21,8 @@ from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.latency import place_name, place_of
 from fastff.convert.quality import measures_of
 from fastff.convert.time_budget import TimeLeft, TimeLimit, Timetable, duration, timetable, typical_batches
-from fastff.errors import CheckpointError
+from fastff.errors import CheckpointError, FileError
+from fastff.io import alone_in
 from fastff.text.examples import Examples
 
 PROFILE = LatencyProfile(model_us=(50_000.0,), dense_us=((30_000.0,),))
@@ -220,6 +221,30 @@ def test_the_converted_model_does_not_take_the_place_of_the_dense_one(tokenizer,
     with pytest.raises(ValueError, match="is the folder of the model itself"):
         convert(settings)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_another_model_under_the_same_name_is_not_mixed_in(tokenizer, text, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", tokenizer)
+    settings = settings_for(tmp_path, folder, text, baselines=())
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_timetable", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            convert(settings)
+    assert (settings.out / "work" / "plan.json").is_file()
+    saved(tmp_path / "model", tokenizer, seed=1)
+    with pytest.raises(FileError, match=r"holds another run: inputs .*model\.safetensors"):
+        convert(settings)
+
+
+def test_two_conversions_do_not_write_into_one_folder(tokenizer, text, tmp_path):
+    settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text)
+    settings.out.mkdir()
+    with alone_in(settings.out, "converts into"), pytest.raises(FileError, match="another process converts into"):
+        convert(settings)
 
 
 @pytest.mark.parametrize("pruned", [False, True])

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from fastff import FFF, io
-from fastff.errors import TrainingError
+from fastff.errors import FileError, TrainingError
 from fastff.text.batches import Batches
 from fastff.text.tokenizer import Vocabulary
 from fastff.text.tokens import Tokens
@@ -276,6 +276,12 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
 def test_settings_out_of_range(changes, message, text, tmp_path):
     with pytest.raises(TrainingError, match=message):
         small(tmp_path, text, **changes)
+
+
+def test_two_processes_do_not_train_in_one_folder(text, tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    with io.alone_in(tmp_path / "run", "trains in"), pytest.raises(FileError, match="another process trains in"):
+        pretrain(small(tmp_path / "run", text))
 
 
 def test_a_graph_is_refused_on_the_cpu(text, tmp_path):

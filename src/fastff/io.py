@@ -354,6 +354,24 @@ def claim(
     return False
 
 
+@contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Within the context no other process is in this context with the same folder, which exists.
+
+    Raises FileError, saying `what` another one does there, if one is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileError(f"another process {what} {folder}") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any], *, free: Iterable[str] = ()) -> list[str]:
     """What a run on disk and the one asked for do not share, in words; `asked` is compared as JSON would hold it."""
     now = _as_stored(asked)

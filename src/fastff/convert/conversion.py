@@ -34,7 +34,7 @@ from fastff.convert.time_budget import (
     timetable,
 )
 from fastff.errors import CheckpointError, FileError
-from fastff.io import claim, read_json, reading, remove_stale, restored, write_json
+from fastff.io import alone_in, claim, read_json, reading, remove_stale, restored, write_json
 from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
@@ -54,7 +54,7 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     the same settings; OUT/work holds its state and is removed at the end. Raises CheckpointError or ValueError for
     what cannot be converted, before the long work.
     """
-    limit, work = TimeLimit(settings.seconds), settings.out / "work"
+    limit = TimeLimit(settings.seconds)
     _check_out(settings)
     if settings.time_on == "cuda" and not torch.cuda.is_available():
         raise ValueError("time_on 'cuda': there is no GPU here")
@@ -63,9 +63,27 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
     longest = min(settings.max_length, positions, tokenizer.model_max_length)
     settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(settings.out, "converts into"):
+        return _convert(settings, teacher, tokenizer, kind, other, limit, progress, say)
+
+
+def _convert(
+    settings: ConversionSettings,
+    teacher: Any,
+    tokenizer: Any,
+    kind: Kind,
+    other: Beside | None,
+    limit: TimeLimit,
+    progress: Progress,
+    say: Say,
+) -> dict[str, Any]:
+    work = settings.out / "work"
     remove_stale(settings.out, work.name)
     earlier.upgrade(work)
-    continued = claim(work, asdict(settings), free=FREE)
+    inputs = {"inputs": _inputs(settings), "device": teacher.device.type}
+    # A conversion that an earlier version began says nothing of them.
+    continued = claim(work, asdict(settings) | inputs, free=FREE, upgrade=lambda kept: inputs | kept)
     try:
         context, found = _prepared(settings, teacher, tokenizer, kind, work, TimeLeft(progress, say), limit)
     except ValueError as error:
@@ -100,6 +118,14 @@ def _remove(work: Path) -> None:
     gone = work.with_name(f".{work.name}.{os.getpid()}.tmp")
     os.replace(work, gone)
     shutil.rmtree(gone)
+
+
+def _inputs(settings: ConversionSettings) -> dict[str, list[int]]:
+    """Size and time of change of what a conversion reads: with other files under the same names it does not go on."""
+    model = Path(settings.model)
+    own = [model] if model.is_file() else [p for kind in ("*.safetensors", "*.bin", "*.json") for p in model.glob(kind)]
+    files = [path for path in (*own, settings.text, *settings.tables) if path.is_file()]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
 
 
 def _check_out(settings: ConversionSettings) -> None:

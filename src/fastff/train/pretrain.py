@@ -24,7 +24,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from fastff.errors import FileError, TrainingError
-from fastff.io import read_json, replacing_folder, write_json
+from fastff.io import alone_in, read_json, replacing_folder, write_json
 from fastff.machine import machine
 from fastff.models import UltraFastBertForCausalLM, UltraFastBertForMaskedLM
 from fastff.report.progress import Progress, silent
@@ -65,7 +65,8 @@ def pretrain(settings: PretrainSettings, *, progress: Progress = silent) -> dict
     trainer = build(settings, tokenizer, text, valid, arguments)
     trainer.plan.progress = progress
     watching = trainer.plan.stop.watching() if _may_watch() else nullcontext()
-    with quietly(), watching, trainer.plan.stop.deferred():
+    alone = alone_in(settings.out, "trains in") if state.is_main_process else nullcontext()
+    with alone, quietly(), watching, trainer.plan.stop.deferred():
         _run(trainer)
         if not math.isfinite(trainer.evaluate()["eval_loss"]):
             raise TrainingError("the held-out loss is not finite: remove the last checkpoint and train with a lower lr")
