@@ -35,6 +35,7 @@ from fastff.errors import CheckpointError
 from fastff.models import ConvertedConfig, ConvertedFeedforward, make_converted
 from fastff.models.families import FAMILIES, family_of
 from fastff.models.int8_files import INT8_FILE, write_int8
+from fastff.text.positions import first_position
 
 TREE = {"kind": "fff", "depth": 2, "trees": 2, "leaf_width": 3, "gate": "boundary", "bias": True}
 CASES = [
@@ -158,6 +159,16 @@ def test_what_a_feedforward_is_added_to_is_known(model_type, auto):
     for hook in hooks:
         hook.remove()
     assert (found - seen["end"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "electra"])
+def test_positions_before_the_first_token_are_known(model_type):
+    model = tiny(model_type, AutoModel, max_position_embeddings=12)
+    most = 12 - first_position(model_type, model.config.pad_token_id)
+    with torch.no_grad():
+        assert model(torch.full((1, most), 5)).last_hidden_state.shape == (1, most, 32)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, most + 1), 5))
 
 
 def test_heads_that_a_conversion_would_lose_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastff.convert import conversion_report, earlier, resources
 from fastff.convert.beside import Beside
@@ -39,6 +40,7 @@ from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
 from fastff.text.examples import Examples, tokenise
+from fastff.text.positions import first_position
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"
 HELD_OUT = 0.02  # share of the text kept for perplexity and the held-out loss
@@ -60,7 +62,9 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
         raise ValueError("time_on 'cuda': there is no GPU here")
     teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
     other = None if settings.beside is None else Beside.of(settings.beside, kind)
-    positions = getattr(teacher.config, "max_position_embeddings", settings.max_length)
+    config = teacher.config
+    positions = getattr(config, "max_position_embeddings", settings.max_length)
+    positions -= first_position(config.model_type, getattr(config, "pad_token_id", None))
     longest = min(settings.max_length, positions, tokenizer.model_max_length)
     settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +268,7 @@ def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: d
     try:
         student.eval().save_pretrained(settings.out)
         tokenizer.save_pretrained(settings.out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second of a full disk, too
         raise FileError(f"cannot write {settings.out}: {error}; run the same command again to resume") from error
     if not Path(settings.model).is_file():  # a GGUF file has nothing beside it
         carry(settings.model, settings.out)

@@ -113,7 +113,8 @@ def _generator(loaded: Any) -> Callable[[Shape], tuple[Callable[[], object], flo
     assert isinstance(loaded, Engine)
 
     def of(shape: Shape) -> tuple[Callable[[], object], float]:
-        sequences, length = shape
+        sequences, asked = shape
+        length = max(1, min(asked, loaded.positions - DECODED))  # what the model has room for
         session = loaded.session(capacity=length + DECODED)
         session.feed([k % loaded.vocab_size for k in range(5, 5 + length)])
 
@@ -122,6 +123,6 @@ def _generator(loaded: Any) -> Callable[[Shape], tuple[Callable[[], object], flo
             for token in range(DECODED):
                 session.feed_one(token)
 
-        return call, sequences * length / DECODED
+        return call, sequences * asked / DECODED
 
     return of

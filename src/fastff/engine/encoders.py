@@ -21,6 +21,7 @@ from fastff.engine.stored_modules import (
 )
 from fastff.errors import CheckpointError
 from fastff.models.families import ACTIVATION_NAMES
+from fastff.text.positions import first_position
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ NAMES = {
     "modernbert": _MODERNBERT,
     "ultrafastbert": _OURS,
 }
-_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")  # whose table's rows up to the padding's are not for tokens
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ def _embeddings(base: Any, config: Any, names: Names, tensors: Tensors) -> dict[
         positions = base.embeddings.position_scale.detach() * base.embeddings.position_table
     else:
         positions = base.get_submodule(names.positions).weight
-        if config.model_type in _AFTER_PADDING:
-            first = config.pad_token_id + 1
+        first = first_position(config.model_type, config.pad_token_id)
     types = None if names.types is None else base.get_submodule(names.types).weight
     for name, table in (("embedding", words), ("positions", positions), ("types", types)):
         if table is not None:

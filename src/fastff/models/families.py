@@ -152,7 +152,8 @@ def _two(up: str, down: str) -> Callable[[Any, Any], DenseWeights]:
         first, second = _plain(block.get_submodule(up)), _plain(block.get_submodule(down))
         w_in, b_in, w_out, activation = first.weight, first.bias, second.weight.t(), activation_name(config)
         if "quick_gelu" in (getattr(config, "hidden_act", None), getattr(config, "hidden_activation", None)):
-            w_in, b_in, w_out = w_in * QUICK_GELU, None if b_in is None else b_in * QUICK_GELU, w_out / QUICK_GELU
+            w_in, b_in = w_in.detach() * QUICK_GELU, None if b_in is None else b_in.detach() * QUICK_GELU
+            w_out = w_out.detach() / QUICK_GELU
         return DenseWeights(w_in, b_in, w_out, second.bias, activation)
 
     return read

@@ -17,12 +17,9 @@ from fastff.io import read_json
 from fastff.serve.batcher import Compute, Rows, Tokens
 from fastff.serve.serve_settings import BackendName
 from fastff.serve.texts import Texts
+from fastff.text.positions import first_position
 
 _WASTE = 1.25  # padded tokens over tokens, of one call
-_FROM_PADDING = (  # model types whose positions begin after the padding's
-    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
-    "xlm-roberta", "xlm-roberta-xl", "xmod",
-)  # fmt: skip
 _WIDTHS = ("hidden_size", "dim", "d_model", "emb_dim", "n_embd")  # what configurations call that of a hidden state
 _ONLY_HIDDEN = "last_hidden_state"
 Whole = dict[str, NDArray[np.int64]]
@@ -187,7 +184,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def _positions(config: dict[str, Any]) -> int:
     positions = int(config.get("max_position_embeddings") or 512)
-    return positions - (config.get("pad_token_id") or 0) - 1 if config.get("model_type") in _FROM_PADDING else positions
+    return positions - first_position(config.get("model_type"), config.get("pad_token_id"))
 
 
 def _hidden(config: dict[str, Any], folder: Path) -> int:

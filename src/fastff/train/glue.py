@@ -35,6 +35,7 @@ from fastff.inspect import conditional_layers
 from fastff.io import REMEDY, read_json, reading, write_json
 from fastff.machine import machine
 from fastff.report.progress import Progress, silent
+from fastff.text.positions import first_position
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import tasks
 from fastff.train.glue_settings import RENAMED_OPTIONS, GlueSettings
@@ -106,7 +107,8 @@ def fine_tune(
     """One seed of one task: scores and predictions by dev split, and the training loss in ten parts ("curve")."""
     set_seed(seed)
     model, tokenizer = load_model(settings, task)
-    longest = model.config.max_position_embeddings
+    config = model.config
+    longest = config.max_position_embeddings - first_position(config.model_type, config.pad_token_id)
     takes = inspect.signature(model.forward).parameters
     encoded, cut = encode(tokenizer, train, longest, takes)
     with tempfile.TemporaryDirectory() as folder:
