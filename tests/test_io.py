@@ -293,3 +293,21 @@ def test_json_that_is_not_of_a_dataclass_is_refused_with_the_name_of_the_value(c
     whole = {"name": "a", "inner": {"sizes": []}, "by_number": {}}
     with pytest.raises(ValueError, match=re.escape(message)):
         io.restored(Outer, {**whole, **change})
+
+
+def test_a_removal_that_is_cut_off_leaves_nothing_under_the_name(tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}")
+
+    def cut_off(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io.shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            io.remove_folder(folder)
+    assert not folder.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    io.remove_stale(tmp_path, "work")
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,6 @@
 // itself among subnormal numbers.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -23,7 +22,7 @@ constexpr float kSmallestScore = 1e-30f;  // far above what flushed subnormal pr
 // ||x||, or infinity if that is above kLargestNorm: no sign is certain then.
 inline float norm(const float* x, int64_t n) {
   const float squares = dot(x, x, n);
-  if (squares > 1e-30f && squares < kLargestNorm) return std::sqrt(squares);
+  if (squares > 1e-30f && squares < kLargestNorm * kLargestNorm) return std::sqrt(squares);
   double wide = 0;  // fp32 squares overflow or vanish
   for (int64_t i = 0; i < n; ++i) wide += static_cast<double>(x[i]) * x[i];
   const double length = std::sqrt(wide);

@@ -120,6 +120,13 @@ def publish(folder: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder whose name is free in one step: after a kill `remove_stale` finds the rest. Raises OSError."""
+    former = _temporary(folder)
+    os.replace(folder, former)
+    shutil.rmtree(former)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step, so that a kill loses neither; False where the system or the disk cannot."""
     swap: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -35,7 +33,7 @@ from fastff.convert.time_budget import (
     timetable,
 )
 from fastff.errors import CheckpointError, FileError
-from fastff.io import alone_in, claim, read_json, reading, remove_stale, restored, write_json
+from fastff.io import alone_in, claim, read_json, reading, remove_folder, remove_stale, restored, write_json
 from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
@@ -92,7 +90,7 @@ def _convert(
         context, found = _prepared(settings, teacher, tokenizer, kind, work, TimeLeft(progress, say), limit)
     except ValueError as error:
         if not continued and not isinstance(error, TooFewSeconds):
-            _remove(work)  # so that the command may be given again with what was wrong put right
+            remove_folder(work)  # so that the command may be given again with what was wrong put right
         raise
     start = time.perf_counter()
     dense = context.figures(teacher)
@@ -113,15 +111,8 @@ def _convert(
     record |= {"timetable": asdict(table), "continued": continued, "seconds": limit.spent_s}
     _write(settings, points[0].models[record["written"]], tokenizer, record)
     del context, points  # their files are mapped
-    _remove(work)
+    remove_folder(work)  # in one step: a later conversion would take a part for its own
     return record
-
-
-def _remove(work: Path) -> None:
-    """In one step, so that a kill leaves no part that a later conversion would take for its own."""
-    gone = work.with_name(f".{work.name}.{os.getpid()}.tmp")
-    os.replace(work, gone)
-    shutil.rmtree(gone)
 
 
 def _inputs(settings: ConversionSettings) -> dict[str, list[int]]:
