@@ -73,6 +73,18 @@ def test_a_prompt_longer_than_one_pass_through_the_layers():
     assert torch.equal(session.feed(ids[95:], want_logits=True)[0], first[95])
 
 
+def test_attention_over_more_positions_than_are_arranged_at_once(tile_isa):
+    engine, model, _ = exported("llama-long")
+    ids = tokens(290, seed=2)
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0]
+    whole, session, at = engine.logits(ids), engine.session(), 0
+    assert (whole - want).abs().amax() / want.std() < 0.02
+    for count in (130, 1, 1, 100, 58):
+        assert torch.equal(session.feed(ids[at : at + count], want_logits=True), whole[at : at + count])
+        at += count
+
+
 def test_greedy_tokens_are_those_of_transformers():
     engine, model, _ = exported("llama")
     prompt = tokens(8, seed=3)

@@ -30,25 +30,6 @@ struct HeadCache {
   int64_t head_dim, value_stride;
 };
 
-constexpr int kMostQueries = 4;  // that share a pass over the cache
-
-// Queries over one head's cache, each over its own number of positions from the first.
-struct Queries {
-  int count;                          // 1 to kMostQueries
-  const float* query[kMostQueries];   // [head_dim]
-  int64_t positions[kMostQueries];    // at least 1
-  float* out[kMostQueries];           // [head_dim]
-  float scale;                        // of scores
-  float* scores[kMostQueries];        // room for whole blocks of positions
-};
-
-struct AttentionKernels {
-  void (*store)(const HeadCache& cache, int64_t position, const float* key, const float* value);
-  void (*attend)(const HeadCache& cache, const Queries& queries);
-};
-
-FASTFF_DECLARE_TABLES(AttentionKernels, attention);
-
 // Rows of queries, keys and values side by side: [heads + 2 * key heads][head_dim]. The rows stand at positions first,
 // first + 1 and so on; their keys and values enter the cache of `layer`, and out is [rows][heads * head_dim].
 struct AttentionCall {
@@ -59,6 +40,39 @@ struct AttentionCall {
   float* out;
   float scale;
 };
+inline HeadCache head_cache(const AttentionCall& call, int64_t head) {
+  const CacheShape& s = call.shape;
+  Half* keys = call.cache + (call.layer * s.heads + head) * s.head_numbers();
+  return {keys, keys + s.key_numbers(), s.head_dim, s.value_stride()};
+}
+
+// Queries of one key head are counted row by row: they share its keys.
+struct HeadQueries {
+  const AttentionCall& call;
+  int64_t head;
+
+  int64_t of_a_row() const { return call.heads / call.shape.heads; }
+  int64_t count() const { return call.rows * of_a_row(); }
+  int64_t positions(int64_t query) const { return call.first + query / of_a_row() + 1; }  // that it attends to
+  const float* query(int64_t number) const {
+    return call.qkv + number / of_a_row() * call.row_stride + place(number);
+  }
+  float* out(int64_t number) const {
+    return call.out + number / of_a_row() * call.heads * call.shape.head_dim + place(number);
+  }
+
+ private:
+  int64_t place(int64_t number) const { return (head * of_a_row() + number % of_a_row()) * call.shape.head_dim; }
+};
+
+struct AttentionKernels {
+  void (*store)(const HeadCache& cache, int64_t position, const float* key, const float* value);
+  // Queries [begin, end).
+  void (*attend)(const HeadQueries& queries, int64_t begin, int64_t end);
+};
+
+FASTFF_DECLARE_TILE_TABLES(AttentionKernels, attention);
+
 void attend(const AttentionCall& call, int threads);
 
 }  // namespace fastff

@@ -1,7 +1,7 @@
 // Kernels of model/attention.h, for the instruction set whose Vec<float> the including file has defined.
 //
-// The order of a query's sums depends on the positions alone, not on the queries beside it: its bits are the same when a
-// prompt is read at once and position by position.
+// The order of a query's sums depends on the model and the positions alone, not on the queries beside it: its bits are the
+// same when a prompt is read at once and position by position.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,13 @@
 
 #include "isa/table.h"
 #include "layer/activations.h"
+#include "layer/scratch.h"
 #include "model/attention.h"
 
-// Dot-product and tile instructions add nothing here: their sets run the table of the one they extend.
-#if !defined(__AVX512VNNI__)
+#ifdef __AMX_BF16__
+#include "model/attention_tiles_impl.h"
+#endif
+
 namespace fastff {
 namespace {
 
@@ -27,6 +30,17 @@ void store_position(const HeadCache& cache, int64_t position, const float* key, 
   for (; d + V::width <= dim; d += V::width) V::store(values + d, V::load(value + d));
   for (; d < dim; ++d) values[d] = to_half(value[d]);
 }
+
+constexpr int64_t kMostQueries = 4;  // that share a pass over the cache
+
+// Queries over one head's cache, each over its own number of positions from the first.
+struct Queries {
+  const float* query[kMostQueries];  // [head_dim]
+  int64_t positions[kMostQueries];   // at least 1
+  float* out[kMostQueries];          // [head_dim]
+  float scale;                       // of scores
+  float* scores[kMostQueries];       // room for whole blocks of positions
+};
 
 // Scores of N queries at the 16 positions of a block.
 template <int N>
@@ -140,8 +154,8 @@ void attend_queries(const HeadCache& cache, const Queries& q) {
   for (; column < cache.value_stride; column += V::width) sum_values<N, 1>(cache, q, positions, inverse, column);
 }
 
-void attend_some(const HeadCache& cache, const Queries& q) {
-  switch (q.count) {
+void attend_some(const HeadCache& cache, int64_t count, const Queries& q) {
+  switch (count) {
     case 1: return attend_queries<1>(cache, q);
     case 2: return attend_queries<2>(cache, q);
     case 3: return attend_queries<3>(cache, q);
@@ -149,9 +163,35 @@ void attend_some(const HeadCache& cache, const Queries& q) {
   }
 }
 
+void attend_in_fp32(const HeadQueries& of, int64_t begin, int64_t end) {
+  static thread_local Buffer<float> room;
+  const int64_t stride = of.call.shape.blocks() * kBlock;
+  float* scores = room.at_least(kMostQueries * stride);
+  for (; begin < end; begin += kMostQueries) {
+    const int64_t count = std::min(kMostQueries, end - begin);
+    Queries queries{};
+    queries.scale = of.call.scale;
+    for (int64_t i = 0; i < count; ++i) {
+      queries.query[i] = of.query(begin + i);
+      queries.positions[i] = of.positions(begin + i);
+      queries.out[i] = of.out(begin + i);
+      queries.scores[i] = scores + i * stride;
+    }
+    attend_some(head_cache(of.call, of.head), count, queries);
+  }
+}
+
+void attend_head(const HeadQueries& of, int64_t begin, int64_t end) {
+#ifdef __AMX_BF16__
+  // Keys and values are arranged for tiles at every token, which a single query is not worth. (The choice is by the model
+  // alone: other sums have other bits.)
+  if (of.of_a_row() > 1) return attend_by_tiles(of, begin, end);
+#endif
+  attend_in_fp32(of, begin, end);
+}
+
 }  // namespace
 
-const AttentionKernels FASTFF_TABLE(attention) = {store_position, attend_some};
+const AttentionKernels FASTFF_TABLE(attention) = {store_position, attend_head};
 
 }  // namespace fastff
-#endif

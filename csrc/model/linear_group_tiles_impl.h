@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kGroupTileRows = 16;      // of x, that pass together
 constexpr int64_t kGroupTilesFromRows = 6;  // fewer are faster by dot products
 constexpr int64_t kGroupLines = kPanel / kLineLanes;
-constexpr int64_t kChunkInputs = 768;       // whose numbers of sixteen rows stay in the first cache for all lines
+constexpr int64_t kChunkInputs = 576;       // whose numbers of sixteen rows stay in the first cache for all lines
 
 // Twice two tiles of sums, two of a group's numbers of 16 rows, one of weights: 8 or 16 steps of 16 lanes.
 struct GroupTileShapes : TileShapes {
@@ -40,8 +40,9 @@ class WidePanel {
   void read(const uint8_t* panel, int64_t groups) {
     int8_t* to = numbers_.at_least(groups * kLineNumbers * kGroupLines);
     float* scales = scales_.at_least(groups * kPanel * kParts);
+    groups_ = groups;
     for (int64_t g = 0; g < groups; ++g, panel += GroupPlace<form>::bytes) {
-      for (int64_t line = 0; line < kGroupLines; ++line, to += kLineNumbers) read_line(panel + line * 64, to);
+      for (int64_t line = 0; line < kGroupLines; ++line) read_line(panel + line * 64, to + (line * groups + g) * kLineNumbers);
       const auto* halves = reinterpret_cast<const __m256i*>(panel + GroupPlace<form>::numbers);
       for (int64_t at = 0; at < kGroupLines * kParts; ++at, scales += kLineLanes)
         _mm512_storeu_ps(scales, _mm512_cvtph_ps(_mm256_loadu_si256(halves + at)));
@@ -49,7 +50,7 @@ class WidePanel {
   }
 
   const int8_t* numbers(int64_t group, int64_t line) const {
-    return numbers_.data() + (group * kGroupLines + line) * kLineNumbers;
+    return numbers_.data() + (line * groups_ + group) * kLineNumbers;
   }
   const float* scales(int64_t group, int64_t line) const { return scales_.data() + group * kPanel * kParts + line * kLineLanes; }
 
@@ -69,6 +70,7 @@ class WidePanel {
     }
   }
 
+  int64_t groups_ = 0;
   Buffer<int8_t> numbers_;
   Buffer<float> scales_;
 };
@@ -131,65 +133,112 @@ inline __attribute__((always_inline)) void add_group(const GroupTileSums& sums, 
   }
 }
 
-// Adds `groups` groups to v[16][v_stride]. Tiles multiply a group while the sums of the one before leave them and those of the one
-// before that are added. (Tiles take much longer where their stores and the next products do not overlap.)
+// A walk over groups [first, end) of inputs, line by line.
 template <MatrixForm form, int planes>
-inline void group_tile_line(GroupOperands of, int64_t groups, float* v, int64_t v_stride) {
+class GroupWalk {
   using Wide = WidePanel<form>;
-  alignas(64) GroupTileSums even, odd;
-  __m512 total[kGroupTileRows];
-#pragma GCC unroll 16
-  for (int r = 0; r < kGroupTileRows; ++r) total[r] = _mm512_loadu_ps(v + r * v_stride);
-  GroupOperands added = of;
-  const auto advance = [](GroupOperands& operands) __attribute__((always_inline)) {
-    operands.weights += Wide::kLineNumbers * kGroupLines, operands.scales += Wide::kScales, ++operands.x_sums;
-    operands.upper += group_inputs(form), operands.lower += group_inputs(form);
-  };
-  multiply_group<0, planes>(of);
-  advance(of);
-  int64_t left = groups;
-  for (; left > 2; left -= 2) {
-    multiply_group<1, planes>(of);
-    advance(of);
-    store_group<0, planes>(even);
-    if (left < groups) {
-      add_group<form, planes>(odd, added, total);
-      advance(added);
+
+ public:
+  GroupWalk(const WidePanel<form>& panel, const GroupRows& x, int64_t first, int64_t end)
+      : panel_(panel), x_(x), first_(first), end_(end) {
+    begin_line();
+  }
+
+  const GroupOperands& here() const { return of_; }
+  int64_t line() const { return line_; }
+  bool at_first() const { return group_ == first_; }
+
+  void advance() {
+    if (++group_ == end_) {
+      ++line_;
+      return begin_line();
     }
-    multiply_group<0, planes>(of);
-    advance(of);
-    store_group<1, planes>(odd);
-    add_group<form, planes>(even, added, total);
-    advance(added);
+    of_.weights += Wide::kLineNumbers, of_.scales += Wide::kScales, ++of_.x_sums;
+    of_.upper += group_inputs(form), of_.lower += group_inputs(form);
   }
-  if (left == 2) multiply_group<1, planes>(of);
-  store_group<0, planes>(even);
-  if (left < groups) {
-    add_group<form, planes>(odd, added, total);
-    advance(added);
+
+ private:
+  void begin_line() {
+    group_ = first_;
+    const int8_t* upper = x_.bytes + first_ * group_inputs(form);
+    of_ = {panel_.numbers(first_, line_), upper, upper + (planes - 1) * x_.stride, planes * x_.stride,
+           panel_.scales(first_, line_), x_.sums + first_, x_.sums_stride};
   }
-  if (left == 2) store_group<1, planes>(odd);
-  add_group<form, planes>(even, added, total);
-  advance(added);
-  if (left == 2) add_group<form, planes>(odd, added, total);
+
+  const WidePanel<form>& panel_;
+  const GroupRows& x_;
+  const int64_t first_, end_;
+  int64_t line_ = 0, group_ = 0;
+  GroupOperands of_{};
+};
+
+// The floats that a line's sums are added to, while they are in registers; v[2 halves][16 rows][32] has those of all lines.
+struct LineTotals {
+  float* v;
+  bool gated;  // then a half is a line of gates and one of values
+  bool zero;   // what the lines begin with, not what is in v
+
+  float* place(int64_t line) const {
+    const int64_t half = gated ? line % 2 : line / 2, part = gated ? line / 2 : line % 2;
+    return v + half * kGroupTileRows * kBlockLanes + part * kLineLanes;
+  }
+};
+
+inline __attribute__((always_inline)) void load_totals(const float* from, bool zero, __m512 (&total)[kGroupTileRows]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kGroupTileRows; ++r) _mm512_storeu_ps(v + r * v_stride, total[r]);
+  for (int r = 0; r < kGroupTileRows; ++r) total[r] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(from + r * kBlockLanes);
+}
+
+inline __attribute__((always_inline)) void store_totals(const __m512 (&total)[kGroupTileRows], float* to) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kGroupTileRows; ++r) _mm512_storeu_ps(to + r * kBlockLanes, total[r]);
+}
+
+// Adds the sums of the group that the walk is at, and goes on.
+template <MatrixForm form, int planes>
+inline __attribute__((always_inline)) void add_next(const GroupTileSums& sums, GroupWalk<form, planes>& walk,
+                                                    const LineTotals& lines, __m512 (&total)[kGroupTileRows]) {
+  add_group<form, planes>(sums, walk.here(), total);
+  walk.advance();
+  if (!walk.at_first()) return;
+  store_totals(total, lines.place(walk.line() - 1));
+  load_totals(lines.place(walk.line() % kGroupLines), lines.zero, total);
+}
+
+// Adds groups [first, end) of all lines. Tiles multiply a group while the sums of the one before leave them and those of the
+// one before that are added, also from one line to the next. (Tiles take much longer where their stores and the next
+// products do not overlap.)
+template <MatrixForm form, int planes>
+inline void group_tile_lines(const WidePanel<form>& panel, const GroupRows& x, int64_t first, int64_t end,
+                             const LineTotals& lines) {
+  alignas(64) GroupTileSums even, odd;
+  GroupWalk<form, planes> multiplied(panel, x, first, end), added(panel, x, first, end);
+  __m512 total[kGroupTileRows];
+  load_totals(lines.place(0), lines.zero, total);
+  const auto multiply_next = [&]<int parity>() {
+    multiply_group<parity, planes>(multiplied.here());
+    multiplied.advance();
+  };
+  multiply_next.template operator()<0>();
+  const int64_t steps = kGroupLines * (end - first);  // an even number
+  for (int64_t left = steps; left > 0; left -= 2) {
+    multiply_next.template operator()<1>();
+    store_group<0, planes>(even);
+    if (left < steps) add_next(odd, added, lines, total);
+    if (left > 2) multiply_next.template operator()<0>();
+    store_group<1, planes>(odd);
+    add_next(even, added, lines, total);
+  }
+  add_next(odd, added, lines, total);
 }
 
 // Sixteen rows of x, filled up, with a panel: v[2 halves][16 rows][32]. gated: a half is a line of gates and one of values.
 template <MatrixForm form, int planes>
 inline void group_tile_block(const WidePanel<form>& panel, const GroupRows& x, int64_t groups, bool gated, float* v) {
-  constexpr int64_t kChunk = kChunkInputs / group_inputs(form);
-  std::fill_n(v, kGroupTileRows * kPanel, 0.0f);
-  for (int64_t g = 0; g < groups; g += kChunk)
-    for (int64_t line = 0; line < kGroupLines; ++line) {
-      const int8_t* upper = x.bytes + g * group_inputs(form);
-      const GroupOperands first{panel.numbers(g, line), upper, upper + (planes - 1) * x.stride, planes * x.stride,
-                                panel.scales(g, line), x.sums + g, x.sums_stride};
-      const int64_t half = gated ? line % 2 : line / 2, part = gated ? line / 2 : line % 2;
-      group_tile_line<form, planes>(first, std::min(kChunk, groups - g),
-                                    v + half * kGroupTileRows * kBlockLanes + part * kLineLanes, kBlockLanes);
-    }
+  constexpr int64_t kMost = kChunkInputs / group_inputs(form);
+  const int64_t chunks = (groups + kMost - 1) / kMost, chunk = (groups + chunks - 1) / chunks;
+  for (int64_t g = 0; g < groups; g += chunk)
+    group_tile_lines<form, planes>(panel, x, g, std::min(groups, g + chunk), {v, gated, g == 0});
 }
 
 }  // namespace
