@@ -122,7 +122,7 @@ def test_blocks_of_gguf_are_kept(kind, bits, tmp_path):
     ids = [5, 200, 31, 7, 99, 12]
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0]
-    assert (Engine(tmp_path / "out").logits(ids) - want).std() < 1.2e-3 * want.std()  # of rows, which are rounded to 16 bits
+    assert (Engine(tmp_path / "out").logits(ids) - want).std() < 1.2e-3 * want.std()  # x has 16 bits
 
 
 def test_a_conversion_reads_gguf_files_too(tmp_path):

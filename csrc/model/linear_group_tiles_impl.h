@@ -30,7 +30,7 @@ struct GroupTileShapes : TileShapes {
   }
 };
 
-// A panel as the tiles take it: signed numbers [groups][4 lines][steps][16][4], and [groups][64] scales and minima.
+// A panel as the tiles take it: signed numbers [4 lines][groups][steps][16][4], and [groups][64] scales and minima.
 template <MatrixForm form>
 class WidePanel {
   static constexpr bool kLeast = form == MatrixForm::kGroups4Least, kBytes = in_bytes(form);
@@ -75,7 +75,7 @@ class WidePanel {
   Buffer<float> scales_;
 };
 
-// Where the tiles' operands of a group are; those of the next are `next_group` further.
+// Where the tiles' operands of a group with a line are.
 struct GroupOperands {
   const int8_t *weights, *upper, *lower;
   int64_t stride;         // from a row of x to the next

@@ -94,27 +94,29 @@ inline void store_lanes(const Epilogue& epilogue, const ProductRows& y, int64_t 
   }
 }
 
+// to[rows][16]: activated gates times values of v[rows][gates, values][16].
+inline void gated_values(const Epilogue& epilogue, int64_t rows, const float* __restrict v, float* __restrict to) {
+  alignas(64) float gates[kFinishedRows * kLineLanes];
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(gates + r * kLineLanes, v + r * kBlockLanes, kLineLanes * sizeof *v);
+  if (epilogue.activation == FASTFF_GELU) map_value<FastGelu>(gates, to, rows * kLineLanes);
+  else map_value<Silu>(gates, to, rows * kLineLanes);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < kLineLanes; ++i) to[r * kLineLanes + i] *= v[r * kBlockLanes + kLineLanes + i];
+}
+
 // Of `rows` rows from first_row on half a panel's values v[rows][2][16], scaled and with bias: their activation, stored.
 inline void finish_values(const Product& o, const PanelHalf& half, int64_t first_row, int64_t rows, const float* v) {
   alignas(64) float changed[kFinishedRows * kBlockLanes];
   const int64_t numbers = rows * kBlockLanes;
   const float* out = changed;
-  if (o.matrix.gated) {
-    if (o.epilogue.activation == FASTFF_GELU) map_value<FastGelu>(v, changed, numbers);
-    else map_value<Silu>(v, changed, numbers);
-    for (int64_t at = 0; at < numbers; at += kBlockLanes)
-      for (int64_t i = 0; i < kLineLanes; ++i) changed[at + i] *= v[at + kLineLanes + i];
-  } else if (o.epilogue.activation == FASTFF_GELU) {
-    map_value<FastGelu>(v, changed, numbers);
-  } else if (o.epilogue.activation != FASTFF_IDENTITY) {
-    activate(o.epilogue.activation, v, changed, numbers);
-  } else {
-    out = v;
-  }
+  if (o.matrix.gated) gated_values(o.epilogue, rows, v, changed);
+  else if (o.epilogue.activation == FASTFF_GELU) map_value<FastGelu>(v, changed, numbers);
+  else if (o.epilogue.activation != FASTFF_IDENTITY) activate(o.epilogue.activation, v, changed, numbers);
+  else out = v;
   const int64_t lanes = o.matrix.panel_outputs() / (kPanel / kBlockLanes);
   const int64_t first = half.panel * o.matrix.panel_outputs() + half.number * lanes;
   const int64_t left = std::min(lanes, o.matrix.out_features - first);
-  for (int64_t r = 0; r < rows; ++r, out += kBlockLanes)
+  for (int64_t r = 0; r < rows; ++r, out += lanes)
     for (int64_t c = 0; c < left; c += kLineLanes)
       store_lanes(o.epilogue, o.y, (first_row + r) * o.y.stride + first + c, out + c, std::min(kLineLanes, left - c));
 }
@@ -195,7 +197,9 @@ void panels_by_group_tiles(const Product& o, int64_t begin, int64_t end) {
   const Tiles tiles{GroupTileShapes(group_inputs(form))};
   for (int64_t p = begin; p < end; ++p) {
     wide.read(o.panel(p), o.matrix.groups());
+    FetchedAhead next(o.panel(p + 1), p + 1 < end ? o.matrix.panel_bytes() : 0, (o.x.rows + kGroupTileRows - 1) / kGroupTileRows);
     for (int64_t r = 0; r < o.x.rows; r += kGroupTileRows) {
+      next.step();
       const int64_t n = std::min(kGroupTileRows, o.x.rows - r);
       group_tile_block<form, planes>(wide, group_rows(o.x, r), o.matrix.groups(), o.matrix.gated, v[0]);
       for (int64_t h = 0; h < kPanel / kBlockLanes; ++h) finish_groups(o, half_of(o.matrix, p, h), r, n, v[h]);
