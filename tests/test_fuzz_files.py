@@ -305,6 +305,9 @@ def test_an_interrupted_gpu_benchmark(tmp_path, monkeypatch):
     assert gpu_run._resume(Gpu(), tmp_path, settings).steps[0].step_ms_p50 == 2.0
     assert record.about["copy_bytes_per_s"] == 1e12
     whole = path.read_bytes()
+    for other in (gpu_run.Settings(tune=True), gpu_run.Settings(cell_seconds=settings.cell_seconds / 2)):
+        assert gpu_run._resume(Gpu(), tmp_path, other).steps == []  # measured in another way
+        path.write_bytes(whole)
 
     def load():
         # Damage may make it another device's record, which a run replaces.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from pyarrow import parquet
 
 from fastff.demo.data import labelled
-from fastff.experiment.study_settings import PlanSettings
+from fastff.experiment import gpu_speed
+from fastff.experiment.study_settings import PlanSettings, SpeedSettings
 from fastff.experiment.variants import Queue, Running, Variant
 from fastff.io import read_json
 from fastff.train.placement import environments
@@ -83,6 +85,21 @@ def test_a_run_with_a_checkpoint_is_kept_whatever_ended_it(tmp_path):
             queue.ended()
         assert folder.is_dir() is kept
         assert (queue.failed, queue.waiting) == (([variant], []) if kept else ([], [variant]))
+
+
+def test_what_a_measurement_started_ends_with_it(tmp_path, monkeypatch):
+    folders = {"data": tmp_path, "runs": tmp_path / "runs", "out": tmp_path / "out"}
+    asked = SpeedSettings(**folders, gpus=(1,), feedforward=("a", "b"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_speed, "environments", lambda: [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "01"])
+    monkeypatch.setattr(gpu_speed.Case, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    started = []
+    start = gpu_speed._start
+    monkeypatch.setattr(gpu_speed, "_start", lambda *of: started.append(start(*of)) or started[-1])
+    monkeypatch.setattr(gpu_speed.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        gpu_speed.run(asked)
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
 
 
 @pytest.fixture(scope="module")

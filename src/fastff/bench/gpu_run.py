@@ -230,8 +230,9 @@ def _tune(cell: Cell, settings: Settings, device: Device) -> None:
 
 
 def _resume(device: Device, out: Path, settings: Settings) -> Record:
-    """What an earlier run of the same device, versions and seed left; a fresh file otherwise."""
-    about = {"device": device.name, "seed": settings.seed, "commit": commit(), **machine()}
+    """What an earlier run of the same device, versions, seed and way of timing left; a fresh file otherwise."""
+    timing = {"cell_seconds": settings.cell_seconds, "tune": settings.tune}
+    about = {"device": device.name, "seed": settings.seed, "commit": commit(), **timing, **machine()}
     path = out / LINES
     lines = read_json_lines(path) if path.is_file() else []
     kept = lines[0] if lines else {}

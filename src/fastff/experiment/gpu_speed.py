@@ -18,6 +18,7 @@ import torch
 
 from fastff.errors import BackendUnavailable
 from fastff.experiment.study_settings import PLAIN, SpeedSettings
+from fastff.train.interrupt import Stop, end_all
 from fastff.train.placement import environments
 from fastff.train.pretrain import RESULT
 
@@ -66,7 +67,7 @@ def cases(asked: SpeedSettings) -> list[Case]:
 
 def run(asked: SpeedSettings, say: Callable[[str], None] = print) -> list[str]:
     """Measure what `out` lacks, as much at once as there are GPUs for. Returns the names of the cases that failed: they
-    end none of the others. Raises BackendUnavailable without a GPU."""
+    end none of the others; what runs is ended if this process is. Raises BackendUnavailable without a GPU."""
     for folder in (asked.runs, asked.out):
         folder.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
@@ -78,18 +79,22 @@ def run(asked: SpeedSettings, say: Callable[[str], None] = print) -> list[str]:
         waiting.remove(too_large)
     running: dict[Case, tuple[list[str], subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
-    while waiting or running:
-        fits = next((case for case in waiting if case.gpus <= len(free)), None)
-        if fits is not None:
-            waiting.remove(fits)
-            mine, free = free[: fits.gpus], free[fits.gpus :]
-            running[fits] = mine, _start(fits, asked, mine)
-            continue
-        for case in [case for case, (_, process) in running.items() if process.poll() is not None]:
-            mine, process = running.pop(case)
-            free += mine
-            failed += _ended(case, asked, process.returncode, say)
-        time.sleep(0.2)
+    try:
+        with Stop().watching():
+            while waiting or running:
+                fits = next((case for case in waiting if case.gpus <= len(free)), None)
+                if fits is not None:
+                    waiting.remove(fits)
+                    mine, free = free[: fits.gpus], free[fits.gpus :]
+                    running[fits] = mine, _start(fits, asked, mine)
+                    continue
+                for case in [case for case, (_, process) in running.items() if process.poll() is not None]:
+                    mine, process = running.pop(case)
+                    free += mine
+                    failed += _ended(case, asked, process.returncode, say)
+                time.sleep(0.2)
+    finally:
+        end_all(process for _, process in running.values())
     return failed
 
 

@@ -22,7 +22,7 @@ from fastff.errors import FileError, TrainingError
 from fastff.experiment.study_settings import PlanSettings
 from fastff.io import read_json, write_json, write_text
 from fastff.train.compare import chart, compare, left_out, table, variant_of
-from fastff.train.interrupt import Stop
+from fastff.train.interrupt import Stop, end_all
 from fastff.train.placement import environments
 from fastff.train.pretrain import MODEL, RESULT, read_text
 from fastff.train.pretrain_settings import PretrainSettings
@@ -210,10 +210,7 @@ class Queue:
 
     def stop(self) -> None:
         """Let all write a checkpoint and end: left alone they would write beside the next run of the same command."""
-        for one in self.running:
-            one.process.terminate()
-        for one in self.running:
-            one.process.wait()
+        end_all(one.process for one in self.running)
 
 
 def log_end(variant: Variant) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType
@@ -59,6 +60,15 @@ class Stop:
             self._asked = True
             return
         raise KeyboardInterrupt
+
+
+def end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Ask all of them to end, and wait until they have: they may write a checkpoint first."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def end_with_parent() -> None:

@@ -42,6 +42,7 @@ from fastff.train.trainer import Plan, PretrainTrainer, Source
 RESULT = "result.json"
 MODEL = "model"
 _HELD_OUT_SEED = 12345
+MOST_SECONDS_OF_TOKENS = 24 * 60 * 60  # that other processes wait for the first one's: a large text takes hours
 _LOGITS = 2**25  # of one pass over held-out windows: they are computed for every position
 
 
@@ -256,6 +257,7 @@ def _arguments(settings: PretrainSettings) -> TrainingArguments:
         ddp_backend="gloo" if cpu and several else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # each process counts its own leaves
+        ddp_timeout=MOST_SECONDS_OF_TOKENS,
         dataloader_pin_memory=not cpu,
     )
 
