@@ -121,8 +121,48 @@ inline void finish_values(const Product& o, const PanelHalf& half, int64_t first
       store_lanes(o.epilogue, o.y, (first_row + r) * o.y.stride + first + c, out + c, std::min(kLineLanes, left - c));
 }
 
+enum class StoredAs { kWide, kAdded, kNarrow };
+
+// Rows [begin, end) of the sums of a plane, all of whose 32 lanes are stored: in one pass from sums to y.
+template <class Activation, StoredAs form>
+void finish_whole_rows(const Product& o, const Sums& sums, int64_t begin, int64_t end) {
+  alignas(64) float scale[kBlockLanes], bias[kBlockLanes] = {};
+  const int64_t lane = sums.half.lanes[0];
+  std::memcpy(scale, reinterpret_cast<const float*>(o.panel(sums.half.panel + 1)) - kPanel + lane, sizeof scale);
+  if (o.epilogue.bias) std::memcpy(bias, o.epilogue.bias + sums.half.panel * kPanel + lane, sizeof bias);
+  for (int64_t r = begin; r < end; ++r) {
+    const int32_t* __restrict sum = sums.lanes[0] + r * sums.stride;
+    const auto offset = static_cast<uint32_t>(o.x.offset[sums.first_row + r]);
+    const float row_scale = o.x.scale[sums.first_row + r];
+    alignas(64) float v[kBlockLanes];
+    for (int64_t i = 0; i < kBlockLanes; ++i) {
+      const auto whole = static_cast<int32_t>(static_cast<uint32_t>(sum[i]) - offset);
+      v[i] = Activation::value(static_cast<float>(whole) * (scale[i] * row_scale) + bias[i]);
+    }
+    const int64_t at = (sums.first_row + r) * o.y.stride + sums.half.panel * kPanel + lane;
+    if constexpr (form == StoredAs::kNarrow) {
+      for (int64_t i = 0; i < kBlockLanes; i += kLineLanes) to_bf16_lanes(v + i, o.y.narrow + at + i);
+    } else {
+      float* __restrict to = o.y.wide + at;
+      for (int64_t i = 0; i < kBlockLanes; ++i) to[i] = form == StoredAs::kAdded ? to[i] + v[i] : v[i];
+    }
+  }
+}
+
+template <class Activation>
+void finish_whole_rows_of(const Product& o, const Sums& sums, int64_t begin, int64_t end) {
+  if (o.y.narrow) finish_whole_rows<Activation, StoredAs::kNarrow>(o, sums, begin, end);
+  else if (o.epilogue.add) finish_whole_rows<Activation, StoredAs::kAdded>(o, sums, begin, end);
+  else finish_whole_rows<Activation, StoredAs::kWide>(o, sums, begin, end);
+}
+
 // Rows [begin, end) of the sums, at most kFinishedRows.
 inline void finish_rows(const Product& o, const Sums& sums, int64_t begin, int64_t end) {
+  const bool whole = sums.half.panel * kPanel + sums.half.lanes[0] + kBlockLanes <= o.matrix.out_features;
+  if (whole && o.x.planes == 1 && !o.matrix.gated) {
+    if (o.epilogue.activation == FASTFF_IDENTITY) return finish_whole_rows_of<Identity>(o, sums, begin, end);
+    if (o.epilogue.activation == FASTFF_GELU) return finish_whole_rows_of<FastGelu>(o, sums, begin, end);
+  }
   alignas(64) float v[kFinishedRows * kBlockLanes];
   if (o.x.planes == 1) scaled_sums<1>(o, sums, begin, end, v);
   else scaled_sums<2>(o, sums, begin, end, v);
