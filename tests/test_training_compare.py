@@ -83,6 +83,9 @@ def test_arms_are_compared_over_seeds():
     assert drawing == chart(list(entries.values()))
     assert "16x7-gate" in drawing
     assert "no feedforward" in drawing
+    routed = [{**tree, "layer": layer} for layer in ("16x7-gate", "flat-80x36-top3", "pk-784x4-top24")]
+    legend = re.findall(r">(trees|experts|product keys)<", chart([*entries.values(), *routed]))
+    assert legend == ["trees", "experts", "product keys"]
 
 
 def test_the_gap_counts_the_seeds_that_the_tree_has():
@@ -174,8 +177,12 @@ def test_losses_stand_beside_the_speed_of_decoding(tmp_path):
     assert flat["equal_dense"] == pytest.approx(3.5), "half-way between the two, in the logarithm"
     assert "| 3.300 (3.200 to 3.400) | 3.500 | +0.200 |" in said[-1]
     assert "loss" not in points["dense-swiglu 6"]
-    assert "held-out loss" in (out / "frontier.svg").read_text()
-    frontier.run(replace(asked, context=5), said.append)
+    drawn = (out / "frontier.svg").read_text()
+    assert all(words in drawn for words in ("held-out loss", "int8, one thread", ">experts<"))
+    assert ">trees<" not in drawn
+    assert "| 8-token prompt, tokens/s |" in said[-1]
+    frontier.run(replace(asked, context=5, threads=2), said.append)
+    assert "int8, 2 threads" in (out / "frontier.svg").read_text()
     assert read_json(out / "speeds.json")["context"] == 5, "what was timed otherwise is timed again"
     write_json(study / "records.json", [])
     with pytest.raises(FileError, match="no finished record of the group 'causal'"):

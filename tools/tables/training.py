@@ -223,7 +223,8 @@ RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
 def frontier_table() -> str:
     """Held-out losses beside measured speeds."""
     studies = [TRAINING / study for study in ("routers-300m", "small-300m")]
-    return frontier.table(frontier.points_of(studies, TRAINING / "frontier", TRAINING / "gpus" / "small"))
+    prompt = read(TRAINING / "frontier" / frontier.SPEEDS)["prompt"]
+    return frontier.table(frontier.points_of(studies, TRAINING / "frontier", TRAINING / "gpus" / "small"), prompt)
 
 
 def pair_table() -> str:

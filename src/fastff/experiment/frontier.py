@@ -27,7 +27,7 @@ from fastff.report.axis import Axis, si
 from fastff.report.chart import Panel, Series, chart
 from fastff.report.markdown import markdown_table
 from fastff.timing import Timing, interleaved
-from fastff.train.compare import TREE, WIDE, compare, kind_of, loss_at, losses_of
+from fastff.train.compare import MARKS, TREE, WIDE, by_router, compare, kind_of, loss_at, losses_of
 from fastff.train.presets import Preset, configuration, cost_of, feedforward_of, layer_name, preset_of
 
 SPEEDS, CHART = "speeds.json", "frontier.svg"
@@ -53,8 +53,8 @@ def run(asked: FrontierSettings, say: Say = print) -> list[Entry]:
         cells = measure(preset, layers, asked, say)
         write_json(path, {"machine": machine(), **settings_of(asked), "cells": cells})
     points = points_of(asked.studies, asked.out, asked.gpu_speed)
-    write_text(asked.out / CHART, frontier_chart(points))
-    say(table(points))
+    write_text(asked.out / CHART, frontier_chart(points, asked.threads))
+    say(table(points, asked.prompt))
     return points
 
 
@@ -183,9 +183,10 @@ def loss_of(point: Entry) -> float:
     return float(point["loss"] if "loss" in point else point["line"])
 
 
-def table(points: Sequence[Entry]) -> str:
+def table(points: Sequence[Entry], prompt: int) -> str:
     """As a Markdown table; a loss in brackets is read off."""
-    head = ["study", "feedforward", "layer", "decoding, tokens/s", "128-token prompt, tokens/s", "training, tokens/s"]
+    head = ["study", "feedforward", "layer"]
+    head += ["decoding, tokens/s", f"{prompt}-token prompt, tokens/s", "training, tokens/s"]
     head += ["feedforwards, MB in int8", "held-out loss", "dense of equal decoding", "ahead, nats"]
     rows = []
     for point in points:
@@ -198,17 +199,15 @@ def table(points: Sequence[Entry]) -> str:
     return markdown_table(head, rows)
 
 
-def frontier_chart(points: Sequence[Entry]) -> str:
+def frontier_chart(points: Sequence[Entry], threads: int) -> str:
     """One panel a study, as SVG text: held-out loss against tokens a second; dense layers are joined by a line."""
+    cores = "one thread" if threads == 1 else f"{threads} threads"
     panels = []
     for study in dict.fromkeys(point["study"] for point in points if "loss" in point):
         mine = [point for point in points if point["study"] == study]
-        conditional = [point for point in mine if kind_of(point) == TREE]
-        experts = [point for point in conditional if point["layer"].startswith("flat")]
         kinds = (
             ("dense swiglu", [p for p in mine if kind_of(p) == WIDE], "circle", "solid"),
-            ("trees", [p for p in conditional if p not in experts], "square", ""),
-            ("experts", experts, "diamond", ""),
+            *((name, those, MARKS[name], "") for name, those in by_router(mine).items()),
             ("no feedforward", [p for p in mine if kind_of(p) == "none"], "triangle", ""),
         )
         series = [
@@ -218,6 +217,6 @@ def frontier_chart(points: Sequence[Entry]) -> str:
             for color, (name, of, mark, line) in enumerate(kinds)
             if of
         ]
-        x = Axis("tokens a second, decoded, int8, one thread", log=True, format=si, margin=0.2)
+        x = Axis(f"tokens a second, decoded, int8, {cores}", log=True, format=si, margin=0.2)
         panels.append(Panel(series, x, Axis("held-out loss, nats a token"), title=study))
     return chart(panels, title="Held-out loss against the speed of decoding", width=480 * len(panels), height=420)

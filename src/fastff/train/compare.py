@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastff.report.axis import Axis, si
@@ -19,6 +19,7 @@ from fastff.report.chart import chart as draw
 from fastff.report.markdown import markdown_table
 
 WIDE, TREE = "dense-swiglu", "tree"  # kinds of feedforwards
+MARKS = {"trees": "square", "experts": "diamond", "product keys": "cross"}  # of what `by_router` gives
 NEARLY = 1.1  # so much more arithmetic may a narrow layer have, where none has less: that understates the gap
 
 # The axis of charts that compare layers.
@@ -38,6 +39,16 @@ def kind_of(entry: dict[str, Any]) -> str:
         return str(entry["kind"])
     name = str(entry["layer"]).partition(" ")[0]
     return name if name == "none" or name.startswith("dense-") else TREE
+
+
+def by_router(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The entries with a router by what a legend calls them, in one order; kinds without an entry are left out."""
+    found: dict[str, list[dict[str, Any]]] = {"trees": [], "experts": [], "product keys": []}
+    for entry in entries:
+        if kind_of(entry) == TREE:
+            family = str(entry["layer"]).partition("-")[0]
+            found[{"flat": "experts", "pk": "product keys"}.get(family, "trees")].append(entry)
+    return {name: those for name, those in found.items() if those}
 
 
 def recovered_gap(narrow: float, tree: float, wide: float) -> float | None:
@@ -188,11 +199,10 @@ def left_out(
 def chart(entries: Sequence[dict[str, Any]]) -> str:
     """Held-out loss against the arithmetic of a layer, as SVG text; dense layers are joined by a line."""
     dense = [e for e in entries if kind_of(e) == WIDE]
-    trees = [e for e in entries if kind_of(e) == TREE]
-    others = [e for e in entries if e not in dense and e not in trees and e["flops"]]
+    others = [e for e in entries if kind_of(e) not in (WIDE, TREE) and e["flops"]]
     looks = (
         ("dense swiglu", dense, "circle", "solid"),
-        ("trees", trees, "square", ""),
+        *((name, those, MARKS[name], "") for name, those in by_router(entries).items()),
         ("dense gelu", others, "triangle", ""),
     )
     series = [
