@@ -13,6 +13,7 @@ from fastff.report.svg import LETTER, drawing, line, mark, polyline, rect, text
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 30.0, 52.0  # room around a panel
 LEGEND_LINE = 20.0
+LEADER = 12.0  # that a raised label stands further from its point
 LABEL_GAP = 12.0  # between the baselines of two labels that would overlap
 
 
@@ -87,7 +88,7 @@ def _axes(x: Scale, y: Scale, title: str) -> Iterator[str]:
 
 
 def _labels(panel: Panel, x: Scale, y: Scale) -> Iterator[str]:
-    """A word at the right of every point, raised above those that it would cover."""
+    """A word at the right of every point; one that would cover others is raised above them, a thin line leads to it."""
     words = [
         (x.at(px), y.at(py), word)
         for series in panel.series
@@ -96,9 +97,13 @@ def _labels(panel: Panel, x: Scale, y: Scale) -> Iterator[str]:
     taken: list[tuple[float, float, float]] = []  # left, right, baseline
     for px, py, word in sorted(words, key=lambda entry: -entry[1]):
         wide = len(word) * LETTER
-        left = px + 8 if px + 8 + wide <= x.end + RIGHT else px - 8 - wide
-        near = [base for start, end, base in taken if start < left + wide and left < end]
+        right = px + 8 + LEADER + wide <= x.end + RIGHT
+        left = px + 8 if right else px - 8 - wide
+        near = [base for start, end, base in taken if start < left + LEADER + wide and left - LEADER < end]
         base = min([py + 4, *(other - LABEL_GAP for other in near)])
+        if base < py + 4:
+            left += LEADER if right else -LEADER
+            yield line(px, py, left - 2 if right else left + wide + 2, base - 4, "soft faint")
         taken.append((left, left + wide, base))
         yield text(left, base, word)
 
