@@ -5,17 +5,19 @@ python experiments/convert/decoder.py layers GGUF TRAIN.npy,.. WORK OUT.json    
 python experiments/convert/decoder.py run GGUF TRAIN.npy,.. HELD.npy WORK OUT.json --variants experts-50 narrow-50 ...
 
 Every variant has a process; all share one GPU and take equally many steps, or a share of them. Perplexity is that of
-HELD, whose articles are in no TRAIN.
+HELD, whose articles are in no TRAIN. A variant may have settings of its own: experts-50-b:0,lr=1.2e-3,beta2=0.999
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import lzma
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,27 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from decoder_variants import EXPERTS, TREES, describe, describe_all, sizes_of
 from together import together
 from transformers import AutoModelForCausalLM
 
 import fastff.models  # noqa: F401
+from fastff.convert import distil_loss
 from fastff.convert.capture import capture
-from fastff.convert.distil import Recipe, distil, learn_without_dropout, normaliser, teach_layer
+from fastff.convert.distil import (
+    Recipe,
+    distil,
+    learn_without_dropout,
+    normaliser,
+    teach_layer,
+    use_masked_training,
+)
 from fastff.convert.experts import group_neurons, kept_share
 from fastff.convert.latency import best_selection_unexplained
-from fastff.convert.student import build_student, dense_layers, describe_experts, describe_narrow, describe_tree, flops
+from fastff.convert.student import build_student, dense_layers, flops
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
+from fastff.models.converted import make_converted
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.report.progress import Progress, silent
@@ -41,25 +53,7 @@ from fastff.text.examples import Examples
 
 LENGTH = 256
 EVALUATION_S = 12.0
-EVALUATED = (0.25, 0.5, 0.75, 0.95)  # of the steps, and at their end
-EXPERTS = {  # name: shared, leaves, leaf_width, chosen; at a share of the work, routing included, of 1536 neurons
-    "experts-50-a": (256, 80, 16, 30),
-    "experts-50-b": (512, 64, 16, 14),
-    "experts-50-c": (640, 56, 16, 6),
-    "experts-50-d": (512, 32, 32, 7),
-    "experts-50-e": (384, 288, 4, 72),
-    "experts-50-f": (512, 16, 64, 3),
-    "experts-25-a": (128, 88, 16, 14),
-    "experts-25-b": (256, 80, 16, 6),
-    "experts-25-c": (320, 38, 32, 1),
-    "experts-25-d": (192, 42, 32, 5),
-    "experts-25-e": (192, 21, 64, 2),
-}
-NARROW = {"50": 768, "25": 384}
-TREES = {
-    "trees-50": {"trees": 24, "depth": 4, "leaf_width": 17, "shared": 320},
-    "trees-25": {"trees": 24, "depth": 4, "leaf_width": 9, "shared": 128},
-}
+OPTIONS = ("lr", "lr_others", "lr_routers", "beta2")  # of a recipe, that a variant may have for itself
 
 
 def tokens(gguf: Path, data: Path, out: Path, shards: Sequence[str]) -> None:
@@ -98,6 +92,7 @@ def blocks(paths: str, most: int | None = None) -> Examples:
 def compile_blocks(model: Any) -> None:
     """All blocks run one compiled code: without a cache of keys, whose place in it would tell them apart, and with one
     mask, which Transformers would make another way while a CUDA graph is recorded."""
+    torch._dynamo.config.recompile_limit = 64  # a layer of another shape is other code
     model.config.use_cache = False
     model.register_forward_pre_hook(_causal_mask, with_kwargs=True)
     for block in family_of("llama").blocks_of(model):
@@ -108,6 +103,12 @@ def _causal_mask(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple
     rows, length = inputs["input_ids"].shape
     mask = torch.ones(length, length, dtype=torch.bool, device=inputs["input_ids"].device).tril()
     return args, {**inputs, "attention_mask": mask.expand(rows, 1, length, length)}
+
+
+def compile_loss() -> None:
+    """The divergence in one pass over both models' logits, without copies of them in float32."""
+    distil_loss.VALUES_AT_ONCE = 2**40
+    distil_loss.divergence_sum = torch.compile(distil_loss.divergence_sum, dynamic=False)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -125,58 +126,51 @@ def evaluate(model: Any, held: Examples) -> float:
     return math.exp(total / count)
 
 
-def sizes_of(variant: str) -> dict[str, int]:
-    return dict(zip(("shared", "leaves", "leaf_width", "chosen"), EXPERTS[variant], strict=True))
-
-
-def describe(dense: Any, variant: str) -> dict[str, Any]:
-    if variant in EXPERTS:
-        return describe_experts(dense, **sizes_of(variant))
-    if variant in TREES:
-        return describe_tree(dense, **TREES[variant])
-    return describe_narrow(dense, NARROW[variant.split("-")[1]])
-
-
 class Student:
     """One variant in its process: built from captured rows, then distilled."""
 
-    def __init__(self, args: argparse.Namespace, variant: str, seed: int, lr: float) -> None:
+    def __init__(self, args: argparse.Namespace, variant: str, seed: int, options: dict[str, float]) -> None:
         torch.manual_seed(seed)
         began = time.perf_counter()
-        self.args, self.seed, self.lr = args, seed, lr
+        self.args, self.seed, self.options = args, seed, options
         self.teacher = load(args.gguf, args.work / "model")
         self.examples, self.held = blocks(args.train), blocks(args.held, args.held_blocks)
-        captured = captured_of(args, self.teacher)
         dense = dense_layers(self.teacher)
-        descriptions = [describe(layer, variant) for layer in dense]
-        self.student, errors = build_student(
-            self.teacher,
-            descriptions,
-            captured,
-            steps=args.layer_steps,
-            seed=seed,
-            pruned=range(len(dense)) if variant.startswith("pruned") else (),
-        )
+        descriptions = describe_all(dense, variant)
+        with one_at_a_time(args.work / f"{variant}-{seed}-start.pt") as start:
+            self.student, errors = begin(args, self.teacher, variant, descriptions, seed, start)
         self.compiled = args.compiled
         if self.compiled:
+            compile_loss()
             for model in (self.student, self.teacher):
                 compile_blocks(model)
         self.row: dict[str, Any] = {
             "variant": variant,
             "seed": seed,
-            "lr": lr,
-            "description": descriptions[0],
+            **options,
+            "description": next(filter(None, descriptions)),
+            "shares": [flops(*pair) / pair[0].flops_per_row for pair in zip(dense, descriptions, strict=True)],
             "active": sum(map(flops, dense, descriptions)) / sum(layer.flops_per_row for layer in dense),
             "unexplained": errors,
             "layers_s": time.perf_counter() - began,
         }
         self.row["before"] = evaluate(self.student, self.held)
-        print(variant, seed, f"{self.row['layers_s']:.0f} s, {self.row['before']:.2f}", np.mean(errors), flush=True)
+        alone = np.mean([error for error in errors if error is not None])
+        print(variant, seed, f"{self.row['layers_s']:.0f} s, {self.row['before']:.2f}", alone, flush=True)
         self.state = {name: value.clone() for name, value in self.student.state_dict().items()}
 
+    @property
+    def name(self) -> str:
+        return "-".join([self.row["variant"], str(self.seed), *(f"{k}{v}" for k, v in self.options.items())])
+
     def recipe(self, steps: int) -> Recipe:
-        rates = {"lr": self.lr, "lr_others": self.args.lr_others, "lr_routers": self.args.lr_routers}
-        return Recipe(steps, self.args.batch, seed=self.seed, hidden_share=self.args.hidden_share, **rates)
+        return Recipe(
+            steps,
+            self.args.batch,
+            seed=self.seed,
+            hidden_share=self.args.hidden_share,
+            **recipe_of(self.args, self.options),
+        )
 
     def distil(self, steps: int, progress: Progress) -> None:
         plain = self.args.plain
@@ -197,8 +191,8 @@ class Student:
 
     def finish(self, steps: int) -> dict[str, Any]:
         self.student.load_state_dict(self.state)
-        name, began, curve = f"{self.row['variant']}-{self.seed}", time.perf_counter(), []
-        evaluated = {int(part * steps) for part in EVALUATED}
+        name, began, curve = self.name, time.perf_counter(), []
+        evaluated = {int(part * steps) for part in self.args.evaluated}
 
         def note(stage: str, done: float, total: float | None = None, note: str = "") -> None:
             if done in evaluated:
@@ -209,11 +203,59 @@ class Student:
 
         self.take_steps(steps, note)
         after = evaluate(self.student, self.held)
-        print(name, f"after {steps} steps: {after:.2f}", flush=True)
+        print(name, f"after {steps} steps: {after:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
         if self.args.keep is not None and self.row["variant"] in self.args.keep_variants and self.seed == 0:
             self.student.half().save_pretrained(self.args.keep / self.row["variant"])
         figures = {"compiled": self.compiled, "curve": curve, "after": after}
         return {**self.row, **figures, "tokens": steps * self.args.batch * LENGTH}
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[Path]:
+    """`path`, for one process at a time."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+def begin(
+    args: argparse.Namespace, teacher: Any, variant: str, descriptions: Sequence[Any], seed: int, path: Path
+) -> tuple[Any, list[float | None]]:
+    """A student whose layers were taught alone, or, of a variant `kept` or `pruned`, are the dense layers' neurons as
+    they are; and what they leave unexplained. Read from `path`, or written there."""
+    if path.exists():
+        student = make_converted(teacher, descriptions)
+        use_masked_training(student.modules(), student.device.type == "cuda")
+        stored = torch.load(path, map_location=student.device)
+        student.load_state_dict(stored["state"])
+        return student, stored["unexplained"]
+    as_they_are = variant.startswith("pruned") or variant.endswith("-kept")
+    student, errors = build_student(
+        teacher,
+        descriptions,
+        captured_of(args, teacher),
+        steps=args.layer_steps,
+        seed=seed,
+        pruned=range(len(descriptions)) if as_they_are else (),
+    )
+    torch.save({"state": student.state_dict(), "unexplained": errors}, path)
+    return student, errors
+
+
+def recipe_of(args: argparse.Namespace, options: dict[str, float]) -> dict[str, float]:
+    return {name: options.get(name, getattr(args, name)) for name in OPTIONS}
+
+
+def start(args: argparse.Namespace) -> None:
+    """Build what `run` will begin with."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    teacher = load(args.gguf, args.work / "model")
+    for words in args.variants:
+        (_, variant, seed, _), _ = job_of(args, words)
+        with one_at_a_time(args.work / f"{variant}-{seed}-start.pt") as path:
+            torch.manual_seed(seed)
+            begin(args, teacher, variant, describe_all(dense_layers(teacher), variant), seed, path)
+        print(variant, seed, flush=True)
 
 
 def layers(args: argparse.Namespace) -> None:
@@ -263,9 +305,13 @@ def device() -> str:
 
 
 def job_of(args: argparse.Namespace, words: str) -> tuple[tuple[Any, ...], float]:
-    """From NAME:SEED:LR:SHARE, of which all but NAME may be left out: a job, and its share of the steps."""
-    name, seed, lr, share, *_ = [*words.split(":"), "", "", ""]
-    return (args, name, int(seed or 0), float(lr or args.lr)), float(share or 1)
+    """From NAME[:SEED[:SHARE]][,OPTION=VALUE...]: a job, and its share of the steps."""
+    where, *options = words.split(",")
+    name, seed, share, *_ = [*where.split(":"), "", ""]
+    given = {key: float(value) for key, value in (option.split("=") for option in options)}
+    if unknown := set(given) - set(OPTIONS):
+        raise SystemExit(f"{words}: {', '.join(sorted(unknown))} is none of {', '.join(OPTIONS)}")
+    return (args, name, int(seed or 0), given), float(share or 1)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -284,7 +330,7 @@ def run(args: argparse.Namespace) -> None:
         "settings": {
             name: getattr(args, name)
             for name in (
-                *("rows", "layer_steps", "batch", "lr", "lr_others", "lr_routers"),
+                *("rows", "layer_steps", "batch", *OPTIONS),
                 *("hidden_share", "compiled", "plain"),
             )
         },
@@ -303,7 +349,7 @@ def run(args: argparse.Namespace) -> None:
         print(
             row["variant"],
             row["seed"],
-            row["lr"],
+            {name: row[name] for name in OPTIONS if name in row},
             f"{row['active']:.3f} {row['before']:.2f} -> {row['after']:.2f}",
             flush=True,
         )
@@ -324,7 +370,7 @@ def main() -> None:
     ran.add_argument("held")
     ran.add_argument("work", type=Path)
     ran.add_argument("out", type=Path)
-    ran.add_argument("--variants", nargs="+", required=True, help="NAME[:SEED[:LR[:SHARE of the steps]]]")
+    ran.add_argument("--variants", nargs="+", required=True, help="NAME[:SEED[:SHARE of the steps]][,OPTION=VALUE...]")
     ran.add_argument("--seconds", type=float, default=1500.0, help="of the joint distillation, all variants at once")
     ran.add_argument("--limit", type=float, default=1e9, help="seconds of the whole command: fewer steps are taken")
     alone = commands.add_parser("layers")
@@ -334,7 +380,11 @@ def main() -> None:
     alone.add_argument("out", type=Path)
     alone.add_argument("--blocks", type=int, nargs="*", default=[2, 14, 27])
     alone.add_argument("--variants", nargs="*")
-    for both in (ran, alone):
+    begun = commands.add_parser("start", help="build what `run` begins with")
+    for name in ("gguf", "train", "work"):
+        begun.add_argument(name, type=str if name == "train" else Path)
+    begun.add_argument("--variants", nargs="+", required=True)
+    for both in (ran, alone, begun):
         both.add_argument("--rows", type=int, default=40_960)
         both.add_argument("--layer-steps", type=int, default=100)
     ran.add_argument("--batch", type=int, default=32)
@@ -342,6 +392,8 @@ def main() -> None:
     ran.add_argument("--lr", type=float, default=6e-4)
     ran.add_argument("--lr-others", type=float, default=2e-4)
     ran.add_argument("--lr-routers", type=float, default=Recipe.lr_routers)
+    ran.add_argument("--beta2", type=float, default=Recipe.beta2)
+    ran.add_argument("--evaluated", type=float, nargs="*", default=[0.25, 0.5, 0.75, 0.95], help="shares of the steps")
     ran.add_argument("--hidden-share", type=float, default=Recipe.hidden_share)
     ran.add_argument("--compiled", action="store_true", help="compile blocks; needs --hidden-share 0")
     ran.add_argument("--plain", action="store_true", help="record no CUDA graph")
@@ -350,10 +402,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "tokens":
         tokens(args.gguf, args.data, args.out, args.shards)
-    elif args.command == "layers":
-        layers(args)
     else:
-        run(args)
+        {"layers": layers, "start": start, "run": run}[args.command](args)
 
 
 if __name__ == "__main__":

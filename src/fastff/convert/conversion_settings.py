@@ -114,6 +114,7 @@ class ConversionSettings:
     lr: Annotated[float, _HIDDEN] = Recipe.lr
     lr_others: Annotated[float, _HIDDEN] = Recipe.lr_others
     lr_routers: Annotated[float, _HIDDEN] = Recipe.lr_routers
+    beta2: Annotated[float, _HIDDEN] = Recipe.beta2
     hidden_share: Annotated[float, _HIDDEN] = Recipe.hidden_share
     bf16: Annotated[bool, _HIDDEN] = Recipe.bf16
     routing_lr_scale: Annotated[float, _HIDDEN] = Recipe.routing_lr_scale

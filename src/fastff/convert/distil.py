@@ -122,7 +122,8 @@ def teach_layer(
 
 @torch.no_grad()
 def prune_layer(module: ConvertedFeedforward, dense: DenseWeights, norm: Normaliser, captured: Captured) -> float:
-    """Fill a narrow layer with the dense layer's strongest neurons. Returns `unexplained` on rows kept aside."""
+    """Fill a narrow layer or experts with the dense layer's neurons as they are. Returns `unexplained` on rows kept
+    aside."""
     kept = min(CHUNK_ROWS, len(captured) // 10)
     prune(module, dense, captured.rows(slice(kept, kept + 2 * CHUNK_ROWS), module.bias.device)[0])
     return float(unexplained(norm, dense, module, *captured.rows(slice(0, kept), module.bias.device)))
@@ -144,6 +145,7 @@ class Recipe:
 
     lr, lr_others     learning rates of the new layers and of everything else; embeddings are frozen
     lr_routers        of the routers of experts, which begin fitted: a step of `lr` would be as long as their rows
+    beta2             decay, per step, of the mean of squared gradients that AdamW divides by
     hidden_share      share of the steps in which a model whose output is words learns hidden states, too
     bf16              whether a GPU computes in bfloat16
     routing_lr_scale  factor on `lr` for what decides: rows of w_in and b_in that belong to nodes
@@ -157,6 +159,7 @@ class Recipe:
     lr: float = 1e-3
     lr_others: float = 2e-4
     lr_routers: float = 5e-5
+    beta2: float = 0.98
     hidden_share: float = 0.1
     bf16: bool = True
     routing_lr_scale: float = 1.0
@@ -202,7 +205,7 @@ def distil(
     groups = [{"params": new, "lr": recipe.lr}, {"params": others, "lr": recipe.lr_others}]
     groups += [{"params": routers, "lr": recipe.lr_routers}] if routers else []
     fused = student.device.type == "cuda"
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98), fused=fused)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, recipe.beta2), fused=fused)
     trained = nn.ParameterList([*new, *others, *routers])
     average = averaged(trained, recipe.average) if recipe.average else None
     if state is not None:

@@ -69,6 +69,15 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind, *, padded: bool = 
     return loss
 
 
+def divergence_sum(values: Tensor, target: Tensor, grad: Tensor, count: int) -> Tensor:
+    """Sum over rows of the divergence of softmax(values) from softmax(target), all (rows, classes); grad becomes its
+    gradient by `values`, divided by `count`."""
+    log_p, log_q = F.log_softmax(target.float(), -1), F.log_softmax(values.float(), -1)
+    p = log_p.exp()
+    grad.copy_((log_q.exp() - p) / count)
+    return torch.sum(p * (log_p - log_q))
+
+
 class Divergence(torch.autograd.Function):
     """Mean over rows of the divergence of softmax(logits) from softmax(wanted); both (rows, classes). Its gradient is
     that of `logits` alone.
@@ -81,10 +90,7 @@ class Divergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows = max(1, VALUES_AT_ONCE // logits.shape[1])
         for values, target, out in zip(logits.split(rows), wanted.split(rows), grad.split(rows), strict=True):
-            log_p, log_q = F.log_softmax(target.float(), -1), F.log_softmax(values.float(), -1)
-            p = log_p.exp()
-            total += torch.sum(p * (log_p - log_q))
-            out.copy_(log_q.exp_().sub_(p).div_(len(logits)))
+            total += divergence_sum(values, target, out, len(logits))
         ctx.save_for_backward(grad)
         return total / len(logits)
 

@@ -19,7 +19,7 @@ _RENAMED = {
     "mild": "dense_fade",
     "clock": "profile",
 }
-_NEW_SETTINGS = {"lr_routers": 5e-5, "hidden_share": 0.1, "bf16": True, "gguf": False, "beside": None}
+_NEW_SETTINGS = {"lr_routers": 5e-5, "beta2": 0.98, "hidden_share": 0.1, "bf16": True, "gguf": False, "beside": None}
 
 
 def renamed(content: Any) -> Any:

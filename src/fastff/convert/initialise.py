@@ -22,7 +22,7 @@ from fastff.convert.experts import group_neurons
 from fastff.convert.neurons import contribution, dense_forward, hidden_of, neuron_biases, neuron_rows
 from fastff.layers import FFF
 from fastff.models.families import DenseWeights
-from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, leaf_values
+from fastff.models.feedforward import ConvertedFeedforward, DenseFeedforward, leaf_values, masked_leaves
 from fastff.ops.reference import activate, descend, gates
 from fastff.routers import FlatRouter
 
@@ -51,8 +51,14 @@ def initialise(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor, chu
 
 @torch.no_grad()
 def prune(module: ConvertedFeedforward, dense: DenseWeights, x: Tensor) -> None:
-    """Fill a fresh narrow layer with the dense layer's neurons that do most on the rows x, as they are; what the
-    others gave on average goes into the bias."""
+    """Fill a fresh narrow layer with the dense layer's neurons that do most on the rows x, as they are, or experts with
+    all that have a place; what the others gave on average goes into the bias."""
+    if isinstance(module.layer, ConditionalFeedforward):
+        _initialise_experts(module, module.layer, dense, x[:ROUTING_ROWS], seed=0)
+        kept = masked_leaves(module.layer, x)
+        given = kept if module.shared is None else kept + module.shared(x)
+        module.bias.copy_((dense_forward(dense, x) - given).mean(0))
+        return
     if not isinstance(module.layer, DenseFeedforward):
         raise ValueError(f"a {type(module.layer).__name__} cannot be made by leaving neurons out")
     order = contribution(dense, x).sum(0).argsort(descending=True)
@@ -75,6 +81,7 @@ def _initialise_experts(
     router.weight.copy_(groups.router)
     if module.shared is not None:
         _take_neurons(module.shared, dense, groups.shared)
+        module.shared.linear_out.weight.copy_(dense.w_out[groups.shared].t())
     w, v = neuron_rows(dense, groups.leaves, config.activation)
     layer.w_in.copy_(w if v is None else torch.cat((w, v), 1))
     if layer.b_in is not None:
