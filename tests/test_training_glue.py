@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from cli_runner import invoke
 from fastff.demo.data import labelled
-from fastff.errors import CheckpointError, TrainingError
+from fastff.errors import CheckpointError, FileError, TrainingError
 from fastff.models import make_converted
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import glue as module
@@ -207,6 +207,22 @@ def test_a_second_run_makes_only_what_is_missing_and_the_same(scored, monkeypatc
     monkeypatch.setattr(module, "fine_tune", counted)
     assert glue(settings) == summary
     assert made == [1]
+
+
+def test_another_model_under_the_same_name_is_another_scoring(scored, tmp_path):
+    """Its scores would stand beside those of the first; a folder of an earlier version says nothing of the content."""
+    model, out = tmp_path / "model", tmp_path / "scores"
+    shutil.copytree(scored[0].model, model)
+    settings = replace(scored[0], model=str(model), out=out)
+    module.claim(settings)
+    module.claim(settings)
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\7")
+    with pytest.raises(FileError, match="model_sha256"):
+        module.claim(settings)
+    kept = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({k: v for k, v in kept.items() if k != "model_sha256"}))
+    module.claim(settings)
 
 
 def test_so_many_updates_whatever_the_epochs(scored, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastff.convert.conversion_settings import ConversionSettings
-from fastff.convert.dense_model import load_dense
+from fastff.convert.dense_model import load_dense, longest_input
 from fastff.convert.engine_latency import ENGINES, EngineTimes
 from fastff.convert.latency import WHOLE, model_us, place_of
 from fastff.convert.quality import measures_of
@@ -34,14 +35,23 @@ class Beside:
         return cls(name, model, tokenizer, kind)
 
     def figures(self, settings: ConversionSettings, work: Path) -> dict[str, Any]:
-        """Name, the metric on every table, and milliseconds at every shape."""
-        sizes = {"max_length": settings.max_length, "max_tokens": settings.max_tokens}
+        """Name, the metric on every table, whose texts are cut to what this model takes, and milliseconds at every
+        shape; None at one that is too long for it."""
+        sizes = {
+            "max_length": longest_input(self.model, self.tokenizer, settings.max_length),
+            "max_tokens": settings.max_tokens,
+        }
         measures = measures_of(self.kind, self.tokenizer, settings.tables, work / "beside", **sizes)
         scores = [measure(self.model) for measure in measures.values()]
+        longest = longest_input(self.model, self.tokenizer, max(length for _, length in settings.shapes))
+        fitting = [shape for shape in settings.shapes if shape[1] <= longest]
+        times = dict(zip(fitting, self._times_us(settings, fitting), strict=True))
+        latency_ms = [times[shape] / 1e3 if shape in times else None for shape in settings.shapes]
+        return {"model": self.name, "scores": scores, "latency_ms": latency_ms}
+
+    def _times_us(self, settings: ConversionSettings, shapes: Sequence[tuple[int, int]]) -> Sequence[float]:
         seconds = WHOLE * settings.timing_s
-        if settings.time_on in ENGINES:
-            times = EngineTimes(self.model, str(settings.time_on), settings.shapes, seconds).whole(None)
-        else:
-            model = self.model.to(place_of(self.model, settings.time_on))
-            times = tuple(model_us({"": model}, shape, seconds)[""] for shape in settings.shapes)
-        return {"model": self.name, "scores": scores, "latency_ms": [us / 1e3 for us in times]}
+        if settings.time_on in ENGINES and shapes:
+            return EngineTimes(self.model, str(settings.time_on), shapes, seconds).whole(None)
+        model = self.model.to(place_of(self.model, settings.time_on))
+        return [model_us({"": model}, shape, seconds)[""] for shape in shapes]

@@ -18,8 +18,15 @@ from fastff.convert.capture import capture
 from fastff.convert.choose_layers import choose, largest, shares_of
 from fastff.convert.conversion_record import ITS_TEXT, MAIN, Plan, Point, record_of
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
-from fastff.convert.dense_model import load_dense
-from fastff.convert.distill_context import Descriptions, DistillContext, baseline
+from fastff.convert.dense_model import load_dense, longest_input
+from fastff.convert.distill_context import (
+    DISTILLED,
+    Descriptions,
+    DistillContext,
+    baseline,
+    built_s,
+    steps_taken,
+)
 from fastff.convert.quality import measures_of, perplexity
 from fastff.convert.student import dense_layers
 from fastff.convert.time_budget import (
@@ -38,7 +45,6 @@ from fastff.models.carried_files import carry
 from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, silent
 from fastff.text.examples import Examples, tokenise
-from fastff.text.positions import first_position
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"
 HELD_OUT = 0.02  # share of the text kept for perplexity and the held-out loss
@@ -60,10 +66,7 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
         raise ValueError("time_on 'cuda': there is no GPU here")
     teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
     other = None if settings.beside is None else Beside.of(settings.beside, kind)
-    config = teacher.config
-    positions = getattr(config, "max_position_embeddings", settings.max_length)
-    positions -= first_position(config.model_type, getattr(config, "pad_token_id", None))
-    longest = min(settings.max_length, positions, tokenizer.model_max_length)
+    longest = longest_input(teacher, tokenizer, settings.max_length)
     settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
     settings.out.mkdir(parents=True, exist_ok=True)
     with alone_in(settings.out, "converts into"):
@@ -99,11 +102,13 @@ def _convert(
         write_json(work / PLAN, asdict(_plan(context, found, limit, say)))
     plan = _read_plan(work / PLAN)
     points = _points(context, plan, work)
-    if not (work / TIMETABLE).exists():
+    taken = joint_steps_taken(points)
+    if not taken or not (work / TIMETABLE).exists():
         table = _timetable(context, points, plan, scores_s, limit)
         say(str(table))
         write_json(work / TIMETABLE, asdict(table))
     table = _read_timetable(work / TIMETABLE)
+    limit.check(table.joint_s(taken), "the joint steps that are left")
     for point in points:
         point.teach(context, table.steps, dense["quality"])
     record = record_of(context, plan, points, dense)
@@ -233,26 +238,30 @@ def _points(context: DistillContext, plan: Plan, work: Path) -> list[Point]:
     return points
 
 
+def joint_steps_taken(points: Sequence[Point]) -> int:
+    """By all students of an interrupted run."""
+    return sum(steps_taken(path.parent) for point in points for path in point.folder.glob(f"*/{DISTILLED}"))
+
+
 def _timetable(
     context: DistillContext, points: Sequence[Point], plan: Plan, scores_s: float, limit: TimeLimit
 ) -> Timetable:
-    """Joint steps of every student, counted once for a run and its continuations, when the first tree is built."""
+    """Joint steps of every student, counted when the first one's layers are built: again, by its own limit, in a run
+    that continues another, but not after joint steps, since all students take equally many."""
     dense = dense_layers(context.teacher)
     students: list[Descriptions] = []
     for point in points:
         students += [point.chosen, *(baseline(name, dense, point.chosen) for name in point.baselines)]
     start = time.perf_counter()
+    folder = points[0].folder / MAIN
 
     def progress(stage: str, done: float, total: float | None = None, note: str = "") -> None:
         context.progress(stage, done, total, note)
         layer_s = (time.perf_counter() - start) / done
         limit.check((len(students) * (total or done) - done) * layer_s, f"the layers of {len(students)} models alone")
 
-    replace(context, progress=progress).build(
-        "chosen", points[0].chosen, points[0].folder / MAIN, pruned=points[0].pruned
-    )
-    build_s = time.perf_counter() - start
-    return timetable(context, students, build_s=build_s, scores_s=scores_s, profile=plan.profile, limit=limit)
+    replace(context, progress=progress).build("chosen", points[0].chosen, folder, pruned=points[0].pruned)
+    return timetable(context, students, build_s=built_s(folder), scores_s=scores_s, profile=plan.profile, limit=limit)
 
 
 def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: dict[str, Any]) -> None:

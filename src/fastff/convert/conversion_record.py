@@ -167,6 +167,7 @@ def _layers(context: DistillContext, plan: Plan, point: Point) -> list[dict[str,
     """Per block: what stands there and why, and every option that was measured."""
     out = []
     for k, (options, description) in enumerate(zip(plan.options, point.chosen, strict=True)):
+        mine = standing(options, description, pruned=k in point.pruned)
         if description is not None:
             reason = "chosen"
         elif k in point.restored:
@@ -179,9 +180,10 @@ def _layers(context: DistillContext, plan: Plan, point: Point) -> list[dict[str,
             {
                 "block": k,
                 "description": description,
+                "kind": mine.kind,
                 "reason": reason,
                 "options": [asdict(option) for option in options],
-                "runner_up": runner_up(options, description),
+                "runner_up": runner_up(options, mine),
                 "unexplained": point.variants["chosen"]["unexplained"][k],
                 "best_selection_unexplained": best_selection_unexplained(context.teacher, k, context.captured[k]),
             }
@@ -189,8 +191,14 @@ def _layers(context: DistillContext, plan: Plan, point: Point) -> list[dict[str,
     return out
 
 
-def runner_up(options: Sequence[Option], description: dict[str, Any] | None) -> dict[str, Any] | None:
+def standing(options: Sequence[Option], description: dict[str, Any] | None, *, pruned: bool) -> Option:
+    """The option that a block has become: of those of one description, which a narrow and a pruned layer may share, the
+    pruned one or the other."""
+    alike = (o for o in options if o.description == description and (o.kind == "pruned") == pruned)
+    return options[0] if description is None else next(alike, options[0])
+
+
+def runner_up(options: Sequence[Option], mine: Option) -> dict[str, Any] | None:
     """The least damaging option of another kind that is not dense and spends no more work than what stands there."""
-    mine = next((option for option in options if option.description == description), options[0])
     others = [o for o in options if o.kind not in ("dense", mine.kind) and o.share <= mine.share * 1.02]
     return asdict(min(others, key=lambda option: option.loss_increase)) if others else None

@@ -74,7 +74,8 @@ def quality_rows(record: dict[str, Any]) -> list[list[str]]:
     beside = record.get("beside")
     if beside is not None:
         scores = [figure(score) for score in beside["scores"]] or [figure(None)] * len(metric_names(record))
-        rows.append([beside["model"], "", "", *scores, "", *(f"{ms:.1f}" for ms in beside["latency_ms"])])
+        times = ("too long" if ms is None else f"{ms:.1f}" for ms in beside["latency_ms"])
+        rows.append([beside["model"], "", "", *scores, "", *times])
     return rows
 
 
@@ -103,7 +104,9 @@ def layer_rows(record: dict[str, Any]) -> list[list[str]]:
     rows = []
     for layer in record["layers"]:
         dense, *others = layer["options"]
-        mine = next((o for o in others if o["description"] == layer["description"]), dense)
+        mine = next(
+            (o for o in others if (o["kind"], o["description"]) == (layer["kind"], layer["description"])), dense
+        )
         rows.append(
             [
                 str(layer["block"]),

@@ -14,6 +14,7 @@ from fastff.errors import CheckpointError
 from fastff.models.converted import load_tensors
 from fastff.models.families import family_of
 from fastff.models.kinds import AUTO, Kind, kind_of
+from fastff.text.positions import first_position
 
 
 def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
@@ -41,6 +42,14 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors, {missing[0]} among them")
     return dense.to(device).eval(), tokenizer, kind
+
+
+def longest_input(model: Any, tokenizer: Any, most: int) -> int:
+    """Tokens that the model takes, at most `most`."""
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", most)
+    positions -= first_position(config.model_type, getattr(config, "pad_token_id", None))
+    return int(min(most, positions, tokenizer.model_max_length))
 
 
 def _check_head(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastff.convert.distil import distil, use_masked_training
 from fastff.convert.distil_loss import distillation_loss
 from fastff.convert.student import build_student, describe_narrow, flops
 from fastff.errors import FileError
-from fastff.io import read_torch, write_torch
+from fastff.io import read_json, read_torch, reading, write_json, write_torch
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights, family_of
 from fastff.models.feedforward import ConvertedFeedforward
@@ -24,6 +25,7 @@ from fastff.models.kinds import Kind
 from fastff.report.progress import Progress, of_stage
 from fastff.text.examples import Examples
 
+DISTILLED, BUILD = "distil.pt", "build.json"
 Descriptions = Sequence[Mapping[str, Any] | None]
 
 
@@ -63,6 +65,7 @@ class DistillContext:
             student = make_converted(self.teacher, descriptions)
             use_masked_training(student.modules(), student.device.type == "cuda")
             return student, load(built, student)
+        start = time.perf_counter()
         student, unexplained = build_student(
             self.teacher,
             descriptions,
@@ -72,6 +75,7 @@ class DistillContext:
             progress=of_stage(self.progress, f"layers {name}"),
             pruned=range(len(descriptions)) if name == "pruned" else pruned,
         )
+        write_json(folder / BUILD, {"build_s": time.perf_counter() - start})
         facts = {"unexplained": unexplained, "before": self.quality(student)}
         save(built, student, facts)
         return student, facts
@@ -82,7 +86,7 @@ class DistillContext:
         """Build, distil in so many steps and evaluate one student, going on from what `folder` holds. Returns it and
         its figures."""
         student, facts = self.build(name, descriptions, folder, pruned=pruned)
-        saved = folder / "distil.pt"
+        saved = folder / DISTILLED
         state = load(saved, student) if saved.exists() else {"step": 0}
         if "after" not in state:
             distil(
@@ -182,6 +186,19 @@ def converted_blocks(model: Any) -> list[int]:
     family = family_of(model.config.model_type)
     slots = [family.slot_of(block) for block in family.blocks_of(model)]
     return [k for k, slot in enumerate(slots) if isinstance(slot, ConvertedFeedforward)]
+
+
+def built_s(folder: Path) -> float:
+    """Seconds that `build` took for the student of a folder; 0 where an earlier version did not say."""
+    path = folder / BUILD
+    return float(read_json(path, needs={"build_s": float})["build_s"]) if path.exists() else 0.0
+
+
+def steps_taken(folder: Path) -> int:
+    """Joint steps that the student of a folder has taken and keeps. Raises FileError."""
+    facts = earlier.renamed(read_torch(folder / DISTILLED, needs={"facts": dict}, device=torch.device("cpu"))["facts"])
+    with reading(folder / DISTILLED):
+        return int(facts["step"])
 
 
 def save(path: Path, student: Any, facts: dict[str, Any]) -> None:

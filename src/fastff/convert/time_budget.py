@@ -98,6 +98,11 @@ class Timetable:
         """Seconds from here to the end."""
         return self.steps * self.step_s + self.rest_s
 
+    def joint_s(self, taken: int) -> float:
+        """Seconds of the joint steps that are left after those that all students took; 0 where none was: they were
+        planned to fit."""
+        return (self.students * self.steps - taken) * self.step_s / self.students if taken else 0.0
+
     def __str__(self) -> str:
         return (
             f"about {duration(self.left_s)} left: {self.students} models, {self.steps} steps of "

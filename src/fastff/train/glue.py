@@ -8,6 +8,7 @@ Recipe of the paper (arXiv:2311.10770): lr 4e-5, 5 epochs (CoLA 15), batch 16, c
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import statistics
 import tempfile
@@ -32,7 +33,7 @@ from transformers import (
 from fastff import models
 from fastff.errors import FileError, TrainingError
 from fastff.inspect import conditional_layers
-from fastff.io import REMEDY, read_json, reading, write_json
+from fastff.io import REMEDY, digest, read_json, reading, write_json
 from fastff.machine import machine
 from fastff.report.progress import Progress, silent
 from fastff.text.positions import first_position
@@ -63,8 +64,23 @@ def glue(settings: GlueSettings, *, progress: Progress = silent) -> dict[str, An
 
 
 def claim(settings: GlueSettings) -> None:
-    """Make `out` the folder of this scoring. Raises TrainingError, naming each difference, if it is another's."""
-    claim_run(settings.out, settings.identity, lambda kept: {RENAMED_OPTIONS.get(k, k): v for k, v in kept.items()})
+    """Make `out` the folder of this scoring, of the model as it is now. Raises FileError, naming each difference, if it
+    is another's."""
+    content = {"model_sha256": content_of(Path(settings.model))}
+    # A scoring that an earlier version began says nothing of the content.
+    claim_run(
+        settings.out,
+        settings.identity | content,
+        lambda kept: content | {RENAMED_OPTIONS.get(k, k): v for k, v in kept.items()},
+    )
+
+
+def content_of(folder: Path) -> str | None:
+    """SHA-256 of a model directory's files, names and contents; None where it is a name on the hub."""
+    if not folder.is_dir():
+        return None
+    files = sorted(path for kind in ("*.safetensors", "*.bin", "*.json") for path in folder.glob(kind))
+    return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()
 
 
 def read_record(settings: GlueSettings, name: str, seed: int) -> dict[str, Any]:
