@@ -14,7 +14,7 @@ from convert_cases import random_dense, tiny
 from fastff.convert import distil
 from fastff.convert.distil import Recipe, all_of_one_length, parameter_groups, recording
 from fastff.convert.experts import balanced, central, fit_router, group_neurons, kept_share, mass_of
-from fastff.convert.initialise import features, initialise
+from fastff.convert.initialise import features, initialise, prune
 from fastff.convert.neurons import contribution, dense_forward
 from fastff.convert.student import dense_layers, describe_experts, describe_narrow, flops, stored_neurons
 from fastff.models import ConvertedFeedforward
@@ -113,6 +113,19 @@ def test_experts_begin_as_the_dense_layer_with_neurons_left_out(gated):
         assert (layer(x) - plain).abs().max() < 1e-4
 
 
+def test_experts_may_begin_as_the_dense_neurons_are():
+    """Only gates and what no leaf holds are new; the bias makes up for it on average."""
+    dense = random_dense(neurons=48, width=24)
+    description = describe_experts(dense, leaves=5, leaf_width=8, chosen=2, shared=8)
+    layer = ConvertedFeedforward(description, 24)
+    x = make_rows(600, 24, dtype=torch.float32)
+    prune(layer, dense, x)
+    own = {tuple(row.tolist()) for row in dense.w_out}
+    stored = torch.cat((layer.layer.w_out.flatten(0, 1), layer.shared.linear_out.weight.t()))
+    assert {tuple(row.tolist()) for row in stored} == own
+    assert (layer.eval()(x) - dense_forward(dense, x)).mean(0).abs().max() < 1e-4
+
+
 def test_experts_with_other_routers_are_refused():
     dense = random_dense(width=24)
     layer = ConvertedFeedforward({"kind": "paths", "depth": 2, "paths": 2, "leaf_width": 4}, 24)
@@ -131,6 +144,21 @@ def test_routers_learn_at_a_rate_of_their_own_and_hidden_states_are_a_warm_up_fo
     recipe = Recipe(steps=20, batch=1, hidden_share=0.1)
     assert [recipe.learns_hidden_states(step, "causal") for step in (0, 1, 2)] == [True, True, False]
     assert recipe.learns_hidden_states(19, "embedding")
+
+
+def test_the_decay_of_squared_gradients_is_the_recipes():
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, *args, **options):
+            seen.append(options["betas"])
+            super().__init__(*args, **options)
+
+    student, teacher, blocks = decoder_and_blocks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        distil.distil(student, teacher, blocks, Recipe(1, 2, beta2=0.999), kind="causal")
+    assert seen == [(0.9, 0.999)]
 
 
 def decoder_and_blocks():

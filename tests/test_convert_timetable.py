@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +15,10 @@ import torch
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
 from fastff import timing
 from fastff.convert import candidates, conversion, convert, distil, latency, time_budget
-from fastff.convert.choose_layers import LatencyProfile, Shape
-from fastff.convert.conversion_record import Point
+from fastff.convert.beside import Beside
+from fastff.convert.choose_layers import LatencyProfile, Option, Shape
+from fastff.convert.conversion_record import Point, runner_up, standing
+from fastff.convert.conversion_report import layer_rows
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
 from fastff.convert.latency import place_name, place_of
 from fastff.convert.quality import measures_of
@@ -363,3 +365,86 @@ def test_calls_that_are_very_slow_are_measured_once(monkeypatch):
     measured = latency._medians_us({"slow": slow}, 0.9, torch.device("cpu"))
     assert measured == {"slow": 60e6}
     assert len(calls) == 2
+
+
+class Killed(Exception):
+    """What ends a conversion at some point."""
+
+
+def killed_at(stage, done_):
+    def progress(what, done, *_):
+        if (what, done) == (stage, done_):
+            raise Killed
+
+    return progress
+
+
+def test_a_resumed_run_plans_its_steps_by_its_own_seconds(tokenizer, text, tmp_path, monkeypatch):
+    """Until joint steps were taken; the time for the first student's layers is that of when they were taught."""
+    seen = []
+
+    def timetable_of(context, students, *, build_s, **_):
+        seen.append(build_s)
+        return Timetable(len(students), 3 + 3 * len(seen), 1e-6, 0.0, 0.0)
+
+    monkeypatch.setattr(conversion, "timetable", timetable_of)
+    monkeypatch.setitem(distil.distil.__kwdefaults__, "checkpoint_every", 2)
+    settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=("narrow",), steps=99)
+    with pytest.raises(Killed):
+        convert(replace(settings, seconds=3600.0), progress=killed_at("distil chosen", 1))
+    with pytest.raises(Killed):
+        convert(replace(settings, seconds=1800.0), progress=killed_at("distil chosen", 5))
+    record = convert(replace(settings, seconds=900.0))
+    assert len(seen) == 2
+    assert seen[0] == seen[1] > 0
+    assert {variant["steps"] for variant in record["variants"].values()} == {9}
+
+
+def test_a_resumed_run_that_cannot_end_in_time_says_so(tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        conversion, "timetable", lambda _, students, **__: Timetable(len(students), 6, 2000.0, 0.0, 0.0)
+    )
+    monkeypatch.setitem(distil.distil.__kwdefaults__, "checkpoint_every", 2)
+    settings = settings_for(tmp_path, saved(tmp_path / "model", tokenizer), text, baselines=("narrow",))
+    with pytest.raises(Killed):
+        convert(settings, progress=killed_at("distil chosen", 5))
+    # Two models, six steps of 1,000 s each, of which four were taken and kept.
+    with pytest.raises(
+        ValueError, match=r"seconds 600 are too few: 8\d\d\d are needed for the joint steps that are left"
+    ):
+        convert(replace(settings, seconds=600.0))
+    assert convert(replace(settings, seconds=9000.0))["continued"]
+
+
+def test_a_pruned_layer_is_not_taken_for_a_narrow_one_of_its_width():
+    same = {"kind": "dense", "intermediate_size": 4, "activation": "gelu", "bias": True}
+    options = [
+        Option(None, 1.0, (9.0,)),
+        Option(same, 0.1, (1.0,), 0.2, 0.4, kind="narrow"),
+        Option(same, 0.1, (1.0,), 0.3, 0.2, kind="pruned"),
+        Option({"kind": "none"}, 0.0, (0.0,), 1.0, 9.0, kind="none"),
+    ]
+    kinds = [standing(options, same, pruned=pruned).kind for pruned in (False, True)]
+    assert kinds == ["narrow", "pruned"]
+    assert standing(options, None, pruned=True).kind == "dense"
+    assert runner_up(options, options[1])["kind"] == "pruned"
+    assert runner_up(options, options[2])["kind"] == "narrow"
+    layer = {"block": 0, "description": same, "kind": "pruned", "reason": "chosen", "unexplained": 0.3}
+    layer |= {"options": [asdict(option) for option in options], "runner_up": None, "best_selection_unexplained": {}}
+    (row,) = layer_rows({"layers": [layer]})
+    assert row[2] == "chosen: pruned"
+    assert row[5] == "0.2000"
+
+
+def test_a_model_beside_may_take_fewer_tokens(tokenizer, tmp_path):
+    saved(tmp_path / "short", tokenizer, max_position_embeddings=8)
+    table = tmp_path / "table.tsv"
+    rows = [f"{' '.join(WORDS[k : k + 12])}\t{' '.join(WORDS[k + 1 : k + 13])}\t{k}" for k in range(8)]
+    table.write_text("sentence1\tsentence2\tlabel\n" + "\n".join(rows) + "\n")
+    settings = settings_for(
+        tmp_path, "model", "text", tables=(table,), max_length=20, shapes=((1, 8), (1, 9)), timing_s=0.001
+    )
+    found = Beside.of(str(tmp_path / "short"), "embedding").figures(settings, tmp_path / "work")
+    assert len(found["scores"]) == 1
+    assert found["latency_ms"][0] > 0
+    assert found["latency_ms"][1] is None
