@@ -37,15 +37,33 @@ def decoder(*names: str) -> str:
             change = 100 * (statistics.mean(row["after"] for row in mine) / dense - 1)
             cells = [mine[0]["variant"], f"{100 * mine[0]['active']:.1f}", f"{len(mine)}"]
             cells += [f"{mine[0]['tokens'] / 1e6:.1f}"]
-            cells += [f"{100 * statistics.mean(share for row in mine for share in row['unexplained']):.0f}"]
+            cells += [f"{100 * statistics.mean(share or 0.0 for row in mine for share in row['unexplained']):.0f}"]
             cells += [f"{statistics.mean(row['before'] for row in mine):.1f}"]
             lines.append([*cells, f"{_spread([row['after'] for row in mine])}, {change:+.0f} %"])
     return markdown_table([*head, "perplexity"], lines)
 
 
-def decoder_growth() -> str:
+def decoder_rates(name: str) -> str:
+    """Short runs of equal tokens with other settings, the best of each kind of layer first."""
+    record = read(name)
+    options = {"lr": "lr", "lr_others": "lr of the rest", "lr_routers": "lr of routers", "beta2": "beta2"}
+    lines = [["dense (original)", "", *([""] * len(options)), "", f"{record['dense']:.2f}"]]
+    for row in sorted(record["variants"], key=lambda row: (-round(row["active"], 1), row["after"])):
+        given = [f"{row.get(option, record['settings'][option]):g}" for option in options]
+        line = [
+            row["variant"],
+            f"{row['tokens'] / 1e6:.1f}",
+            *given,
+            f"{row['curve'][0][1]:.2f}",
+            f"{row['after']:.2f}",
+        ]
+        lines.append(line)
+    return markdown_table(["feedforward", "tokens, million", *options.values(), "at half", "perplexity"], lines)
+
+
+def decoder_growth(name: str) -> str:
     """Perplexity on the way and at the end, the mean over seeds."""
-    record, lines = read("decoder-longer.json"), []
+    record, lines = read(name), []
     for mine in _by_variant(record):
         cells = [f"{statistics.mean(row['curve'][k][1] for row in mine):.2f}" for k in range(len(mine[0]["curve"]))]
         lines.append([mine[0]["variant"], *cells, f"{statistics.mean(row['after'] for row in mine):.2f}"])
@@ -201,7 +219,7 @@ def _command_times(variant: Row, dense: Row) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "convert-decoder": lambda: decoder("decoder-longer.json"),
-    "convert-decoder-growth": decoder_growth,
+    "convert-decoder-growth": lambda: decoder_growth("decoder-longer.json"),
     "convert-decoder-short": lambda: decoder("decoder-50.json", "decoder-25.json"),
     "convert-experts": lambda: minilm_of("minilm-experts.json"),
     "convert-minilm": minilm,
