@@ -11,7 +11,7 @@ from typing import Any
 from fastff.convert.student import describe_experts, describe_narrow, describe_tree
 from fastff.models.families import DenseWeights
 
-HARM = Path(__file__).parent / "decoder-harm.json"
+LOSS_INCREASE = Path(__file__).parent / "decoder-loss-increase.json"
 EXPERTS = {  # name: shared, leaves, leaf_width, chosen; at a share of the work, routing included, of 1536 neurons
     "experts-50-a": (256, 80, 16, 30),
     "experts-50-b": (512, 64, 16, 14),
@@ -51,27 +51,27 @@ def describe_all(dense: Sequence[DenseWeights], variant: str) -> list[Descriptio
     """What every layer becomes; None: it stays dense.
 
     FAMILY-SHARE-mixed is of as much work in all as FAMILY-SHARE, but layers keep all, half or a quarter of theirs, at a
-    quarter in all also an eighth, by the harm that HARM has of them. A last word `kept` says how layers begin, not what
+    quarter in all also an eighth, by the increase that LOSS_INCREASE has of them. A last word `kept` says how layers begin, not what
     they are."""
     name = variant.removesuffix("-kept")
     if not name.endswith("-mixed"):
         return [describe(layer, name) for layer in dense]
     family, share, _ = name.split("-")
-    harm = json.loads(HARM.read_text())["layers"]
-    kept = shares_of([{int(k): float(v) for k, v in row.items()} for row in harm], int(share))
+    increase = json.loads(LOSS_INCREASE.read_text())["layers"]
+    kept = shares_of([{int(k): float(v) for k, v in row.items()} for row in increase], int(share))
     return [
         None if part == 100 else describe(layer, f"{family}-{part}" + ("-b" if family == "experts" else ""))
         for layer, part in zip(dense, kept, strict=True)
     ]
 
 
-def shares_of(harm: Sequence[Mapping[int, float]], share: int) -> list[int]:
-    """A share of its work in percent for every layer, so that the harms sum least and the work is at most `share` of
-    all; none gets less than half of it. harm: of every layer, by share."""
+def shares_of(increase: Sequence[Mapping[int, float]], share: int) -> list[int]:
+    """A share of its work in percent for every layer, so that the increases sum least and the work is at most `share` of
+    all; none gets less than half of it. increase: of every layer, by share."""
     parts = {part: work for part, work in WORK.items() if 2 * work >= WORK[share]}
-    most = WORK[share] * len(harm)
+    most = WORK[share] * len(increase)
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for layer in harm:
+    for layer in increase:
         found: dict[int, tuple[float, list[int]]] = {}
         for spent, (total, chosen) in best.items():
             for part, work in parts.items():

@@ -1,8 +1,8 @@
 """How much a decoder's distribution changes when one of its feedforwards is made narrower, and no other.
 
-python experiments/convert/decoder_harm.py GGUF TRAIN.npy OUT.json
+python experiments/convert/decoder_loss_increase.py GGUF TRAIN.npy OUT.json
 
-A layer keeps the neurons that do most on 8,192 rows, or none; its outputs are their ridge regression. The harm is how
+A layer keeps the neurons that do most on 8,192 rows, or none; its outputs are their ridge regression. The loss increase is how
 far the model's distribution then is from the dense one's on 2,048 other tokens, in nats a token (divergence).
 `decoder_variants.py` shares out the work by it.
 """
@@ -102,13 +102,13 @@ def main() -> None:
     measured, rows = Measured(model, ids[:MEASURED]), rows_of(model, ids[MEASURED:])
     found = []
     for k, layer in enumerate(model.model.layers):
-        dense, harm = layer.mlp.forward, {}
+        dense, increase = layer.mlp.forward, {}
         for share, neurons in (*NARROW.items(), (0, 0)):
             layer.mlp.forward = narrower(layer.mlp, rows[k], neurons)
-            harm[str(share)] = measured.divergence(k)
+            increase[str(share)] = measured.divergence(k)
         layer.mlp.forward = dense
-        found.append(harm)
-        print(k, harm, flush=True)
+        found.append(increase)
+        print(k, increase, flush=True)
         args.out.write_text(json.dumps({"model": args.gguf.name, "layers": found}, indent=1) + "\n")
 
 
