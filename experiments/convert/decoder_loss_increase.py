@@ -2,8 +2,8 @@
 
 python experiments/convert/decoder_loss_increase.py GGUF TRAIN.npy OUT.json
 
-A layer keeps the neurons that do most on 8,192 rows, or none; its outputs are their ridge regression. The loss increase is how
-far the model's distribution then is from the dense one's on 2,048 other tokens, in nats a token (divergence).
+A layer keeps the neurons that do most on 8,192 rows, or none; its outputs are their ridge regression. The increase is
+how far the model's distribution then is from the dense one's on 2,048 other tokens, in nats a token (divergence).
 `decoder_variants.py` shares out the work by it.
 """
 

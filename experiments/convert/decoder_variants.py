@@ -51,7 +51,7 @@ def describe_all(dense: Sequence[DenseWeights], variant: str) -> list[Descriptio
     """What every layer becomes; None: it stays dense.
 
     FAMILY-SHARE-mixed is of as much work in all as FAMILY-SHARE, but layers keep all, half or a quarter of theirs, at a
-    quarter in all also an eighth, by the increase that LOSS_INCREASE has of them. A last word `kept` says how layers begin, not what
+    quarter in all also an eighth, by what LOSS_INCREASE has of them. A last word `kept` says how layers begin, not what
     they are."""
     name = variant.removesuffix("-kept")
     if not name.endswith("-mixed"):
@@ -66,8 +66,8 @@ def describe_all(dense: Sequence[DenseWeights], variant: str) -> list[Descriptio
 
 
 def shares_of(increase: Sequence[Mapping[int, float]], share: int) -> list[int]:
-    """A share of its work in percent for every layer, so that the increases sum least and the work is at most `share` of
-    all; none gets less than half of it. increase: of every layer, by share."""
+    """A share of its work in percent for every layer, of which they get at least half, so that the increases sum least
+    and the work is at most `share` of all. increase: of every layer, by share."""
     parts = {part: work for part, work in WORK.items() if 2 * work >= WORK[share]}
     most = WORK[share] * len(increase)
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
