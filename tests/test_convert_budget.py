@@ -17,6 +17,7 @@ from fastff.convert import candidates, convert, resources
 from fastff.convert.candidates import survey
 from fastff.convert.choose_layers import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
 from fastff.convert.conversion_settings import ConversionSettings, percent, shape, times
+from fastff.convert.distil import Recipe
 from fastff.convert.distill_context import DistillContext, converted_blocks
 from fastff.convert.student import dense_layers, fit_tree, flops, stored_neurons
 from fastff.errors import CheckpointError
@@ -91,10 +92,26 @@ def test_settings_out_of_range_are_refused(change):
         settings(**change)
 
 
+def test_decoders_have_rates_of_their_own():
+    causal, embedding = (settings().of_kind(kind).recipe for kind in ("causal", "embedding"))
+    assert (causal.lr, causal.lr_others, causal.lr_routers, causal.beta2) == (1.2e-3, 4e-4, 1e-4, 0.999)
+    assert embedding == replace(Recipe(settings().steps, 256), seed=settings().seed)
+    assert settings(lr=0.5).of_kind("causal").recipe.lr == 0.5
+
+
 def test_the_work_is_spent_where_it_matters():
     assert choose(settings(active=0.1), options((1, 2, 9), (1, 2, 3)), PROFILE) == [2, 2]
     assert choose(settings(active=0.15), options((0, 5, 90), (0, 2, 3)), PROFILE) == [1, 2]
     assert choose(settings(active=0.2), options((1, 2, 9), (1, 2, 3)), PROFILE) == [1, 1]
+
+
+def test_a_layer_that_matters_most_stays_dense_and_others_do_with_less():
+    tried = options((50, 60, 70), *[(0.1, 0.2, 0.3)] * 7)
+    picked = choose(settings(active=0.2), tried, PROFILE)
+    assert picked[0] == 0
+    spent = [block[k].share for block, k in zip(tried, picked, strict=True)]
+    assert sum(spent) <= 0.2 * 8
+    assert choose(settings(active=0.1), tried, PROFILE)[0] != 0  # for which the others cannot pay
 
 
 def test_a_layer_whose_trees_are_slower_stays_dense():

@@ -39,7 +39,7 @@ def decoder(*names: str) -> str:
             cells += [f"{mine[0]['tokens'] / 1e6:.1f}"]
             cells += [f"{100 * statistics.mean(share or 0.0 for row in mine for share in row['unexplained']):.0f}"]
             cells += [f"{statistics.mean(row['before'] for row in mine):.1f}"]
-            lines.append([*cells, f"{_spread([row['after'] for row in mine])}, {change:+.0f} %"])
+            lines.append([*cells, f"{_spread([row['after'] for row in mine])}, {change:+.1f} %"])
     return markdown_table([*head, "perplexity"], lines)
 
 
@@ -218,7 +218,9 @@ def _command_times(variant: Row, dense: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "convert-decoder": lambda: decoder("decoder-longer.json"),
+    "convert-decoder": lambda: decoder("decoder-mixed.json", "decoder-longer.json"),
+    "convert-decoder-mixed-growth": lambda: decoder_growth("decoder-mixed.json"),
+    "convert-decoder-rates": lambda: decoder_rates("decoder-rates.json"),
     "convert-decoder-growth": lambda: decoder_growth("decoder-longer.json"),
     "convert-decoder-short": lambda: decoder("decoder-50.json", "decoder-25.json"),
     "convert-experts": lambda: minilm_of("minilm-experts.json"),

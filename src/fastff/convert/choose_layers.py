@@ -179,9 +179,10 @@ def choose(settings: ConversionSettings, options: Sequence[Sequence[Option]], pr
     """Index of the option of each block: the least loss within the budget. Raises ValueError if nothing keeps it."""
     loss_increases = [[max(0.0, option.loss_increase) for option in block] for block in options]
     if settings.speedup is None:
-        paying = [[k for k in range(len(block)) if _pays(settings, block, k)] or [0] for block in options]
+        # A dense layer is a choice, too: others then do with less. Where nothing pays it is none, and costs nothing.
+        paying = [[0, *(k for k in range(1, len(block)) if pays(settings, block, k))] for block in options]
         work = [
-            [block[k].share - settings.share if k else 0.0 for k in ks]
+            [block[k].share - settings.share if len(ks) > 1 else 0.0 for k in ks]
             for block, ks in zip(options, paying, strict=True)
         ]
         found = _least_increase(work, [[h[k] for k in ks] for h, ks in zip(loss_increases, paying, strict=True)], 0.0)
@@ -202,10 +203,8 @@ def _part(times_us: Sequence[float], allowed_us: Sequence[float]) -> float:
     return max(t / a if a > 0 else np.inf for t, a in zip(times_us, allowed_us, strict=True))
 
 
-def _pays(settings: ConversionSettings, block: Sequence[Option], k: int) -> bool:
-    """Whether a candidate may stand in a block: it is no dense layer and not slower than it where rows are timed."""
-    if k == 0:
-        return False
+def pays(settings: ConversionSettings, block: Sequence[Option], k: int) -> bool:
+    """Whether a candidate may stand in a block: it is not slower than the dense layer where rows are timed."""
     pairs = zip(block[k].times_us, block[0].times_us, strict=True)
     return settings.keep_slow or all(new < dense for new, dense in pairs)
 

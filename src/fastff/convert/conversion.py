@@ -17,7 +17,7 @@ from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
 from fastff.convert.capture import capture
 from fastff.convert.choose_layers import choose, largest, shares_of
 from fastff.convert.conversion_record import ITS_TEXT, MAIN, Plan, Point, record_of
-from fastff.convert.conversion_settings import BATCH, ConversionSettings
+from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.dense_model import load_dense, longest_input
 from fastff.convert.distill_context import (
     DISTILLED,
@@ -67,7 +67,7 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
     other = None if settings.beside is None else Beside.of(settings.beside, kind)
     longest = longest_input(teacher, tokenizer, settings.max_length)
-    settings = replace(settings, batch=settings.batch or BATCH[kind], max_length=longest)
+    settings = replace(settings.of_kind(kind), max_length=longest)
     settings.out.mkdir(parents=True, exist_ok=True)
     with alone_in(settings.out, "converts into"):
         return _convert(settings, teacher, tokenizer, kind, other, limit, progress, say)

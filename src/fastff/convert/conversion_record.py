@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastff.convert.choose_layers import LatencyProfile, Option
+from fastff.convert.choose_layers import LatencyProfile, Option, pays
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distill_context import DistillContext, active_share, baseline
 from fastff.convert.engine_latency import ENGINES, EngineTimes
@@ -174,6 +174,10 @@ def _layers(context: DistillContext, plan: Plan, point: Point) -> list[dict[str,
             reason = "dense again: replaced, more than the allowed loss"
         elif len(options) > 1 and context.settings.speedup is not None:
             reason = "dense: the speedup is reached without it, and replaced it damages more than others"
+        elif context.settings.speedup is None and any(
+            pays(context.settings, options, n) for n in range(1, len(options))
+        ):
+            reason = "dense: replaced it damages more than others, which do with less"
         else:
             reason = "dense: every layer tried is slower here"
         out.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,9 @@ BASELINES = ("narrow", "pruned", "none")
 DEVICES = ("cpu", "cuda", "native", "openvino")
 # Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
 BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
+# Of a kind of model whose own were compared (experiments/convert/decoder-rates.json); other kinds have the recipe's.
+RATES: dict[Kind, dict[str, float]] = {"causal": {"lr": 1.2e-3, "lr_others": 4e-4, "lr_routers": 1e-4, "beta2": 0.999}}
+_RATES = ("lr", "lr_others", "lr_routers", "beta2")
 _HIDDEN = Parameter(parse=False)  # a field of the class that is no option
 _POSITIVE = ("rows", "layer_steps", "steps", "max_length", "max_tokens", "probe_rows")
 
@@ -110,11 +113,11 @@ class ConversionSettings:
     """Tokens of each measurement before the choice of layers."""
     timing_s: Annotated[float, _HIDDEN] = 0.15
     """Seconds of timing a layer; whole models get six times as long."""
-    # Of the joint distillation: see distil.Recipe.
-    lr: Annotated[float, _HIDDEN] = Recipe.lr
-    lr_others: Annotated[float, _HIDDEN] = Recipe.lr_others
-    lr_routers: Annotated[float, _HIDDEN] = Recipe.lr_routers
-    beta2: Annotated[float, _HIDDEN] = Recipe.beta2
+    # Of the joint distillation: see distil.Recipe. None: that of RATES for the kind of model, or the recipe's own.
+    lr: Annotated[float | None, _HIDDEN] = None
+    lr_others: Annotated[float | None, _HIDDEN] = None
+    lr_routers: Annotated[float | None, _HIDDEN] = None
+    beta2: Annotated[float | None, _HIDDEN] = None
     hidden_share: Annotated[float, _HIDDEN] = Recipe.hidden_share
     bf16: Annotated[bool, _HIDDEN] = Recipe.bf16
     routing_lr_scale: Annotated[float, _HIDDEN] = Recipe.routing_lr_scale
@@ -162,7 +165,14 @@ class ConversionSettings:
     @property
     def recipe(self) -> Recipe:
         """The joint distillation's part of this."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+        found = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return Recipe(**{name: value for name, value in found.items() if value is not None})
+
+    def of_kind(self, kind: Kind) -> ConversionSettings:
+        """With what is left open as it is best for a kind of model."""
+        own = RATES.get(kind, {})
+        rates = {name: own.get(name, getattr(Recipe, name)) for name in _RATES if getattr(self, name) is None}
+        return replace(self, batch=self.batch or BATCH[kind], **rates)
 
     @property
     def students(self) -> int:
