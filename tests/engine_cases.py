@@ -52,7 +52,7 @@ CONFIGS = {
     "llama-apart": lambda: LlamaConfig(**{**_SIZES, "tie_word_embeddings": False}, attention_bias=True, head_dim=24),
     "llama3-rotation": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3),
     "llama-long": lambda: LlamaConfig(
-        **{**_SIZES, "num_hidden_layers": 1, "num_key_value_heads": 1, "max_position_embeddings": 300}, head_dim=40
+        **{**_SIZES, "num_hidden_layers": 1, "num_key_value_heads": 1, "max_position_embeddings": 300}, head_dim=80
     ),
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=40, head_dim=16),
     "qwen2": lambda: Qwen2Config(**_SIZES),

@@ -441,6 +441,16 @@ def test_a_small_file_does_not_ask_for_large_tables_of_angles(tmp_path):
         NativeEncoder(tmp_path / "model")
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_scores_are_scaled_by_more_than_nothing(scale, tmp_path):
+    whole = (exported("llama")[2] / MODEL_FILE).read_bytes()
+    header = json.loads(whole[24 : 24 + int.from_bytes(whole[8:16], "little")])
+    header["model"]["score_scale"] = scale
+    rewritten(tmp_path / "model", whole, header)
+    with pytest.raises(FastffError, match=f"score_scale {scale:f} is not above 0"):
+        NativeModel(tmp_path / "model")
+
+
 FACTS = {
     "decoder": DecoderFacts([1, 2]),
     "encoder": EncoderFacts("mean", True, HeadFacts("first", [HeadLayer("tanh", None)], ["a"]), 7),

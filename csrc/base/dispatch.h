@@ -16,7 +16,7 @@ enum class Isa : int {
   avx2,
   avx512,
   avx512dot,  // with VNNI and BF16
-  amx,        // avx512dot with tiles of int8
+  amx,        // avx512dot with tiles of int8 and bf16
 #elif defined(__aarch64__)
   neon,
 #endif
@@ -25,7 +25,7 @@ enum class Isa : int {
 // The one in use: the best of this CPU, or the one that FASTFF_ISA names. Throws BadIsa at first use if that cannot run.
 Isa isa();
 const char* isa_name();
-bool has_tiles();  // the one in use has matrix tiles of int8
+bool has_tiles();  // the one in use has matrix tiles
 void set_isa(const char* name);  // throws BadIsa
 
 template <class Table, int tables>

@@ -23,6 +23,9 @@ inline void shape_tiles(const TileShapes& shapes) {
   _tile_loadconfig(&shapes);
 }
 
+// What was stored before is in memory where a tile is loaded: GCC does not see that loads of tiles read memory.
+inline void written_for_tiles() { asm volatile("" : : : "memory"); }
+
 // The calling thread's tiles have their shapes while one of these lives.
 class Tiles {
  public:

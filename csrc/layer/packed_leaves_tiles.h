@@ -66,6 +66,7 @@ class TiledItems {
   template <class Row>
   void add(const char* w, const char* next, const Row& y) const {
     alignas(kLineBytes) int32_t sums[4][kTiledItems][16];
+    written_for_tiles();
     _tile_zero(0);
     _tile_zero(1);
     _tile_loadd(6, w, kLineBytes);

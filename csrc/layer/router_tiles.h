@@ -89,6 +89,7 @@ class TiledRows {
 // product[j][r] of sixteen rows of x with the sixteen rows of weights of a panel.
 inline void panel_products(const char* w, const char* x, int64_t steps, float (*product)[kTileRows], FetchedAhead& ahead) {
   alignas(kLineBytes) int32_t sums[4][kTileRows][kTileRows];
+  written_for_tiles();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -40,6 +40,7 @@ struct AttentionCall {
   float* out;
   float scale;
 };
+
 inline HeadCache head_cache(const AttentionCall& call, int64_t head) {
   const CacheShape& s = call.shape;
   Half* keys = call.cache + (call.layer * s.heads + head) * s.head_numbers();
@@ -69,6 +70,7 @@ struct AttentionKernels {
   void (*store)(const HeadCache& cache, int64_t position, const float* key, const float* value);
   // Queries [begin, end).
   void (*attend)(const HeadQueries& queries, int64_t begin, int64_t end);
+  int64_t task_queries;  // that are better taken together
 };
 
 FASTFF_DECLARE_TILE_TABLES(AttentionKernels, attention);

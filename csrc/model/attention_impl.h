@@ -183,8 +183,8 @@ void attend_in_fp32(const HeadQueries& of, int64_t begin, int64_t end) {
 
 void attend_head(const HeadQueries& of, int64_t begin, int64_t end) {
 #ifdef __AMX_BF16__
-  // Keys and values are arranged for tiles at every token, which a single query is not worth. (The choice is by the model
-  // alone: other sums have other bits.)
+  // Keys and values are arranged for tiles at every token, which one query a key head is not worth. (The choice is by the
+  // model alone: other sums have other bits.)
   if (of.of_a_row() > 1) return attend_by_tiles(of, begin, end);
 #endif
   attend_in_fp32(of, begin, end);
@@ -192,6 +192,12 @@ void attend_head(const HeadQueries& of, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const AttentionKernels FASTFF_TABLE(attention) = {store_position, attend_head};
+#ifdef __AMX_BF16__
+constexpr int64_t kTaskQueries = kHeadTile;
+#else
+constexpr int64_t kTaskQueries = kMostQueries;
+#endif
+
+const AttentionKernels FASTFF_TABLE(attention) = {store_position, attend_head, kTaskQueries};
 
 }  // namespace fastff

@@ -3,13 +3,13 @@
 // A number is two of bfloat16: its upper bits and what is left of it. For keys and values in half precision that is exact,
 // for queries and weights it leaves out less than 2^-16 of them. A product is the sum of three: the upper parts, and one's
 // upper with the other's lower part. A query's bits depend neither on the queries beside it nor on how many come at once.
+// A key or value beyond half precision makes the queries that see it NaN, as it has no parts.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "isa/tiles.h"
 #include "layer/scratch.h"
@@ -19,8 +19,8 @@
 namespace fastff {
 namespace {
 
-constexpr int64_t kSpan = 128;                 // positions whose keys or values are arranged at once
-constexpr int64_t kMostRoomScores = 1 << 16;   // of the queries that are taken together
+constexpr int64_t kSpan = 128;                // positions whose keys or values are arranged at once
+constexpr int64_t kMostRoomScores = 1 << 16;  // of the queries that are taken together
 constexpr int64_t kFetchedAhead = 4096;       // numbers of a cache
 constexpr int64_t kTileNumbers = 16 * 2 * 16;  // of a tile: sixteen lines of sixteen pairs
 
@@ -39,10 +39,6 @@ struct QueryRoom {
   }
 };
 
-inline __m512 load_halves(const Half* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
 // Two rows of sixteen numbers that are half precision's as a line of pairs of each plane.
 inline void split_pair(__m512 x, __m512 y, uint16_t* upper, uint16_t* lower) {
   const auto bits = [](__m512 v) { return _mm512_castps_si512(v); };
@@ -60,10 +56,10 @@ inline void split_tile(const Half* from, int64_t stride, int64_t there, const Ha
   int64_t line = 0;
   for (; 2 * line + 2 <= std::min(there, kHeadDepth); ++line, from += 2 * stride) {
     __builtin_prefetch(ahead + line * 64, 0, 2);
-    split_pair(load_halves(from), load_halves(from + stride), to + line * 32, to + kTileNumbers + line * 32);
+    split_pair(Vec<float>::load(from), Vec<float>::load(from + stride), to + line * 32, to + kTileNumbers + line * 32);
   }
   for (; line < kHeadTile; ++line, from += 2 * stride)
-    split_pair(2 * line < there ? load_halves(from) : _mm512_setzero_ps(), _mm512_setzero_ps(), to + line * 32,
+    split_pair(2 * line < there ? Vec<float>::load(from) : _mm512_setzero_ps(), _mm512_setzero_ps(), to + line * 32,
                to + kTileNumbers + line * 32);
 }
 
@@ -76,15 +72,13 @@ inline void split_numbers(__m512 x, uint16_t* upper, uint16_t* lower) {
                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(x, of_upper))));
 }
 
-inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // The attention of queries [begin, end) of a head.
 class TileAttention {
  public:
   TileAttention(const HeadQueries& of, int64_t begin, int64_t end)
       : of_(of), cache_(head_cache(of.call, of.head)), begin_(begin), end_(end),
-        groups_((end - begin + kHeadTile - 1) / kHeadTile), filled_(padded(cache_.head_dim, kHeadDepth)),
-        positions_(padded(of.positions(end - 1), kHeadDepth)), width_(positions_ + kHeadDepth), room_(QueryRoom::local()) {}
+        groups_((end - begin + kHeadTile - 1) / kHeadTile), filled_(round_up(cache_.head_dim, kHeadDepth)),
+        positions_(round_up(of.positions(end - 1), kHeadDepth)), width_(positions_ + kHeadDepth), room_(QueryRoom::local()) {}
 
   void run() {
     room_.queries.at_least(groups_ * 2 * kHeadTile * filled_);
@@ -111,7 +105,7 @@ class TileAttention {
  private:
   int64_t group_count(int64_t g) const { return std::min(kHeadTile, end_ - begin_ - g * kHeadTile); }
   int64_t number(int64_t g, int64_t i) const { return begin_ + g * kHeadTile + i; }
-  int64_t group_width(int64_t g) const { return padded(of_.positions(number(g, group_count(g) - 1)), kHeadDepth); }
+  int64_t group_width(int64_t g) const { return round_up(of_.positions(number(g, group_count(g) - 1)), kHeadDepth); }
   uint16_t* queries(int64_t g) const { return room_.queries.data() + g * 2 * kHeadTile * filled_; }
   uint16_t* weights(int64_t g) const { return room_.weights.data() + g * 2 * kHeadTile * width_; }
   float* scores(int64_t g) const { return room_.scores.data() + g * kHeadTile * width_; }
@@ -149,6 +143,7 @@ class TileAttention {
 
   // Scores of a group at positions [at, end), thirty-two at a time.
   void score(int64_t g, int64_t at, int64_t end) {
+    written_for_tiles();
     const uint16_t *upper = queries(g), *lower = upper + kHeadTile * filled_, *keys = room_.tiles.data();
     const int64_t next = filled_ / kHeadDepth * 2 * kTileNumbers;  // sixteen positions
     for (int64_t t = at; t < end; t += kHeadDepth, keys += 2 * next) {
@@ -182,7 +177,7 @@ class TileAttention {
     uint16_t *upper = weights(g), *lower = upper + kHeadTile * width_;
     const int64_t width = group_width(g);
     for (int64_t i = 0; i < group_count(g); ++i, upper += width_, lower += width_) {
-      const int64_t positions = of_.positions(number(g, i)), whole = padded(positions, kBlock);
+      const int64_t positions = of_.positions(number(g, i)), whole = round_up(positions, kBlock);
       room_.inverse.data()[g * kHeadTile + i] = soften_query(scores(g) + i * width_, positions, upper, lower);
       std::fill(upper + whole, upper + width, uint16_t{0});
       std::fill(lower + whole, lower + width, uint16_t{0});
@@ -190,10 +185,8 @@ class TileAttention {
   }
 
   float soften_query(float* scores, int64_t positions, uint16_t* upper, uint16_t* lower) const {
-    const int64_t whole = padded(positions, kBlock);
-    for (int64_t i = positions; i < whole; ++i) scores[i] = -std::numeric_limits<float>::infinity();
-    const float factor = of_.call.scale * 1.44269504f, largest = largest_of(scores, whole);
-    for (int64_t i = 0; i < whole; ++i) scores[i] = power_of_two((scores[i] - largest) * factor);
+    const int64_t whole = round_up(positions, kBlock);
+    exponentials(scores, 0, positions, whole, of_.call.scale);
     for (int64_t i = positions; i < whole; ++i) scores[i] = 0;
     __m512 total = _mm512_setzero_ps();
     for (int64_t i = 0; i < whole; i += kBlock) {
@@ -218,6 +211,7 @@ class TileAttention {
   template <int N>
   void sum_columns(int64_t g, int64_t at, int64_t end, int64_t column) {
     if (at >= end) return;
+    written_for_tiles();
     const uint16_t *upper = weights(g), *lower = upper + kHeadTile * width_;
     const uint16_t* values = room_.tiles.data() + column / kHeadTile * 2 * kTileNumbers;
     float* to = sums(g) + column;

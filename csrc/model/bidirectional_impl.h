@@ -96,6 +96,7 @@ template <int N>
 inline void by_amx(const uint16_t* x, int64_t x_stride, const uint16_t* tiles, int64_t words, float* out,
                    int64_t out_stride) {
   const int64_t next = words * 2 * kHeadTile;
+  written_for_tiles();
   _tile_zero(0);
   if (N > 1) _tile_zero(1);
   if (N > 2) _tile_zero(2);
@@ -212,14 +213,19 @@ inline float largest_of(const float* x, int64_t n) {
   return lanes[0];
 }
 
-// exp((scores - largest) * scale) of scores [begin, end), as bfloat16, zeros for the others up to `filled`, a multiple of
-// 16; returns 1 / their sum. scale: above zero.
-inline float soften(float* scores, int64_t begin, int64_t end, int64_t filled, float scale, uint16_t* to) {
-  using V = Vec<float>;
+// exp((scores - largest) * scale) in the place of scores [begin, end), about 1e-38 in that of the others up to `filled`, a
+// multiple of 16. scale: above zero.
+inline void exponentials(float* scores, int64_t begin, int64_t end, int64_t filled, float scale) {
   for (int64_t i = 0; i < begin; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   for (int64_t i = end; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   const float factor = scale * 1.44269504f, largest = largest_of(scores, filled);
   for (int64_t i = 0; i < filled; ++i) scores[i] = power_of_two((scores[i] - largest) * factor);
+}
+
+// Those exponentials as bfloat16; returns 1 / their sum.
+inline float soften(float* scores, int64_t begin, int64_t end, int64_t filled, float scale, uint16_t* to) {
+  using V = Vec<float>;
+  exponentials(scores, begin, end, filled, scale);
   auto total = V::zero();
   for (int64_t i = 0; i < filled; i += V::width) total = V::add(total, V::load(scores + i));
   for (int64_t i = 0; i < filled; i += kHeadTile) to_bf16_lanes(scores + i, to + i);

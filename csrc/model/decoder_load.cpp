@@ -29,6 +29,7 @@ DecoderShape read_shape(const Json& model) {
   s.score_scale = finite(model, "score_scale");
   s.rotation_scale = finite(model, "rotation_scale");
   if (s.heads % s.key_heads) refuse("heads " + std::to_string(s.heads) + " is no multiple of key_heads");
+  if (!(s.score_scale > 0)) refuse("score_scale " + std::to_string(s.score_scale) + " is not above 0");
   if (s.rotated % 2) refuse("rotated " + std::to_string(s.rotated) + " is odd");
   return s;
 }

@@ -45,6 +45,7 @@ inline void shape_tiles(int64_t rows, int64_t depth, int64_t& shaped) {
 template <int B>
 inline void block_sums(const int8_t* x, int64_t stride, const int8_t* w, int64_t apart, int64_t tiles, FetchedAhead& ahead,
                        int32_t* sums, int64_t sums_stride) {
+  written_for_tiles();
   _tile_zero(0);
   _tile_zero(1);
   if (B > 1) _tile_zero(2);
@@ -231,6 +232,7 @@ class ExpertOutputs {
   template <int C>
   void sum(const int8_t* factors, const int8_t* w, int32_t* sums) {
     ahead_.step();
+    written_for_tiles();
     _tile_zero(0);
     if (C > 1) _tile_zero(1);
     if (C > 1) _tile_zero(2);

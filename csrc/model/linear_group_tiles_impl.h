@@ -150,8 +150,9 @@ class GroupWalk {
 
   void advance() {
     if (++group_ == end_) {
-      ++line_;
-      return begin_line();
+      if (++line_ < kGroupLines) begin_line();
+      else group_ = first_;
+      return;
     }
     of_.weights += Wide::kLineNumbers, of_.scales += Wide::kScales, ++of_.x_sums;
     of_.upper += group_inputs(form), of_.lower += group_inputs(form);
@@ -214,6 +215,7 @@ inline void group_tile_lines(const WidePanel<form>& panel, const GroupRows& x, i
   alignas(64) GroupTileSums even, odd;
   GroupWalk<form, planes> multiplied(panel, x, first, end), added(panel, x, first, end);
   __m512 total[kGroupTileRows];
+  written_for_tiles();
   load_totals(lines.place(0), lines.zero, total);
   const auto multiply_next = [&]<int parity>() {
     multiply_group<parity, planes>(multiplied.here());

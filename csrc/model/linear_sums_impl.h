@@ -84,6 +84,7 @@ constexpr int64_t kTileByteRows = 32, kTilesFromByteRows = 8;
 template <class Meanwhile>
 inline void tile_sums(const uint8_t* w, int64_t apart, const int8_t* x, int64_t stride, int64_t steps, int32_t* sums,
                       const Meanwhile& meanwhile) {
+  written_for_tiles();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
