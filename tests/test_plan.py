@@ -77,3 +77,26 @@ class TestFitting:
             triton_kernels.fitting(
                 plan.grouped_plan(TreeConfig(in_features=20, out_features=36, depth=9), 4096, 2), run
             )
+
+    def test_a_recording_has_nothing_of_the_tiles_that_did_not_fit(self, no_room, monkeypatch):
+        launch = pytest.importorskip("fastff.ops.triton_kernels.launch", reason="the package triton")
+        monkeypatch.setattr(launch, "_may_launch_directly", lambda: False)  # there is no GPU
+        chosen = plan.grouped_plan(TreeConfig(in_features=28, out_features=36, depth=7), 2048, 2)
+        done = []
+
+        def run(x, tiles):
+            made = launch.new(x, 3)
+            launch.apply(lambda to, of: (done.append(tiles.stages), to.copy_(of)), made, x)
+            if tiles.stages > 1:
+                raise no_room(300000, 232448, "shared memory")
+            return (made,)
+
+        def layer(x):
+            return triton_kernels.fitting(chosen, lambda fitted: run(x, fitted.tiles))
+
+        for value in (1.0, 2.0):
+            (y,) = launch.replay("a layer that does not fit at once", layer, torch.full((3,), value))
+            assert y.tolist() == [value] * 3
+        assert chosen.tiles.stages > 1
+        assert done[-2:] == [1, 1], "the second call repeats what fitted"
+        assert done.count(1) == 2

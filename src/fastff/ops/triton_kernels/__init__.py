@@ -163,12 +163,13 @@ def fitting(chosen: Any, run: Callable[[Any], _Result]) -> _Result:
     """Run with a plan whose tiles fit this device's shared memory: plans are made for one with 227 KiB a block."""
     from triton.runtime.errors import OutOfResources
 
+    from fastff.ops.triton_kernels.launch import attempt
     from fastff.ops.triton_kernels.plan import smaller
 
     fitted = _fitted.get(chosen, chosen)
     while True:
         try:
-            result = run(fitted)
+            result = attempt(functools.partial(run, fitted))
         except OutOfResources:
             fitted = smaller(fitted)
             if fitted is None:

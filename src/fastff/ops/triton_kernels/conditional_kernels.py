@@ -1,6 +1,7 @@
 """The kernels of conditional products and what launches them. Shapes as in ops.conditional_reference.
 
-All pairs of a row and one of its leaves are sorted by leaf, in blocks of rows whose x stays in the second-level cache.
+All pairs of a row and one of its leaves are sorted by leaf, in blocks of rows whose x stays in the second-level cache;
+where pairs are few, every program looks up those of its own leaf instead.
 One kernel takes tiles of them from x to outputs, another from grad_y to gradients of x: every pair's output apart. What
 a row's pairs gave is added in float32, in the order of its slots: sums have one order and need no atomics.
 """
@@ -96,7 +97,7 @@ def _add_parts_of_gates(d_gate: Tensor, parts: Tensor) -> None:
 
 
 def _group(leaf: Tensor, leaves: int, plan: Plan) -> Groups:
-    """All pairs sorted by leaf, block by block."""
+    """All pairs by leaf: sorted, block by block, or to be looked up if they are few."""
     return group_pairs(leaf, level=max(1, (leaves - 1).bit_length()), tile=plan.tiles.rows, blocks=plan.blocks)
 
 

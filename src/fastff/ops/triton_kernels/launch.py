@@ -19,13 +19,15 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 from fastff.ops.triton_kernels.plan import ceil_div
+
+Result = TypeVar("Result")
 
 MOST_RECORDED = 512  # passes; the number of rows is part of a key, and may change with every call
 ALIGNMENT = 512  # bytes between temporaries: that of torch's own allocations on a GPU
@@ -52,6 +54,18 @@ def apply(function: Callable[..., object], *tensors: Tensor) -> None:
     function(*tensors)
     if _local.tape is not None:
         _local.tape.ran(function, tensors)
+
+
+def attempt(function: Callable[[], Result]) -> Result:
+    """What the function gives; if it raises, a recording forgets what it did, so that another way can be tried."""
+    tape = _local.tape
+    before = tape.place() if tape is not None else (0, 0)
+    try:
+        return function()
+    except BaseException:
+        if tape is not None:
+            tape.back_to(before)
+        raise
 
 
 def replay(key: Hashable, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -123,6 +137,14 @@ class _Tape:
 
     def ran(self, call: Callable[..., object], operands: Iterable[Any]) -> None:
         self.steps.append((call, tuple(_Number(self.number(o)) if isinstance(o, Tensor) else o for o in operands)))
+
+    def place(self) -> tuple[int, int]:
+        return len(self.tensors), len(self.steps)
+
+    def back_to(self, place: tuple[int, int]) -> None:
+        tensors, steps = place
+        del self.tensors[tensors:], self.steps[steps:]
+        self._numbers = {identity: number for identity, number in self._numbers.items() if number < tensors}
 
     def number(self, tensor: Tensor) -> int:
         return self._numbers[id(tensor)]

@@ -76,7 +76,8 @@ def route_backward(
             grad_gate, leaf, chosen, grad_score, rows, TREES=trees, COLUMNS=columns, PADDED=padded,
             WIDTH=width, DEPTH=columns.bit_length() if paths else 0, K=k, SLOTS=power_of_two(k), BM=height, num_warps=4,
         )  # fmt: skip
-    flat = functional.pad(weight, (0, 0, 0, padded - columns)).reshape(trees * padded, -1)
+    flat = weight if padded == columns else functional.pad(weight, (0, 0, 0, padded - columns))  # which copies
+    flat = flat.reshape(trees * padded, -1)
     grad_weight = (grad_score.T @ x).view(trees, padded, -1)[:, :columns].reshape(weight.shape)
     if not biased:
         return grad_score @ flat, grad_weight, x.new_empty(0)
