@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastff.models as fastff_models
-from encoder_cases import FLAT, TREES, bert, random_model
+from encoder_cases import FLAT, TREES, bert, random_model, roberta
 from fastff.cli import run
 from fastff.errors import CheckpointError, FastffError
 from fastff.explore import ExploreSettings, explorer_page
@@ -58,6 +58,12 @@ def test_long_texts_pass_in_windows_and_are_cut_where_the_limit_says(model):
     found = explored(model, tokenizer(), "small", ["w1 " * 250, "w2"], max_tokens=230)
     assert [len(text.pieces) for text in found.texts] == [230]  # in windows of the model's 100 positions
     assert found.left_out == 22 + 3
+
+
+def test_windows_of_a_model_whose_positions_begin_after_the_padding():
+    model = random_model(lambda: fastff_models.make_converted(roberta(), [TREES, FLAT]))
+    found = explored(model, tokenizer(), "small", ["w1 " * 110], max_tokens=112)  # two beyond a window of 100
+    assert [len(text.pieces) for text in found.texts] == [112]
 
 
 def test_models_and_texts_with_nothing_to_show(model):
