@@ -14,7 +14,7 @@ from fastff.errors import CheckpointError
 from fastff.models.converted import load_tensors
 from fastff.models.families import family_of
 from fastff.models.kinds import AUTO, Kind, kind_of
-from fastff.text.positions import first_position
+from fastff.text.positions import token_positions
 
 
 def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
@@ -46,10 +46,7 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
 
 def longest_input(model: Any, tokenizer: Any, most: int) -> int:
     """Tokens that the model takes, at most `most`."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", most)
-    positions -= first_position(config.model_type, getattr(config, "pad_token_id", None))
-    return int(min(most, positions, tokenizer.model_max_length))
+    return int(min(most, token_positions(model.config, most), tokenizer.model_max_length))
 
 
 def _check_head(config: Any) -> None:

@@ -16,7 +16,7 @@ from fastff.errors import CheckpointError, FastffError
 from fastff.inspect import routed_layers
 from fastff.layers import FFF
 from fastff.routers import Router
-from fastff.text.positions import first_position
+from fastff.text.positions import token_positions
 
 _WINDOW = 512  # tokens that pass the model at once, if it has as many positions
 
@@ -111,9 +111,7 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
 
 
 def _windows(ids: Sequence[int], config: Any) -> Iterator[Tensor]:
-    length = _WINDOW
-    if positions := getattr(config, "max_position_embeddings", None):
-        length = min(length, positions - first_position(config.model_type, getattr(config, "pad_token_id", None)))
+    length = min(_WINDOW, token_positions(config, _WINDOW))
     for first in range(0, len(ids), length):
         yield torch.tensor(ids[first : first + length])
 

@@ -36,7 +36,7 @@ from fastff.inspect import conditional_layers
 from fastff.io import REMEDY, digest, read_json, reading, write_json
 from fastff.machine import machine
 from fastff.report.progress import Progress, silent
-from fastff.text.positions import first_position
+from fastff.text.positions import token_positions
 from fastff.text.tokenizer import load_tokenizer
 from fastff.train import tasks
 from fastff.train.glue_settings import RENAMED_OPTIONS, GlueSettings
@@ -123,8 +123,7 @@ def fine_tune(
     """One seed of one task: scores and predictions by dev split, and the training loss in ten parts ("curve")."""
     set_seed(seed)
     model, tokenizer = load_model(settings, task)
-    config = model.config
-    longest = config.max_position_embeddings - first_position(config.model_type, config.pad_token_id)
+    longest = token_positions(model.config, tokenizer.model_max_length)
     takes = inspect.signature(model.forward).parameters
     encoded, cut = encode(tokenizer, train, longest, takes)
     with tempfile.TemporaryDirectory() as folder:
