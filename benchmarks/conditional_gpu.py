@@ -2,6 +2,8 @@
 
 python benchmarks/conditional_gpu.py --out benchmarks/results/<gpu> [--only 65536:forward]
 
+With --only, what the file holds of other rows and directions stays, if it is of the same GPU and versions.
+
 At width 768 every layer stores 3,072 SwiGLU neurons or less and uses 96 for a row, routing included in its time; the
 dense layer has 2,048 SwiGLU neurons. bf16, all compiled with torch.compile and replayed as CUDA graphs, in turn, the
 second-level cache flushed before every call. Outputs, routes and gradients of 512 of the rows are checked against
@@ -206,6 +208,15 @@ def all_processes(asked: list[str], turn: Path) -> list[dict[str, Any]]:
     return [cell for only in asked for cell in read_json(turn / f"{only}.json", needs={"cells": list})["cells"]]
 
 
+def merged(before: dict[str, Any], cells: list[dict[str, Any]], machine: dict[str, str]) -> list[dict[str, Any]]:
+    """The cells of a former record and these, which replace those of the same rows and direction. Raises RuntimeError
+    where the record is of another machine."""
+    if before["cells"] and any(before[name] != value for name, value in machine.items()):
+        raise RuntimeError(f"the record is of {[before[name] for name in machine]}, not of {list(machine.values())}")
+    made = {(cell["rows"], cell["training"]) for cell in cells}
+    return [cell for cell in before["cells"] if (cell["rows"], cell["training"]) not in made] + cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of conditional.json")
@@ -218,11 +229,10 @@ def main() -> None:
     asked = options.only or [f"{rows}:{way}" for rows in STUDIES for way in WAYS]
     with tempfile.TemporaryDirectory() as turn:
         cells = all_processes(asked, Path(turn))
-    record = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "dtype": "bf16",
-        "cells": cells,
-    }  # fmt: skip
-    write_json(options.out / "conditional.json", record)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    path = options.out / "conditional.json"
+    before = read_json(path, needs={"cells": list}) if options.only and path.is_file() else {"cells": []}
+    write_json(path, {**machine, "dtype": "bf16", "cells": merged(before, cells, machine)})
     return None
 
 

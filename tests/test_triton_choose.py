@@ -36,6 +36,18 @@ def test_the_best_leaves(rows, count, k, balanced):
     assert torch.equal(load, plain.histogram(want, count))
 
 
+def test_without_balance_scores_whose_sigmoids_are_1_keep_their_order():
+    score = torch.tensor([[18.0, 40.0, 25.0]], device=DEVICE)
+    assert choose_ops.best(score, None, 1)[0].item() == plain.best(plain.preference(score, None), 1).item() == 1
+    assert choose_ops.beam(score.view(1, 1, 3), None, 1)[0].item() == plain.beam(score.view(1, 1, 3), 1, None).leaf == 3
+    x, weight = (
+        score.T.contiguous(),
+        torch.ones(4, 1, device=DEVICE) * torch.tensor([[0.5], [0.9], [1.0], [0.8]], device=DEVICE),
+    )
+    leaf, _, _ = choose_ops.route(x, weight, None, None, 1, counted=True)
+    assert leaf.flatten().tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize(
     ("rows", "trees", "depth", "k"), [(21, 1, 5, 4), (7, 3, 3, 2), (6, 2, 3, 8), (4, 1, 1, 2), (9, 1, 0, 1)]
@@ -108,13 +120,14 @@ def test_wide_steps_route_as_narrow_ones(shape, monkeypatch):
     """Where a program has memory for them, the products of few rows take more features at once."""
     x, weight = normal(9, 300).half(), (normal(*shape, 300, seed=3) / 300**0.5).half()
     steps, found = [], []
-    for memory in (0, 2**18):
+    for memory in (0, 2**12, 2**18):
         monkeypatch.setattr(router_kernels, "_shared_memory", lambda _, memory=memory: memory)
-        steps.append(router_kernels.step(x, 64))
+        steps.append(router_kernels.steps(x, 64))
         found.append(choose_ops.route(x, weight, None, None, 3, counted=True))
-    assert steps == [64, 256]
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1])
+    assert steps == [(64, 3), (64, 1), (256, 3)]  # with little memory fewer steps are in flight
+    for leaf, gate, _ in found[1:]:
+        assert torch.equal(leaf, found[0][0])
+        torch.testing.assert_close(gate, found[0][1])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy

@@ -31,10 +31,8 @@ import pyarrow.parquet as pq
 from carry import restore
 from transformers import AutoTokenizer
 
+from fastff.experiment.pack_tokens import unpack
 from tables import command_table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "runs"))
-from pack_tokens import unpack
 
 TABLES = ("STS-B/dev.parquet", "STS-B/test.parquet", "SICK/test.parquet")
 PRETRAIN = "--preset small --precision bf16 --compile --batch 256 --micro-batch 256 --ramp 0 --seconds 60"

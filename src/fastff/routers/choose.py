@@ -30,9 +30,10 @@ def best(value: Tensor, k: int) -> Tensor:
 
 
 def preference(score: Tensor, balance: Tensor | None) -> Tensor:
-    """What selection compares: the sigmoid of a score plus the balance, which no gate sees."""
-    likely = score.detach().sigmoid()
-    return likely if balance is None else likely + balance
+    """What selection compares: the sigmoid of a score plus the balance, which no gate sees; without balance the score
+    itself, which has the order of its sigmoid and, unlike it, does not reach 1 at 17."""
+    score = score.detach()
+    return score if balance is None else score.sigmoid() + balance
 
 
 def normalised(score: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ HIGHEST = 128  # rows that one program holds at most
 def best(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """leaf (rows, k) int64, ascending, and load (candidates,) int64: how many rows chose each.
 
-    score: (rows, candidates) float32; balance: (candidates,) float32 or None. Compares sigmoid(score) + balance.
+    score: (rows, candidates) float32; balance: (candidates,) float32 or None. Compares sigmoid(score) + balance, or
+    the score where there is none.
     """
     score = score.contiguous()
     rows, count = score.shape
@@ -110,9 +111,9 @@ def _best_kernel(
     c = tl.arange(0, WIDTH)
     at = score_ptr + row[:, None] * COUNT + c[None, :]
     score = tl.load(at, mask=there[:, None] & (c < COUNT)[None, :], other=0.0)
-    value = sigmoid(score)
+    value = score
     if balance_ptr is not None:
-        value += tl.load(balance_ptr + c, mask=c < COUNT, other=0.0)[None, :]
+        value = sigmoid(score) + tl.load(balance_ptr + c, mask=c < COUNT, other=0.0)[None, :]
     candidate = (c < COUNT).to(tl.int32)[None, :] + tl.zeros((BM, WIDTH), tl.int32)
     taken = _take(value, candidate, WIDTH, K)
     _store(taken, leaf_ptr + row * K, there, K, WIDTH)
@@ -141,10 +142,10 @@ def walk(score_ptr, balance_ptr, load_ptr, there, tree, DEPTH: tl.constexpr, K: 
         total = _children(total - score, total + score, BM, 1 << level)
         kept = _children(kept, kept, BM, 1 << level)
         if (2 << level) > K:
-            value = sigmoid(total)
+            value = total
             if balance_ptr is not None:
                 heap = tree * (2 * nodes + 1) + (2 << level) - 1 + tl.arange(0, 2 << level)
-                value += tl.load(balance_ptr + heap)[None, :]
+                value = sigmoid(total) + tl.load(balance_ptr + heap)[None, :]
             kept = _take(value, kept, 2 << level, K)
         if load_ptr is not None:
             count(kept, load_ptr + (2 << level) - 1, there, 2 << level, 2 << level)

@@ -49,12 +49,13 @@ def route(
     height, warps = tile(rows, max(width, leaves), paths)
     # A beam reads the scores of a level at a time, which registers cannot give: they go through the cache.
     scores = torch.empty(rows, trees, columns, dtype=torch.float32, device=x.device) if paths else None
+    features, stages = steps(x, height + width)
     with on_device(x):
         _route_kernel[(ceil_div(rows, height), trees)](
             x, weight, bias, balance, leaf, gate, chosen, load if counted else None, scores, rows,
             D=x.shape[1], TREES=trees, COLUMNS=columns, WIDTH=width, DEPTH=columns.bit_length() if paths else 0, K=k,
-            SLOTS=power_of_two(k), BM=height, BK=min(step(x, height + width), max(16, power_of_two(x.shape[1]))),
-            PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=STAGES,
+            SLOTS=power_of_two(k), BM=height, BK=min(features, max(16, power_of_two(x.shape[1]))),
+            PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return leaf, gate, chosen, load
 
@@ -85,16 +86,18 @@ def route_backward(
     return grad_score @ flat, grad_weight, grad_bias
 
 
-def step(x: Tensor, lines: int) -> int:
-    """Features that a product takes at once, of so many rows of x and of the weight. Few rows wait for memory: they ask
-    for all that fits at once."""
-    few = x.shape[0] <= FEW and x.itemsize == 2 and lines * WIDE * STAGES <= _shared_memory(x.device)
-    return (WIDE if few else NARROW) // x.itemsize
+def steps(x: Tensor, lines: int) -> tuple[int, int]:
+    """Features that a product takes at once, of so many rows of x and of the weight, and how many such steps are in
+    flight. Few rows wait for memory: they ask for all that fits at once."""
+    room = _shared_memory(x.device)
+    few = x.shape[0] <= FEW and x.itemsize == 2 and lines * WIDE * STAGES <= room
+    stages = STAGES if room == 0 else max(1, min(STAGES, room // (lines * NARROW)))
+    return (WIDE if few else NARROW) // x.itemsize, stages
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
+    """Bytes that a program may have; 0 where kernels are interpreted."""
     if device.type != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -184,9 +187,9 @@ def _route_kernel(
         score += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
     item = row * TREES + tree
     if DEPTH == 0:
-        value = sigmoid(score)
+        value = score
         if balance_ptr is not None:
-            value += tl.load(balance_ptr + c, mask=c < COLUMNS, other=0.0)[None, :]
+            value = sigmoid(score) + tl.load(balance_ptr + c, mask=c < COLUMNS, other=0.0)[None, :]
         value = tl.where(value > LEAST, value, LEAST)  # NaN loses, against all but its like
         value = tl.where((c < COLUMNS)[None, :], value, float("-inf"))
         column, chosen, value = _pick(value, score, BM, WIDTH, K, SLOTS)
