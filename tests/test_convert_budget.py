@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import candidates, convert, resources
+from fastff.convert import candidates, convert, distill_context, resources
 from fastff.convert.candidates import survey
 from fastff.convert.choose_layers import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
 from fastff.convert.conversion_settings import ConversionSettings, percent, shape, times
@@ -226,6 +226,27 @@ def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkey
     assert record["variants"]["chosen"]["after"] == 79.5
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert torch.equal(dense_layers_of(loaded, 1), dense_layers(tiny())[1].w_in)
+
+
+def test_how_many_layers_go_back_is_found_by_halving(monkeypatch):
+    """Of eight, the last are the most damaging and five must go back; a student is here the blocks that it got back."""
+    monkeypatch.setattr(distill_context, "restore", lambda _, __, blocks: tuple(blocks))
+    monkeypatch.setattr(distill_context, "converted_blocks", lambda _: list(range(8)))
+    monkeypatch.setattr(DistillContext, "held_out_loss", lambda _, student: -student[0])
+    measured = []
+
+    def quality(student):
+        measured.append(len(student))
+        return 80.0 if len(student) >= 5 else 40.0 + len(student)
+
+    asked = SimpleNamespace(max_loss=0.01)
+    context = DistillContext(asked, "embedding", None, (), (), (), quality, {"other": len}, lambda *_: None)
+    student, facts, restored = context.keep_loss((), {"after": 40.0}, before=80.0)
+    assert restored == [7, 6, 5, 4, 3]
+    assert student == tuple(restored)
+    assert facts == {"after": 80.0, "held_out_loss": -7, "further": {"other": 5}}
+    assert measured == [7, 3, 5, 4]
+    assert context.keep_loss((), {"after": 79.5}, before=80.0)[2] == []
 
 
 def id_of_converted(block):

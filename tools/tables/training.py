@@ -216,6 +216,7 @@ RANKED = plan_tables("routers-50m", **{"routers-50m": "causal", "routers-50m-ann
 ANNEALED = plan_tables("1x11-300m", **{"1x11-300m": "causal", "1x11-300m-annealing": "annealing"})
 MINI = plan_tables("mini-300m", **{"mini-300m": "causal"})
 LONG_MASKED = plan_tables("masked-524m", **{"524m-masked": "masked", "524m-start": "start"})
+EXPERTS_MASKED = plan_tables("masked-170m", **{"170m-masked": "masked", "170m-start": "start"})
 GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-masked": "masked"})
 RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
 
@@ -275,6 +276,11 @@ STUDIES: dict[str, dict[str, Table]] = {
         "glue": partial(glue, "masked-524m"),
         "glue-seed-1": partial(glue, "masked-524m", "glue-seed-1"),
     },
+    "masked-170m": {
+        **without(EXPERTS_MASKED, "left-out", "routing"),
+        "glue": partial(glue, "masked-170m"),
+        "glue-seed-1": partial(glue, "masked-170m", "glue-seed-1"),
+    },
     "tiny-causal": without(TINY, "left-out"),
     "tiny-1x11": without(PUBLISHED, "left-out"),
     "tiny-1x11-long": without(PUBLISHED_LONG, "left-out"),
@@ -290,6 +296,7 @@ QUALITY: dict[str, Table] = {
     "300m-causal": LONG["300m-causal"],
     "routers-300m": ROUTERS["routers-300m"],
     "frontier": frontier_table,
+    "170m-masked": EXPERTS_MASKED["170m-masked"],
     "524m-masked": LONG_MASKED["524m-masked"],
     "524m-retention": RETENTION,
     "backends": backends,

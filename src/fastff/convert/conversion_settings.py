@@ -81,7 +81,8 @@ class ConversionSettings:
     speedup: Annotated[float | None, _written(times)] = None
     """Instead of --active: how many times faster the whole model must become, at every one of the shapes, like 2x."""
     max_loss: Annotated[float | None, _written(percent)] = None
-    """Largest relative loss of the metric, like 1%. Restores the most damaging layers to dense until it is kept."""
+    """Largest relative loss of the metric, like 1%. Gives the most damaging blocks back to the dense model until it is
+    kept."""
     curve: Annotated[tuple[float, ...], _list_of(percent)] = ()
     """Further shares of the work to convert at, for the report's curve, like 3%,25%."""
     shapes: Annotated[tuple[tuple[int, int], ...], _list_of(shape)] = ((1, 128), (32, 128))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,32 +121,46 @@ class DistillContext:
         return sum(losses) / len(losses)
 
     def keep_loss(self, student: Any, facts: dict[str, Any], before: float) -> tuple[Any, dict[str, Any], list[int]]:
-        """Restore layers to dense, the most damaging first, until the metric, which was `before`, loses at most
-        `settings.max_loss`.
+        """Give blocks back to the dense model, the most damaging first, until the metric, which was `before`, loses at
+        most `settings.max_loss`.
 
-        The most damaging is the one without which the held-out loss is least. Returns the student, its figures, and the
-        restored blocks. Raises ValueError, naming the least loss, if not even one replaced layer keeps it."""
+        The most damaging is the one without which, it alone given back, the held-out loss is least. How many go back is
+        found by halving: fewer do not suffice. Returns the student, its figures, and the restored blocks. Raises
+        ValueError, naming the least loss, if not even one replaced layer keeps it."""
         allowed = self.settings.max_loss
         assert allowed is not None
-        restored: list[int] = []
-        after, least = float(facts["after"]), float("inf")
-        while not (loss := relative_loss(before, after, self.kind)) <= allowed:  # nor where it is NaN
-            least = min(least, loss)
-            left = converted_blocks(student)
-            if len(left) < 2:
+        least = relative_loss(before, float(facts["after"]), self.kind)
+        if least <= allowed:
+            return student, facts, []
+        order = self._most_damaging_first(student)
+        few, many, found = 0, len(order) - 1, None
+        while found is None or many - few > 1:
+            count = many if found is None else (few + many) // 2
+            candidate = restore(student, self.teacher, order[:count]) if count else student
+            after = float(self.quality(candidate) or 0.0)
+            loss = relative_loss(before, after, self.kind)
+            self.progress("restored", count, len(order))
+            least = loss if math.isnan(least) else min(least, loss)
+            if loss <= allowed:  # not where it is NaN
+                many, found = count, (candidate, after)
+            elif found is None:
                 raise ValueError(
                     f"max_loss {allowed:.2%} cannot be kept: the least loss with a replaced layer is {least:.2%}"
                 )
-            losses = {block: self.held_out_loss(restore(student, self.teacher, block)) for block in left}
-            worst = min(losses, key=lambda block: losses[block])
-            student = restore(student, self.teacher, worst)
-            restored.append(worst)
-            after = float(self.quality(student) or 0.0)
-            facts = {**facts, "after": after, "held_out_loss": losses[worst]}
-            self.progress("restored", len(restored), len(restored) + len(left) - 2)
-        if restored:
-            facts = {**facts, "further": self.others(student)}
-        return student, facts, restored
+            else:
+                few = count
+        student, after = found
+        facts = {**facts, "after": after, "held_out_loss": self.held_out_loss(student), "further": self.others(student)}
+        return student, facts, order[:many]
+
+    def _most_damaging_first(self, student: Any) -> list[int]:
+        """The replaced blocks by the held-out loss with that block alone given back."""
+        left = converted_blocks(student)
+        losses: dict[int, float] = {}
+        for block in left:
+            losses[block] = self.held_out_loss(restore(student, self.teacher, [block]))
+            self.progress("ranking layers", len(losses), len(left))
+        return sorted(left, key=lambda block: (math.isnan(losses[block]), losses[block]))
 
 
 def baseline(name: str, dense: Sequence[DenseWeights], chosen: Descriptions) -> list[dict[str, Any] | None]:
@@ -171,12 +186,17 @@ def relative_loss(before: float, after: float, kind: Kind) -> float:
     return after / before - 1 if kind == "causal" else 1 - after / before
 
 
-def restore(student: Any, teacher: Any, block: int) -> Any:
-    """A copy of a student in which one block has the teacher's dense feedforward again."""
+def restore(student: Any, teacher: Any, blocks: Collection[int]) -> Any:
+    """A copy of a student in which these blocks are the teacher's again, attention and all."""
     descriptions = list(student.config.fastff_feedforwards)
-    descriptions[block] = None
+    for block in blocks:
+        descriptions[block] = None
     restored = make_converted(student, descriptions)
     restored.load_state_dict({**teacher.state_dict(), **student.state_dict()}, strict=False)
+    family = family_of(student.config.model_type)
+    own, dense = family.blocks_of(restored), family.blocks_of(teacher)
+    for block in blocks:
+        own[block].load_state_dict(dense[block].state_dict())
     restored.train(False)
     return restored
 

@@ -115,7 +115,9 @@ def _on_pairs(
     blocks, apart = groups.order.shape
     # float32 is three products: smaller steps, or registers spill.
     wide = leaves.w_in.itemsize > 2
-    inner, across = (max(16, tiles.inner // 4), max(16, tiles.outer // 2)) if wide else (tiles.inner, tiles.outer)
+    inner, across = (
+        (max(16, tiles.inner // 4), max(16, min(64, tiles.outer // 2))) if wide else (tiles.inner, tiles.outer)
+    )
     launch(
         kernel, (groups.tiles, blocks, ceil_div(width, tiles.columns)),
         *operands, *tables(groups), apart,

@@ -67,7 +67,8 @@ def _run(kind: str, operands: tuple[Tensor | None, ...], activation: str) -> tup
     first = 3 if kind == "forward" else 4  # of the leaves' weights
     w_in, _, w_out, _ = _leaves(operands, first)
     slots = operands[first - 1].shape[1]  # type: ignore[union-attr]  # of gate
-    chosen = plan(x.shape[0], slots, w_in.shape[0], w_out.shape[1], max(w_in.shape[2], w_out.shape[2]))
+    features = max(w_in.shape[2], w_out.shape[2])
+    chosen = plan(x.shape[0], slots, w_in.shape[0], w_out.shape[1], features, backward=kind == "backward")
     function: Any = getattr(conditional_kernels, kind)
     shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in operands)
     key = (function, chosen, shapes, activation, x.dtype, x.device, precision_of(x.dtype))
