@@ -112,7 +112,25 @@ def test_labels_of_close_points_do_not_cover_each_other():
     points = [(1.0, 2.0 + 1e-4 * k) for k in range(4)]
     text = chart([Panel([Series("s", points, labels=[f"p{k}" for k in range(4)])], y=Axis(low=0, high=9))], title="t")
     heights = sorted(float(y) for y, _ in re.findall(r'y="([\d.]+)"[^>]*>(p\d)<', text))
+    assert len(heights) == 4
     assert all(b - a >= 11.9 for a, b in itertools.pairwise(heights))
+
+
+def test_words_of_a_crowd_stand_in_a_column_in_the_order_of_their_points_and_a_lone_one_beside_its_own():
+    points, names = [(1.0, 5.0), (1.02, 5.05), (0.99, 4.95), (2.0, 8.0)], ["b", "a", "c", "lone"]
+    root = parsed(chart([Panel([Series("s", points, labels=names)], y=Axis(low=0, high=9))], title="t"))
+    words = {element.text: element for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    column = [words[name] for name in "abc"]
+    assert len({word.get("x") for word in column}) == 1
+    heights = [float(word.get("y")) for word in column]
+    assert heights == sorted(heights)
+    leaders = [e for e in root.iter("{http://www.w3.org/2000/svg}line") if e.get("class") == "thin c0"]
+    assert [float(e.get("y2")) + 4 for e in leaders] == heights
+    marks = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    starts = [(float(e.get("x1")), float(e.get("y1"))) for e in leaders]
+    places = [(float(e.get("cx")), float(e.get("cy"))) for e in marks]
+    assert starts == [places[1], places[0], places[2]]
+    assert 0 < abs(float(words["lone"].get("x")) - places[3][0]) < 10
 
 
 def test_panels_share_one_legend():

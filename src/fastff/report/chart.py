@@ -13,8 +13,9 @@ from fastff.report.svg import LETTER, drawing, line, mark, polyline, rect, text
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 30.0, 52.0  # room around a panel
 LEGEND_LINE = 20.0
-LEADER = 12.0  # that a raised label stands further from its point
-LABEL_GAP = 12.0  # between the baselines of two labels that would overlap
+BESIDE = 8.0  # from a point to its label
+LEADER = 18.0  # that labels of a crowd stand further away
+LABEL_GAP = 13.0  # between the baselines of two labels
 
 
 @dataclass(frozen=True)
@@ -87,25 +88,70 @@ def _axes(x: Scale, y: Scale, title: str) -> Iterator[str]:
         yield text(x.start - LEFT + 14, (y.start + y.end) / 2, y.axis.label, anchor="middle", turned=True)
 
 
+@dataclass(frozen=True)
+class _Word:
+    """A label of the point at (x, y), which has a colour of the palette."""
+
+    x: float
+    y: float
+    word: str
+    color: int
+
+    @property
+    def wide(self) -> float:
+        return len(self.word) * LETTER
+
+
 def _labels(panel: Panel, x: Scale, y: Scale) -> Iterator[str]:
-    """A word at the right of every point; one that would cover others is raised above them, a thin line leads to it."""
-    words = [
-        (x.at(px), y.at(py), word)
+    """A word at the right of every point; those of a crowd stand in a column beside it, in the order of their points'
+    heights, and a line in the colour of a point leads to its word."""
+    crowds = [
+        [_Word(x.at(px), y.at(py), word, series.color)]
         for series in panel.series
         for (px, py), word in zip(series.points, series.labels, strict=False)
     ]
-    taken: list[tuple[float, float, float]] = []  # left, right, baseline
-    for px, py, word in sorted(words, key=lambda entry: -entry[1]):
-        wide = len(word) * LETTER
-        right = px + 8 + LEADER + wide <= x.end + RIGHT
-        left = px + 8 if right else px - 8 - wide
-        near = [base for start, end, base in taken if start < left + LEADER + wide and left - LEADER < end]
-        base = min([py + 4, *(other - LABEL_GAP for other in near)])
-        if base < py + 4:
-            left += LEADER if right else -LEADER
-            yield line(px, py, left - 2 if right else left + wide + 2, base - 4, "soft faint")
-        taken.append((left, left + wide, base))
-        yield text(left, base, word)
+    while (pair := _first_covering(crowds, x.end + RIGHT)) is not None:
+        kept, joined = pair
+        crowds[kept] += crowds.pop(joined)
+    for crowd in crowds:
+        crowd.sort(key=lambda word: (word.y, word.x))
+        left, top, wide = _column(crowd, x.end + RIGHT)
+        at_right = left > crowd[0].x
+        for number, word in enumerate(crowd):
+            base = top + LABEL_GAP * number
+            if len(crowd) > 1:
+                yield line(word.x, word.y, left - 2 if at_right else left + wide + 2, base - 4, f"thin c{word.color}")
+            yield text(left if at_right else left + wide, base, word.word, anchor="start" if at_right else "end")
+
+
+def _column(crowd: Sequence[_Word], end: float) -> tuple[float, float, float]:
+    """Where the words of a crowd stand, at the right of all its points, or at their left where they would reach beyond
+    `end`: the left side, the first baseline, the width."""
+    away, wide = BESIDE + LEADER * (len(crowd) > 1), max(word.wide for word in crowd)
+    left, right = min(word.x for word in crowd) - away - wide, max(word.x for word in crowd) + away
+    middle = sum(word.y for word in crowd) / len(crowd)
+    return right if right + wide <= end else left, middle + 4 - LABEL_GAP * (len(crowd) - 1) / 2, wide
+
+
+def _first_covering(crowds: Sequence[Sequence[_Word]], end: float) -> tuple[int, int] | None:
+    """Two crowds of which one's words cover words or a point of the other; None if there are none."""
+
+    def cover(one: Sequence[_Word], other: Sequence[_Word]) -> bool:
+        left, top, wide = _column(one, end)
+        bottom = top + LABEL_GAP * (len(one) - 1)
+        on_point = any(left - 4 <= w.x <= left + wide + 4 and top - 13 <= w.y <= bottom + 5 for w in other)
+        left2, top2, wide2 = _column(other, end)
+        bottom2 = top2 + LABEL_GAP * (len(other) - 1)
+        apart = (
+            left + wide <= left2 or left2 + wide2 <= left or bottom + LABEL_GAP <= top2 or bottom2 + LABEL_GAP <= top
+        )
+        return on_point or not apart
+
+    for k, one in enumerate(crowds):
+        for n in range(k + 1, len(crowds)):
+            if cover(one, crowds[n]) or cover(crowds[n], one):
+                return k, n
+    return None
 
 
 def _legend(panels: Sequence[Panel], width: float, top: float) -> tuple[list[str], int]:

@@ -35,10 +35,11 @@ STYLE = f"""
 .fastff-chart .title {{ font-weight: 600 }}
 {_colours(("#1f2328", "#57606a", "#d0d7de"), LIGHT)}
 .fastff-chart .line {{ fill: none; stroke-width: 1.8 }}
+.fastff-chart .thin {{ fill: none; stroke-width: 0.8 }}
 .fastff-chart .mark {{ stroke: none }}
 @media (prefers-color-scheme: dark) {{
 {_colours(("#e6edf3", "#9198a1", "#3d444d"), DARK)}
-.fastff-chart .line {{ fill: none }}
+.fastff-chart .line, .fastff-chart .thin {{ fill: none }}
 .fastff-chart .mark {{ stroke: none }}
 }}
 """
