@@ -19,6 +19,9 @@ PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: experiments/c
 LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
 AROUND = (0.5, 1.0, 2.0)  # of the share asked for
 SLOWER = 1.3  # a richer shape may take so much longer than the fastest
+MOST_STORED = (
+    8  # times the dense layer's neurons: the outputs of more take too long to solve, and see too few rows each
+)
 TRIED = 6  # shapes of a kind whose error is measured
 BINS = 4000  # of the budget, in the search
 
@@ -52,9 +55,11 @@ class Shape:
     part: float = 0.0
 
     def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
-        """The widest such layer that spends at most `active` of the dense layer's work; None if there is none."""
+        """The widest such layer that spends at most `active` of the dense layer's work; None if there is none, or it
+        would store more than MOST_STORED times its neurons."""
         shared = self.shared + round(self.part * active * dense.neurons / 8) * 8  # whole vectors
-        return fit_tree(dense, active, trees=self.trees, depth=self.depth, shared=shared)
+        found = fit_tree(dense, active, trees=self.trees, depth=self.depth, shared=shared)
+        return None if found is None or stored_neurons(found) > MOST_STORED * dense.neurons else found
 
 
 @dataclass(frozen=True)

@@ -155,14 +155,14 @@ def _prepared(
     examples, held_out = split_examples(settings, tokenizer, kind, work)
     if kind == "causal" and not measures:
         measures = {ITS_TEXT: lambda model: perplexity(model, held_out)}
+    longest = int((examples.offsets[1:] - examples.offsets[:-1]).max())
+    resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work, longest)
     torch.manual_seed(settings.seed)
     found = None
     if not (work / PLAN).exists():
         found = survey(teacher, settings, progress)
         if limit.seconds is not None:
             limit.check(least_s(settings, teacher, examples), "the dense model's part alone")
-    longest = int((examples.offsets[1:] - examples.offsets[:-1]).max())
-    resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work, longest)
     captured = capture(teacher, examples, work, rows=settings.rows, batch=settings.batch, progress=progress)
     quality: Callable[[Any], float | None] = next(iter(measures.values()), lambda _: None)
     further = dict(list(measures.items())[1:])

@@ -84,5 +84,5 @@ def _refuse(what: str, needed: int, free: int, place: str) -> None:
     if needed > free:
         raise CheckpointError(
             f"this conversion needs about {needed / 1e9:.2f} GB {what}, {place} has {free / 1e9:.2f} GB free: "
-            "fewer rows, baselines or points of the curve, or a smaller batch, need less"
+            "fewer rows, baselines or points of the curve, a smaller batch or budget need less"
         )
