@@ -232,5 +232,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert-latency": latency,
     "convert-steps": steps,
     "convert-command-minilm": lambda: command("command-minilm.json"),
+    "convert-max-loss-minilm": lambda: command("max-loss-minilm.json"),
     "convert-command-causal": lambda: command("command-causal.json"),
 }
