@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -73,22 +71,22 @@ def saved(folder, tokenizer, model_type="bert", **extra):
 
 
 def settings_for(folder, model, text, **changes):
-    small = ConversionSettings(
-        model=model,
-        text=text,
-        out=folder / "out",
-        active=0.3,
-        rows=600,
-        probe_rows=300,
-        timing_s=0.002,
-        shapes=((1, 8),),
-        layer_steps=3,
-        steps=6,
-        batch=8,
-        max_length=16,
-        keep_slow=True,  # a layer of 128 neurons gains nothing from a tree
-    )
-    return replace(small, **changes)
+    small = {
+        "model": model,
+        "text": text,
+        "out": folder / "out",
+        "active": 0.3,
+        "rows": 600,
+        "probe_rows": 300,
+        "timing_s": 0.002,
+        "shapes": ((1, 8),),
+        "layer_steps": 3,
+        "steps": 6,
+        "batch": 8,
+        "max_length": 16,
+        "keep_slow": True,  # a layer of 128 neurons gains nothing from a tree
+    }
+    return ConversionSettings(**small | changes)
 
 
 def random_dense(neurons=96, width=16, gated=False, activation="gelu"):

@@ -20,7 +20,7 @@ from fastff.convert.student import dense_layers, describe_experts, describe_narr
 from fastff.models import ConvertedFeedforward
 from fastff.models.converted import make_converted
 from fastff.models.families import DenseWeights
-from fastff.text.examples import Examples
+from fastff.text.examples import TextExamples
 
 GROUPS, WIDTH = 6, 8
 
@@ -166,7 +166,7 @@ def decoder_and_blocks():
     torch.manual_seed(1)
     student = make_converted(teacher, [describe_narrow(layer, 32) for layer in dense_layers(teacher)])
     ids = np.random.default_rng(0).integers(0, 62, 25 * 8).astype(np.uint32)
-    return student, teacher, Examples(ids, np.arange(0, 25 * 8 + 1, 8), 0)
+    return student, teacher, TextExamples(ids, np.arange(0, 25 * 8 + 1, 8), 0)
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -199,5 +199,5 @@ def test_recorded_steps_teach_what_plain_ones_do(works, monkeypatch):
 def test_only_steps_that_are_all_alike_are_recorded():
     _, teacher, blocks = decoder_and_blocks()
     assert all_of_one_length(blocks)
-    assert not all_of_one_length(Examples(blocks.ids, np.array([0, 8, 15, 23]), 0))
+    assert not all_of_one_length(TextExamples(blocks.ids, np.array([0, 8, 15, 23]), 0))
     assert recording(teacher, blocks, Recipe(4, 2), "causal") is None, "there is no GPU here to record"

@@ -25,14 +25,14 @@ from fastff.convert.quality import measures_of
 from fastff.convert.time_budget import TimeLeft, TimeLimit, Timetable, duration, timetable, typical_batches
 from fastff.errors import CheckpointError, FileError
 from fastff.io import alone_in
-from fastff.text.examples import Examples
+from fastff.text.examples import TextExamples
 
 PROFILE = LatencyProfile(model_us=(50_000.0,), dense_us=((30_000.0,),))
 
 
 def examples_of(lengths):
     offsets = np.concatenate(([0], np.cumsum(lengths)))
-    return Examples(np.zeros(offsets[-1], dtype=np.uint32), offsets, 0)
+    return TextExamples(np.zeros(offsets[-1], dtype=np.uint32), offsets, 0)
 
 
 def context_of(**changes):
@@ -102,7 +102,7 @@ def test_pieces_teach_what_the_whole_step_teaches(monkeypatch):
     for limit in (2**28, 62 * 8 * 3):
         monkeypatch.setattr(distil, "LOGITS", limit)
         teacher, student = tiny("gpt2"), tiny("gpt2", seed=1)
-        examples = Examples(np.random.default_rng(0).integers(2, 62, 96), np.arange(0, 97, 8), 0)
+        examples = TextExamples(np.random.default_rng(0).integers(2, 62, 96), np.arange(0, 97, 8), 0)
         recipe = distil.Recipe(steps=1, batch=12)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
         distil.distil(student, teacher, examples, recipe, kind="causal")

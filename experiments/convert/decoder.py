@@ -49,7 +49,7 @@ from fastff.models.converted import make_converted
 from fastff.models.families import family_of
 from fastff.models.feedforward import ConvertedFeedforward
 from fastff.report.progress import Progress, silent
-from fastff.text.examples import Examples
+from fastff.text.examples import Examples, TextExamples
 
 LENGTH = 256
 EVALUATION_S = 12.0
@@ -86,7 +86,7 @@ def load(gguf: Path, folder: Path | None = None) -> Any:
 def blocks(paths: str, most: int | None = None) -> Examples:
     ids = np.concatenate([np.load(path) for path in paths.split(",")])
     count = min(len(ids) // LENGTH, most or len(ids))
-    return Examples(ids[: count * LENGTH], np.arange(0, count * LENGTH + 1, LENGTH), 0)
+    return TextExamples(ids[: count * LENGTH], np.arange(0, count * LENGTH + 1, LENGTH), 0)
 
 
 def compile_blocks(model: Any) -> None:

@@ -22,7 +22,7 @@ from fastff.convert.distil import Recipe, distil, use_masked_training
 from fastff.convert.student import dense_layers
 from fastff.models.converted import make_converted
 from fastff.report.progress import Progress, silent
-from fastff.text.examples import Examples
+from fastff.text.examples import TextExamples
 
 SIZES = {
     "vocab_size": 49152,
@@ -55,7 +55,7 @@ def take(variant: str, form: str, steps: int, device: str, sizes: dict[str, Any]
         compile_blocks(teacher)
         compile_blocks(student)
     ids = np.random.default_rng(0).integers(0, sizes["vocab_size"], BLOCKS * LENGTH).astype(np.uint16)
-    examples = Examples(ids, np.arange(0, len(ids) + 1, LENGTH), 0)
+    examples = TextExamples(ids, np.arange(0, len(ids) + 1, LENGTH), 0)
     recipe = Recipe(steps, 32, hidden_share=0.0)
     distil(student, teacher, examples, recipe, kind="causal", progress=progress, recorded=form != "plain")
     return student

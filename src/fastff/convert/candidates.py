@@ -45,7 +45,7 @@ HELD_OUT_FLOATS = 2**27  # as many as the teacher's outputs on them may take
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known before any text is read: times of the dense model, and the shapes worth trying."""
+    """What is known before anything is tried: times of the dense model, and the shapes worth trying."""
 
     profile: LatencyProfile
     shapes: tuple[Candidate, ...]
@@ -73,8 +73,15 @@ class Timer:
         return self._known[key]
 
 
-def survey(teacher: Any, settings: ConversionSettings, progress: Progress = silent) -> Survey:
-    """Time the model and every shape. Raises ValueError, naming the best reachable, for a budget out of reach."""
+def survey(
+    teacher: Any,
+    settings: ConversionSettings,
+    progress: Progress = silent,
+    *,
+    picture: tuple[int, ...] | None = None,
+) -> Survey:
+    """Time the model and every shape; picture: as in `model_us`. Raises ValueError, naming the best reachable, for a
+    budget out of reach."""
     dense = dense_layers(teacher)
     shapes = shapes_of(settings, dense[0]) + [p for p in map(Plain, PLAIN) if p.fit(dense[0], settings.share)]
     if all(shape.kind == "none" for shape in shapes):
@@ -85,7 +92,7 @@ def survey(teacher: Any, settings: ConversionSettings, progress: Progress = sile
         profile = timer.engine.profile()
     else:
         timed = teacher if teacher.device.type == place.type else copy.deepcopy(teacher).to(place)
-        profile = latency_profile(timed, settings.shapes, settings.timing_s)
+        profile = latency_profile(timed, settings.shapes, settings.timing_s, picture=picture)
     slowness, stored = [], []
     for k, shape in enumerate(shapes):
         description = shape.fit(dense[0], settings.share)
@@ -141,7 +148,7 @@ def _fastest(
 
 
 class Trials:
-    """Tries candidates in the dense model: trained alone on few rows, then its output compared on held-out text."""
+    """Tries candidates in the dense model: trained alone on few rows, then its output compared on held-out examples."""
 
     def __init__(
         self, teacher: Any, kind: Kind, captured: Sequence[Captured], held_out: Examples, settings: ConversionSettings
@@ -151,6 +158,7 @@ class Trials:
         self.family = family_of(teacher.config.model_type)
         some = held_out.slice(0, _examples_kept(held_out, teacher, kind))
         self.batches = [some.batch(which, teacher.device) for which in some.in_order(settings.batch)]
+        self.tokens = some.tokens
         self.trained_s = float("inf")  # of the candidate that was trained fastest
         with torch.no_grad():
             self.wanted = [teacher(**inputs, output_hidden_states=True) for inputs in self.batches]
@@ -175,7 +183,9 @@ class Trials:
         with torch.no_grad(), self.family.replaced(at, module):
             for inputs, wanted in zip(self.batches, self.wanted, strict=True):
                 got = self.teacher(**inputs, output_hidden_states=True)
-                loss_increase += float(end_loss(got, wanted, inputs["attention_mask"], self.kind)) / len(self.batches)
+                loss_increase += float(end_loss(got, wanted, inputs.get("attention_mask"), self.kind)) / len(
+                    self.batches
+                )
         return unexplained, loss_increase
 
     def estimated_s(self, found: Survey) -> float:
@@ -191,8 +201,7 @@ class Trials:
         splits = description.get("trees", 0) * description.get("depth", 0) * (hidden + neurons) * SPLIT_FLOPS * rows
         regression = 2 * rows * neurons * (neurons + hidden) + 4 * neurons**3 / 3
         steps = min(STEPS, settings.layer_steps) * STEP_ROWS * PASSES
-        held_out = sum(int(inputs["attention_mask"].sum()) for inputs in self.batches)
-        seconds: float = row_s * ((splits + regression) / dense.flops_per_row + steps) + token_s * held_out
+        seconds: float = row_s * ((splits + regression) / dense.flops_per_row + steps) + token_s * self.tokens
         return seconds
 
 
@@ -201,7 +210,7 @@ def _examples_kept(held_out: Examples, teacher: Any, kind: Kind) -> int:
     config = teacher.config
     a_token = config.hidden_size * (config.num_hidden_layers + 1)
     a_token += config.vocab_size if kind in ("causal", "masked") else 0
-    longest = int((held_out.offsets[1:] - held_out.offsets[:-1]).max())
+    longest = int(held_out.lengths.max())
     room = HELD_OUT_FLOATS // int(a_token * longest)
     return max(1, min(len(held_out), HELD_OUT_EXAMPLES, room))
 

@@ -1,4 +1,4 @@
-"""What the dense layers see on the user's text: inputs and residuals of every block, memory-mapped on disk."""
+"""What the dense layers see on the user's text or pictures: inputs and residuals of every block, mapped on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastff.convert.distil_loss import real_tokens
 from fastff.errors import CheckpointError, FileError
 from fastff.io import write_text
 from fastff.models.families import Family, family_of
@@ -69,30 +70,31 @@ def bytes_needed(rows: int, hidden: int, blocks: int, *, post_norm: bool) -> int
 def capture(
     model: Any, examples: Examples, folder: Path, *, rows: int, batch: int, progress: Progress
 ) -> list[Captured]:
-    """Run the dense model over the text until every block has `rows` rows; or open what is there.
+    """Run the dense model over the examples until every block has `rows` rows; or open what is there.
 
-    Raises CheckpointError if the text is too short or the disk too small, before anything is written.
+    Raises CheckpointError if they are too few or the disk too small, before anything is written.
     """
     family = family_of(model.config.model_type)
     blocks, hidden, post_norm = family.blocks_of(model), model.config.hidden_size, family.norm is not None
     if examples.tokens < rows:
-        raise CheckpointError(f"the text has {examples.tokens} tokens, {rows} are needed")
+        raise CheckpointError(f"the examples have {examples.tokens} tokens, {rows} are needed")
     done = folder / f"captured-{rows}"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         before = [*folder.glob("input-*.f16"), *folder.glob("residual-*.f32")]  # of a capture that was interrupted
         begun = sum(path.stat().st_size for path in before)
-        _check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm) - begun)
+        check_disk(folder, bytes_needed(rows, hidden, len(blocks), post_norm=post_norm) - begun, "capturing")
         shards = [Captured(folder, k, rows, hidden, post_norm=post_norm, mode="w") for k in range(len(blocks))]
         _fill(model, family, blocks, shards, examples, batch, progress)
         write_text(done, "")
     return [Captured(folder, k, rows, hidden, post_norm=post_norm) for k in range(len(blocks))]
 
 
-def _check_disk(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise CheckpointError where fewer than `needed` bytes are free for `what`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(f"capturing needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")
+        raise CheckpointError(f"{what} needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free")
 
 
 def _fill(
@@ -124,12 +126,12 @@ def _fill(
         for which in examples.shuffled(batch, seed=0):
             inputs = examples.batch(which, model.device)
             model(**inputs)
-            keep = inputs["attention_mask"].bool()
-            count = min(int(keep.sum()), total - filled)
+            mask = inputs.get("attention_mask")
+            count = min(len(real_tokens(seen[0], mask)), total - filled)
             for k, shard in enumerate(shards):
-                shard.x[filled : filled + count] = seen[k][keep][:count].half().cpu().numpy()
+                shard.x[filled : filled + count] = real_tokens(seen[k], mask)[:count].half().cpu().numpy()
                 if shard.residual is not None:
-                    residual = (ends[k] - outputs[k])[keep][:count]
+                    residual = real_tokens(ends[k] - outputs[k], mask)[:count]
                     shard.residual[filled : filled + count] = residual.float().cpu().numpy()
             filled += count
             progress("capture", filled, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastff.convert.beside import Beside
 from fastff.convert.candidates import Survey, Trials, probe, survey, trial_count
 from fastff.convert.capture import capture
 from fastff.convert.choose_layers import choose, largest, shares_of
-from fastff.convert.conversion_record import ITS_TEXT, MAIN, Plan, Point, record_of
+from fastff.convert.conversion_record import KEPT_ASIDE, MAIN, Plan, Point, record_of
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.dense_model import load_dense, longest_input
 from fastff.convert.distill_context import (
@@ -27,7 +28,9 @@ from fastff.convert.distill_context import (
     built_s,
     steps_taken,
 )
-from fastff.convert.quality import measures_of, perplexity
+from fastff.convert.engine_latency import ENGINES
+from fastff.convert.pictures import picture_paths, store_pictures
+from fastff.convert.quality import likeness, measures_of, perplexity
 from fastff.convert.student import dense_layers
 from fastff.convert.time_budget import (
     TRIALS,
@@ -48,13 +51,15 @@ from fastff.text.examples import Examples, tokenise
 
 PLAN, TIMETABLE = "plan.json", "timetable.json"
 HELD_OUT = 0.02  # share of the text kept for perplexity and the held-out loss
+HELD_OUT_PICTURES = 0.05  # fewer than texts, each of more tokens
 FREE = ("seconds",)  # settings that a continued run may change
 Say = Callable[[str], None]
 
 
 def convert(settings: ConversionSettings, *, progress: Progress = silent, say: Say = lambda _: None) -> dict[str, Any]:
-    """Convert a model and write OUT: weights, configuration, tokenizer, README.md and report/. Returns the report.
+    """Convert a model and write OUT: weights, configuration, tokenizer or image processor, README.md and report/.
 
+    Returns the report.
     say gets lines about the time that is left: an estimate before candidates are tried and one before the joint
     distillation, and every minute what is going on. An interrupted run resumes where it stopped when called again with
     the same settings; OUT/work holds its state and is removed at the end. Raises CheckpointError or ValueError for
@@ -64,19 +69,22 @@ def convert(settings: ConversionSettings, *, progress: Progress = silent, say: S
     _check_out(settings)
     if settings.time_on == "cuda" and not torch.cuda.is_available():
         raise ValueError("time_on 'cuda': there is no GPU here")
-    teacher, tokenizer, kind = load_dense(settings.model, gguf=settings.gguf)
+    teacher, processor, kind = load_dense(settings.model, gguf=settings.gguf)
+    _check_kind(settings, kind)
     other = None if settings.beside is None else Beside.of(settings.beside, kind)
-    longest = longest_input(teacher, tokenizer, settings.max_length)
+    longest = longest_input(teacher, processor, kind, settings.max_length)
+    if kind == "image":  # what a picture is to the layers: so many tokens
+        settings = replace(settings, shapes=tuple((pictures, longest) for pictures, _ in settings.shapes))
     settings = replace(settings.of_kind(kind), max_length=longest)
     settings.out.mkdir(parents=True, exist_ok=True)
     with alone_in(settings.out, "converts into"):
-        return _convert(settings, teacher, tokenizer, kind, other, limit, progress, say)
+        return _convert(settings, teacher, processor, kind, other, limit, progress, say)
 
 
 def _convert(
     settings: ConversionSettings,
     teacher: Any,
-    tokenizer: Any,
+    processor: Any,
     kind: Kind,
     other: Beside | None,
     limit: TimeLimit,
@@ -90,7 +98,7 @@ def _convert(
     # A conversion that an earlier version began says nothing of them.
     continued = claim(work, asdict(settings) | inputs, free=FREE, upgrade=lambda kept: inputs | kept)
     try:
-        context, found = _prepared(settings, teacher, tokenizer, kind, work, TimeLeft(progress, say), limit)
+        context, found = _prepared(settings, teacher, processor, kind, work, TimeLeft(progress, say), limit)
     except ValueError as error:
         if not continued and not isinstance(error, TooFewSeconds):
             remove_folder(work)  # so that the command may be given again with what was wrong put right
@@ -114,18 +122,23 @@ def _convert(
     record = record_of(context, plan, points, dense)
     record["beside"] = None if other is None else other.figures(settings, work)
     record |= {"timetable": asdict(table), "continued": continued, "seconds": limit.spent_s}
-    _write(settings, points[0].models[record["written"]], tokenizer, record)
+    _write(settings, points[0].models[record["written"]], processor, record)
     del context, points  # their files are mapped
     remove_folder(work)  # in one step: a later conversion would take a part for its own
     return record
 
 
 def _inputs(settings: ConversionSettings) -> dict[str, list[int]]:
-    """Size and time of change of what a conversion reads: with other files under the same names it does not go on."""
+    """Size and time of change of what a conversion reads, of pictures their number, sum and latest: with other files
+    under the same names it does not go on."""
     model = Path(settings.model)
     own = [model] if model.is_file() else [p for kind in ("*.safetensors", "*.bin", "*.json") for p in model.glob(kind)]
-    files = [path for path in (*own, settings.text, *settings.tables) if path.is_file()]
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    files = [path for path in (*own, settings.text, *settings.tables) if path is not None and path.is_file()]
+    found = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    if settings.images is not None:
+        stats = [path.stat() for path in picture_paths(settings.images)]
+        found[str(settings.images)] = [len(stats), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+    return found
 
 
 def _check_out(settings: ConversionSettings) -> None:
@@ -138,29 +151,45 @@ def _check_out(settings: ConversionSettings) -> None:
         raise ValueError(f"out {settings.out} is the folder of the model itself: choose another")
 
 
+def _check_kind(settings: ConversionSettings, kind: Kind) -> None:
+    """Raises ValueError for options that are of another kind of model."""
+    if kind != "image":
+        if settings.text is None:
+            raise ValueError(f"images {settings.images}: {settings.model} reads text, expected text")
+        return
+    if settings.images is None:
+        raise ValueError(f"text {settings.text}: {settings.model} is an image model, expected images")
+    if settings.tables:
+        raise ValueError(f"table {settings.tables[0]}: an image model is measured on a part of the images, without one")
+    if settings.time_on in ENGINES:
+        raise ValueError(f"time_on {settings.time_on!r}: that engine has no image models, expected cpu or cuda")
+
+
 def _prepared(
     settings: ConversionSettings,
     teacher: Any,
-    tokenizer: Any,
+    processor: Any,
     kind: Kind,
     work: Path,
     progress: Progress,
     limit: TimeLimit,
 ) -> tuple[DistillContext, Survey | None]:
-    """Text, tables, and the rows of every layer; and the survey, None where an interrupted run has made its plan."""
+    """Examples, metrics, and the rows of every layer; and the survey, None where an interrupted run has made its plan."""
     sizes = {"max_length": settings.max_length, "max_tokens": settings.max_tokens}
-    measures = measures_of(kind, tokenizer, settings.tables, work, **sizes)
-    if settings.max_loss is not None and not measures and kind != "causal":
+    measures = measures_of(kind, processor, settings.tables, work, **sizes)
+    if settings.max_loss is not None and not measures and kind not in KEPT_ASIDE:
         raise ValueError(f"max_loss {settings.max_loss:.2%} needs an evaluation table")
-    examples, held_out = split_examples(settings, tokenizer, kind, work)
+    examples, held_out = split_examples(settings, processor, kind, work, progress)
     if kind == "causal" and not measures:
-        measures = {ITS_TEXT: lambda model: perplexity(model, held_out)}
-    longest = int((examples.offsets[1:] - examples.offsets[:-1]).max())
+        measures = {"held out": lambda model: perplexity(model, held_out)}
+    elif kind == "image":
+        measures = {"held out": likeness(teacher, held_out)}
+    longest = int(examples.lengths.max())
     resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work, longest)
     torch.manual_seed(settings.seed)
     found = None
     if not (work / PLAN).exists():
-        found = survey(teacher, settings, progress)
+        found = survey(teacher, settings, progress, picture=examples.picture)
         if limit.seconds is not None:
             limit.check(least_s(settings, teacher, examples), "the dense model's part alone")
     captured = capture(teacher, examples, work, rows=settings.rows, batch=settings.batch, progress=progress)
@@ -169,10 +198,15 @@ def _prepared(
     return DistillContext(settings, kind, teacher, captured, examples, held_out, quality, further, progress), found
 
 
-def split_examples(settings: ConversionSettings, tokenizer: Any, kind: Kind, work: Path) -> tuple[Examples, Examples]:
-    """Examples to learn from, and those held out. Raises CheckpointError for too little text."""
+def split_examples(
+    settings: ConversionSettings, processor: Any, kind: Kind, work: Path, progress: Progress = silent
+) -> tuple[Examples, Examples]:
+    """Examples to learn from, and those held out. Raises CheckpointError for too little text or too few pictures."""
+    if kind == "image":
+        return _split_pictures(settings, processor, work, progress)
+    assert settings.text is not None
     every = tokenise(
-        tokenizer,
+        processor,
         settings.text,
         work,
         max_length=settings.max_length,
@@ -187,6 +221,27 @@ def split_examples(settings: ConversionSettings, tokenizer: Any, kind: Kind, wor
             f"{settings.batch} examples (batch) and {settings.rows} tokens (rows) are needed"
         )
     return examples, every.slice(len(every) - aside, len(every))
+
+
+def _split_pictures(
+    settings: ConversionSettings, processor: Any, work: Path, progress: Progress
+) -> tuple[Examples, Examples]:
+    assert settings.images is not None
+    paths, patches = picture_paths(settings.images), settings.max_length
+    learned = max(settings.batch, -(-settings.rows // patches))
+    needed = next(n for n in count(learned) if n - _pictures_aside(n) >= learned)
+    if len(paths) < needed:
+        raise CheckpointError(
+            f"images {settings.images} holds {len(paths)} pictures, at least {needed} are needed: {settings.batch} "
+            f"(batch) and {settings.rows} patches (rows), {patches} a picture, and {_pictures_aside(needed)} kept aside"
+        )
+    every = store_pictures(processor, paths, work, patches=patches, progress=progress)
+    aside = _pictures_aside(len(every))
+    return every.slice(0, len(every) - aside), every.slice(len(every) - aside, len(every))
+
+
+def _pictures_aside(pictures: int) -> int:
+    return max(1, int(HELD_OUT_PICTURES * pictures))
 
 
 def _plan(context: DistillContext, found: Survey, limit: TimeLimit, say: Say) -> Plan:
@@ -264,10 +319,10 @@ def _timetable(
     return timetable(context, students, build_s=built_s(folder), scores_s=scores_s, profile=plan.profile, limit=limit)
 
 
-def _write(settings: ConversionSettings, student: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+def _write(settings: ConversionSettings, student: Any, processor: Any, record: dict[str, Any]) -> None:
     try:
         student.eval().save_pretrained(settings.out)
-        tokenizer.save_pretrained(settings.out)
+        processor.save_pretrained(settings.out)
     except (OSError, SafetensorError) as error:  # the second of a full disk, too
         raise FileError(f"cannot write {settings.out}: {error}; run the same command again to resume") from error
     if not Path(settings.model).is_file():  # a GGUF file has nothing beside it

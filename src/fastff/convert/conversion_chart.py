@@ -51,7 +51,9 @@ def curve(record: dict[str, Any]) -> str:
         drawn = [Series(LABELS[name], at, *SERIES[name]) for name, at in points.items()]
         time = Axis("milliseconds a call (left is better)", low=0)
         quality = Axis(_label(record), low=min(seen) - room, high=max(seen) + room)  # the same in every panel
-        panels.append(Panel(drawn, time, quality, f"{sequences} sequence{'s' * (sequences > 1)} of {tokens} tokens"))
+        of = "picture" if record["kind"] == "image" else "sequence"
+        title = f"{sequences} {of}{'s' * (sequences > 1)} of {tokens} {'patches' if of == 'picture' else 'tokens'}"
+        panels.append(Panel(drawn, time, quality, title))
     return chart(panels, title="Quality against time", width=460 * len(panels), height=380)
 
 

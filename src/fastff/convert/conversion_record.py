@@ -31,7 +31,7 @@ from fastff.io import restored
 from fastff.models.converted import make_converted
 from fastff.models.kinds import Kind
 
-ITS_TEXT = "text kept aside"
+KEPT_ASIDE: dict[Kind, tuple[str, ...]] = {"causal": ("text kept aside",), "image": ("pictures kept aside",)}
 MAIN = "tree"  # folder of the chosen layers' student, as versions called it that knew trees only
 
 
@@ -84,8 +84,8 @@ class Point:
             self.variants[name] = {**facts, "active": active_share(dense, descriptions)}
 
     def ranking(self, kind: Kind) -> list[str]:
-        """The taught models, best first: by the metric, or where there is none by the loss on held-out text. All keep
-        the budget: baselines spend no more than the chosen layers."""
+        """The taught models, best first: by the metric, or where there is none by the held-out loss. All keep the
+        budget: baselines spend no more than the chosen layers."""
 
         def loss(name: str) -> float:
             quality = self.variants[name]["after"]
@@ -106,7 +106,7 @@ def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dens
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "kind": context.kind,
         "metric": METRIC.get(context.kind),
-        "tables": [table_name(path) for path in settings.tables] or [ITS_TEXT] * (context.kind == "causal"),
+        "tables": [table_name(path) for path in settings.tables] or list(KEPT_ASIDE.get(context.kind, ())),
         "shapes": settings.shapes,
         "dense": dense,
         "variants": points[0].variants,
@@ -137,7 +137,7 @@ def _time(context: DistillContext, points: Sequence[Point], dense: dict[str, Any
         _time_in_engine(context, models, figures)
         return
     for shape in settings.shapes:
-        whole = model_us(models, shape, WHOLE * settings.timing_s)
+        whole = model_us(models, shape, WHOLE * settings.timing_s, picture=context.examples.picture)
         layers = feedforward_us(models, context.captured, shape, settings.timing_s)
         for name, at in figures.items():
             at.setdefault("latency_ms", []).append(whole[name] / 1e3)

@@ -18,6 +18,7 @@ AUTO_NAMES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "classifier": "AutoModelForSequenceClassification",
+    "image": "AutoModel",
 }
 BASELINES = {
     "narrow": "Narrow dense: the dense neurons that do most, output weights solved again, of the same floating-point "
@@ -45,7 +46,15 @@ def figure(value: float | None, digits: int = 2) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
 
 
+def reads_pictures(record: dict[str, Any]) -> bool:
+    """Whether it is an image model's; records of before there were any say so by nothing."""
+    return record.get("kind") == "image"
+
+
 def shape_names(record: dict[str, Any]) -> list[str]:
+    """The timed shapes: sequences x tokens, or how many pictures."""
+    if reads_pictures(record):
+        return [f"{count} picture{'s' * (count > 1)}" for count, _ in record["shapes"]]
     return [f"{sequences}x{tokens}" for sequences, tokens in record["shapes"]]
 
 
@@ -176,6 +185,8 @@ def page(record: dict[str, Any]) -> str:
             "head": ["kind", "layer", f"us, {at}", "unexplained, %", "loss increase alone"],
             "rows": tried_rows(record),
         },
+        examples="pictures" if reads_pictures(record) else "text",
+        token="patch" if reads_pictures(record) else "token",
         routing={"head": ["conditional layer", "leaf entropy, bits", "leaves never used"], "rows": routing},
     )
 
@@ -195,7 +206,7 @@ def summary(record: dict[str, Any]) -> str:
     written = record["variants"][record["written"]]
     layers = ratios(record, "feedforward_ms")
     times = [
-        f"{name} tokens take {new:.1f} ms instead of {old:.1f} ms ({old / max(new, 1e-9):.2f}x; feedforwards "
+        f"{_taking(record, name)} {new:.1f} ms instead of {old:.1f} ms ({old / max(new, 1e-9):.2f}x; feedforwards "
         f"{own:.1f}x; without any {ceiling:.2f}x)"
         for name, new, old, own, ceiling in zip(
             shape_names(record),
@@ -222,6 +233,12 @@ def summary(record: dict[str, Any]) -> str:
         f"{stayed} Timed on {record['timed_on']}: {'; '.join(times)}. {quality}. The {part} took "
         f"{duration(record['seconds'])} on {record['device']}."
     )
+
+
+def _taking(record: dict[str, Any], shape: str) -> str:
+    if not reads_pictures(record):
+        return f"{shape} tokens take"
+    return f"{shape} {'take' if shape.endswith('s') else 'takes'}"
 
 
 def _next(record: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ DEFAULT_ACTIVE = 0.1
 BASELINES = ("narrow", "pruned", "none")
 DEVICES = ("cpu", "cuda", "native", "openvino")
 # Examples a step, as in the runs of experiments/convert; sentences of two dozen tokens, blocks of 128.
-BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32}
+BATCH: dict[Kind, int] = {"embedding": 256, "classifier": 128, "masked": 128, "causal": 32, "image": 64}
 # Of a kind of model whose own were compared (experiments/convert/decoder-rates.json); other kinds have the recipe's.
 RATES: dict[Kind, dict[str, float]] = {"causal": {"lr": 1.2e-3, "lr_others": 4e-4, "lr_routers": 1e-4, "beta2": 0.999}}
 _RATES = ("lr", "lr_others", "lr_routers", "beta2")
@@ -72,8 +72,10 @@ class ConversionSettings:
     model: str
     """Directory or hub name of a dense Transformers model, or a GGUF file."""
     _: KW_ONLY
-    text: Path
+    text: Path | None = None
     """Unlabelled text, one example a line (.txt, .xz, .gz)."""
+    images: Path | None = None
+    """Instead of --text, for an image model: a folder of unlabelled pictures (.png, .jpg, .jpeg, .webp), in it or below."""
     out: Path
     """Directory to write. Run the same command again to resume an interrupted conversion."""
     active: Annotated[float | None, _written(percent)] = None
@@ -86,7 +88,8 @@ class ConversionSettings:
     curve: Annotated[tuple[float, ...], _list_of(percent)] = ()
     """Further shares of the work to convert at, for the report's curve, like 3%,25%."""
     shapes: Annotated[tuple[tuple[int, int], ...], _list_of(shape)] = ((1, 128), (32, 128))
-    """Calls that are timed: sequences x tokens, like 1x128,32x128 (the default)."""
+    """Calls that are timed: sequences x tokens, like 1x128,32x128 (the default). For an image model pictures x any
+    number."""
     shared: int | None = None
     """Neurons that every token uses beside trees and experts. Default: none, half or three quarters of the work, by
     measurement."""
@@ -95,9 +98,10 @@ class ConversionSettings:
     computes."""
     tables: Annotated[tuple[Path, ...], Parameter(name="--table")] = ()
     """Evaluation table: sentence1, sentence2 and label for an embedding model, sentence and label for a classifier; for
-    a causal model a text (default: a part of --text that is kept aside). May be repeated: the first decides."""
+    a causal model a text (default: a part of --text that is kept aside). May be repeated: the first decides. An image
+    model has none: its features are compared on a part of --images."""
     rows: int = 200_000
-    """Calibration tokens per layer."""
+    """Calibration tokens, of pictures patches, per layer."""
     layer_steps: Annotated[int, _HIDDEN] = 150
     """Steps of each layer alone."""
     steps: int = 1100
@@ -105,7 +109,7 @@ class ConversionSettings:
     seconds: float | None = None
     """Time limit of the whole conversion in seconds, kept by fewer candidates and steps; --max-loss is not counted."""
     batch: int = 0
-    """Examples a step; 0: 256, 128 or 32 by the kind of model."""
+    """Examples a step; 0: 256, 128, 64 or 32 by the kind of model."""
     max_length: int = 128
     """Tokens of an example; the rest is cut."""
     max_tokens: Annotated[int, _HIDDEN] = 20_000_000
@@ -137,6 +141,11 @@ class ConversionSettings:
     """Also convert layers that every candidate makes slower here."""
 
     def __post_init__(self) -> None:
+        if (self.text is None) == (self.images is None):
+            given = "none" if self.text is None else f"text {self.text} and images {self.images}"
+            raise ValueError(
+                f"{given} given, expected one of text (of a language model) and images (of an image model)"
+            )
         for share in (*self.curve, *(() if self.active is None else (self.active,))):
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"active {share} is not in (0, 1]")

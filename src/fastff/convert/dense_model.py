@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
 
+from fastff.convert.pictures import patches_of
 from fastff.engine.gguf import Gguf, GgufWeights, configuration
 from fastff.engine.gguf_tokenizer import tokenizer_of
 from fastff.errors import CheckpointError
@@ -18,10 +19,10 @@ from fastff.text.positions import token_positions
 
 
 def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
-    """Model (float32, evaluation mode, on a GPU if there is one), tokenizer and kind; of a GGUF file if its name says
-    so, or gguf.
+    """Model (float32, evaluation mode, on a GPU if there is one), tokenizer or image processor, and kind; of a GGUF
+    file if its name says so, or gguf.
 
-    Raises CheckpointError for an unknown model type, no weights, or missing tensors."""
+    Raises CheckpointError for an unknown model type, no weights, missing tensors, or no image processor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if gguf or model.endswith(".gguf"):
         dense, tokenizer = _of_gguf(Path(model))
@@ -31,27 +32,42 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} has no configuration that Transformers knows: {error}") from error
     family_of(config.model_type)
-    _check_head(config)
     kind = kind_of(config)
+    _check_head(config, kind)
+    processor = _image_processor(model) if kind == "image" else None
     try:
         dense, info = AUTO[kind].from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        processor = processor or AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {error}") from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors, {missing[0]} among them")
-    return dense.to(device).eval(), tokenizer, kind
+    if kind == "image" and len(missing) < len(info["missing_keys"]):
+        dense.pooler = None  # never trained: the mean over the patches is what the pictures' features are
+    return dense.to(device).eval(), processor, kind
 
 
-def longest_input(model: Any, tokenizer: Any, most: int) -> int:
-    """Tokens that the model takes, at most `most`."""
-    return int(min(most, token_positions(model.config, most), tokenizer.model_max_length))
+def _image_processor(model: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"{model} has no image processor (preprocessor_config.json), which makes pixel values of pictures: {error}"
+        ) from error
 
 
-def _check_head(config: Any) -> None:
+def longest_input(model: Any, processor: Any, kind: Kind, most: int) -> int:
+    """Tokens that the model takes, at most `most`; of an image model the patches that it makes of every picture."""
+    if kind == "image":
+        return patches_of(model, processor)
+    return int(min(most, token_positions(model.config, most), processor.model_max_length))
+
+
+def _check_head(config: Any, kind: Kind) -> None:
     name = (getattr(config, "architectures", None) or [""])[0]
-    if name.endswith(("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")):
+    heads = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+    if name.endswith(heads) or (kind == "image" and ("For" in name or name.endswith("WithProjection"))):
         raise CheckpointError(f"{name} has a head that a conversion would lose: convert the model without it")
 
 

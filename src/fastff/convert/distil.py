@@ -174,7 +174,7 @@ class Recipe:
 
     def learns_hidden_states(self, step: int, kind: Kind) -> bool:
         """Whether a step's loss has the hidden states."""
-        return kind in ("embedding", "classifier") or step < self.hidden_share * self.steps
+        return kind in ("embedding", "classifier", "image") or step < self.hidden_share * self.steps
 
     def dense_share(self, step: int) -> float:
         """How much of the dense layers is left in a step."""
@@ -196,7 +196,7 @@ def distil(
     batches: Iterator[np.ndarray[Any, Any]] | None = None,
     recorded: bool = True,
 ) -> None:
-    """Train the whole student but its embeddings to give what the teacher gives, on unlabelled text.
+    """Train the whole student but its embeddings to give what the teacher gives, on unlabelled examples.
 
     start, state and checkpoint serve resuming: state holds what `checkpoint(step, state)` was given. batches: indices
     of the examples of every step, if not in the order of the recipe's seed. recorded: whether a GPU records a decoder's
@@ -260,6 +260,7 @@ class Backward:
         self.fade = DenseFade(student, teacher)
         self._student, self._teacher, self._examples = student, teacher, examples
         self._recipe, self._kind, self._record = recipe, kind, record
+        self._vocabulary = getattr(student.config, "vocab_size", 0)  # an image model has none
         self._hidden_states = False
         self._recorded: RecordedStep | None = None
         self._rows = 0  # of what is recorded
@@ -270,7 +271,7 @@ class Backward:
         if hidden_states is not self._hidden_states:
             self._hidden_states, self._recorded = hidden_states, None
         device = self._student.device
-        cut = pieces(self._examples, which, self._kind, self._student.config.vocab_size, logits_at_once(device))
+        cut = pieces(self._examples, which, self._kind, self._vocabulary, logits_at_once(device))
         for piece in cut:
             share = torch.tensor(len(piece) / len(which))
             inputs, share = self._examples.batch(piece, device), share.to(device, non_blocking=True)
@@ -318,7 +319,7 @@ def recording(teacher: Any, examples: Examples, recipe: Recipe, kind: Kind) -> R
 
 def all_of_one_length(examples: Examples) -> bool:
     """Whether no batch of them is padded."""
-    lengths = np.diff(examples.offsets)
+    lengths = examples.lengths
     return len(lengths) > 0 and bool((lengths == lengths[0]).all())
 
 

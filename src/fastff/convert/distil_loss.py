@@ -13,8 +13,10 @@ from fastff.models.kinds import Kind
 VALUES_AT_ONCE = 2**26  # of the divergence, in float32
 
 
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len)."""
+def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over unpadded positions: hidden (examples, seq_len, width), mask (examples, seq_len), None: all are."""
+    if mask is None:
+        return hidden.mean(1)
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
@@ -35,7 +37,7 @@ def distillation_loss(
     with torch.no_grad():
         target = teacher(**inputs, output_hidden_states=wanted)
     got = student(**inputs, output_hidden_states=wanted)
-    mask = inputs["attention_mask"]
+    mask = inputs.get("attention_mask")
     end = end_loss(got, target, mask, kind, padded=padded)
     return end + hidden_loss(got, target, mask if padded else None) if hidden_states else end
 
@@ -54,12 +56,12 @@ def hidden_loss(got: Any, target: Any, mask: Tensor | None) -> Tensor:
     return torch.stack(hidden).mean()
 
 
-def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind, *, padded: bool = True) -> Tensor:
-    """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings, or the divergence from the
-    teacher's distribution over tokens or classes. got, target: outputs with hidden states; mask (examples, seq_len)."""
-    if kind == "embedding":
-        a = F.normalize(mean_pool(got.hidden_states[-1].float(), mask), dim=-1)
-        b = F.normalize(mean_pool(target.hidden_states[-1].float(), mask), dim=-1)
+def end_loss(got: Any, target: Any, mask: Tensor | None, kind: Kind, *, padded: bool = True) -> Tensor:
+    """What the model is used for: cosine and in-batch similarity of mean-pooled embeddings or of a picture's features,
+    or the divergence from the teacher's distribution over tokens or classes. got, target: outputs with hidden states;
+    mask (examples, seq_len), None where nothing is padded."""
+    if kind in ("embedding", "image"):
+        a, b = (F.normalize(features.float(), dim=-1) for features in _pooled(got, target, mask, kind))
         return 10 * (1 - (a * b).sum(-1)).mean() + 100 * (a @ a.t() - b @ b.t()).square().mean()
     logits, wanted = got.logits, target.logits
     if kind != "classifier":
@@ -67,6 +69,25 @@ def end_loss(got: Any, target: Any, mask: Tensor, kind: Kind, *, padded: bool = 
         logits, wanted = real_tokens(logits, real), real_tokens(wanted, real)
     loss: Tensor = Divergence.apply(logits, wanted)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _pooled(got: Any, target: Any, mask: Tensor | None, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Features (examples, width) of a student and its teacher."""
+    if kind == "image":
+        pooler = has_pooler(target)
+        return picture_features(got, pooler=pooler), picture_features(target, pooler=pooler)
+    return mean_pool(got.hidden_states[-1].float(), mask), mean_pool(target.hidden_states[-1].float(), mask)
+
+
+def has_pooler(output: Any) -> bool:
+    """Whether an image model gives features of whole pictures of its own."""
+    return getattr(output, "pooler_output", None) is not None
+
+
+def picture_features(output: Any, *, pooler: bool) -> Tensor:
+    """Features (pictures, width) of whole pictures: those that the model gives, or the mean over its patches."""
+    features: Tensor = output.pooler_output if pooler else output.last_hidden_state.mean(1)
+    return features
 
 
 def divergence_sum(values: Tensor, target: Tensor, grad: Tensor, count: int) -> Tensor:

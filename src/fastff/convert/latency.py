@@ -37,15 +37,25 @@ def layer_us(layers: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict
 
 
 @torch.inference_mode()
-def model_us(models: Mapping[str, Any], shape: tuple[int, int], seconds: float) -> dict[str, float]:
-    """Median microseconds of each whole model on random tokens of a shape, cut to the positions that it has."""
-    config = next(iter(models.values())).config
-    length = min(shape[1], getattr(config, "max_position_embeddings", shape[1] + 2) - 2)
-    device = next(iter(models.values())).device
-    ids = torch.randint(5, config.vocab_size, (shape[0], length), device=device)
-    mask = torch.ones_like(ids)
-    calls = {name: partial(model, input_ids=ids, attention_mask=mask) for name, model in models.items()}
-    return _medians_us(calls, seconds, device)
+def model_us(
+    models: Mapping[str, Any], shape: tuple[int, int], seconds: float, *, picture: tuple[int, ...] | None = None
+) -> dict[str, float]:
+    """Median microseconds of each whole model on random tokens of a shape, cut to the positions that it has.
+
+    picture: channels, height and width of an image model's pictures; it reads as many as the shape has sequences."""
+    model = next(iter(models.values()))
+    inputs = _token_inputs(model, shape) if picture is None else _picture_inputs(model, shape[0], picture)
+    return _medians_us({name: partial(model, **inputs) for name, model in models.items()}, seconds, model.device)
+
+
+def _token_inputs(model: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+    length = min(shape[1], getattr(model.config, "max_position_embeddings", shape[1] + 2) - 2)
+    ids = torch.randint(5, model.config.vocab_size, (shape[0], length), device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _picture_inputs(model: Any, count: int, picture: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(count, *picture, device=model.device)}
 
 
 def _medians_us(calls: Mapping[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
@@ -73,8 +83,10 @@ def place_name(device: torch.device) -> str:
     return f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
 
 
-def latency_profile(model: Any, shapes: Shapes, seconds: float) -> LatencyProfile:
-    """Time the dense model and its feedforwards; blocks of equal size are timed once."""
+def latency_profile(
+    model: Any, shapes: Shapes, seconds: float, *, picture: tuple[int, ...] | None = None
+) -> LatencyProfile:
+    """Time the dense model and its feedforwards; blocks of equal size are timed once. picture: as in `model_us`."""
     family, width = family_of(model.config.model_type), model.config.hidden_size
     sizes = [layer.w_in.shape for layer in dense_layers(model)]
     cache: dict[Any, tuple[float, ...]] = {}
@@ -84,7 +96,9 @@ def latency_profile(model: Any, shapes: Shapes, seconds: float) -> LatencyProfil
             xs = [torch.randn(*shape, width, device=model.device) for shape in shapes]
             cache[size] = tuple(layer_us({"dense": layer}, x, seconds)["dense"] for x in xs)
     return LatencyProfile(
-        model_us=tuple(model_us({"dense": model}, shape, WHOLE * seconds)["dense"] for shape in shapes),
+        model_us=tuple(
+            model_us({"dense": model}, shape, WHOLE * seconds, picture=picture)["dense"] for shape in shapes
+        ),
         dense_us=tuple(cache[size] for size in sizes),
     )
 
@@ -139,8 +153,8 @@ def best_selection_unexplained(
 
 @torch.no_grad()
 def routing(model: Any, examples: Examples, batches: int = 8) -> list[dict[str, Any]]:
-    """Per conditional layer, over held-out text: mean entropy of the leaves in bits (of `most_bits`), and leaves never
-    used."""
+    """Per conditional layer, over held-out examples: mean entropy of the leaves in bits (of `most_bits`), and leaves
+    never used."""
     layers = [m for m in model.modules() if isinstance(m, FFF | ConditionalFeedforward)]
     for layer in layers:
         layer.track_usage()

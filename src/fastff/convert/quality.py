@@ -1,4 +1,4 @@
-"""Quality of a model on the user's table: Spearman correlation, accuracy, or perplexity."""
+"""Quality of a model on the user's table: Spearman correlation, accuracy, or perplexity; on pictures, likeness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from fastff.convert.distil_loss import mean_pool
+from fastff.convert.distil_loss import has_pooler, mean_pool, picture_features
 from fastff.errors import CheckpointError
 from fastff.io import reading
 from fastff.models.kinds import Kind
@@ -22,7 +22,12 @@ from fastff.text.examples import Examples, tokenise
 
 BATCH = 64
 _TEXTS = ("sentence", "sentence1", "sentence2")  # columns of a classifier's table
-METRIC: dict[Kind, str] = {"embedding": "Spearman x 100", "causal": "perplexity", "classifier": "accuracy, percent"}
+METRIC: dict[Kind, str] = {
+    "embedding": "Spearman x 100",
+    "causal": "perplexity",
+    "classifier": "accuracy, percent",
+    "image": "features' cosine with dense x 100",
+}
 Measure = Callable[[Any], float]  # of a model
 
 
@@ -131,6 +136,29 @@ def accuracy(model: Any, tokenizer: Any, table: dict[str, list[Any]], *, max_len
         want = torch.tensor([int(label) for label in table["label"][start : start + BATCH]])
         right += int((model(**inputs).logits.argmax(-1).cpu() == want).sum())
     return 100 * right / len(table["label"])
+
+
+@torch.no_grad()
+def likeness(teacher: Any, examples: Examples, batch: int = 16) -> Measure:
+    """What measures, of a model, 100 x the mean cosine of its features of the pictures and the teacher's: 100 is the
+    teacher itself. The teacher's features are kept on the CPU."""
+    pooler, wanted = False, []
+    for which in examples.in_order(batch):
+        output = teacher(**examples.batch(which, teacher.device))
+        pooler = has_pooler(output)
+        wanted.append(picture_features(output, pooler=pooler).float().cpu())
+
+    @torch.no_grad()
+    def measure(model: Any) -> float:
+        model.eval()
+        total = 0.0
+        for which, want in zip(examples.in_order(batch), wanted, strict=True):
+            output = model(**examples.batch(which, model.device))
+            got = picture_features(output, pooler=pooler).float().cpu()
+            total += float(F.cosine_similarity(got, want, dim=-1).sum())
+        return 100 * total / len(examples)
+
+    return measure
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from fastff.convert.capture import bytes_needed
 from fastff.convert.conversion_settings import ConversionSettings
 from fastff.convert.distil import LOGITS
 from fastff.convert.initialise import ROUTING_ROWS
+from fastff.convert.pictures import STORED
 from fastff.convert.student import dense_layers, stored_neurons
 from fastff.errors import CheckpointError
 from fastff.models.families import family_of
@@ -59,8 +60,9 @@ def disk_bytes(settings: ConversionSettings, teacher: Any, student: int, work: P
     blocks, hidden = len(family.blocks_of(teacher)), teacher.config.hidden_size
     captured = bytes_needed(settings.rows, hidden, blocks, post_norm=family.norm is not None)
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    tokens = FLOAT * settings.max_tokens
-    return max(0, captured + settings.students * student * (2 + ADAM) + student + min(tokens, there) - there)
+    pictures = work / STORED
+    stored = pictures.stat().st_size if pictures.is_file() else FLOAT * settings.max_tokens
+    return max(0, captured + settings.students * student * (2 + ADAM) + student + min(stored, there) - there)
 
 
 def memory_bytes(

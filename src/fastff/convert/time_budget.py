@@ -120,10 +120,11 @@ def duration(seconds: float) -> str:
 @torch.no_grad()
 def least_s(settings: ConversionSettings, teacher: Any, examples: Examples) -> float:
     """Seconds that a conversion takes at least: the passes over the captured rows and LEAST joint steps, if a student
-    takes no longer than the dense model, which is measured on a batch of the text."""
-    inputs = examples.batch(typical_batches(examples, settings.batch, settings.seed)[TIMED // 2], teacher.device)
+    takes no longer than the dense model, which is measured on a batch of the examples."""
+    which = typical_batches(examples, settings.batch, settings.seed)[TIMED // 2]
+    inputs = examples.batch(which, teacher.device)
     batch_s = seconds_of(lambda: teacher(**inputs), teacher.device)
-    captured = settings.rows / int(inputs["attention_mask"].sum())
+    captured = settings.rows / int(examples.lengths[which].sum())
     return batch_s * (captured + PASSES * settings.students * min(LEAST, settings.steps))
 
 
@@ -181,6 +182,6 @@ def step_seconds(context: DistillContext, descriptions: Descriptions) -> float:
 
 def typical_batches(examples: Examples, batch: int, seed: int) -> list[np.ndarray[Any, Any]]:
     """TIMED batches of the first DRAWN, from short to long: their mean length is about that of all."""
-    lengths = np.diff(examples.offsets)
+    lengths = examples.lengths
     drawn = sorted(islice(examples.shuffled(batch, seed), DRAWN), key=lambda which: len(which) * lengths[which].max())
     return [drawn[int((k + 0.5) * len(drawn) / TIMED)] for k in range(TIMED)]

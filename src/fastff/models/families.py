@@ -69,6 +69,7 @@ class Family:
               (post-norm), or None (pre-norm: the residual is another tensor and the next block normalises)
     tail      a module behind the slot that computes the second half of the feedforward, None where the slot has all
     after     a module through which the feedforward's output goes before it is added to the residual, or None
+    pictures  whether the model reads pictures (`pixel_values`) instead of text
     """
 
     blocks: str
@@ -77,6 +78,7 @@ class Family:
     norm: str | None = None
     tail: str | None = None
     after: str | None = None
+    pictures: bool = False
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of a model (with or without a head), first to last."""
@@ -205,7 +207,7 @@ _BERT = Family(
     tail="output.dense",
 )
 _LLAMA = Family(blocks="layers", slot="mlp", read=_read_llama)
-_VIT = Family(blocks="layers", slot="mlp", read=_two("mlp.fc1", "mlp.fc2"))
+_VIT = Family(blocks="layers", slot="mlp", read=_two("mlp.fc1", "mlp.fc2"), pictures=True)
 _TOWER = Family(blocks="encoder.layers", slot="mlp", read=_two("mlp.fc1", "mlp.fc2"))
 
 FAMILIES: dict[str, Family] = {
@@ -227,11 +229,11 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(_LLAMA, after="post_feedforward_layernorm"),
     "vit": _VIT,
     "deit": _VIT,
-    "dinov2": Family(blocks="encoder.layer", slot="mlp", read=_read_dinov2, after="layer_scale2"),
+    "dinov2": Family(blocks="encoder.layer", slot="mlp", read=_read_dinov2, after="layer_scale2", pictures=True),
     "clip_text_model": _TOWER,
-    "clip_vision_model": _TOWER,
+    "clip_vision_model": replace(_TOWER, pictures=True),
     "siglip_text_model": _TOWER,
-    "siglip_vision_model": _TOWER,
+    "siglip_vision_model": replace(_TOWER, pictures=True),
     "ultrafastbert": Family(blocks="layers", slot="feedforward", read=_read_ours),
 }
 

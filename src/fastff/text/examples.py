@@ -1,11 +1,12 @@
-"""The user's text as tokens on disk: examples of bounded length, padded when a batch is drawn."""
+"""Examples to learn from, and the user's text as such: tokens on disk, padded when a batch is drawn."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -18,11 +19,25 @@ from fastff.text.reading import lines
 LINES_A_CALL = 4096
 
 
-class Examples:
-    """Token sequences: ids (all tokens, flat) and offsets (examples + 1); `pad` fills a batch to its longest."""
+class Examples(ABC):
+    """Unlabelled examples of a model's input: offsets (examples + 1) say how many of its tokens, or of a picture's
+    patches, there are before each.
 
-    def __init__(self, ids: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], pad: int) -> None:
-        self.ids, self.offsets, self.pad = ids, offsets, pad
+    picture  channels, height and width of every example that is a picture
+    """
+
+    picture: tuple[int, ...] | None = None
+
+    def __init__(self, offsets: np.ndarray[Any, Any]) -> None:
+        self.offsets = offsets
+
+    @abstractmethod
+    def slice(self, first: int, last: int) -> Self:
+        """Examples [first, last)."""
+
+    @abstractmethod
+    def batch(self, which: np.ndarray[Any, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The model's inputs; with attention_mask (examples, longest) where examples may be padded."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -32,9 +47,32 @@ class Examples:
         """Tokens in all examples."""
         return int(self.offsets[-1] - self.offsets[0])
 
-    def slice(self, first: int, last: int) -> Examples:
-        """Examples [first, last)."""
-        return Examples(self.ids, self.offsets[first : last + 1], self.pad)
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each example (examples,)."""
+        return np.diff(self.offsets)
+
+    def in_order(self, batch: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Indices of batches, first example to last."""
+        for start in range(0, len(self), batch):
+            yield np.arange(start, min(start + batch, len(self)))
+
+    def shuffled(self, batch: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Indices of batches without end, pass after pass of `batches_by_length`."""
+        lengths, rng = self.lengths, np.random.default_rng(seed)
+        while True:
+            yield from batches_by_length(lengths, batch, rng)
+
+
+class TextExamples(Examples):
+    """Token sequences: ids (all tokens, flat) and offsets (examples + 1); `pad` fills a batch to its longest."""
+
+    def __init__(self, ids: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], pad: int) -> None:
+        super().__init__(offsets)
+        self.ids, self.pad = ids, pad
+
+    def slice(self, first: int, last: int) -> Self:
+        return type(self)(self.ids, self.offsets[first : last + 1], self.pad)
 
     def batch(self, which: np.ndarray[Any, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """input_ids and attention_mask (examples, longest), int64."""
@@ -49,17 +87,6 @@ class Examples:
             "input_ids": torch.from_numpy(ids).to(device, non_blocking=True),
             "attention_mask": torch.from_numpy(mask).to(device, non_blocking=True),
         }
-
-    def in_order(self, batch: int) -> Iterator[np.ndarray[Any, Any]]:
-        """Indices of batches, first example to last."""
-        for start in range(0, len(self), batch):
-            yield np.arange(start, min(start + batch, len(self)))
-
-    def shuffled(self, batch: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
-        """Indices of batches without end, pass after pass of `batches_by_length`."""
-        lengths, rng = np.diff(self.offsets), np.random.default_rng(seed)
-        while True:
-            yield from batches_by_length(lengths, batch, rng)
 
 
 def batches_by_length(
@@ -77,7 +104,7 @@ def batches_by_length(
 
 def tokenise(
     tokenizer: Any, text: Path, folder: Path, *, max_length: int, max_tokens: int, whole_blocks: bool
-) -> Examples:
+) -> TextExamples:
     """Read `text` into `folder`/tokens.bin and offsets.npy, or open those that are there.
 
     One line is one example, cut at max_length; with whole_blocks (causal models) lines are joined and cut into blocks
@@ -95,7 +122,7 @@ def tokenise(
             lengths = _write_tokens(tokenizer, text, file, max_length, max_tokens, whole_blocks)
         write_array(offsets_path, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
     pad = tokenizer.pad_token_id
-    return Examples(*_open(ids_path, offsets_path), 0 if pad is None else pad)
+    return TextExamples(*_open(ids_path, offsets_path), 0 if pad is None else pad)
 
 
 def _open(ids_path: Path, offsets_path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

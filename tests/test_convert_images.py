@@ -1,0 +1,339 @@
+"""`fastff convert` of image models: pictures instead of text, features instead of tables, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+import fastff.models  # registers converted models
+from cli_runner import invoke
+from convert_cases import few_shapes, saved, settings_for, tokenizer
+from fastff.convert import convert
+from fastff.convert.conversion import split_examples
+from fastff.convert.distil_loss import distillation_loss
+from fastff.convert.distill_context import converted_blocks
+from fastff.convert.pictures import STORED, Pictures, picture_paths, store_pictures
+from fastff.convert.quality import likeness
+from fastff.errors import CheckpointError
+
+PROCESSORS = {
+    "vit": "ViTImageProcessor",
+    "deit": "DeiTImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+}
+SIDE, PATCH = 16, 4
+PATCHES = {"vit": 17, "deit": 18, "dinov2": 17, "clip_vision_model": 17, "siglip_vision_model": 16}
+
+
+def write_processor(folder, model_type, side=SIDE):
+    square = {"height": side, "width": side}
+    size = {"shortest_edge": side} if model_type in ("dinov2", "clip_vision_model") else square
+    content = {"image_processor_type": PROCESSORS[model_type], "size": size, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+def image_model(folder, model_type="vit", auto=AutoModel, **extra):
+    """A tiny random model's directory."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    torch.manual_seed(0)
+    sizes |= {"image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.3}
+    auto.from_config(AutoConfig.for_model(model_type, **sizes, **extra)).save_pretrained(folder)
+    write_processor(folder, model_type)
+    return str(folder)
+
+
+def write_pictures(folder, count=60):
+    """Small pictures of waves, some of them in a folder below, of every format and size."""
+    rng = np.random.default_rng(0)
+    (folder / "more").mkdir(parents=True)
+    for k in range(count):
+        height, width = rng.integers(14, 30, 2)
+        y, x = np.mgrid[:height, :width]
+        waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(0, 2, (3, 3))]
+        picture = Image.fromarray((127 * (1 + np.stack(waves, -1))).astype(np.uint8))
+        picture.save(folder / ("more" if k % 3 else ".") / f"{k:03d}{('.png', '.jpg', '.webp', '.JPEG')[k % 4]}")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "all")
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """Pieces of the photographs that scikit-learn carries."""
+    folder = tmp_path_factory.mktemp("crops")
+    for k, photograph in enumerate(load_sample_images().images):
+        for row in range(0, 420, 42):
+            for column in range(0, 640, 64):
+                crop = Image.fromarray(photograph[row : row + 42, column : column + 64])
+                crop.save(folder / f"{k}-{row:03d}-{column:03d}.png")
+    return folder
+
+
+def image_settings(folder, model, images, **changes):
+    return settings_for(folder, model, None, **{"images": images, "shapes": ((1, 1), (3, 1)), "rows": 500, **changes})
+
+
+def processor_of(model_type, folder):
+    write_processor(folder, model_type)
+    return AutoImageProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", PROCESSORS)
+def test_a_whole_conversion(model_type, pictures, tmp_path):
+    model = image_model(tmp_path / "model", model_type)
+    record = convert(image_settings(tmp_path, model, pictures, baselines=("narrow",)))
+    assert record["kind"] == "image"
+    assert record["shapes"] == ((1, PATCHES[model_type]), (3, PATCHES[model_type]))
+    assert record["dense"]["quality"] == pytest.approx(100, abs=1e-3)
+    assert 0 < record["variants"]["chosen"]["after"] < 100
+    assert all(layer["description"] for layer in record["layers"])
+    assert not (tmp_path / "out" / "work").exists()
+    found = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert converted_blocks(found) == [0, 1]
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.to_dict() == AutoImageProcessor.from_pretrained(model).to_dict()
+    with torch.no_grad():
+        inputs = processor(images=[Image.open(picture_paths(pictures)[0]).convert("RGB")], return_tensors="pt")
+        assert found(**inputs).last_hidden_state.shape == (1, PATCHES[model_type], 32)
+
+
+def test_what_is_said_of_an_image_model_is_of_pictures(pictures, tmp_path):
+    convert(image_settings(tmp_path, image_model(tmp_path / "model"), pictures, baselines=()))
+    card, page = (tmp_path / "out" / "README.md").read_text(), (tmp_path / "out/report/index.html").read_text()
+    for said in (card, page):
+        assert "1 picture takes" in said
+        assert "3 pictures take" in said
+        assert "cosine with dense x 100, pictures kept aside: 100.00 before" in said.replace("&#39;", "'")
+        assert "tokens" not in said
+        assert "held-out text" not in said
+    assert "from transformers import AutoModel" in card
+
+
+def test_stored_pictures_are_what_the_processor_makes_and_are_opened_again(pictures, tmp_path):
+    processor, paths = processor_of("vit", tmp_path), picture_paths(pictures)
+    assert len(paths) == 60
+    assert paths == sorted(paths)
+    stored = store_pictures(processor, paths, tmp_path, patches=17)
+    assert (len(stored), stored.tokens, stored.picture) == (60, 60 * 17, (3, 16, 16))
+    order = np.random.default_rng(0).permutation(60)
+    some = np.array([3, 58])
+    want = [processor(images=Image.open(paths[order[k]]).convert("RGB"), return_tensors="pt") for k in some]
+    got = stored.batch(some)
+    assert set(got) == {"pixel_values"}
+    assert torch.allclose(got["pixel_values"], torch.cat([w["pixel_values"] for w in want]), atol=1e-3)
+    again = store_pictures(None, paths, tmp_path, patches=17)  # opened: no processor is asked
+    assert np.array_equal(again.pixel_values, stored.pixel_values)
+    part = stored.slice(10, 20)
+    assert (len(part), part.tokens) == (10, 170)
+    assert np.array_equal(part.pixel_values, stored.pixel_values[10:20])
+    one_pass = [which for which, _ in zip(part.shuffled(4, seed=1), range(3), strict=False)]
+    assert sorted(np.concatenate(one_pass)) == list(range(10))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.9])
+def test_damaged_stored_pictures_are_named(keep, pictures, tmp_path):
+    processor, paths = processor_of("vit", tmp_path), picture_paths(pictures)
+    store_pictures(processor, paths, tmp_path, patches=17)
+    content = (tmp_path / STORED).read_bytes()
+    (tmp_path / STORED).write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"pictures\.npy is damaged"):
+        store_pictures(processor, paths, tmp_path, patches=17)
+    (tmp_path / STORED).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"float16 \(60, 3, 16, 16\), expected float16 of 59 pictures"):
+        store_pictures(processor, paths[:-1], tmp_path, patches=17)
+
+
+def test_distillation_on_photographs_brings_the_features_nearer_to_those_of_the_dense_model(crops, tmp_path):
+    model = image_model(tmp_path / "model")
+    settings = image_settings(tmp_path, model, crops, active=0.25, baselines=(), rows=3000, steps=1, batch=16)
+    short = convert(settings)["variants"]["chosen"]
+    further = image_settings(tmp_path / "more", model, crops, active=0.25, baselines=(), rows=3000, steps=60, batch=16)
+    long = convert(further)["variants"]["chosen"]
+    assert long["before"] == pytest.approx(short["before"], abs=1.0)
+    assert long["held_out_loss"] < 0.8 * short["held_out_loss"]
+    assert 100 - long["after"] < 0.8 * (100 - long["before"])
+
+
+def test_an_interrupted_conversion_resumes_where_it_stopped(pictures, tmp_path):
+    settings = image_settings(tmp_path, image_model(tmp_path / "model"), pictures, baselines=("narrow",))
+    stages = []
+
+    def stop(stage, done, *_):
+        if (stage, done) == ("distil narrow", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(settings, progress=stop)
+    stored = (tmp_path / "out" / "work" / STORED).stat().st_mtime_ns
+    seen = []
+
+    def watch(stage, done, *_):
+        stages.append(stage)
+        seen.append((tmp_path / "out" / "work" / STORED).stat().st_mtime_ns)
+
+    record = convert(settings, progress=watch)
+    assert record["continued"]
+    assert set(seen) == {stored}
+    assert {"distil narrow"} <= set(stages)
+    assert not {"pictures", "capture", "probe", "timing", "distil chosen"} & set(stages)
+
+
+def test_a_conversion_does_not_go_on_with_other_pictures(tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    settings = image_settings(tmp_path, image_model(tmp_path / "model"), folder)
+
+    def stop(stage, *_):
+        if stage == "capture":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(settings, progress=stop)
+    Image.new("RGB", (20, 20)).save(folder / "one-more.png")
+    with pytest.raises(CheckpointError, match="holds another run: inputs"):
+        convert(settings)
+
+
+def test_max_loss_is_of_the_features(pictures, tmp_path):
+    model = image_model(tmp_path / "model")
+    settings = image_settings(tmp_path, model, pictures, max_loss=0.3, baselines=(), active=0.1)
+    record = convert(settings)
+    assert record["variants"]["chosen"]["after"] >= 70 - 1e-3
+
+
+def test_the_metric_is_the_mean_cosine_of_the_models_own_features(pictures, tmp_path):
+    model = AutoModel.from_pretrained(image_model(tmp_path / "model")).eval()
+    other = AutoModel.from_pretrained(image_model(tmp_path / "model")).eval()
+    with torch.no_grad():
+        other.pooler.dense.bias.add_(0.5)
+    examples = store_pictures(processor_of("vit", tmp_path), picture_paths(pictures), tmp_path, patches=17)
+    with torch.no_grad():
+        inputs = examples.batch(np.arange(60))
+        a, b = model(**inputs).pooler_output, other(**inputs).pooler_output
+    want = 100 * torch.nn.functional.cosine_similarity(a, b).mean()
+    assert likeness(model, examples)(other) == pytest.approx(float(want), abs=1e-3)
+    assert float(want) < 99
+
+
+def test_a_pooler_that_the_directory_lacks_does_not_decide(pictures, tmp_path):
+    """Features are then the mean over patches, and not what random weights make of them."""
+    folder = tmp_path / "model"
+    image_model(folder)
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    model.save_pretrained(folder)
+    record = convert(image_settings(tmp_path, str(folder), pictures, baselines=()))
+    assert record["dense"]["quality"] == pytest.approx(100, abs=1e-3)
+    examples = store_pictures(processor_of("vit", tmp_path), picture_paths(pictures), tmp_path, patches=17)
+    found, inputs = AutoModel.from_pretrained(tmp_path / "out").eval(), examples.batch(np.arange(4))
+    model.eval()
+    with torch.no_grad():
+        assert distillation_loss(found, model, inputs, "image") > 0
+        found.pooler.dense.weight.zero_()
+        zeroed = likeness(model, examples)(found)
+    assert zeroed > 10
+
+
+def refused(tmp_path, *arguments):
+    """The one line that the command says."""
+    result = invoke(["convert", *map(str, arguments), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def test_one_of_text_and_images_must_be_given(tmp_path):
+    assert "none given, expected one of text" in refused(tmp_path, "model")
+    both = refused(tmp_path, "model", "--text", "t.txt", "--images", "pictures")
+    assert "text t.txt and images pictures given, expected one of" in both
+
+
+def test_an_image_model_is_refused_text_tables_and_engines(pictures, tmp_path):
+    model = image_model(tmp_path / "model")
+    assert f"text t.txt: {model} is an image model, expected images" in refused(tmp_path, model, "--text", "t.txt")
+    with_table = refused(tmp_path, model, "--images", pictures, "--table", "t.tsv")
+    assert "table t.tsv: an image model is measured on a part of the images" in with_table
+    for engine in ("native", "openvino"):
+        said = refused(tmp_path, model, "--images", pictures, "--time-on", engine)
+        assert f"time_on '{engine}': that engine has no image models, expected cpu or cuda" in said
+
+
+def test_a_text_model_is_refused_images(tokenizer, pictures, tmp_path):
+    model = saved(tmp_path / "model", tokenizer)
+    said = refused(tmp_path, model, "--images", pictures)
+    assert f"images {pictures}: {model} reads text, expected text" in said
+
+
+def test_folders_without_enough_pictures_are_refused(pictures, tmp_path):
+    model, empty = image_model(tmp_path / "model"), tmp_path / "empty"
+    assert f"images {empty} is not a folder" in refused(tmp_path, model, "--images", empty)
+    empty.mkdir()
+    (empty / "a.txt").write_text("no picture")
+    assert f"images {empty} holds no picture, expected files .jpeg, .jpg" in refused(tmp_path, model, "--images", empty)
+    few = refused(tmp_path, model, "--images", pictures, "--rows", 1000, "--batch", 8)
+    assert f"images {pictures} holds 60 pictures, at least 62 are needed: 8 (batch) and 1000 patches (rows)" in few
+    few = refused(tmp_path, model, "--images", pictures, "--rows", 100, "--batch", 64)
+    assert "at least 67 are needed: 64 (batch)" in few
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_just_enough_pictures_are_split(pictures, tmp_path):
+    settings = image_settings(tmp_path, "model", pictures, rows=57 * 17, max_length=17, batch=8)
+    learned, held_out = split_examples(settings, processor_of("vit", tmp_path), "image", tmp_path)
+    assert isinstance(learned, Pictures)
+    assert (len(learned), len(held_out)) == (57, 3)
+    with pytest.raises(CheckpointError, match="holds 60 pictures, at least 61 are needed"):
+        split_examples(
+            image_settings(tmp_path, "model", pictures, rows=57 * 17 + 1, max_length=17), None, "image", tmp_path
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
+def test_a_file_that_is_no_picture_is_named(content, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    bad = folder / "more" / "bad.png"
+    if content == "half":
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(bad)
+        content = bad.read_bytes()[:2000]
+    bad.write_bytes(content)
+    model = image_model(tmp_path / "model")
+    said = refused(tmp_path, model, "--images", folder, "--rows", 500, "--batch", 8)
+    assert f"{bad} is not a picture that can be read" in said
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_model_without_an_image_processor_or_with_that_of_another_is_refused(pictures, tmp_path):
+    model = image_model(tmp_path / "model")
+    write_processor(tmp_path / "model", "vit", side=20)
+    said = refused(tmp_path, model, "--images", pictures)
+    assert "the image processor makes pictures of 3x20x20: " in said
+    assert "16*16" in said
+    Path(model, "preprocessor_config.json").unlink()
+    assert "has no image processor (preprocessor_config.json)" in refused(tmp_path, model, "--images", pictures)
+
+
+def test_pictures_of_different_sizes_are_refused(pictures, tmp_path):
+    """A processor that keeps the proportions gives a model nothing that fits into one array."""
+    model = image_model(tmp_path / "model", "dinov2")
+    path = Path(model, "preprocessor_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_center_crop": False}))
+    said = refused(tmp_path, model, "--images", pictures, "--rows", 500, "--batch", 8)
+    assert "the image processor" in said
+    assert "one size" in said or "equally large" in said
+
+
+def test_a_head_that_would_be_lost_is_refused(pictures, tmp_path):
+    model = image_model(tmp_path / "model", auto=AutoModelForImageClassification)
+    said = refused(tmp_path, model, "--images", pictures)
+    assert "ViTForImageClassification has a head that a conversion would lose" in said
