@@ -114,7 +114,7 @@ def test_captured_rows_are_what_the_layer_saw(model_type, tokenizer, text, tmp_p
 
 def test_capture_says_how_much_text_is_needed(tokenizer, text, tmp_path):
     examples = tokenise(tokenizer, text, tmp_path, max_length=12, max_tokens=10**6, whole_blocks=False)
-    with pytest.raises(CheckpointError, match=f"the text has {examples.tokens} tokens, 100000 are needed"):
+    with pytest.raises(CheckpointError, match=f"the examples have {examples.tokens} tokens, 100000 are needed"):
         capture(tiny(), examples, tmp_path, rows=100_000, batch=16, progress=lambda *_: None)
 
 

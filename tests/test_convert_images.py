@@ -320,7 +320,9 @@ def test_a_model_without_an_image_processor_or_with_that_of_another_is_refused(p
     assert "the image processor makes pictures of 3x20x20: " in said
     assert "16*16" in said
     Path(model, "preprocessor_config.json").unlink()
-    assert "has no image processor (preprocessor_config.json)" in refused(tmp_path, model, "--images", pictures)
+    assert "has no image processor that loads (preprocessor_config.json)" in refused(
+        tmp_path, model, "--images", pictures
+    )
 
 
 def test_pictures_of_different_sizes_are_refused(pictures, tmp_path):

@@ -92,7 +92,7 @@ def survey(
         profile = timer.engine.profile()
     else:
         timed = teacher if teacher.device.type == place.type else copy.deepcopy(teacher).to(place)
-        profile = latency_profile(timed, settings.shapes, settings.timing_s, picture=picture)
+        profile = latency_profile(timed, settings.shapes, settings.timing_s, picture)
     slowness, stored = [], []
     for k, shape in enumerate(shapes):
         description = shape.fit(dense[0], settings.share)

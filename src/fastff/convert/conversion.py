@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -174,16 +175,15 @@ def _prepared(
     progress: Progress,
     limit: TimeLimit,
 ) -> tuple[DistillContext, Survey | None]:
-    """Examples, metrics, and the rows of every layer; and the survey, None where an interrupted run has made its plan."""
+    """Examples, metrics, and the rows of every layer; and the survey, None where an earlier run made its plan."""
     sizes = {"max_length": settings.max_length, "max_tokens": settings.max_tokens}
     measures = measures_of(kind, processor, settings.tables, work, **sizes)
     if settings.max_loss is not None and not measures and kind not in KEPT_ASIDE:
         raise ValueError(f"max_loss {settings.max_loss:.2%} needs an evaluation table")
     examples, held_out = split_examples(settings, processor, kind, work, progress)
-    if kind == "causal" and not measures:
-        measures = {"held out": lambda model: perplexity(model, held_out)}
-    elif kind == "image":
-        measures = {"held out": likeness(teacher, held_out)}
+    if kind in KEPT_ASIDE and not measures:
+        image = kind == "image"
+        measures = {KEPT_ASIDE[kind]: likeness(teacher, held_out) if image else partial(perplexity, examples=held_out)}
     longest = int(examples.lengths.max())
     resources.check(settings, teacher, kind, largest(settings, dense_layers(teacher)), work, longest)
     torch.manual_seed(settings.seed)

@@ -31,7 +31,7 @@ from fastff.io import restored
 from fastff.models.converted import make_converted
 from fastff.models.kinds import Kind
 
-KEPT_ASIDE: dict[Kind, tuple[str, ...]] = {"causal": ("text kept aside",), "image": ("pictures kept aside",)}
+KEPT_ASIDE: dict[Kind, str] = {"causal": "text kept aside", "image": "pictures kept aside"}  # scored on that
 MAIN = "tree"  # folder of the chosen layers' student, as versions called it that knew trees only
 
 
@@ -106,7 +106,8 @@ def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dens
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "kind": context.kind,
         "metric": METRIC.get(context.kind),
-        "tables": [table_name(path) for path in settings.tables] or list(KEPT_ASIDE.get(context.kind, ())),
+        "tables": [table_name(path) for path in settings.tables]
+        or [KEPT_ASIDE[context.kind]] * (context.kind in KEPT_ASIDE),
         "shapes": settings.shapes,
         "dense": dense,
         "variants": points[0].variants,

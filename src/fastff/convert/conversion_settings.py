@@ -75,7 +75,7 @@ class ConversionSettings:
     text: Path | None = None
     """Unlabelled text, one example a line (.txt, .xz, .gz)."""
     images: Path | None = None
-    """Instead of --text, for an image model: a folder of unlabelled pictures (.png, .jpg, .jpeg, .webp), in it or below."""
+    """Instead of --text, for an image model: unlabelled pictures (.png, .jpg, .jpeg, .webp) in a folder or below it."""
     out: Path
     """Directory to write. Run the same command again to resume an interrupted conversion."""
     active: Annotated[float | None, _written(percent)] = None

@@ -37,7 +37,7 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     processor = _image_processor(model) if kind == "image" else None
     try:
         dense, info = AUTO[kind].from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        processor = processor or AutoTokenizer.from_pretrained(model)
+        processor = AutoTokenizer.from_pretrained(model) if processor is None else processor
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {error}") from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
@@ -53,7 +53,7 @@ def _image_processor(model: str) -> Any:
         return AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{model} has no image processor (preprocessor_config.json), which makes pixel values of pictures: {error}"
+            f"{model} has no image processor that loads (preprocessor_config.json): {str(error).splitlines()[0]}"
         ) from error
 
 

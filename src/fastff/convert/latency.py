@@ -84,7 +84,7 @@ def place_name(device: torch.device) -> str:
 
 
 def latency_profile(
-    model: Any, shapes: Shapes, seconds: float, *, picture: tuple[int, ...] | None = None
+    model: Any, shapes: Shapes, seconds: float, picture: tuple[int, ...] | None = None
 ) -> LatencyProfile:
     """Time the dense model and its feedforwards; blocks of equal size are timed once. picture: as in `model_us`."""
     family, width = family_of(model.config.model_type), model.config.hidden_size
