@@ -45,8 +45,8 @@ def image_model(folder, model_type="vit", auto=AutoModel, **extra):
     """A tiny random model's directory."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     torch.manual_seed(0)
-    sizes |= {"image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.3}
-    auto.from_config(AutoConfig.for_model(model_type, **sizes, **extra)).save_pretrained(folder)
+    sizes |= {"image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.3} | extra
+    auto.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
     write_processor(folder, model_type)
     return str(folder)
 
@@ -243,6 +243,21 @@ def test_a_pooler_that_the_directory_lacks_does_not_decide(pictures, tmp_path):
         found.pooler.dense.weight.zero_()
         zeroed = likeness(model, examples)(found)
     assert zeroed > 10
+
+
+def test_budgets_of_time_a_curve_and_another_model_beside(pictures, tmp_path):
+    """The other one has another width and makes more patches of a picture; its features are not compared."""
+    other = tmp_path / "other"
+    image_model(other, "dinov2", patch_size=2)
+    model = image_model(tmp_path / "model", "siglip_vision_model")
+    changes = {"seconds": 600.0, "curve": (0.5,), "beside": str(other), "baselines": ()}
+    record = convert(image_settings(tmp_path, model, pictures, **changes))
+    assert 0 < record["curve"][0]["variants"]["chosen"]["after"] <= 100
+    assert record["beside"]["scores"] == []
+    assert all(ms > 0 for ms in record["beside"]["latency_ms"])
+    assert len(record["beside"]["latency_ms"]) == 2
+    with pytest.raises(ValueError, match="seconds 0 are too few"):
+        convert(image_settings(tmp_path / "late", model, pictures, seconds=0.1))
 
 
 def refused(tmp_path, *arguments):

@@ -107,7 +107,7 @@ def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dens
         "kind": context.kind,
         "metric": METRIC.get(context.kind),
         "tables": [table_name(path) for path in settings.tables]
-        or [KEPT_ASIDE[context.kind]] * (context.kind in KEPT_ASIDE),
+        or [name for kind, name in KEPT_ASIDE.items() if kind == context.kind],
         "shapes": settings.shapes,
         "dense": dense,
         "variants": points[0].variants,
