@@ -14,12 +14,13 @@ import torch
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
 from fastff import timing
-from fastff.convert import candidates, conversion, convert, distil, latency, time_budget
+from fastff.convert import candidates, conversion, convert, distil, engine_latency, latency, time_budget
 from fastff.convert.beside import Beside
 from fastff.convert.choose_layers import LatencyProfile, Option, Shape
 from fastff.convert.conversion_record import Point, runner_up, standing
 from fastff.convert.conversion_report import layer_rows
 from fastff.convert.conversion_settings import BATCH, ConversionSettings
+from fastff.convert.engine_latency import EngineTimes
 from fastff.convert.latency import place_name, place_of
 from fastff.convert.quality import measures_of
 from fastff.convert.time_budget import TimeLeft, TimeLimit, Timetable, duration, timetable, typical_batches
@@ -448,3 +449,23 @@ def test_a_model_beside_may_take_fewer_tokens(tokenizer, tmp_path):
     assert len(found["scores"]) == 1
     assert found["latency_ms"][0] > 0
     assert found["latency_ms"][1] is None
+
+
+def test_a_decoder_on_the_native_engine_is_timed_once_for_a_length(monkeypatch):
+    """However many sequences: its tokens are generated one by one, so a batch takes as many times as long."""
+    measured = []
+
+    def timed(calls, *_, **__):
+        measured.append(list(calls))
+        for call in calls.values():
+            call()
+        return {name: SimpleNamespace(p50_us=8.0 * len(measured)) for name in calls}
+
+    monkeypatch.setattr(engine_latency, "interleaved", timed)
+    model = tiny("llama")
+    model.config.architectures = [type(model).__name__]
+    times = EngineTimes(model, "native", ((1, 8), (3, 8), (1, 4)), 0.01)
+    tokens = engine_latency.DECODED
+    assert times.whole(None) == (8.0 * 8 / tokens, 3 * 8.0 * 8 / tokens, 16.0 * 4 / tokens)
+    assert len(measured) == 2
+    assert times.layer({"kind": "none"}) == (0.0, 0.0, 0.0)

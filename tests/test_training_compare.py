@@ -146,7 +146,7 @@ def test_labels_of_points_that_are_close_do_not_cover_each_other():
     far = {"layer": "1x1", "flops": 100_000, "loss": 4.0, "name": "far"}
     places = re.findall(r' y="([\d.]+)"[^>]*>(variant-\d)<', chart([*close, far]))
     heights = [float(y) for y, _ in sorted(places, key=lambda place: place[1])]
-    assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([12.0] * 3, abs=0.1)
+    assert [a - b for a, b in itertools.pairwise(heights)] == pytest.approx([13.0] * 3, abs=0.1)
 
 
 def test_losses_stand_beside_the_speed_of_decoding(tmp_path):
