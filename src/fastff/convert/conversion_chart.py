@@ -40,6 +40,11 @@ def series(record: dict[str, Any], shape: int) -> dict[str, list[tuple[float, fl
     return {name: points for name, points in known.items() if points}
 
 
+def reads_pictures(record: dict[str, Any]) -> bool:
+    """Whether it is an image model's; records of before there were any may not say."""
+    return record.get("kind") == "image"
+
+
 def curve(record: dict[str, Any]) -> str:
     """One panel a timed shape: the quality of every model against the time of a whole call."""
     shapes = record["shapes"]
@@ -51,8 +56,8 @@ def curve(record: dict[str, Any]) -> str:
         drawn = [Series(LABELS[name], at, *SERIES[name]) for name, at in points.items()]
         time = Axis("milliseconds a call (left is better)", low=0)
         quality = Axis(_label(record), low=min(seen) - room, high=max(seen) + room)  # the same in every panel
-        of = "picture" if record["kind"] == "image" else "sequence"
-        title = f"{sequences} {of}{'s' * (sequences > 1)} of {tokens} {'patches' if of == 'picture' else 'tokens'}"
+        example, part = ("picture", "patches") if reads_pictures(record) else ("sequence", "tokens")
+        title = f"{sequences} {example}{'s' * (sequences > 1)} of {tokens} {part}"
         panels.append(Panel(drawn, time, quality, title))
     return chart(panels, title="Quality against time", width=460 * len(panels), height=380)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastff.convert.conversion_chart import LABELS, curve
+from fastff.convert.conversion_chart import LABELS, curve, reads_pictures
 from fastff.convert.time_budget import duration
 from fastff.io import write_text
 from fastff.report import pages
@@ -44,11 +44,6 @@ def ratios(record: dict[str, Any], what: str = "latency_ms", name: str | None = 
 
 def figure(value: float | None, digits: int = 2) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
-
-
-def reads_pictures(record: dict[str, Any]) -> bool:
-    """Whether it is an image model's; records of before there were any say so by nothing."""
-    return record.get("kind") == "image"
 
 
 def shape_names(record: dict[str, Any]) -> list[str]:
@@ -254,6 +249,11 @@ def _next(record: dict[str, Any]) -> str:
 
 def card(record: dict[str, Any]) -> str:
     """Model card in Markdown."""
+    auto, directory = AUTO_NAMES[record["kind"]], '"path/to/this/directory"'
+    names, loads = [auto], [f"model = {auto}.from_pretrained({directory})"]
+    if reads_pictures(record):
+        names.insert(0, "AutoImageProcessor")
+        loads.insert(0, f"processor = AutoImageProcessor.from_pretrained({directory})")
     lines = [
         f"# {Path(record['settings']['model']).name}, converted feedforward layers",
         "",
@@ -261,9 +261,9 @@ def card(record: dict[str, Any]) -> str:
         "",
         "```python",
         "import fastff.models",
-        f"from transformers import {AUTO_NAMES[record['kind']]}",
+        f"from transformers import {', '.join(names)}",
         "",
-        f'model = {AUTO_NAMES[record["kind"]]}.from_pretrained("path/to/this/directory")',
+        *loads,
         "```",
         "",
         markdown_table(quality_head(record), quality_rows(record)),

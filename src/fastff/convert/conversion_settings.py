@@ -101,7 +101,7 @@ class ConversionSettings:
     a causal model a text (default: a part of --text that is kept aside). May be repeated: the first decides. An image
     model has none: its features are compared on a part of --images."""
     rows: int = 200_000
-    """Calibration tokens, of pictures patches, per layer."""
+    """Calibration tokens, for an image model patches, per layer."""
     layer_steps: Annotated[int, _HIDDEN] = 150
     """Steps of each layer alone."""
     steps: int = 1100
@@ -142,10 +142,8 @@ class ConversionSettings:
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.images is None):
-            given = "none" if self.text is None else f"text {self.text} and images {self.images}"
-            raise ValueError(
-                f"{given} given, expected one of text (of a language model) and images (of an image model)"
-            )
+            given = "neither text nor images" if self.text is None else f"text {self.text} and images {self.images}"
+            raise ValueError(f"{given} given, expected one: text for a language model, images for an image model")
         for share in (*self.curve, *(() if self.active is None else (self.active,))):
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"active {share} is not in (0, 1]")

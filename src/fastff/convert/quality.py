@@ -26,7 +26,7 @@ METRIC: dict[Kind, str] = {
     "embedding": "Spearman x 100",
     "causal": "perplexity",
     "classifier": "accuracy, percent",
-    "image": "features' cosine with dense x 100",
+    "image": "cosine with dense features x 100",
 }
 Measure = Callable[[Any], float]  # of a model
 
