@@ -19,9 +19,7 @@ PARTS = (0.75, 0.5, 0.0)  # of a layer's work, for shared neurons: experiments/c
 LADDER = (0.25, 0.1, 0.05, 0.025)  # shares of a layer's work tried for a speedup
 AROUND = (0.5, 1.0, 2.0)  # of the share asked for
 SLOWER = 1.3  # a richer shape may take so much longer than the fastest
-MOST_STORED = (
-    8  # times the dense layer's neurons: the outputs of more take too long to solve, and see too few rows each
-)
+MOST_STORED = 4  # times the dense layer's neurons: outputs of more take too long to solve, and few rows see each
 TRIED = 6  # shapes of a kind whose error is measured
 BINS = 4000  # of the budget, in the search
 
