@@ -21,6 +21,7 @@ from fastff.convert.distil_loss import distillation_loss
 from fastff.convert.distill_context import converted_blocks
 from fastff.convert.pictures import STORED, Pictures, picture_paths, store_pictures
 from fastff.convert.quality import likeness
+from fastff.engine.export import load_model
 from fastff.errors import CheckpointError
 
 PROCESSORS = {
@@ -289,6 +290,13 @@ def test_an_image_model_is_refused_text_tables_and_engines(pictures, tmp_path):
     for engine in ("native", "openvino"):
         said = refused(tmp_path, model, "--images", pictures, "--time-on", engine)
         assert f"time_on '{engine}': that engine has no image models, expected cpu or cuda" in said
+
+
+def test_a_converted_image_model_is_not_exported(pictures, tmp_path):
+    convert(image_settings(tmp_path, image_model(tmp_path / "model"), pictures, baselines=()))
+    for folder in ("model", "out"):
+        with pytest.raises(CheckpointError, match="cannot be loaded: it reads pictures, expected a model of text"):
+            load_model(str(tmp_path / folder))
 
 
 def test_a_text_model_is_refused_images(tokenizer, pictures, tmp_path):

@@ -73,10 +73,13 @@ def _to_native(model: str, out: Path, weights: str) -> Path:
 def load_model(model: str) -> tuple[Any, Any, Kind]:
     """Model (float32, evaluation mode, on the CPU), tokenizer (None where there is none) and kind.
 
-    Raises CheckpointError for a directory or name without a configuration or weights that Transformers knows.
+    Raises CheckpointError for a directory or name without a configuration or weights that Transformers knows, and for
+    an image model, which no engine has.
     """
     try:
         kind = kind_of(AutoConfig.from_pretrained(model))
+        if kind == "image":
+            raise CheckpointError("it reads pictures, expected a model of text")
         loaded = AUTO[kind].from_pretrained(model, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {error}") from error
