@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModel
 
 from convert_cases import WORDS, few_shapes, random_dense, saved, settings_for, text, tiny, tokenizer
-from fastff.convert import candidates, convert, distill_context, resources
+from fastff.convert import candidates, choose_layers, convert, distill_context, resources
 from fastff.convert.candidates import survey
-from fastff.convert.choose_layers import LatencyProfile, Option, Shape, choose, shapes_of, shares_of, shortlist
+from fastff.convert.choose_layers import LatencyProfile, Option, Shape, choose, largest, shapes_of, shares_of, shortlist
 from fastff.convert.conversion_settings import ConversionSettings, percent, shape, times
 from fastff.convert.distil import Recipe
 from fastff.convert.distill_context import DistillContext, converted_blocks
@@ -228,6 +228,21 @@ def test_layers_go_back_until_the_loss_is_kept(tokenizer, text, tmp_path, monkey
     assert torch.equal(dense_layers_of(loaded, 1), dense_layers(tiny())[1].w_in)
 
 
+@pytest.mark.parametrize("active", [0.1, 0.5, 0.9])
+def test_no_candidate_stores_more_than_a_few_times_the_layers_neurons(active):
+    dense = random_dense(neurons=256, width=32)
+    settings = ConversionSettings(model="m", text="t", out="o", active=active)
+    shapes = shapes_of(settings, dense)
+    for share in (*shares_of(settings), 1.0):
+        made = [shape.fit(dense, share) for shape in shapes]
+        assert all(stored_neurons(d) <= choose_layers.MOST_STORED * 256 for d in made if d is not None)
+        assert share < active or None not in made, "a shape has a layer at every greater share, too"
+    at_once = [str(shape.fit(dense, active)) for shape in shapes]
+    assert len(set(at_once)) == len(at_once), "none is timed twice"
+    widest = max(stored_neurons(d) for share in shares_of(settings) for s in shapes if (d := s.fit(dense, share)))
+    assert stored_neurons(largest(settings, [dense])[0]) == widest
+
+
 def test_how_many_layers_go_back_is_found_by_halving(monkeypatch):
     """Of eight, the last are the most damaging and five must go back; a student is here the blocks that it got back."""
     monkeypatch.setattr(distill_context, "restore", lambda _, __, blocks: tuple(blocks))
@@ -264,7 +279,7 @@ def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, m
     table = pairs_table(tmp_path / "pairs.tsv")
     scores = iter([80.0, 80.0, 50.0, 60.0])
     monkeypatch.setattr("fastff.convert.quality.similarity", lambda *_, **__: next(scores))
-    with pytest.raises(ValueError, match=r"max_loss 1.00% cannot be kept: the least loss .* is 25.00%"):
+    with pytest.raises(ValueError, match=r"max_loss 1.00% cannot be kept: with a single replaced layer .* is 25.00%"):
         convert(settings_for(tmp_path, model, text, baselines=(), tables=(table,), max_loss=0.01))
     with pytest.raises(ValueError, match="needs an evaluation table"):
         convert(settings_for(tmp_path, model, text, max_loss=0.01, out=tmp_path / "out2"))

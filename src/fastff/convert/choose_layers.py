@@ -53,11 +53,14 @@ class Shape:
     part: float = 0.0
 
     def fit(self, dense: DenseWeights, active: float) -> dict[str, Any] | None:
-        """The widest such layer that spends at most `active` of the dense layer's work; None if there is none, or it
-        would store more than MOST_STORED times its neurons."""
+        """The widest such layer that spends at most `active` of the dense layer's work, of less depth where it would
+        store more than MOST_STORED times its neurons; None if there is none."""
         shared = self.shared + round(self.part * active * dense.neurons / 8) * 8  # whole vectors
-        found = fit_tree(dense, active, trees=self.trees, depth=self.depth, shared=shared)
-        return None if found is None or stored_neurons(found) > MOST_STORED * dense.neurons else found
+        for depth in range(self.depth, 0, -1):
+            found = fit_tree(dense, active, trees=self.trees, depth=depth, shared=shared)
+            if found is None or stored_neurons(found) <= MOST_STORED * dense.neurons:
+                return found
+        return None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,9 @@ def shapes_of(settings: ConversionSettings, dense: DenseWeights) -> list[Candida
     parts, shared = PARTS if settings.shared is None else (0.0,), settings.shared or 0
     shapes: list[Candidate] = [Shape(t, d, shared, part) for part in parts for t in TREES for d in DEPTHS]
     shapes += [Experts(width, shared, part) for part in parts for width in LEAF_WIDTHS]
-    return [shape for shape in shapes if shape.fit(dense, settings.share) is not None]
+    fitted = ((str(shape.fit(dense, settings.share)), shape) for shape in reversed(shapes))
+    alone = {made: shape for made, shape in fitted if made != str(None)}  # of those that make the same, the first
+    return list(reversed(alone.values()))
 
 
 def shortlist(shapes: Sequence[Candidate], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:
@@ -169,9 +174,9 @@ def refuse(speedup: float, profile: LatencyProfile, best: float) -> ValueError:
 
 
 def largest(settings: ConversionSettings, dense: Sequence[DenseWeights]) -> list[dict[str, Any]]:
-    """Of each block, the candidate that stores most neurons."""
-    share = max(shares_of(settings) + list(settings.curve))
-    fitted = [[d for s in shapes_of(settings, layer) if (d := s.fit(layer, share))] for layer in dense]
+    """Of each block, the candidate that stores most neurons, at any of the shares that are tried."""
+    shares = [*shares_of(settings), *settings.curve]
+    fitted = [[d for s in shapes_of(settings, layer) for a in shares if (d := s.fit(layer, a))] for layer in dense]
     return [
         max(tried or [describe_narrow(layer, 1)], key=stored_neurons)
         for layer, tried in zip(dense, fitted, strict=True)

@@ -125,12 +125,11 @@ class DistillContext:
         most `settings.max_loss`.
 
         The most damaging is the one without which, it alone given back, the held-out loss is least. How many go back is
-        found by halving: fewer do not suffice. Returns the student, its figures, and the restored blocks. Raises
-        ValueError, naming the least loss, if not even one replaced layer keeps it."""
+        found by halving, which takes it that more never harm. Returns the student, its figures, and the restored
+        blocks. Raises ValueError if not even one replaced layer keeps it."""
         allowed = self.settings.max_loss
         assert allowed is not None
-        least = relative_loss(before, float(facts["after"]), self.kind)
-        if least <= allowed:
+        if relative_loss(before, float(facts["after"]), self.kind) <= allowed:  # not where it is NaN
             return student, facts, []
         order = self._most_damaging_first(student)
         few, many, found = 0, len(order) - 1, None
@@ -140,12 +139,11 @@ class DistillContext:
             after = float(self.quality(candidate) or 0.0)
             loss = relative_loss(before, after, self.kind)
             self.progress("restored", count, len(order))
-            least = loss if math.isnan(least) else min(least, loss)
-            if loss <= allowed:  # not where it is NaN
+            if loss <= allowed:
                 many, found = count, (candidate, after)
             elif found is None:
                 raise ValueError(
-                    f"max_loss {allowed:.2%} cannot be kept: the least loss with a replaced layer is {least:.2%}"
+                    f"max_loss {allowed:.2%} cannot be kept: with a single replaced layer the loss is {loss:.2%}"
                 )
             else:
                 few = count

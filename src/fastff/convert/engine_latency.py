@@ -29,6 +29,7 @@ DECODED = 8  # tokens that are timed of a decoder's call
 PATIENCE = 10.0  # seconds; calls that take longer are measured once
 
 Shape = tuple[int, int]
+Call = Callable[[], object]
 Description = Mapping[str, Any] | None
 
 
@@ -68,17 +69,17 @@ class EngineTimes:
             took: dict[Any, dict[str, float]] = {}
             for shape in self.shapes:
                 alike = shape[1] if self._decodes else shape  # a token takes as long in every sequence
-                made = {name: run(shape) for name, run in runs.items()}
                 if alike not in took:
-                    calls = {name: call for name, (call, _) in made.items()}
+                    calls = {name: run(shape) for name, run in runs.items()}
                     timings = interleaved(calls, self.seconds, torch.device("cpu"), patience=PATIENCE)
                     took[alike] = {name: timing.p50_us for name, timing in timings.items()}
+                times = shape[0] * shape[1] / DECODED if self._decodes else 1.0
                 for name, us in took[alike].items():
-                    found[name].append(us * made[name][1])
+                    found[name].append(us * times)
         return {name: tuple(times) for name, times in found.items()}
 
-    def _open(self, model: Any, folder: Path) -> Callable[[Shape], tuple[Callable[[], object], float]]:
-        """The model in the engine: gives for a shape a call, and how many times its time the shape takes."""
+    def _open(self, model: Any, folder: Path) -> Callable[[Shape], Call]:
+        """The model in the engine: gives for a shape a call; of a decoder, one that generates DECODED tokens."""
         model = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
         model = model.float().eval()
         if self.where == "openvino":
@@ -97,29 +98,28 @@ def _ids(config: Any, shape: Shape) -> torch.Tensor:
     return torch.randint(5, config.vocab_size, (shape[0], length), generator=torch.Generator().manual_seed(0))
 
 
-def _encoder(loaded: Any, config: Any) -> Callable[[Shape], tuple[Callable[[], object], float]]:
-    def of(shape: Shape) -> tuple[Callable[[], object], float]:
+def _encoder(loaded: Any, config: Any) -> Callable[[Shape], Call]:
+    def of(shape: Shape) -> Call:
         ids = _ids(config, shape).tolist()
-        return (lambda: loaded.hidden_states(ids)), 1.0
+        return lambda: loaded.hidden_states(ids)
 
     return of
 
 
-def _reader(run: Callable[..., Any], config: Any) -> Callable[[Shape], tuple[Callable[[], object], float]]:
-    def of(shape: Shape) -> tuple[Callable[[], object], float]:
+def _reader(run: Callable[..., Any], config: Any) -> Callable[[Shape], Call]:
+    def of(shape: Shape) -> Call:
         ids = _ids(config, shape).numpy()
         mask = (ids >= 0).astype(ids.dtype)
-        return (lambda: run(input_ids=ids, attention_mask=mask)), 1.0
+        return lambda: run(input_ids=ids, attention_mask=mask)
 
     return of
 
 
-def _generator(loaded: Any) -> Callable[[Shape], tuple[Callable[[], object], float]]:
+def _generator(loaded: Any) -> Callable[[Shape], Call]:
     assert isinstance(loaded, Engine)
 
-    def of(shape: Shape) -> tuple[Callable[[], object], float]:
-        sequences, asked = shape
-        length = max(1, min(asked, loaded.positions - DECODED))  # what the model has room for
+    def of(shape: Shape) -> Call:
+        length = max(1, min(shape[1], loaded.positions - DECODED))  # what the model has room for
         session = loaded.session(capacity=length + DECODED)
         session.feed([k % loaded.vocab_size for k in range(5, 5 + length)])
 
@@ -128,6 +128,6 @@ def _generator(loaded: Any) -> Callable[[Shape], tuple[Callable[[], object], flo
             for token in range(DECODED):
                 session.feed_one(token)
 
-        return call, sequences * asked / DECODED
+        return call
 
     return of
