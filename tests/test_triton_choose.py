@@ -36,6 +36,21 @@ def test_the_best_leaves(rows, count, k, balanced):
     assert torch.equal(load, plain.histogram(want, count))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("balance", [None, torch.zeros(3)], ids=["alone", "balanced"])
+def test_minus_infinity_wins_against_nan(balance):
+    nan, low, balance = float("nan"), -float("inf"), None if balance is None else balance.to(DEVICE)
+    score = torch.tensor([[nan, low, low], [nan, low, 1.0], [-3.3e38, low, 0.0]], device=DEVICE)
+    for k, want in ((1, [1, 2, 2]), (2, [[1, 2], [1, 2], None])):
+        plain_leaf, leaf = plain.best(plain.preference(score, balance), k), choose_ops.best(score, balance, k)[0]
+        for row, expected in enumerate(want):
+            if expected is not None:
+                assert plain_leaf[row].tolist() == leaf[row].tolist() == torch.tensor(expected).reshape(-1).tolist()
+        x = torch.eye(3, device=DEVICE)
+        routed = choose_ops.route(x[:1], torch.zeros(3, 3, device=DEVICE), score[0], balance, k, counted=False)[0]
+        assert routed.flatten().tolist() == leaf[0].tolist()
+
+
 def test_without_balance_scores_whose_sigmoids_are_1_keep_their_order():
     score = torch.tensor([[18.0, 40.0, 25.0]], device=DEVICE)
     assert choose_ops.best(score, None, 1)[0].item() == plain.best(plain.preference(score, None), 1).item() == 1
@@ -120,14 +135,40 @@ def test_wide_steps_route_as_narrow_ones(shape, monkeypatch):
     """Where a program has memory for them, the products of few rows take more features at once."""
     x, weight = normal(9, 300).half(), (normal(*shape, 300, seed=3) / 300**0.5).half()
     steps, found = [], []
-    for memory in (0, 2**12, 2**18):
+    for memory in (0, 2**18):
         monkeypatch.setattr(router_kernels, "_shared_memory", lambda _, memory=memory: memory)
-        steps.append(router_kernels.steps(x, 64))
+        steps.append(router_kernels.step(x, 64))
         found.append(choose_ops.route(x, weight, None, None, 3, counted=True))
-    assert steps == [(64, 3), (64, 1), (256, 3)]  # with little memory fewer steps are in flight
-    for leaf, gate, _ in found[1:]:
-        assert torch.equal(leaf, found[0][0])
-        torch.testing.assert_close(gate, found[0][1])
+    assert steps == [64, 256]
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 31)])
+def test_routing_that_finds_no_room_keeps_fewer_steps_in_flight(shape, monkeypatch):
+    no_room = pytest.importorskip("triton.runtime.errors").OutOfResources
+    x, weight = normal(9, 48), normal(*shape, 48, seed=3) / 48**0.5
+    want = choose_ops.route(x, weight, None, None, 3, counted=True)
+    kernel, tried = router_kernels._route_kernel, []
+
+    class Small:
+        """As the kernel on a device whose programs have room for one step."""
+
+        def __getitem__(self, grid):
+            def launch(*args, num_stages, **options):
+                tried.append(num_stages)
+                if num_stages > 1:
+                    raise no_room(200, 100, "shared memory")
+                return kernel[grid](*args, num_stages=num_stages, **options)
+
+            return launch
+
+    monkeypatch.setattr(router_kernels, "_route_kernel", Small())
+    monkeypatch.setattr("fastff.ops.triton_kernels._fitted", {})
+    for _ in range(2):
+        for got, expected in zip(choose_ops.route(x, weight, None, None, 3, counted=True), want, strict=True):
+            assert torch.equal(got, expected)
+    assert tried == [3, 2, 1, 1], "what fits is known the second time"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy

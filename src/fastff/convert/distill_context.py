@@ -125,31 +125,37 @@ class DistillContext:
         most `settings.max_loss`.
 
         The most damaging is the one without which, it alone given back, the held-out loss is least. How many go back is
-        found by halving, which takes it that more never harm. Returns the student, its figures, and the restored
-        blocks. Raises ValueError if not even one replaced layer keeps it."""
+        found by halving: one fewer does not suffice. Returns the student, its figures, and the restored blocks.
+        Raises ValueError, with the least loss measured, where neither all but one nor 1, 2, 4, ... keep it."""
         allowed = self.settings.max_loss
         assert allowed is not None
-        if relative_loss(before, float(facts["after"]), self.kind) <= allowed:  # not where it is NaN
+        after = {0: float(facts["after"])}
+
+        def given_back(count: int) -> Any:
+            return restore(student, self.teacher, order[:count])
+
+        def loss(count: int) -> float:
+            if count not in after:
+                after[count] = float(self.quality(given_back(count)) or 0.0)
+                self.progress("restored", count, len(order))
+            return relative_loss(before, after[count], self.kind)
+
+        if loss(0) <= allowed:  # not where it is NaN
             return student, facts, []
         order = self._most_damaging_first(student)
-        few, many, found = 0, len(order) - 1, None
-        while found is None or many - few > 1:
-            count = many if found is None else (few + many) // 2
-            candidate = restore(student, self.teacher, order[:count]) if count else student
-            after = float(self.quality(candidate) or 0.0)
-            loss = relative_loss(before, after, self.kind)
-            self.progress("restored", count, len(order))
-            if loss <= allowed:
-                many, found = count, (candidate, after)
-            elif found is None:
-                raise ValueError(
-                    f"max_loss {allowed:.2%} cannot be kept: with a single replaced layer the loss is {loss:.2%}"
-                )
-            else:
-                few = count
-        student, after = found
-        facts = {**facts, "after": after, "held_out_loss": self.held_out_loss(student), "further": self.others(student)}
-        return student, facts, order[:many]
+        most = len(order) - 1
+        tried = [most, *(2**k for k in range(most.bit_length()) if 2**k < most)] if most else []
+        many = next((count for count in tried if loss(count) <= allowed), 0)
+        if not many:
+            least = min(map(loss, after), key=lambda one: (math.isnan(one), one))
+            raise ValueError(f"max_loss {allowed:.2%} cannot be kept: the least loss of those measured is {least:.2%}")
+        few = max(count for count in after if count < many)
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (few, middle) if loss(middle) <= allowed else (middle, many)
+        student = given_back(many)
+        held_out, further = self.held_out_loss(student), self.others(student)
+        return student, {**facts, "after": after[many], "held_out_loss": held_out, "further": further}, order[:many]
 
     def _most_damaging_first(self, student: Any) -> list[int]:
         """The replaced blocks by the held-out loss with that block alone given back."""

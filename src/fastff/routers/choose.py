@@ -33,7 +33,9 @@ def preference(score: Tensor, balance: Tensor | None) -> Tensor:
     """What selection compares: the sigmoid of a score plus the balance, which no gate sees; without balance the score
     itself, which has the order of its sigmoid and, unlike it, does not reach 1 at 17."""
     score = score.detach()
-    return score if balance is None else score.sigmoid() + balance
+    if balance is None:
+        return score.clamp(min=torch.finfo(score.dtype).min)  # -infinity, too, wins against NaN
+    return score.sigmoid() + balance
 
 
 def normalised(score: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
 
 TILE = 4096  # scores that one program holds
 HIGHEST = 128  # rows that one program holds at most
+LEAST = tl.constexpr(-3.0e38)  # below all scores but those that are as good as -infinity
 
 
 def best(score: Tensor, balance: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,12 @@ def beam_backward(grad: Tensor, leaf: Tensor, nodes: int) -> Tensor:
 
 
 @triton.jit
+def finite_below(score):
+    """The score, but not -infinity, which NaN becomes where values are compared. NaN stays."""
+    return tl.where(score < LEAST, LEAST, score)
+
+
+@triton.jit
 def _take(value, candidate, COUNT: tl.constexpr, K: tl.constexpr):
     """1 at the K candidates of the largest values in each row (BM, COUNT), the lower index first where they tie."""
     place = tl.arange(0, COUNT)[None, :]
@@ -111,7 +118,7 @@ def _best_kernel(
     c = tl.arange(0, WIDTH)
     at = score_ptr + row[:, None] * COUNT + c[None, :]
     score = tl.load(at, mask=there[:, None] & (c < COUNT)[None, :], other=0.0)
-    value = score
+    value = finite_below(score)
     if balance_ptr is not None:
         value = sigmoid(score) + tl.load(balance_ptr + c, mask=c < COUNT, other=0.0)[None, :]
     candidate = (c < COUNT).to(tl.int32)[None, :] + tl.zeros((BM, WIDTH), tl.int32)
@@ -142,7 +149,7 @@ def walk(score_ptr, balance_ptr, load_ptr, there, tree, DEPTH: tl.constexpr, K: 
         total = _children(total - score, total + score, BM, 1 << level)
         kept = _children(kept, kept, BM, 1 << level)
         if (2 << level) > K:
-            value = total
+            value = finite_below(total)
             if balance_ptr is not None:
                 heap = tree * (2 * nodes + 1) + (2 << level) - 1 + tl.arange(0, 2 << level)
                 value = sigmoid(total) + tl.load(balance_ptr + heap)[None, :]

@@ -113,17 +113,15 @@ def _on_pairs(
     """Launch a kernel on the pairs of every leaf, its neurons in chunks."""
     tiles, (_, width, out_features) = plan.tiles, leaves.w_out.shape
     blocks, apart = groups.order.shape
-    # float32 is three products: smaller steps, or registers spill.
-    wide = leaves.w_in.itemsize > 2
-    inner, across = (
-        (max(16, tiles.inner // 4), max(16, min(64, tiles.outer // 2))) if wide else (tiles.inner, tiles.outer)
-    )
+    inner, across, stages = tiles.inner, tiles.outer, tiles.stages
+    if leaves.w_in.itemsize > 2:  # float32 is three products: smaller steps, or registers spill
+        inner, across, stages = max(16, inner // 4), max(16, min(64, across)), min(3, stages)
     launch(
         kernel, (groups.tiles, blocks, ceil_div(width, tiles.columns)),
         *operands, *tables(groups), apart,
         D_IN=leaves.w_in.shape[2], D_OUT=out_features, SLOTS=leaf.shape[1], GROUPS=groups.groups, FEW=groups.few,
         LEAF_WIDTH=width, WIDTH=tiles.columns, ACTIVATION=activation, BM=tiles.rows, BK=inner, BN=across,
-        PRECISION=precision_of(leaves.w_in.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+        PRECISION=precision_of(leaves.w_in.dtype), num_warps=tiles.warps, num_stages=stages,
     )  # fmt: skip
 
 

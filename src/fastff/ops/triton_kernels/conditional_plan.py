@@ -26,8 +26,8 @@ class Plan:
 def plan(rows: int, slots: int, leaves: int, width: int, features: int, *, backward: bool = False) -> Plan:
     """Tiles as high as a leaf has pairs, if all leaves are used alike.
 
-    Measured on an H200 with 96 leaves of 32 and 64 of 48: at 65,536 rows tiles of 128 rows, 8 warps, or other numbers
-    of blocks are level or slower by 3 to 15 %; at 512 rows tiles of 32 rows are slower by 10 to 18 %."""
+    Measured on an H200 with 96 leaves of 32 and 64 of 48: at 65,536 rows tiles of 128 rows, 8 warps, or more blocks
+    are level or slower by 3 to 15 %; at 512 rows tiles of 32 rows are slower by 10 to 18 %."""
     pairs, columns = rows * slots, max(16, min(MOST_COLUMNS, power_of_two(width)))
     height = max(16, min(64, power_of_two(ceil_div(pairs, leaves))))
     inner = 64 if height == 64 and pairs > FEW else 128
@@ -45,8 +45,9 @@ def plan(rows: int, slots: int, leaves: int, width: int, features: int, *, backw
 
 def _outputs(height: int, inner: int, columns: int, backward: bool) -> tuple[int, int]:
     """Features of outputs at a time, and steps in flight. Many pairs: a program's sums take the registers that more
-    programs could have (with leaves of 48, 64 features took 6 % less than 128; backwards, 64 and a fourth step 1 to 3 %
-    less; forwards, leaves of 32 took 2 % more). Few pairs wait for memory, and ask for more at once (0 to 3 % less)."""
+    programs could have. With 64 features instead of 128 leaves of 48 took 6 % less, leaves of 32 took 2 % more;
+    backwards, with a fourth step too, leaves of 32 and 48 took 3 and 2 % less, of 24 and 12 the same. Few pairs wait
+    for memory, and ask for more at once: 0 to 3 % less, backwards nothing."""
     if inner == 64:
         return (64, 4) if backward else (64 if columns > 32 else 128, 3)
-    return (256, 4) if height < 64 else (128, 3)
+    return (256, 4) if height < 64 and not backward else (128, 3)

@@ -6,6 +6,7 @@ fastff.routers.choose; gates are its `normalised`."""
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastff.ops.dense import dense
-from fastff.ops.triton_kernels import on_device
-from fastff.ops.triton_kernels.choose_kernels import TILE, count, grad_nodes, walk
+from fastff.ops.triton_kernels import fitting, on_device
+from fastff.ops.triton_kernels.choose_kernels import TILE, count, finite_below, grad_nodes, walk
 from fastff.ops.triton_kernels.common import sigmoid
 from fastff.ops.triton_kernels.linear import precision_of, tile_of
-from fastff.ops.triton_kernels.plan import ceil_div, power_of_two
+from fastff.ops.triton_kernels.plan import Tiles, ceil_div, power_of_two
 
 FEW, MANY = 1024, 16384  # rows: up to so few tiles are low, beyond so many high
-LEAST = tl.constexpr(-3.0e38)  # below all values that are compared
+LAST = tl.constexpr(-3.2e38)  # below all values that are compared
 LOWEST, HIGHEST = 16, 128  # rows of a tile: the least that a product takes; at most
 NARROW, WIDE = 128, 512  # bytes of a row that a step reads
 STAGES = 3  # steps in flight
@@ -49,14 +50,19 @@ def route(
     height, warps = tile(rows, max(width, leaves), paths)
     # A beam reads the scores of a level at a time, which registers cannot give: they go through the cache.
     scores = torch.empty(rows, trees, columns, dtype=torch.float32, device=x.device) if paths else None
-    features, stages = steps(x, height + width)
-    with on_device(x):
-        _route_kernel[(ceil_div(rows, height), trees)](
+    features = min(step(x, height + width), max(16, power_of_two(x.shape[1])))
+
+    def run(plan: RoutePlan) -> None:
+        tiles = plan.tiles
+        _route_kernel[(ceil_div(rows, tiles.rows), trees)](
             x, weight, bias, balance, leaf, gate, chosen, load if counted else None, scores, rows,
             D=x.shape[1], TREES=trees, COLUMNS=columns, WIDTH=width, DEPTH=columns.bit_length() if paths else 0, K=k,
-            SLOTS=power_of_two(k), BM=height, BK=min(features, max(16, power_of_two(x.shape[1]))),
-            PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=stages,
+            SLOTS=power_of_two(k), BM=tiles.rows, BK=tiles.inner,
+            PRECISION=precision_of(x.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+
+    with on_device(x):
+        fitting(RoutePlan(Tiles(height, width, features, 16, warps, STAGES)), run)
     return leaf, gate, chosen, load
 
 
@@ -86,13 +92,18 @@ def route_backward(
     return grad_score @ flat, grad_weight, grad_bias
 
 
-def steps(x: Tensor, lines: int) -> tuple[int, int]:
-    """Features that a product takes at once, of so many rows of x and of the weight, and how many such steps are in
-    flight. Few rows wait for memory: they ask for all that fits at once."""
-    room = _shared_memory(x.device)
-    few = x.shape[0] <= FEW and x.itemsize == 2 and lines * WIDE * STAGES <= room
-    stages = STAGES if room == 0 else max(1, min(STAGES, room // (lines * NARROW)))
-    return (WIDE if few else NARROW) // x.itemsize, stages
+@dataclass(frozen=True)
+class RoutePlan:
+    """tiles: rows, and `inner` features that a product takes at once."""
+
+    tiles: Tiles
+
+
+def step(x: Tensor, lines: int) -> int:
+    """Features that a product takes at once, of so many rows of x and of the weight. Few rows wait for memory: they ask
+    for all that fits at once."""
+    few = x.shape[0] <= FEW and x.itemsize == 2 and lines * WIDE * STAGES <= _shared_memory(x.device)
+    return (WIDE if few else NARROW) // x.itemsize
 
 
 @functools.cache
@@ -187,10 +198,10 @@ def _route_kernel(
         score += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
     item = row * TREES + tree
     if DEPTH == 0:
-        value = score
+        value = finite_below(score)
         if balance_ptr is not None:
             value = sigmoid(score) + tl.load(balance_ptr + c, mask=c < COLUMNS, other=0.0)[None, :]
-        value = tl.where(value > LEAST, value, LEAST)  # NaN loses, against all but its like
+        value = tl.where(value == value, value, LAST)  # NaN loses, against all but its like
         value = tl.where((c < COLUMNS)[None, :], value, float("-inf"))
         column, chosen, value = _pick(value, score, BM, WIDTH, K, SLOTS)
         if load_ptr is not None:
