@@ -226,12 +226,13 @@ def main() -> None:
     if options.turn is not None:
         [only] = options.only
         return one_process(only, options.out / f"{only}.json", options.turn)
-    asked = options.only or [f"{rows}:{way}" for rows in STUDIES for way in WAYS]
-    with tempfile.TemporaryDirectory() as turn:
-        cells = all_processes(asked, Path(turn))
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     path = options.out / "conditional.json"
     before = read_json(path, needs={"cells": list}) if options.only and path.is_file() else {"cells": []}
+    merged(before, [], machine)  # refuses another machine's before anything is measured
+    asked = options.only or [f"{rows}:{way}" for rows in STUDIES for way in WAYS]
+    with tempfile.TemporaryDirectory() as turn:
+        cells = all_processes(asked, Path(turn))
     write_json(path, {**machine, "dtype": "bf16", "cells": merged(before, cells, machine)})
     return None
 

@@ -133,6 +133,14 @@ def test_words_of_a_crowd_stand_in_a_column_in_the_order_of_their_points_and_a_l
     assert 0 < abs(float(words["lone"].get("x")) - places[3][0]) < 10
 
 
+def test_no_word_of_a_crowd_is_above_the_drawing():
+    points = [(1.0, 8.9 + 0.01 * k) for k in range(9)]
+    drawn = chart([Panel([Series("s", points, labels=[f"p{k}" for k in range(9)])], y=Axis(low=0, high=9))], title="t")
+    heights = [float(y) for y, _ in re.findall(r'y="(-?[\d.]+)"[^>]*>(p\d)<', drawn)]
+    assert len(heights) == 9
+    assert min(heights) > 8
+
+
 def test_panels_share_one_legend():
     panels = [Panel([Series("same", [(0, 1)])], levels=[(1.0, "level")]) for _ in range(3)]
     assert texts(parsed(chart(panels, title="t"))).count("same") == 1

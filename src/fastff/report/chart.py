@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 30.0, 52.0  # room around a panel
 LEGEND_LINE = 20.0
 BESIDE = 8.0  # from a point to its label
 LEADER = 18.0  # that labels of a crowd stand further away
+FIRST_BASELINE = 11.0  # of a column: no word is above the drawing
 LABEL_GAP = 13.0  # between the baselines of two labels
 
 
@@ -129,8 +130,9 @@ def _column(crowd: Sequence[_Word], end: float) -> tuple[float, float, float]:
     `end`: the left side, the first baseline, the width."""
     away, wide = BESIDE + LEADER * (len(crowd) > 1), max(word.wide for word in crowd)
     left, right = min(word.x for word in crowd) - away - wide, max(word.x for word in crowd) + away
-    middle = sum(word.y for word in crowd) / len(crowd)
-    return right if right + wide <= end else left, middle + 4 - LABEL_GAP * (len(crowd) - 1) / 2, wide
+    middle, tall = sum(word.y for word in crowd) / len(crowd), LABEL_GAP * (len(crowd) - 1)
+    top = max(FIRST_BASELINE, middle + 4 - tall / 2) if len(crowd) > 1 else middle + 4
+    return right if right + wide <= end else left, top, wide
 
 
 def _first_covering(crowds: Sequence[Sequence[_Word]], end: float) -> tuple[int, int] | None:
