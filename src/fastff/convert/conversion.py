@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -235,7 +236,10 @@ def _split_pictures(
             f"images {settings.images} holds {len(paths)} pictures, at least {needed} are needed: {settings.batch} "
             f"(batch) and {settings.rows} patches (rows), {patches} a picture, and {_pictures_aside(needed)} kept aside"
         )
-    every = store_pictures(processor, paths, work, patches=patches, progress=progress)
+    drawn = settings.steps * settings.batch  # no more of them than can be learned from are stored
+    most = max(needed, drawn + _pictures_aside(2 * drawn))
+    chosen = sorted(np.random.default_rng(0).permutation(len(paths))[:most])
+    every = store_pictures(processor, [paths[k] for k in chosen], work, patches=patches, progress=progress)
     aside = _pictures_aside(len(every))
     return every.slice(0, len(every) - aside), every.slice(len(every) - aside, len(every))
 

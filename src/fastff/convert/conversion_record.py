@@ -109,6 +109,7 @@ def record_of(context: DistillContext, plan: Plan, points: Sequence[Point], dens
         "tables": [table_name(path) for path in settings.tables]
         or [name for kind, name in KEPT_ASIDE.items() if kind == context.kind],
         "shapes": settings.shapes,
+        "untrained_pooler": context.kind == "image" and getattr(teacher, "pooler", teacher) is None,
         "dense": dense,
         "variants": points[0].variants,
         "curve": [{"asked": point.budget.active, "variants": point.variants} for point in points[1:]],

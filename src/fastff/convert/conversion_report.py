@@ -268,6 +268,11 @@ def card(record: dict[str, Any]) -> str:
         "",
         markdown_table(quality_head(record), quality_rows(record)),
         "",
+        *(
+            ["`pooler_output` is not trained, the original has no weights of it: take `last_hidden_state.mean(1)`.", ""]
+            if record.get("untrained_pooler")
+            else []
+        ),
         "Details: `report/index.html` and `report/report.json`.",
         "",
     ]

@@ -44,7 +44,7 @@ def load_dense(model: str, *, gguf: bool = False) -> tuple[Any, Any, Kind]:
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors, {missing[0]} among them")
     if kind == "image" and len(missing) < len(info["missing_keys"]):
-        dense.pooler = None  # never trained: the mean over the patches is what the pictures' features are
+        dense.pooler = None  # never trained: the mean over all positions is what the pictures' features are
     return dense.to(device).eval(), processor, kind
 
 
@@ -53,7 +53,7 @@ def _image_processor(model: str) -> Any:
         return AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{model} has no image processor that loads (preprocessor_config.json): {str(error).splitlines()[0]}"
+            f"{model} has no image processor that loads (preprocessor_config.json): {str(error).partition(chr(10))[0]}"
         ) from error
 
 
@@ -68,7 +68,14 @@ def _check_head(config: Any, kind: Kind) -> None:
     name = (getattr(config, "architectures", None) or [""])[0]
     heads = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
     if name.endswith(heads) or (kind == "image" and ("For" in name or name.endswith("WithProjection"))):
-        raise CheckpointError(f"{name} has a head that a conversion would lose: convert the model without it")
+        without = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)"
+        if kind == "image":
+            tower = name.replace("WithProjection", "") if name.endswith("WithProjection") else "AutoModel"
+            bare = ", add_pooling_layer=False" if config.model_type in ("vit", "deit") else ""
+            without = f"{tower}.from_pretrained(MODEL{bare}).save_pretrained(FOLDER), its image processor beside it"
+        raise CheckpointError(
+            f"{name} has a head that a conversion would lose: convert the model without it, {without}"
+        )
 
 
 def _of_gguf(path: Path) -> tuple[Any, Any]:

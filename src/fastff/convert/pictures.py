@@ -19,7 +19,7 @@ from fastff.text.examples import Examples
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 STORED = "pictures.npy"
-A_CALL = 64  # pictures that the image processor is given at once
+A_CALL = 64  # pictures between two words of progress
 
 
 class Pictures(Examples):
@@ -44,7 +44,8 @@ def picture_paths(folder: Path) -> list[Path]:
     """The pictures in a folder and those below it, sorted. Raises CheckpointError if there are none."""
     if not folder.is_dir():
         raise CheckpointError(f"images {folder} is not a folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    every = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    found = sorted(path for path in every if path.is_file())
     if not found:
         raise CheckpointError(f"images {folder} holds no picture, expected files {', '.join(SUFFIXES)}")
     return found
@@ -79,22 +80,27 @@ def _write(processor: Any, paths: Sequence[Path], path: Path, progress: Progress
     with replacing(path) as file:
         np.lib.format.write_array_header_2_0(file, header)
         for start in range(0, len(paths), A_CALL):
-            some = paths[start : start + A_CALL]
-            values = pixel_values_of(processor, [_read(one) for one in some])
-            if values.shape[1:] != picture:
-                raise CheckpointError(
-                    f"the image processor makes {_size(values.shape[1:])} values of the pictures from {some[0]} on, "
-                    f"expected {_size(picture)} as of a square one: all must become equally large"
-                )
-            file.write(values.astype(np.float16).tobytes())
-            progress("pictures", start + len(some), len(paths))
+            for one in paths[start : start + A_CALL]:  # one at a time: large ones fill the memory
+                values = pixel_values_of(processor, [_read(one)])
+                if values.shape[1:] != picture:
+                    raise CheckpointError(
+                        f"the image processor makes {_size(values.shape[1:])} values of {one}, "
+                        f"expected {_size(picture)} as of a square one: all must become equally large"
+                    )
+                file.write(values.astype(np.float16).tobytes())
+            progress("pictures", min(start + A_CALL, len(paths)), len(paths))
 
 
 def _read(path: Path) -> Image.Image:
     """A picture in RGB, turned as its EXIF data say. Raises CheckpointError, naming the file, for none."""
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            turned = ImageOps.exif_transpose(picture)
+            if turned.mode.startswith("I") or turned.mode == "F":
+                raise ValueError(
+                    f"mode {turned.mode}, expected 8 bits a channel"
+                )  # converted it would be cut, not scaled
+            return turned.convert("RGB")
     except Exception as error:  # decoders raise what they like about a damaged file
         raise CheckpointError(f"{path} is not a picture that can be read: {error}") from error
 
