@@ -21,6 +21,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "encoder": encoder.engines,
         "encoder-dense": encoder.dense_engines,
         "encoder-engines": encoder.whole_engines,
+        "encoder-engines-amd": encoder.engines_without_amx,
         "encoder-lengths": encoder.lengths,
         "layer-cpu": cpu.published_layer,
         "recommended-cpu": cpu.recommended_layers,

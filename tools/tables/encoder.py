@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tools.tables.places import INTEL, read
+from tools.tables.places import AMD, INTEL, read
 from tools.tables.training import records_of
 
 from fastff.report.markdown import markdown_table
@@ -71,6 +72,11 @@ def whole_engines() -> str:
     return _by_shape("encoder-engines.json")
 
 
+def engines_without_amx() -> str:
+    """The same on a CPU without matrix tiles."""
+    return _by_shape("encoder-engines.json", AMD)
+
+
 def dense_engines() -> str:
     """The dense model alone; see `_by_shape`."""
     return _by_shape("encoder-dense.json")
@@ -108,10 +114,10 @@ def embeddings() -> str:
     return markdown_table(head, rows)
 
 
-def _by_shape(file: str) -> str:
+def _by_shape(file: str, machine: Path = INTEL) -> str:
     """Every shape and number of threads: milliseconds, and how many times faster than the fastest dense int8 engine of
     others, and than fastff's own dense engine."""
-    run: dict[str, Any] = read(INTEL / file)
+    run: dict[str, Any] = read(machine / file)
     columns = list(dict.fromkeys((cell["shape"], cell["threads"]) for cell in run["cells"]))
     ms = {(c["feedforward"], c["engine"], c["shape"], c["threads"]): c["ms"] for c in run["cells"]}
     keys = list(dict.fromkeys((cell["feedforward"], cell["engine"]) for cell in run["cells"]))

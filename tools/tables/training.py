@@ -221,11 +221,11 @@ GLUE = plan_tables("small-glue", **{"small-glue-causal": "causal", "small-glue-m
 RETENTION = partial(retention, "masked-524m", ("glue", "glue-seed-1"))
 
 
-def frontier_table() -> str:
+def frontier_table(folder: str = "frontier") -> str:
     """Held-out losses beside measured speeds."""
     studies = [TRAINING / study for study in ("routers-300m", "small-300m")]
-    prompt = read(TRAINING / "frontier" / frontier.SPEEDS)["prompt"]
-    return frontier.table(frontier.points_of(studies, TRAINING / "frontier", TRAINING / "gpus" / "small"), prompt)
+    prompt = read(TRAINING / folder / frontier.SPEEDS)["prompt"]
+    return frontier.table(frontier.points_of(studies, TRAINING / folder, TRAINING / "gpus" / "small"), prompt)
 
 
 def pair_table() -> str:
@@ -264,7 +264,7 @@ STUDIES: dict[str, dict[str, Table]] = {
     "routers-50m": without(RANKED, "left-out", "routing"),
     "1x11-300m": without(ANNEALED, "left-out", "routing"),
     "mini-300m": without(MINI, "left-out", "routing"),
-    "frontier": {"frontier": frontier_table},
+    "frontier": {"frontier": frontier_table, "frontier-amd": partial(frontier_table, "frontier/amd")},
     "masked-524m": {
         **without(LONG_MASKED, "left-out"),
         "524m-growth": partial(growth, "masked-524m", "masked", (1000, 2000, 4000, 6000, 8000, 10000, 12000, 14000)),
