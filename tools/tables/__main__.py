@@ -45,7 +45,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/quality.md": training.QUALITY,
     "models/README.md": {"pair": training.pair_table},
     "docs/serving.md": {"serving": serving.serving},
-    f"{shipped.CARD}/README.md": {"shipped-quality": shipped.quality, "shipped-speed": shipped.speed},
+    f"{shipped.CARD}/README.md": {
+        "shipped-quality": shipped.quality,
+        "shipped-speed": shipped.speed,
+        "shipped-speed-amd": lambda: shipped.speed("ship-engine-amd.json"),
+    },
     "docs/convert.md": {
         name: convert.TABLES[name]
         for name in ("convert-decoder", "convert-experts", "convert-minilm", "convert-latency")

@@ -42,8 +42,8 @@ def quality() -> str:
     return markdown_table(head, [[name, *(f"{row[key]:.2f}" for key in names)] for name, row in rows.items()])
 
 
-def speed() -> str:
-    run: dict[str, Any] = read("ship-engine.json")
+def speed(file: str = "ship-engine.json") -> str:
+    run: dict[str, Any] = read(file)
     times = {(cell["model"], cell["shape"]): cell["ms"] for cell in run["cells"]}
     shapes = list(dict.fromkeys(shape for _, shape in times))
 
