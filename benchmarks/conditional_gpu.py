@@ -32,6 +32,7 @@ import triton
 from torch import Tensor, nn
 
 from fastff.bench.gpu_device import Cuda
+from fastff.bench.result_cells import kept_cells
 from fastff.conditional import ConditionalFeedforward
 from fastff.io import read_json, write_json
 from fastff.models.feedforward import build_feedforward, complete
@@ -208,13 +209,11 @@ def all_processes(asked: list[str], turn: Path) -> list[dict[str, Any]]:
     return [cell for only in asked for cell in read_json(turn / f"{only}.json", needs={"cells": list})["cells"]]
 
 
-def merged(before: dict[str, Any], cells: list[dict[str, Any]], machine: dict[str, str]) -> list[dict[str, Any]]:
-    """The cells of a former record and these, which replace those of the same rows and direction. Raises RuntimeError
-    where the record is of another machine."""
-    if before["cells"] and any(before[name] != value for name, value in machine.items()):
+def check_machine(path: Path, machine: dict[str, str]) -> None:
+    """Raises RuntimeError where the file's record, if there is one, is of another machine."""
+    before = read_json(path, needs={"cells": list}) if path.is_file() else machine
+    if any(before[name] != value for name, value in machine.items()):
         raise RuntimeError(f"the record is of {[before[name] for name in machine]}, not of {list(machine.values())}")
-    made = {(cell["rows"], cell["training"]) for cell in cells}
-    return [cell for cell in before["cells"] if (cell["rows"], cell["training"]) not in made] + cells
 
 
 def main() -> None:
@@ -228,12 +227,13 @@ def main() -> None:
         return one_process(only, options.out / f"{only}.json", options.turn)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     path = options.out / "conditional.json"
-    before = read_json(path, needs={"cells": list}) if options.only and path.is_file() else {"cells": []}
-    merged(before, [], machine)  # refuses another machine's before anything is measured
+    if options.only:
+        check_machine(path, machine)
     asked = options.only or [f"{rows}:{way}" for rows in STUDIES for way in WAYS]
     with tempfile.TemporaryDirectory() as turn:
         cells = all_processes(asked, Path(turn))
-    write_json(path, {**machine, "dtype": "bf16", "cells": merged(before, cells, machine)})
+    others = kept_cells(path, cells, ("rows", "training")) if options.only else []
+    write_json(path, {**machine, "dtype": "bf16", "cells": [*others, *cells]})
     return None
 
 

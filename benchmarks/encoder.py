@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from fastff import models
+from fastff.bench.result_cells import kept_cells
 from fastff.engine import openvino
 from fastff.engine.encoders import describe
 from fastff.engine.extension import extended_core
 from fastff.engine.native_file import write_model
-from fastff.io import read_json, write_json
+from fastff.io import write_json
 from fastff.machine import commit, machine
 from fastff.models.feedforward import complete
 from fastff.ops.native_encoder import NativeEncoder
@@ -274,15 +275,6 @@ def measured(asked: argparse.Namespace, threads: int) -> Iterator[dict[str, Any]
             print(f"{shape} {threads} threads {key:40} {quartiles['ms']:8.1f} ms {spread}", flush=True)
 
 
-def _kept(out: Path, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cells of the file that were not measured now."""
-    if not out.exists():
-        return []
-    measured_now = {tuple(cell[name] for name in PLACE) for cell in cells}
-    old = read_json(out, needs={"cells": list}, remedy="name another file")["cells"]
-    return [cell for cell in old if tuple(cell.get(name) for name in PLACE) not in measured_now]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder of the exported models")
@@ -301,7 +293,7 @@ def main() -> None:
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         machine_now = {**machine(), "commit": commit()}
-        write_json(asked.out, {"machine": machine_now, "cells": [*_kept(asked.out, cells), *cells]})
+        write_json(asked.out, {"machine": machine_now, "cells": [*kept_cells(asked.out, cells, PLACE), *cells]})
     return None
 
 

@@ -274,11 +274,6 @@ def id_of_converted(block):
     return 1 + block
 
 
-def dense_layers_of(model, block):
-    family = family_of(model.config.model_type)
-    return family.read(family.blocks_of(model)[block], model.config).w_in
-
-
 def test_a_loss_that_cannot_be_kept_names_the_least(tokenizer, text, tmp_path, monkeypatch):
     model = saved(tmp_path / "model", tokenizer)
     table = pairs_table(tmp_path / "pairs.tsv")

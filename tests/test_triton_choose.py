@@ -146,7 +146,8 @@ def test_wide_steps_route_as_narrow_ones(shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(40,), (1, 31)])
 def test_routing_that_finds_no_room_keeps_fewer_steps_in_flight(shape, monkeypatch):
-    no_room = pytest.importorskip("triton.runtime.errors").OutOfResources
+    from triton.runtime.errors import OutOfResources
+
     x, weight = normal(9, 48), normal(*shape, 48, seed=3) / 48**0.5
     want = choose_ops.route(x, weight, None, None, 3, counted=True)
     kernel, tried = router_kernels._route_kernel, []
@@ -158,7 +159,7 @@ def test_routing_that_finds_no_room_keeps_fewer_steps_in_flight(shape, monkeypat
             def launch(*args, num_stages, **options):
                 tried.append(num_stages)
                 if num_stages > 1:
-                    raise no_room(200, 100, "shared memory")
+                    raise OutOfResources(200, 100, "shared memory")
                 return kernel[grid](*args, num_stages=num_stages, **options)
 
             return launch

@@ -142,9 +142,11 @@ def shapes_of(settings: ConversionSettings, dense: DenseWeights) -> list[Candida
     parts, shared = PARTS if settings.shared is None else (0.0,), settings.shared or 0
     shapes: list[Candidate] = [Shape(t, d, shared, part) for part in parts for t in TREES for d in DEPTHS]
     shapes += [Experts(width, shared, part) for part in parts for width in LEAF_WIDTHS]
-    fitted = ((str(shape.fit(dense, settings.share)), shape) for shape in reversed(shapes))
-    alone = {made: shape for made, shape in fitted if made != str(None)}  # of those that make the same, the first
-    return list(reversed(alone.values()))
+    first: dict[str, Candidate] = {}  # of those that make the same layer
+    for shape in shapes:
+        if (made := shape.fit(dense, settings.share)) is not None:
+            first.setdefault(str(made), shape)
+    return list(first.values())
 
 
 def shortlist(shapes: Sequence[Candidate], slowness: Sequence[float], stored: Sequence[int]) -> list[int]:

@@ -52,8 +52,9 @@ def _image_processor(model: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{model} has no image processor that loads (preprocessor_config.json): {str(error).partition(chr(10))[0]}"
+            f"{model} has no image processor that loads (preprocessor_config.json): {reason}"
         ) from error
 
 

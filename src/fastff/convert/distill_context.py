@@ -130,6 +130,9 @@ class DistillContext:
         allowed = self.settings.max_loss
         assert allowed is not None
         after = {0: float(facts["after"])}
+        if relative_loss(before, after[0], self.kind) <= allowed:  # not where it is NaN
+            return student, facts, []
+        order = self._most_damaging_first(student)
 
         def given_back(count: int) -> Any:
             return restore(student, self.teacher, order[:count])
@@ -140,9 +143,6 @@ class DistillContext:
                 self.progress("restored", count, len(order))
             return relative_loss(before, after[count], self.kind)
 
-        if loss(0) <= allowed:  # not where it is NaN
-            return student, facts, []
-        order = self._most_damaging_first(student)
         most = len(order) - 1
         tried = [most, *(2**k for k in range(most.bit_length()) if 2**k < most)] if most else []
         many = next((count for count in tried if loss(count) <= allowed), 0)

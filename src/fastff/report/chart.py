@@ -138,20 +138,22 @@ def _column(crowd: Sequence[_Word], end: float) -> tuple[float, float, float]:
 def _first_covering(crowds: Sequence[Sequence[_Word]], end: float) -> tuple[int, int] | None:
     """Two crowds of which one's words cover words or a point of the other; None if there are none."""
 
-    def cover(one: Sequence[_Word], other: Sequence[_Word]) -> bool:
-        left, top, wide = _column(one, end)
-        bottom = top + LABEL_GAP * (len(one) - 1)
-        on_point = any(left - 4 <= w.x <= left + wide + 4 and top - 13 <= w.y <= bottom + 5 for w in other)
-        left2, top2, wide2 = _column(other, end)
-        bottom2 = top2 + LABEL_GAP * (len(other) - 1)
-        apart = (
-            left + wide <= left2 or left2 + wide2 <= left or bottom + LABEL_GAP <= top2 or bottom2 + LABEL_GAP <= top
-        )
-        return on_point or not apart
+    def box(crowd: Sequence[_Word]) -> tuple[float, float, float, float]:
+        left, top, wide = _column(crowd, end)
+        return left, left + wide, top, top + LABEL_GAP * (len(crowd) - 1)
+
+    def on_a_point(one: Sequence[_Word], other: Sequence[_Word]) -> bool:
+        left, right, top, bottom = box(one)
+        return any(left - 4 <= w.x <= right + 4 and top - 13 <= w.y <= bottom + 5 for w in other)
+
+    def on_words(one: Sequence[_Word], other: Sequence[_Word]) -> bool:
+        (left, right, top, bottom), (left2, right2, top2, bottom2) = box(one), box(other)
+        return left < right2 and left2 < right and top < bottom2 + LABEL_GAP and top2 < bottom + LABEL_GAP
 
     for k, one in enumerate(crowds):
         for n in range(k + 1, len(crowds)):
-            if cover(one, crowds[n]) or cover(crowds[n], one):
+            other = crowds[n]
+            if on_words(one, other) or on_a_point(one, other) or on_a_point(other, one):
                 return k, n
     return None
 
